@@ -1,0 +1,61 @@
+"""One exception family: every error that a person can cause is an `AltGradError`.
+
+Each message gives the value, the limit and the remedy. The subclasses also derive from the built-in exception that a
+caller would expect, so `except ValueError` keeps working.
+"""
+
+
+class AltGradError(Exception):
+    """Base of every error that AltGrad raises for bad input."""
+
+
+class FormatError(AltGradError, ValueError):
+    """A number format is unknown, malformed, or does not fit its carrier."""
+
+
+class ScaleError(AltGradError, ValueError):
+    """A scale is not positive, not finite, or does not broadcast to its tensor."""
+
+
+class DtypeError(AltGradError, TypeError):
+    """A tensor's dtype is unsupported, or too narrow for the format put on it."""
+
+
+class CodeError(AltGradError, ValueError):
+    """A value has no code in the format, or a code is out of range."""
+
+
+class RandomKeyError(AltGradError, ValueError):
+    """Stochastic rounding was asked for without a usable (seed, stream) key."""
+
+
+class BlockError(AltGradError, ValueError):
+    """A block size, axis or tile does not fit the tensor's shape."""
+
+
+class OptionError(AltGradError, ValueError):
+    """An option has a value outside its list (rounding, overflow, kernel, ...)."""
+
+
+class KernelError(AltGradError, RuntimeError):
+    """The kernel asked for cannot run here (device, missing package)."""
+
+
+class RecipeError(AltGradError, ValueError):
+    """A recipe contradicts itself or matches no layer."""
+
+
+class ConfigError(AltGradError, ValueError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(AltGradError, ValueError):
+    """A data source is missing, empty, too short, or has the wrong vocabulary."""
+
+
+class CheckpointError(AltGradError, ValueError):
+    """A checkpoint is damaged, incomplete, or belongs to another run."""
+
+
+class ReportError(AltGradError, ValueError):
+    """Runs cannot be read, or cannot be compared with one another."""

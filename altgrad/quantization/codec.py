@@ -1,0 +1,92 @@
+"""Codes and their values: decoding tables, ordered indices, and the checks that a value has a code.
+
+A code is the bit pattern of `fmt.bits` bits, held in uint8 (formats of at most 8 bits) or int32. The ordered index counts
+grid steps from zero: sign * magnitude code, so +0 and -0 share 0 and neighbours differ by 1.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from altgrad.errors import CodeError
+from altgrad.quantization.formats import FloatFormat, Specials
+
+
+def code_dtype(fmt: FloatFormat) -> torch.dtype:
+    """uint8 for formats of at most 8 bits, else int32."""
+    return torch.uint8 if fmt.bits <= 8 else torch.int32
+
+
+@lru_cache(maxsize=None)
+def value_table(fmt: FloatFormat) -> np.ndarray:
+    """Value of every code 0 .. 2^bits - 1 as read-only float64; NaN and inf where the code says so.
+
+    Raises:
+        FormatError: the format has more than 2^19 codes.
+    """
+    magnitudes = fmt.magnitudes()
+    half = 2**fmt.magnitude_bits
+    positive = np.full(half, np.nan)
+    positive[: len(magnitudes)] = magnitudes
+    if fmt.specials is Specials.IEEE:
+        positive[len(magnitudes)] = np.inf
+    elif fmt.specials is Specials.P3109:
+        positive[-1] = np.inf
+    if not fmt.signed:
+        table = positive
+    elif fmt.twos_complement:
+        table = np.concatenate([positive, -2 * positive[half // 2 : half // 2 + 1], -positive[:0:-1]])
+    else:
+        negative = -positive
+        if fmt.specials in (Specials.FNUZ, Specials.P3109):
+            negative[0] = np.nan
+        table = np.concatenate([positive, negative])
+    table.setflags(write=False)
+    return table
+
+
+@lru_cache(maxsize=64)
+def value_tensor(fmt: FloatFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`value_table` as a tensor; shared, not to be written."""
+    return torch.from_numpy(value_table(fmt).copy()).to(dtype).to(device)
+
+
+def check_codes(codes: Tensor, fmt: FloatFormat) -> None:
+    """Refuse codes of the wrong dtype or out of range.
+
+    Raises:
+        CodeError: with the offending value and the limit.
+    """
+    if codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise CodeError(f"codes have dtype {codes.dtype}; {fmt} codes are {code_dtype(fmt)} (from encode)")
+    if codes.numel() and not (codes.dtype == torch.uint8 and fmt.bits >= 8):
+        low, high = (int(v) for v in torch.aminmax(codes))
+        if low < 0 or high >= 2**fmt.bits:
+            raise CodeError(f"code {low if low < 0 else high} is outside 0..{2**fmt.bits - 1}, the codes of {fmt}")
+
+
+def code_index(codes: Tensor, fmt: FloatFormat) -> Tensor:
+    """Ordered index (int32) of each code: sign * magnitude code; both zeros are 0.
+
+    NaN codes are ordered as their bit pattern says and have no meaning; inf lies one step beyond max.
+    """
+    codes = codes.to(torch.int32)
+    if not fmt.signed:
+        return codes
+    half = 2**fmt.magnitude_bits
+    if fmt.twos_complement:
+        return torch.where(codes >= half, codes - 2 * half, codes)
+    return torch.where(codes >= half, half - codes, codes)
+
+
+def from_code_index(index: Tensor, fmt: FloatFormat) -> Tensor:
+    """Codes of ordered indices; indices beyond the finite range are clamped to it. 0 becomes +0."""
+    top = len(fmt.magnitudes()) - 1
+    index = index.clamp(-top if fmt.signed else 0, top).to(torch.int32)
+    half = 2**fmt.magnitude_bits
+    negative = index + 2 * half if fmt.twos_complement else half - index
+    return torch.where(index < 0, negative, index).to(code_dtype(fmt))

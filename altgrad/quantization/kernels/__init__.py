@@ -1,0 +1,1 @@
+"""Implementations of the numerics; each module is one, none imports another's."""

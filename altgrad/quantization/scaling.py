@@ -1,0 +1,184 @@
+"""Scales: how the multiplier of a tensor or of each channel is found from its amax.
+
+A scale is the multiplier that dequantizes: quantize(x) = scale * round(x / scale). Policies are frozen facts with pure
+functions; what they remember is a value that goes in and comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from altgrad.errors import OptionError, ScaleError
+from altgrad.quantization.formats import FloatFormat
+
+
+def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
+    """Largest magnitude among the finite elements, in float32 (float64 for float64).
+
+    Args:
+        x: any floating tensor.
+        axis: axis (or axes) that keep an amax of their own, such as 0 for the output channels of a weight [out, in];
+            None takes one amax over everything.
+
+    Returns:
+        0-d tensor, or x's shape with every other axis of size 1. No finite element, or none at all, gives 0.
+    """
+    work = x.detach()
+    magnitude = torch.where(torch.isfinite(work), work.abs(), 0)
+    magnitude = magnitude.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if axis is None:
+        return magnitude.amax() if x.numel() else magnitude.new_zeros(())
+    keep = {a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
+    reduced = [d for d in range(x.ndim) if d not in keep]
+    if not reduced:
+        return magnitude
+    if x.numel() == 0:
+        return magnitude.new_zeros([n if d in keep else 1 for d, n in enumerate(x.shape)])
+    return magnitude.amax(dim=reduced, keepdim=True)
+
+
+def scale_from_amax(amax: Tensor, fmt: FloatFormat, *, power_of_two: bool = False) -> Tensor:
+    """amax / fmt.max, rounded up to a power of two on demand; amax 0 scales as if amax were 1.
+
+    A quotient below float32's smallest normal number is raised to it, so that dividing by the scale stays exact enough.
+    """
+    scale = torch.where(amax > 0, amax, 1.0) / fmt.max
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return round_up_to_power_of_two(scale) if power_of_two else scale
+
+
+def round_up_to_power_of_two(scale: Tensor) -> Tensor:
+    """Smallest power of two >= scale, exactly (by frexp), at most 2^127; scale is positive and finite."""
+    mantissa, exponent = torch.frexp(scale)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(max=127)
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64).to(scale.dtype)
+
+
+def amax_scale(
+    x: Tensor, fmt: FloatFormat, *, axis: int | tuple[int, ...] | None = None, power_of_two: bool = False
+) -> Tensor:
+    """Current amax scale of x: `scale_from_amax(amax(x, axis), fmt)`."""
+    return scale_from_amax(amax(x, axis), fmt, power_of_two=power_of_two)
+
+
+class ScalingPolicy(Protocol):
+    """What every policy offers; `clamps` says that finite quotients are clamped to +-max before rounding."""
+
+    clamps: bool
+    needs_amax: bool
+
+    def init(self) -> tuple:
+        """The state before the first update."""
+        ...
+
+    def update(self, amax: Tensor | None, state: tuple, fmt: FloatFormat) -> tuple[Tensor | float, tuple]:
+        """(scale for this use, next state); pure."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoScaling:
+    """Scale 1: the format as it is."""
+
+    clamps = False
+    needs_amax = False
+
+    def init(self) -> tuple:
+        """Nothing is remembered."""
+        return ()
+
+    def update(self, amax: Tensor | None, state: tuple, fmt: FloatFormat) -> tuple[float, tuple]:
+        """Scale 1."""
+        return 1.0, state
+
+
+@dataclass(frozen=True)
+class StaticScaling:
+    """A fixed scale.
+
+    Raises:
+        ScaleError: scale is not positive and finite.
+    """
+
+    scale: float
+    clamps = False
+    needs_amax = False
+
+    def __post_init__(self) -> None:
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ScaleError(
+                f"static scale {self.scale} is not positive and finite; the scale multiplies codes back to values"
+            )
+
+    def init(self) -> tuple:
+        """Nothing is remembered."""
+        return ()
+
+    def update(self, amax: Tensor | None, state: tuple, fmt: FloatFormat) -> tuple[float, tuple]:
+        """The fixed scale."""
+        return self.scale, state
+
+
+@dataclass(frozen=True)
+class CurrentScaling:
+    """Amax of the very tensor that is quantized; per tensor, or per index of `axis`."""
+
+    axis: int | tuple[int, ...] | None = None
+    power_of_two: bool = False
+    clamps = True
+    needs_amax = True
+
+    def init(self) -> tuple:
+        """Nothing is remembered."""
+        return ()
+
+    def update(self, amax: Tensor | None, state: tuple, fmt: FloatFormat) -> tuple[Tensor, tuple]:
+        """scale_from_amax of this tensor's amax."""
+        assert amax is not None
+        return scale_from_amax(amax, fmt, power_of_two=self.power_of_two), state
+
+
+class DelayedState(NamedTuple):
+    """The last amaxes, newest first: float32 of shape [history, *amax.shape], or None before the first update."""
+
+    window: Tensor | None
+
+
+@dataclass(frozen=True)
+class DelayedScaling:
+    """Scale from the largest amax of the last `history` uses before this one, times 2^margin.
+
+    The first use has no history and takes its own amax. Amaxes are of finite elements, so a step that is rolled back
+    restores the state that it was given. Source: FP8 training as in NVIDIA Transformer Engine's delayed scaling.
+    """
+
+    history: int = 16
+    margin: int = 0
+    power_of_two: bool = False
+    axis: int | tuple[int, ...] | None = None
+    clamps = False
+    needs_amax = True
+
+    def __post_init__(self) -> None:
+        if self.history < 1:
+            raise OptionError(f"delayed scaling over a history of {self.history}; use at least 1 past amax")
+        if not -64 <= self.margin <= 64:
+            raise OptionError(f"margin {self.margin} is a power of two of headroom; use -64..64")
+
+    def init(self) -> DelayedState:
+        """No amax seen yet."""
+        return DelayedState(None)
+
+    def update(self, amax: Tensor | None, state: tuple, fmt: FloatFormat) -> tuple[Tensor, DelayedState]:
+        """(scale from the window before this use, window with this amax in front)."""
+        assert amax is not None
+        window = DelayedState(*state).window
+        largest = amax if window is None else window.amax(dim=0)
+        scale = scale_from_amax(largest * 2.0**self.margin, fmt, power_of_two=self.power_of_two)
+        seen = amax.unsqueeze(0)
+        return scale, DelayedState(seen if window is None else torch.cat([seen, window[: self.history - 1]]))

@@ -1,0 +1,98 @@
+"""What one pass over a tensor counts while it is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIELDS = ("amax", "count", "overflow", "underflow", "nonfinite", "sse", "sum_sq")
+
+
+@dataclass(frozen=True)
+class QuantStats:
+    """Statistics of one quantization, in one float64 tensor of shape [7] on the tensor's device; nothing is synced.
+
+    amax: largest finite |x|. count: elements. overflow: finite x beyond the largest value after rounding (and, under
+    `saturate` and `nan`, x = +-inf). underflow: nonzero x whose result is zero. nonfinite: x that are inf or NaN.
+    sse, sum_sq: sums of (x - result)^2 and of x^2 over finite x with a finite result.
+    """
+
+    vector: Tensor
+
+    @property
+    def amax(self) -> Tensor:
+        """Largest finite |x|."""
+        return self.vector[0]
+
+    @property
+    def count(self) -> Tensor:
+        """Number of elements."""
+        return self.vector[1]
+
+    @property
+    def overflow(self) -> Tensor:
+        """Number of overflowed elements."""
+        return self.vector[2]
+
+    @property
+    def underflow(self) -> Tensor:
+        """Number of nonzero elements that became zero."""
+        return self.vector[3]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of inf and NaN elements of the input."""
+        return self.vector[4]
+
+    @property
+    def sse(self) -> Tensor:
+        """Sum of squared errors."""
+        return self.vector[5]
+
+    @property
+    def sum_sq(self) -> Tensor:
+        """Sum of squares of the input."""
+        return self.vector[6]
+
+    @property
+    def overflow_rate(self) -> Tensor:
+        """overflow / count; 0 for an empty tensor."""
+        return self.overflow / self.count.clamp(min=1)
+
+    @property
+    def underflow_rate(self) -> Tensor:
+        """underflow / count; 0 for an empty tensor."""
+        return self.underflow / self.count.clamp(min=1)
+
+    @property
+    def sqnr_db(self) -> Tensor:
+        """10 log10(sum_sq / sse) in dB; inf without error, NaN for an all-zero or empty tensor."""
+        return 10 * torch.log10(self.sum_sq / self.sse)
+
+    def to_dict(self) -> dict[str, float]:
+        """All fields as Python numbers (waits for the device)."""
+        return dict(zip(FIELDS, self.vector.tolist(), strict=True))
+
+
+def measure(x: Tensor, result: Tensor, overflow: Tensor) -> QuantStats:
+    """The statistics of x, its quantized `result` and the mask of overflowed elements, in plain torch."""
+    wide, quantized = x.detach().double(), result.detach().double()
+    finite = torch.isfinite(wide)
+    both = finite & torch.isfinite(quantized)
+    error = torch.where(both, wide - quantized, 0.0)
+    kept = torch.where(both, wide, 0.0)
+    magnitude = torch.where(finite, wide.abs(), 0.0)
+    vector = torch.stack(
+        [
+            magnitude.amax() if x.numel() else magnitude.new_zeros(()),
+            torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device),
+            overflow.sum().double(),
+            ((wide != 0) & (quantized == 0)).sum().double(),
+            (~finite).sum().double(),
+            (error * error).sum(),
+            (kept * kept).sum(),
+        ]
+    )
+    return QuantStats(vector)
