@@ -1,0 +1,1 @@
+"""Training runs: config, data, model, the step as a transaction, checkpoints, verdicts and run folders."""

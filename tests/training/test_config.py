@@ -1,0 +1,112 @@
+"""Configs: overrides, and errors that name the nearest valid key or the limit."""
+
+import pytest
+from pydantic import BaseModel
+
+from altgrad.errors import ConfigError
+from altgrad.training.config import NOT_IDENTITY, ExperimentConfig, experiment_hash
+from altgrad.training.config_loading import dump_config, key_paths, load_config, nearest_key
+
+
+def test_defaults_are_valid_and_survive_yaml(tmp_path):
+    config = load_config()
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_overrides_reach_nested_keys(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1\nmodel: {n_layer: 3}\n")
+    config = load_config(tmp_path / "c.yaml", ["seed=7", "optimizer.lr=3e-4", "model.bias=true", "fp8_format=e3m4"])
+    assert (config.seed, config.optimizer.lr, config.model.bias) == (7, 3e-4, True)
+    assert config.model.n_layer == 3
+    assert config.fp8_format == "E3M4"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sed=7", "'seed'"),
+        ("lr=3", "'optimizer.lr'"),
+        ("model.n_lyer=3", "'model.n_layer'"),
+        ("optimizer.weightdecay=0", "'optimizer.weight_decay'"),
+        ("zzzzqqq=1", "--print-config"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(override, expected):
+    with pytest.raises(ConfigError, match="unknown key") as error:
+        load_config(None, [override])
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "limit"),
+    [
+        ("max_steps=0", "greater than 0"),
+        ("seed=1.5", "integer"),
+        ("weight_storage=gird", "'master' or 'grid'"),
+        ("optimizer.betas=[0.9,2]", "less than or equal to 1"),
+        ("optimizer.lr=nan", "finite"),
+        ("model.n_head=3", "use n_head 2"),
+        ("fp8_format=E3M5x", "did you mean"),
+        ("device=tpu", "cpu, cuda"),
+        ("data.source=text", "data.path"),
+        ("data.grad_accumulation=5", "use batch_size 10"),
+        ("keep_checkpoints=1", "greater than or equal to 2"),
+        ("name=../x", "pattern"),
+        ("model=3", "model"),
+        ("seed", "key=value"),
+        ("optimizer.lr={", "config"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_its_limit(override, limit):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    assert limit in str(error.value)
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(ConfigError, match=r"seed = -1.*sede") as error:
+        load_config(None, ["seed=-1", "sede=2"])
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    (tmp_path / "e3m4_uniform.yaml").write_text("seed: 1")
+    with pytest.raises(ConfigError, match=r"did you mean .*e3m4_uniform"):
+        load_config(tmp_path / "e3m4_uniforn.yaml")
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00"])
+def test_what_is_no_mapping_is_refused(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_recipe_and_short_keys_exclude_each_other():
+    with pytest.raises(ConfigError, match="fp8_format"):
+        load_config({"recipe": {"weight": "E3M4"}, "fp8_format": "E3M4"})
+
+
+def test_every_key_is_its_own_nearest():
+    assert all(nearest_key(path) == path for path in key_paths())
+
+
+def test_hash_ignores_exactly_paths_device_and_trackers():
+    config = load_config({"name": "a", "data": {"source": "text", "path": "x"}})
+    digest = experiment_hash(config, "data", "1")
+    same = ["runs_dir=/elsewhere", "checkpoint_dir=c", "device=cuda", "trackers.wandb=true", "data.path=y"]
+    assert experiment_hash(load_config(config, same), "data", "1") == digest
+    assert {s.partition("=")[0].partition(".")[0] for s in same} == {*NOT_IDENTITY, "data"}
+    for override in ["seed=1", "max_steps=3", "fp8_format=E3M4", "optimizer.lr=1", "name=b", "verdict.stop=false"]:
+        assert experiment_hash(load_config(config, [override]), "data", "1") != digest
+    assert experiment_hash(config, "other data", "1") != digest
+    assert experiment_hash(config, "data", "2") != digest
+    assert experiment_hash(config, "data", "1", "a model") != digest
+
+
+def test_every_section_forbids_extra_keys():
+    sections = [f.annotation for f in ExperimentConfig.model_fields.values()]
+    models = [s for s in sections if isinstance(s, type) and issubclass(s, BaseModel)]
+    assert len(models) >= 9
+    assert all(m.model_config.get("extra") == "forbid" for m in [ExperimentConfig, *models])
