@@ -59,3 +59,15 @@ class CheckpointError(AltGradError, ValueError):
 
 class ReportError(AltGradError, ValueError):
     """Runs cannot be read, or cannot be compared with one another."""
+
+
+class RunBusyError(AltGradError, RuntimeError):
+    """Another process is working in the run folder."""
+
+
+class SweepError(AltGradError, ValueError):
+    """A sweep cannot be planned or started as asked."""
+
+
+class DistributedError(AltGradError, RuntimeError):
+    """A run on several processes was asked for something it cannot do."""
