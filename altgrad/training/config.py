@@ -215,6 +215,8 @@ class ExperimentConfig(_Section):
     """CPU threads; None: as torch decides, recorded at the start and restored by a resume."""
     compile: bool = False
     """torch.compile the model."""
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the model; used under torchrun alone."""
     model: ModelSection = Field(default_factory=ModelSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -256,7 +258,7 @@ class ExperimentConfig(_Section):
         return self.recipe is not None or self.fp8_format != "FP32"
 
 
-NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "trackers")  # where a run lives, not what it computes
+NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "threads", "trackers")  # where a run lives, not what it computes
 
 
 def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:

@@ -95,7 +95,7 @@ def test_every_key_is_its_own_nearest():
 def test_hash_ignores_exactly_paths_device_and_trackers():
     config = load_config({"name": "a", "data": {"source": "text", "path": "x"}})
     digest = experiment_hash(config, "data", "1")
-    same = ["runs_dir=/elsewhere", "checkpoint_dir=c", "device=cuda", "trackers.wandb=true", "data.path=y"]
+    same = ["runs_dir=/elsewhere", "checkpoint_dir=c", "device=cuda", "threads=1", "trackers.wandb=true", "data.path=y"]
     assert experiment_hash(load_config(config, same), "data", "1") == digest
     assert {s.partition("=")[0].partition(".")[0] for s in same} == {*NOT_IDENTITY, "data"}
     for override in ["seed=1", "max_steps=3", "fp8_format=E3M4", "optimizer.lr=1", "name=b", "verdict.stop=false"]:

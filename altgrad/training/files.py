@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all: write aside, fsync, rename.
+
+After a kill at any instant a reader sees the old file or the new one, and nothing in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ASIDE = ".aside-"  # prefix of what is being written; left over only by a kill
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, atomically and durably."""
+    aside = path.with_name(f"{ASIDE}{path.name}")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by `content` as JSON; `content` must already be free of NaN and inf (see `jsonable`)."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def jsonable(content: Any) -> Any:
+    """`content` with non-finite floats as the strings "nan", "inf" and "-inf", which strict JSON has no numbers for."""
+    if isinstance(content, float) and (content != content or content in (float("inf"), float("-inf"))):
+        return str(content)
+    if isinstance(content, dict):
+        return {str(key): jsonable(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [jsonable(value) for value in content]
+    return content
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` when the block ends without an error; an old `path` is replaced."""
+    aside = path.with_name(f"{ASIDE}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for file in aside.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(aside)
+    if path.exists():
+        shutil.rmtree(path)
+    os.rename(aside, path)
+    sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what an earlier process was writing when it was killed; the caller must be the only writer."""
+    for leftover in folder.glob(f"{ASIDE}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable (where the system can open folders)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
