@@ -1,5 +1,17 @@
 """Numerics: number formats and functions of (tensor, format); no modules, no training, no files."""
 
+from altgrad.quantization.advanced_diagnostics import (
+    compute_stiffness_field,
+    compute_ulp_distance,
+    gradient_stiffness_correlation,
+    grid_alignment_error,
+    grid_alignment_statistics,
+    grid_index,
+    grid_spacing,
+    ulp_statistics,
+)
+from altgrad.quantization.block_formats import BLOCK_FORMATS, BlockFormat, ScaleRule, block_format
+from altgrad.quantization.blocks import QuantizedTensor, block_scales
 from altgrad.quantization.catalog import (
     BF16,
     E0M7,
@@ -37,12 +49,16 @@ from altgrad.quantization.scaling import (
     amax_scale,
     scale_from_amax,
 )
+from altgrad.quantization.stability import EmergencyMantissaShift, PartitionRelativeClipper
 from altgrad.quantization.stats import QuantStats
+
+NUMERICS_VERSION = "1"
+"""Part of every run's identity; raised whenever a change of the numerics changes results."""
 
 __all__ = [
     "BF16",
-    "CurrentScaling",
-    "DelayedScaling",
+    "BLOCK_FORMATS",
+    "BlockFormat",
     "E0M7",
     "E1M6",
     "E2M5",
@@ -54,26 +70,43 @@ __all__ = [
     "FORMAT_REGISTRY",
     "FP16",
     "FP32",
+    "TF32",
+    "CurrentScaling",
+    "DelayedScaling",
+    "EmergencyMantissaShift",
     "FP8Format",
     "FloatFormat",
+    "NUMERICS_VERSION",
     "NoScaling",
     "Observer",
     "Overflow",
+    "PartitionRelativeClipper",
     "QuantStats",
+    "QuantizedTensor",
     "Rounding",
+    "ScaleRule",
     "Specials",
     "StaticScaling",
-    "TF32",
     "amax",
     "amax_scale",
+    "block_format",
+    "block_scales",
     "code_index",
+    "compute_stiffness_field",
+    "compute_ulp_distance",
     "decode",
     "encode",
     "encode_with_stats",
     "fake_quantize",
     "from_code_index",
     "get_format",
+    "gradient_stiffness_correlation",
+    "grid_alignment_error",
+    "grid_alignment_statistics",
+    "grid_index",
+    "grid_spacing",
     "quantize",
     "quantize_with_stats",
     "scale_from_amax",
+    "ulp_statistics",
 ]
