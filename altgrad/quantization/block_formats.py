@@ -1,22 +1,307 @@
-"""Block formats: an element format, a block shape and the format of the scale that each block shares."""
+"""What a block format is: an element format, a block shape, and the format and rule of the scale that each block shares.
+
+A block of values v_i is stored as a scale X and elements P_i with v_i = X * P_i. The scale follows from the block's
+amax, the largest finite magnitude in it, written amax = m * 2^e with 1 <= m < 2:
+
+    E8M0 scales    X = 2^(e - emax + up), clamped to 2^-127 .. 2^127, with emax = floor(log2(element max)) and
+        floor      up = 0                                  OCP MX 1.0, 6.3: the largest element may saturate
+        ceil       up = 1 if amax > max * 2^(e - emax)     the smallest X at which nothing saturates
+        nearest    up = 1 if m >= 3/2                      2^e as the power of two nearest to amax
+        even       up = 1 if m rounds to 2 at the element's precision
+    FP32 scales    X = amax / max
+    other scales   X = amax / max, rounded to nearest even in the scale format, between its smallest and largest values
+    two levels     as above with amax / max / T, where T = tensor amax / (element max * scale max) is a float32; X is T
+                   times the rounded quotient
+
+The element keeps its own rounding. This module does not import torch.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property, lru_cache
 from types import MappingProxyType
+
+from altgrad.errors import FormatError
+from altgrad.quantization.catalog import FORMAT_REGISTRY, get_format
+from altgrad.quantization.formats import FloatFormat, format_from_spec
+from altgrad.quantization.rounding import as_option
+
+LARGEST_BLOCK_SIDE = 1 << 20
+
+
+class ScaleRule(str, Enum):
+    """How an amax becomes a scale (the module docstring has the formulas)."""
+
+    FLOOR = "floor"
+    CEIL = "ceil"
+    NEAREST = "nearest"
+    EVEN = "even"
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Placeholder for the block formats."""
+    """A block format; frozen, hashable, comparable by its facts.
+
+    Args:
+        name: catalog name, or the generic name that the facts spell (`block_format` finds it).
+        element: format of each element.
+        block: number of consecutive elements along one axis that share a scale, or (rows, columns) of a tile.
+        scale_format: format of the scale: E8M0 (powers of two), FP32, or any format with a zero, such as E4M3.
+        rule: how the scale follows from the amax; everything but E8M0 rounds to nearest.
+        tensor_scale: a float32 scale of the whole tensor above the blocks' scales (NVFP4).
+        source, aliases, note: as in `FloatFormat`.
+
+    Raises:
+        FormatError: a field is malformed, or the parts do not fit together.
+    """
 
     name: str
+    element: FloatFormat
+    block: int | tuple[int, int]
+    scale_format: FloatFormat
+    rule: ScaleRule
+    tensor_scale: bool = False
+    source: str = field(default="", compare=False)
+    aliases: tuple[str, ...] = field(default=(), compare=False)
+    note: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for side in self.tile:
+            if not 1 <= side <= LARGEST_BLOCK_SIDE:
+                raise FormatError(f"{self.name}: block side {side} is outside 1..{LARGEST_BLOCK_SIDE}")
+        if not self.element.has_zero or not self.element.signed:
+            raise FormatError(f"{self.name}: element {self.element} has no zero or no sign; it is a scale format")
+        if self.element.bits > 16:
+            raise FormatError(f"{self.name}: element {self.element} has {self.element.bits} bits; use at most 16")
+        if not self.power_of_two and self.rule is not ScaleRule.NEAREST:
+            raise FormatError(
+                f"{self.name}: rule {self.rule.value} needs an E8M0 scale; {self.scale_format} takes nearest"
+            )
+        if not self.power_of_two and not self.scale_format.has_zero:
+            raise FormatError(f"{self.name}: {self.scale_format} cannot hold a scale; use E8M0, E4M3 or FP32")
+        if self.tensor_scale and (self.power_of_two or self.has_float_scale):
+            raise FormatError(f"{self.name}: a tensor scale above {self.scale_format} scales has no use; leave it out")
+
+    # -- derived facts --------------------------------------------------------------------------------------------
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether scales are powers of two (E8M0)."""
+        return self.scale_format.name == "E8M0"
+
+    @property
+    def has_float_scale(self) -> bool:
+        """Whether scales are plain float32 numbers."""
+        return self.scale_format.name == "FP32"
+
+    @property
+    def is_tile(self) -> bool:
+        """Whether a block spans two axes."""
+        return isinstance(self.block, tuple)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(rows, columns) of a block; a block along one axis has one row."""
+        return self.block if isinstance(self.block, tuple) else (1, self.block)
+
+    @property
+    def block_elements(self) -> int:
+        """Number of elements that share a scale."""
+        return self.tile[0] * self.tile[1]
+
+    @property
+    def bits_per_value(self) -> float:
+        """Storage per element, its share of the scale included; a tensor scale is not counted."""
+        return self.element.bits + self.scale_format.bits / self.block_elements
+
+    @property
+    def max(self) -> float:
+        """Largest finite value of a block of its own choosing: element max times scale max, within float32."""
+        return min(self.element.max * self.scale_format.max, (2.0 - 2.0**-23) * 2.0**127)
+
+    @property
+    def max_representable_value(self) -> float:
+        """Same as `max`."""
+        return self.max
+
+    @property
+    def has_inf(self) -> bool:
+        """Whether an element can be infinite."""
+        return self.element.has_inf
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether NaN can be stored: by the element, else by the scale (then the whole block is NaN)."""
+        return self.element.has_nan or self.scale_format.has_nan
+
+    @cached_property
+    def element_emax(self) -> int:
+        """floor(log2(element max)), the emax of OCP MX 1.0, 6.3."""
+        return math.frexp(self.element.max)[1] - 1
+
+    def round_up_from(self, fraction_bits: int) -> int:
+        """Smallest fraction field f (m = 1 + f / 2^fraction_bits) for which `up` is 1; 2^fraction_bits for never.
+
+        With f the fraction field of a float32 (23 bits) or float64 (52 bits) amax, the E8M0 rule is one comparison.
+        """
+        one = 2**fraction_bits
+        if self.rule is ScaleRule.FLOOR:
+            return one
+        if self.rule is ScaleRule.CEIL:
+            return int((math.ldexp(self.element.max, -self.element_emax) - 1) * one) + 1
+        if self.rule is ScaleRule.NEAREST:
+            return one // 2
+        half_step = math.ldexp(self.element.ulp(self.element.max) / 2, -self.element_emax)
+        return int((1 - half_step) * one)
+
+    @cached_property
+    def spec(self) -> str:
+        """Canonical one-line form of the facts; `block_format_from_spec` reads it back."""
+        rows, columns = self.tile
+        shape = f"{rows}x{columns}" if self.is_tile else str(columns)
+        parts = (
+            self.name,
+            self.element.spec,
+            shape,
+            self.scale_format.spec,
+            self.rule.value,
+            str(int(self.tensor_scale)),
+        )
+        return ";".join(parts)
+
+    def __str__(self) -> str:
+        return self.name
 
 
-BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType({})
+def block_format(
+    element: str | FloatFormat,
+    block: int | tuple[int, int] = 32,
+    scale: str | FloatFormat = "E8M0",
+    rule: str | ScaleRule | None = None,
+    *,
+    tensor_scale: bool = False,
+) -> BlockFormat:
+    """The block format of these facts: the catalog's row if there is one, else one with a generic name.
+
+    Args:
+        element: element format or its name.
+        block: block size along one axis, or (rows, columns) of a tile.
+        scale: "E8M0", "FP32", or a format with a zero such as "E4M3".
+        rule: for E8M0 floor (the default), ceil, nearest or even; all other scales round to nearest.
+        tensor_scale: a float32 scale above the blocks' scales.
+
+    Example:
+        >>> block_format("E2M1", 32).name
+        'MXFP4'
+        >>> block_format("E3M4", 64, rule="ceil").name
+        'E3M4/64:E8M0:ceil'
+
+    Raises:
+        FormatError: the parts do not fit together.
+    """
+    element, scale = get_format(element), get_format(scale)
+    if not isinstance(element, FloatFormat) or not isinstance(scale, FloatFormat):
+        raise FormatError(f"the element {element} and the scale {scale} must be scalar formats")
+    powers = scale.name == "E8M0"
+    chosen = as_option(ScaleRule, rule) if rule is not None else ScaleRule.FLOOR if powers else ScaleRule.NEAREST
+    tile = block if isinstance(block, int) else (int(block[0]), int(block[1]))
+    shape = str(tile) if isinstance(tile, int) else f"{tile[0]}x{tile[1]}"
+    name = f"{element}/{shape}:{scale}" + (f":{chosen.value}" if powers else "") + (":tensor" if tensor_scale else "")
+    made = BlockFormat(name, element, tile, scale, chosen, tensor_scale, source="generic block format")
+    for row in BLOCK_FORMATS.values():
+        if (row.element, row.block, row.scale_format, row.tensor_scale) == (element, tile, scale, tensor_scale):
+            return row if row.rule is chosen else replace(made, name=f"{row.name}:{chosen.value}", source=row.source)
+    return made
 
 
+_MX = "OCP Microscaling Formats (MX) Specification 1.0"
+_NV = "NVIDIA, NVFP4 in Blackwell: E2M1 elements, E4M3 scale per 16, float32 scale per tensor"
+
+
+def _mx(name: str, element: str, *aliases: str, note: str = "") -> BlockFormat:
+    """A concrete MX format: blocks of 32, E8M0 scales, floor rule."""
+    scale = FORMAT_REGISTRY["E8M0"]
+    return BlockFormat(
+        name, FORMAT_REGISTRY[element], 32, scale, ScaleRule.FLOOR, source=_MX, aliases=aliases, note=note
+    )
+
+
+_ROWS: tuple[BlockFormat, ...] = (
+    _mx("MXFP8", "E4M3", "MXFP8_E4M3"),
+    _mx("MXFP8_E5M2", "E5M2", note="finite values beyond max saturate (6.3), though the element has inf"),
+    _mx("MXFP6", "E2M3", "MXFP6_E2M3"),
+    _mx("MXFP6_E3M2", "E3M2"),
+    _mx("MXFP4", "E2M1", "MXFP4_E2M1"),
+    _mx("MXINT8", "INT8", note="symmetric: -2 is decoded but never produced (5.3.4)"),
+    BlockFormat(
+        "NVFP4",
+        FORMAT_REGISTRY["E2M1"],
+        16,
+        FORMAT_REGISTRY["E4M3"],
+        ScaleRule.NEAREST,
+        tensor_scale=True,
+        source=_NV,
+        note="two levels: tensor amax / (448 * 6) as float32, then one E4M3 scale for each 16 elements",
+    ),
+)
+
+BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType({row.name: row for row in _ROWS})
+
+_BY_KEY = {name.lower(): row for row in _ROWS for name in (row.name, *row.aliases)}
+_GENERIC = re.compile(r"(?P<element>[^/:]+)/(?P<block>\d+(x\d+)?)(?P<rest>(:[^:]*)*)", re.IGNORECASE)
+_RULES = {rule.value for rule in ScaleRule}
+
+
+@lru_cache(maxsize=None)
 def find_block_format(name: str) -> BlockFormat | None:
-    """The block format of that name, or None."""
-    return BLOCK_FORMATS.get(name.upper())
+    """The block format that a name means, or None if it has neither a block format's name nor the generic form.
+
+    Names are a catalog name or alias (`MXFP4`), a catalog name with another E8M0 rule (`MXFP4:ceil`), or
+    `ELEMENT/BLOCK[:SCALE][:RULE][:tensor]` such as `E3M4/64`, `E4M3/128x128:FP32`, `E2M1/16:E4M3:tensor`.
+    All are case-insensitive.
+
+    Raises:
+        FormatError: the generic form with a part that is wrong.
+    """
+    key = name.strip().lower()
+    if key in _BY_KEY:
+        return _BY_KEY[key]
+    base, colon, rule = key.rpartition(":")
+    if colon and base in _BY_KEY:
+        row = _BY_KEY[base]
+        return block_format(row.element, row.block, row.scale_format, rule, tensor_scale=row.tensor_scale)
+    match = _GENERIC.fullmatch(key)
+    if not match:
+        return None
+    sides = [int(side) for side in match["block"].split("x")]
+    parts = match["rest"].split(":")[1:]
+    tensor_scale = bool(parts) and parts[-1] == "tensor"
+    if tensor_scale:
+        parts.pop()
+    rule = parts.pop() if parts and parts[-1] in _RULES else None
+    scale = parts.pop(0) if parts else "E8M0"
+    if parts:
+        raise FormatError(
+            f"block format {name!r}: {parts[0]!r} is not a rule ({', '.join(sorted(_RULES))}); "
+            "the form is ELEMENT/BLOCK[:SCALE][:RULE][:tensor], such as E3M4/64:E8M0:ceil"
+        )
+    block = sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    return block_format(match["element"], block, scale, rule, tensor_scale=tensor_scale)
+
+
+@lru_cache(maxsize=None)
+def block_format_from_spec(spec: str) -> BlockFormat:
+    """The block format that `BlockFormat.spec` describes (without source, aliases and note)."""
+    try:
+        name, element, shape, scale, rule, tensor_scale = spec.split(";")
+        rows, _, columns = shape.rpartition("x")
+        block = (int(rows), int(columns)) if rows else int(columns)
+        facts = (format_from_spec(element), block, format_from_spec(scale), ScaleRule(rule), tensor_scale == "1")
+        return BlockFormat(name, *facts)
+    except ValueError as error:
+        raise FormatError(f"malformed block format spec {spec!r}; pass BlockFormat.spec as it is ({error})") from None

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import CodeError, DtypeError, FormatError
+from altgrad.quantization import blocks
+from altgrad.quantization.block_formats import BlockFormat
+from altgrad.quantization.blocks import QuantizedTensor
 from altgrad.quantization.catalog import get_format
 from altgrad.quantization.checks import check_dtype, check_encodable, check_key, check_scale
 from altgrad.quantization.codec import check_codes, code_dtype, value_tensor
@@ -42,6 +45,8 @@ def quantize(
     clamp: bool = False,
     out: Tensor | None = None,
     kernel: str | None = None,
+    axis: int = -1,
+    pad: bool = False,
 ) -> Tensor:
     """scale * round_to_grid(x / scale): x with every element on the format's grid.
 
@@ -58,6 +63,8 @@ def quantize(
             max by a rounding error).
         out: tensor of x's shape and dtype to write to; may be x itself.
         kernel: implementation by name; None chooses by device.
+        axis, pad: for block formats: the axis that blocks run along, and whether the last block may be short
+            (`blocks.quantize`).
 
     Returns:
         Tensor of x's shape and dtype, detached.
@@ -68,6 +75,11 @@ def quantize(
     Raises:
         DtypeError, ScaleError, RandomKeyError, FormatError, OptionError: with value, limit and remedy.
     """
+    options = {"rounding": rounding, "overflow": overflow, "key": key, "random_bits": random_bits}
+    if isinstance(fmt := get_format(fmt), BlockFormat):
+        return blocks.quantize(
+            x, fmt, scale, axis=axis, pad=pad, subnormals=subnormals, out=out, kernel=kernel, **options
+        )
     fmt = _scalar_format(fmt, subnormals)
     options = _options(x, fmt, rounding, overflow, key, random_bits, clamp)
     scale = check_scale(x, scale)
@@ -112,34 +124,43 @@ def encode(
     subnormals: bool = True,
     clamp: bool = False,
     kernel: str | None = None,
-) -> Tensor:
+    axis: int = -1,
+    pad: bool = False,
+) -> Tensor | QuantizedTensor:
     """Codes of round_to_grid(x / scale): uint8 for formats of at most 8 bits, else int32, of x's shape.
 
-    Arguments as for `quantize`; decode(encode(x, f, s), f, s) equals quantize(x, f, s) bit for bit.
+    Arguments as for `quantize`; decode(encode(x, f, s), f, s) equals quantize(x, f, s) bit for bit. A block format
+    gives a `QuantizedTensor` of codes and scales, which `decode` takes by itself.
 
     Raises:
         CodeError: an element (NaN, inf) or the overflow policy's result has no code in the format.
     """
+    options = {"rounding": rounding, "overflow": overflow, "key": key, "random_bits": random_bits}
+    if isinstance(fmt := get_format(fmt), BlockFormat):
+        return blocks.encode(x, fmt, scale, axis=axis, pad=pad, subnormals=subnormals, kernel=kernel, **options)
     fmt = _scalar_format(fmt, subnormals)
     options = _options(x, fmt, rounding, overflow, key, random_bits, clamp)
     return _encode(x, fmt, check_scale(x, scale), kernel, options)[0]
 
 
 def decode(
-    codes: Tensor,
-    fmt: FloatFormat | str,
+    codes: Tensor | QuantizedTensor,
+    fmt: FloatFormat | str | None = None,
     scale: Tensor | float = 1.0,
     *,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """scale * value(code), of the codes' shape and of `dtype`.
+    """scale * value(code), of the codes' shape and of `dtype`; a `QuantizedTensor` knows its format and scales.
 
     Raises:
         CodeError: codes of another dtype, or out of range.
         DtypeError: `dtype` cannot hold the format.
     """
-    fmt = get_format(fmt)
+    if isinstance(codes, QuantizedTensor):
+        return blocks.decode(codes, dtype=dtype, out=out)
+    if fmt is None or isinstance(fmt := get_format(fmt), BlockFormat):
+        raise FormatError(f"format {fmt} with plain codes; give a scalar format, or the QuantizedTensor that encode gave")
     check_dtype(dtype, fmt)
     check_codes(codes, fmt)
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -152,6 +173,8 @@ def quantize_with_stats(
     x: Tensor, fmt: FloatFormat | str, scale: Tensor | float = 1.0, **options
 ) -> tuple[Tensor, QuantStats]:
     """`quantize` and the statistics of the same pass; arguments as there."""
+    if isinstance(fmt := get_format(fmt), BlockFormat):
+        return blocks.quantize_with_stats(x, fmt, scale, **options)
     subnormals, kernel = options.pop("subnormals", True), options.pop("kernel", None)
     fmt = _scalar_format(fmt, subnormals)
     chosen = _options(x, fmt, **_defaults(options))
@@ -163,8 +186,10 @@ def quantize_with_stats(
 
 def encode_with_stats(
     x: Tensor, fmt: FloatFormat | str, scale: Tensor | float = 1.0, **options
-) -> tuple[Tensor, QuantStats]:
+) -> tuple[Tensor | QuantizedTensor, QuantStats]:
     """`encode` and the statistics of the same pass; arguments as there."""
+    if isinstance(fmt := get_format(fmt), BlockFormat):
+        return blocks.encode_with_stats(x, fmt, scale, **options)
     subnormals, kernel = options.pop("subnormals", True), options.pop("kernel", None)
     fmt = _scalar_format(fmt, subnormals)
     chosen = _options(x, fmt, **_defaults(options))
@@ -188,7 +213,10 @@ def _defaults(options: dict) -> dict:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, fmt, mask_saturated, options):
-        if mask_saturated:
+        if mask_saturated and isinstance(fmt, BlockFormat):
+            where = {name: options[name] for name in ("axis", "pad") if name in options}
+            ctx.save_for_backward(~blocks.saturated(x, fmt, scale, **where))
+        elif mask_saturated:
             work = x.to(eager.compute_dtype(x.dtype))
             ctx.save_for_backward((work / scale).abs() <= fmt.max)
         ctx.masked = mask_saturated
