@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from types import MappingProxyType
 
 from altgrad.errors import FormatError
@@ -174,6 +174,44 @@ class BlockFormat:
         )
         return ";".join(parts)
 
+    def facts(self) -> list[tuple[str, str]]:
+        """(label, text) pairs that say all there is to know about the format."""
+        down, across = self.tile
+        shape = f"{down} x {across} tile of the last two axes" if self.is_tile else f"{across} along one axis"
+        scale = self.scale_format
+        rows = [
+            ("element", f"{self.element} ({self.element.bits} bits, max {self.element.max:g}, emax {self.element_emax})"),
+            ("block", f"{shape}, {self.block_elements} elements share a scale"),
+            ("scale", f"{scale} ({scale.bits} bits)" + (", under a float32 scale per tensor" if self.tensor_scale else "")),
+            ("scale rule", f"{self.rule.value}: {self._rule_text()}"),
+            ("bits per value", f"{self.bits_per_value:g}"),
+            ("largest value", f"{self.element.max:g} times the scale"),
+            ("NaN", self._nan_text()),
+            ("inf", "kept by the element" if self.has_inf else "kept by quantize, no code"),
+            ("finite overflow", "saturates at the element's max"),
+        ]
+        if self.aliases:
+            rows.append(("also named", ", ".join(self.aliases)))
+        rows.append(("source", self.source))
+        if self.note:
+            rows.append(("note", self.note))
+        return rows
+
+    def _rule_text(self) -> str:
+        if not self.power_of_two:
+            return "amax / element max" + ("" if self.has_float_scale else f" rounded to {self.scale_format}")
+        return {
+            ScaleRule.FLOOR: f"2^(floor(log2 amax) - {self.element_emax})",
+            ScaleRule.CEIL: f"the smallest power of two >= amax / {self.element.max:g}",
+            ScaleRule.NEAREST: f"2^-{self.element_emax} times the power of two nearest to amax",
+            ScaleRule.EVEN: f"2^(floor(log2(amax rounded to the element's precision)) - {self.element_emax})",
+        }[self.rule]
+
+    def _nan_text(self) -> str:
+        if self.element.has_nan:
+            return "kept by the element"
+        return "makes the scale NaN, and with it the block"
+
     def __str__(self) -> str:
         return self.name
 
@@ -257,7 +295,6 @@ _GENERIC = re.compile(r"(?P<element>[^/:]+)/(?P<block>\d+(x\d+)?)(?P<rest>(:[^:]
 _RULES = {rule.value for rule in ScaleRule}
 
 
-@lru_cache(maxsize=None)
 def find_block_format(name: str) -> BlockFormat | None:
     """The block format that a name means, or None if it has neither a block format's name nor the generic form.
 
@@ -271,6 +308,11 @@ def find_block_format(name: str) -> BlockFormat | None:
     key = name.strip().lower()
     if key in _BY_KEY:
         return _BY_KEY[key]
+    return _parse(key) if "/" in key or ":" in key else None
+
+
+@cache
+def _parse(key: str) -> BlockFormat | None:
     base, colon, rule = key.rpartition(":")
     if colon and base in _BY_KEY:
         row = _BY_KEY[base]
@@ -287,14 +329,14 @@ def find_block_format(name: str) -> BlockFormat | None:
     scale = parts.pop(0) if parts else "E8M0"
     if parts:
         raise FormatError(
-            f"block format {name!r}: {parts[0]!r} is not a rule ({', '.join(sorted(_RULES))}); "
+            f"block format {key!r}: {parts[0]!r} is not a rule ({', '.join(sorted(_RULES))}); "
             "the form is ELEMENT/BLOCK[:SCALE][:RULE][:tensor], such as E3M4/64:E8M0:ceil"
         )
     block = sides[0] if len(sides) == 1 else (sides[0], sides[1])
     return block_format(match["element"], block, scale, rule, tensor_scale=tensor_scale)
 
 
-@lru_cache(maxsize=None)
+@cache
 def block_format_from_spec(spec: str) -> BlockFormat:
     """The block format that `BlockFormat.spec` describes (without source, aliases and note)."""
     try:

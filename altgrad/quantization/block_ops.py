@@ -111,7 +111,8 @@ def quantize_stats(
 ) -> tuple[Tensor, Tensor]:
     """(values, statistics vector)."""
     found = _run(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel, stats=True)
-    assert found.values is not None and found.stats is not None
+    assert found.values is not None
+    assert found.stats is not None
     return found.values, found.stats
 
 
@@ -170,7 +171,8 @@ def encode_stats(
     """(codes, stored scales, number of elements without a code, statistics vector)."""
     arguments = (x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel)
     found = _run(*arguments, codes=True, stats=True)
-    assert found.codes is not None and found.stats is not None
+    assert found.codes is not None
+    assert found.stats is not None
     missing = found.missing if found.missing is not None else x.new_zeros((), dtype=torch.int64)
     return found.codes, found.scales, missing, found.stats
 
@@ -181,12 +183,15 @@ def _(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bit
 
 
 @torch.library.custom_op("altgrad::decode_blocks", mutates_args=())
-def decode(codes: Tensor, scales: Tensor, spec: str, axis: int, dtype: torch.dtype, kernel: str) -> Tensor:
-    """Values of the codes under float32 block multipliers."""
+def decode(
+    codes: Tensor, scales: Tensor, upper: Tensor | None, spec: str, axis: int, dtype: torch.dtype, kernel: str
+) -> Tensor:
+    """Values of codes and stored scales."""
     fmt = block_format_from_spec(spec)
-    return eager_blocks.decode(codes, fmt, block_layout(codes.shape, fmt, axis, pad=True), scales, dtype)
+    layout = block_layout(codes.shape, fmt, axis, pad=True)
+    return eager_blocks.decode(codes, fmt, layout, eager_blocks.scale_values(scales, fmt, upper), dtype)
 
 
 @decode.register_fake
-def _(codes, scales, spec, axis, dtype, kernel):
+def _(codes, scales, upper, spec, axis, dtype, kernel):
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)

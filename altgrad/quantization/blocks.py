@@ -232,8 +232,8 @@ def decode(
             f"scales of shape {list(quantized.scales.shape)} for codes of shape {list(codes.shape)}; {fmt} along axis "
             f"{quantized.axis} has {list(layout.scale_shape)}"
         )
-    scales = quantized.scale_values
-    values = block_ops.decode(codes, scales, fmt.spec, quantized.axis, dtype, block_ops.chosen(codes, kernel))
+    where = (fmt.spec, quantized.axis, dtype, block_ops.chosen(codes, kernel))
+    values = block_ops.decode(codes, quantized.scales, quantized.tensor_scale, *where)
     return values if out is None else out.copy_(values)
 
 
