@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache
 from types import MappingProxyType
 
 from altgrad.errors import FormatError
@@ -148,7 +148,7 @@ _BY_KEY = {name.lower(): row for row in _ROWS for name in (row.name, *row.aliase
 _EXMY = re.compile(r"e(\d{1,2})m(\d{1,2})")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(name: str) -> FloatFormat:
     key = name.strip().lower()
     if key in _BY_KEY:

@@ -6,7 +6,7 @@ grid steps from zero: sign * magnitude code, so +0 and -0 share 0 and neighbours
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ def code_dtype(fmt: FloatFormat) -> torch.dtype:
     return torch.uint8 if fmt.bits <= 8 else torch.int32
 
 
-@lru_cache(maxsize=None)
+@cache
 def value_table(fmt: FloatFormat) -> np.ndarray:
     """Value of every code 0 .. 2^bits - 1 as read-only float64; NaN and inf where the code says so.
 

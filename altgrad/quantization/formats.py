@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -321,7 +321,7 @@ class FloatFormat:
 FP8Format = FloatFormat
 
 
-@lru_cache(maxsize=None)
+@cache
 def format_from_spec(spec: str) -> FloatFormat:
     """The format that `FloatFormat.spec` describes (without source, aliases and note)."""
     try:

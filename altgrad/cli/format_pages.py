@@ -1,0 +1,101 @@
+"""The terminal pages of `altgrad formats`: catalog, one format, groups of one grid."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from altgrad.quantization.block_formats import BLOCK_FORMATS
+from altgrad.quantization.catalog import FORMAT_REGISTRY, get_format
+from altgrad.quantization.describe import binades, density_chart, equivalent_groups, facts, number
+from altgrad.quantization.formats import FloatFormat
+
+_SOURCES = list(dict.fromkeys(fmt.source for fmt in FORMAT_REGISTRY.values()))
+
+
+def print_catalog() -> None:
+    """Every scalar format, one row each, grouped by the source that it follows; then the block formats by name."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("format", no_wrap=True)
+    for column in ("bits", "bias", "max", "min normal", "min step", "binades"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("inf/nan", no_wrap=True)
+    source = None
+    for fmt in sorted(FORMAT_REGISTRY.values(), key=lambda f: _SOURCES.index(f.source)):
+        if fmt.source != source:
+            source = fmt.source
+            table.add_section()
+        table.add_row(
+            fmt.name,
+            str(fmt.bits),
+            "-" if fmt.bias is None else str(fmt.bias),
+            number(fmt.max, digits=6),
+            number(fmt.min_normal, digits=6),
+            number(fmt.min_subnormal, digits=6),
+            str(binades(fmt)),
+            "inf nan" if fmt.has_inf else "nan" if fmt.has_nan else "-",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "A rule parts the sources. Facts, source and a chart of one: altgrad formats E3M4. Any E<e>M<m> parses too.",
+        highlight=False,
+    )
+    if BLOCK_FORMATS:
+        console.print(f"Block formats: {', '.join(BLOCK_FORMATS)}", highlight=False)
+
+
+def print_format(name: str) -> None:
+    """All facts of one format, with a chart of where its values lie."""
+    fmt = get_format(name)
+    console = Console()
+    table = Table(
+        title=fmt.name, show_header=False, box=None, title_style="bold", title_justify="left", padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    rows = facts(fmt) if isinstance(fmt, FloatFormat) else fmt.facts()
+    for label, text in rows:
+        table.add_row(label, text)
+    console.print(table)
+    scalar = fmt if isinstance(fmt, FloatFormat) else fmt.element
+    if scalar.magnitude_bits <= 18:
+        console.print(f"\nPositive values of {scalar.name} by magnitude", style="bold", highlight=False)
+        for line in density_chart(scalar, min(64, console.width - 2)):
+            console.print(line, highlight=False)
+
+
+def print_equivalent() -> None:
+    """Groups of formats whose grids are one another's multiples, found by comparing every value."""
+    console = Console()
+    console.print("Formats that are one grid under scaling (every value compared):", style="bold")
+    for members in equivalent_groups(FORMAT_REGISTRY.values()):
+        first = members[0]
+        ratios = ", ".join(f"{m.name} (x {number(m.max / first.max)})" for m in members[1:])
+        console.print(f"  {first.name} = {ratios}", highlight=False)
+
+
+def print_demo() -> None:
+    """Quantize one bell-shaped tensor in every 8-bit format, unscaled and under amax scaling, and print the error."""
+    import torch
+
+    from altgrad.quantization import amax_scale, quantize_with_stats
+
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    table = Table(title="2^20 normal numbers through each 8-bit format", title_justify="left", header_style="bold")
+    table.add_column("format")
+    for column in ("SQNR, unscaled", "overflow", "underflow", "SQNR, amax scaling"):
+        table.add_column(column, justify="right")
+    for fmt in FORMAT_REGISTRY.values():
+        if fmt.bits == 8 and fmt.has_zero:
+            plain = quantize_with_stats(x, fmt)[1]
+            scaled = quantize_with_stats(x, fmt, amax_scale(x, fmt), clamp=True)[1]
+            table.add_row(
+                fmt.name,
+                f"{float(plain.sqnr_db):.1f} dB",
+                f"{float(plain.overflow_rate):.2%}",
+                f"{float(plain.underflow_rate):.2%}",
+                f"{float(scaled.sqnr_db):.1f} dB",
+            )
+    Console().print(table)
