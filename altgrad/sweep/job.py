@@ -1,0 +1,157 @@
+"""One run of a sweep as a value that can be sent anywhere, and what is known of it from its folder alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+METRICS, RESULT, FAILURE, LOG, CONFIG = "metrics.jsonl", "result.json", "crashes.json", "log.txt", "sweep.yaml"
+FINISHED = ("completed", "collapsed")  # a collapse is a result: the run is not repeated
+
+
+class State(str, Enum):
+    """What a run folder says about its run."""
+
+    DONE = "done"
+    MISSING = "missing"
+    PARTIAL = "partial"
+    """Begun, then interrupted or killed; it goes on from its last checkpoint."""
+    FAILED = "failed"
+    """It crashed more often than it is retried; another sweep tries it again."""
+    BUSY = "busy"
+    """Another process is working in it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        name: the run folder's name.
+        runs_dir: folder that holds the run folders.
+        config: the whole config, as YAML.
+        max_steps: planned steps.
+        threads: CPU threads that it may use.
+        gpus: devices that it needs.
+        command: program and arguments that make the run, "{config}" standing for the config's file; empty for
+            `altgrad run`.
+        environment: variables on top of the process's own.
+    """
+
+    name: str
+    runs_dir: str
+    config: str
+    max_steps: int
+    threads: int = 1
+    gpus: int = 0
+    command: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    def arguments(self, config: Path) -> list[str]:
+        """The program and its arguments, for a config written to `config`."""
+        command = self.command or (sys.executable, "-m", "altgrad", "run", "{config}")
+        return [part.replace("{config}", str(config)) for part in command]
+
+    def variables(self) -> dict[str, str]:
+        """The process's environment: its share of the threads, and this job's own variables."""
+        share = str(self.threads)
+        budget = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
+        return {**os.environ, **budget, **self.environment}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: "done" (with its result), "failed" (with the last crash), "stopped", or "busy"."""
+
+    status: str
+    seconds: float = 0.0
+    result: Mapping[str, Any] | None = None
+    crash: Mapping[str, Any] | None = None
+    crashes: int = 0
+    by_another: bool = False
+    """The run was already finished when the job got its folder."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is, from the end of its metrics: step, loss and speed of the last whole step record."""
+
+    step: int = 0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    elapsed_s: float | None = None
+
+
+def state_of(folder: Path, busy: bool = False) -> State:
+    """The state of the run in `folder`; `busy` says that its lock is held."""
+    if finished_result(folder):
+        return State.DONE
+    if busy:
+        return State.BUSY
+    if (read_json(folder / FAILURE) or {}).get("state") == "failed":
+        return State.FAILED
+    return State.PARTIAL if (folder / METRICS).is_file() else State.MISSING
+
+
+def finished_result(folder: Path) -> Mapping[str, Any] | None:
+    """The result of a finished run; None while there is none."""
+    result = read_json(folder / RESULT)
+    return result if result and result.get("status") in FINISHED else None
+
+
+def position(folder: Path) -> Position:
+    """Where the run is now; step 0 before its first record. Reads the last 16 KiB, or all where those hold no step."""
+    path = folder / METRICS
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            for window in (1 << 14, 1 << 20):
+                stream.seek(max(0, size - window))
+                for line in reversed(stream.read().split(b"\n")):
+                    record = _step_record(line)
+                    if record:
+                        return Position(
+                            record["step"], _number(record.get("loss")), _number(record.get("tokens_per_s")),
+                            _number(record.get("elapsed_s")),
+                        )  # fmt: skip
+                if size <= window:
+                    break
+    except OSError:
+        pass
+    return Position()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where the file is missing, torn, or holds none."""
+    try:
+        loaded = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def _step_record(line: bytes) -> dict[str, Any] | None:
+    if b'"step"' not in line:
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None  # torn, or the window's first line
+    return record if isinstance(record, dict) and record.get("kind") == "step" else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return None
