@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 from altgrad.errors import FormatError
 from altgrad.quantization.formats import FloatFormat, Specials
@@ -166,8 +167,8 @@ def _parse(name: str) -> FloatFormat:
     raise FormatError(f"unknown format {name!r}: {hint} Any E<exponent bits>M<mantissa bits> parses too, such as E3M4")
 
 
-def get_format(name):
-    """The format of that name, case-insensitively; a format is returned as it is.
+def get_format(name) -> Any:
+    """The format of that name, case-insensitively: a FloatFormat, or a BlockFormat; a format is returned as it is.
 
     Args:
         name: a catalog name or alias, a block format's name (`MXFP4`), any `E<e>M<m>` (IEEE bias, finite only, unless
