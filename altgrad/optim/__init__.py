@@ -1,0 +1,42 @@
+"""Optimizers that know the grid their weights live on; all are `torch.optim.Optimizer`s.
+
+>>> import torch
+>>> from altgrad.optim import ManifoldAdamW
+>>> weight = torch.nn.Parameter(torch.tensor([1.0, 0.125]))
+>>> weight.grad = torch.ones(2)
+>>> ManifoldAdamW([weight], "E4M3", lr=0.5).step()  # half a grid step each: 2^-4 and 2^-11
+>>> weight.data * 2**11
+tensor([1920.0000,   19.4800])
+"""
+
+from altgrad.optim.base import COUNT_NAMES, GridOptimizer, state_bytes
+from altgrad.optim.compensated import ECO, KahanAdamW
+from altgrad.optim.grid import position, spacing, value_at
+from altgrad.optim.grid_optim import GridOptim
+from altgrad.optim.madam import LNSMadam, Madam
+from altgrad.optim.manifold_adamw import ManifoldAdamW, Movement, SRAdamW
+from altgrad.optim.registry import OPTIMIZERS, OptimizerRow, find_optimizer, make_optimizer
+from altgrad.optim.sign_based import Lion, SignSGD
+
+__all__ = [
+    "COUNT_NAMES",
+    "ECO",
+    "OPTIMIZERS",
+    "GridOptim",
+    "GridOptimizer",
+    "KahanAdamW",
+    "LNSMadam",
+    "Lion",
+    "Madam",
+    "ManifoldAdamW",
+    "Movement",
+    "OptimizerRow",
+    "SRAdamW",
+    "SignSGD",
+    "find_optimizer",
+    "make_optimizer",
+    "position",
+    "spacing",
+    "state_bytes",
+    "value_at",
+]
