@@ -197,6 +197,9 @@ class ExperimentConfig(_Section):
     rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "odd", "stochastic"] = "nearest_even"
     scaling: str = "amax"
     """A scaling policy by name: amax (current, per tensor), none, delayed, ..."""
+    storage_refresh_interval: Annotated[int, Field(ge=0)] = 10
+    """grid with amax scaling: steps between renewals of the grid's power-of-two scale, so that growing weights do not
+    end at its edge; 0 keeps the first."""
     recipe: dict[str, Any] | None = None
     """A full recipe; then fp8_format, weight_storage, rounding and scaling must be left at their defaults."""
     include: list[str] | None = None
@@ -258,7 +261,13 @@ class ExperimentConfig(_Section):
         return self.recipe is not None or self.fp8_format != "FP32"
 
 
-NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "threads", "trackers")  # where a run lives, not what it computes
+NOT_IDENTITY = (
+    "runs_dir",
+    "checkpoint_dir",
+    "device",
+    "threads",
+    "trackers",
+)  # where a run lives, not what it computes
 
 
 def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:

@@ -112,6 +112,20 @@ def load_corpus(config: DataSection, vocab_size: int | None = None) -> Corpus:
     return _hugging_face(config)
 
 
+def resolve_corpus(data: Corpus | str | Path | None, config: DataSection, vocab_size: int | None = None) -> Corpus:
+    """The corpus handed in, or that of a path (a folder with train.bin, or text), or the config's own.
+
+    Raises:
+        DataError: as `load_corpus`.
+    """
+    if isinstance(data, Corpus):
+        return data
+    if data is None:
+        return load_corpus(config, vocab_size)
+    source = "tokens" if (Path(data) / "train.bin").is_file() else "text"
+    return load_corpus(DataSection(**{**config.model_dump(), "source": source, "path": str(data)}), vocab_size)
+
+
 def corpus_from_bytes(text: bytes, val_fraction: float, description: str) -> Corpus:
     """Bytes as tokens; the tail is held out.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -57,8 +58,10 @@ class RunLock:
         Raises:
             RunBusyError: another process holds it.
         """
-        if lock := cls.try_acquire(folder):
-            return lock
+        for _ in range(5):  # somebody may only be looking (`is_locked`)
+            if lock := cls.try_acquire(folder):
+                return lock
+            time.sleep(0.02)
         raise RunBusyError(
             f"another process is working in {folder}; wait until it ends, or change the config (another seed or name "
             "is another folder)"
@@ -79,7 +82,9 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
 

@@ -1,0 +1,133 @@
+"""The number formats of one training run: what a config's keys mean as a recipe, bound to a model and its optimizer.
+
+A run in FP32 has none of this: every method then does nothing, so the trainer's transaction reads the same for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altgrad.errors import ConfigError
+from altgrad.training.config import ExperimentConfig
+
+
+def recipe_of(config: ExperimentConfig, fmt: str | None = None):
+    """The `altgrad.nn.Recipe` that a config asks for; None for FP32.
+
+    Args:
+        fmt: another format in place of `config.fp8_format` (an emergency shift).
+
+    Raises:
+        RecipeError: the combination contradicts itself.
+    """
+    name = fmt or config.fp8_format
+    if config.recipe is None and name == "FP32":
+        return None
+    from altgrad.nn import Recipe, StorageSpec, uniform
+
+    if config.recipe is not None and fmt is None:
+        return Recipe.from_dict(config.recipe)
+    storage: Any = config.weight_storage
+    if storage == "grid":
+        fixed = config.scaling == "none"  # unscaled means the stored weights, too
+        storage = StorageSpec(
+            name,
+            rounding=config.rounding,  # type: ignore[arg-type]
+            scale=1.0 if fixed else None,
+            refresh_every=0 if fixed else config.storage_refresh_interval,
+        )
+    return uniform(name, rounding=config.rounding, scaling=config.scaling, storage=storage)
+
+
+@dataclass(frozen=True)
+class StorageFigures:
+    """What storage rounding did to one step's updates, over all weights on a grid; None where there are none."""
+
+    stall_rate: float | None = None
+    flip_rate: float | None = None
+
+
+class FormatsOfRun:
+    """A model's quantization, as the trainer needs it."""
+
+    def __init__(self, model: nn.Module, config: ExperimentConfig) -> None:
+        self.model, self.config = model, config
+        self.format = config.fp8_format  # changes with an emergency shift
+        self.manifest = None
+        self.handle: Any = None
+        recipe = recipe_of(config)
+        if recipe is None:
+            return
+        from altgrad.nn import quantize_model
+
+        self.manifest = quantize_model(model, recipe, include=config.include, exclude=config.exclude or None)
+
+    @property
+    def active(self) -> bool:
+        return self.manifest is not None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put storage rounding behind the optimizer's step."""
+        if self.active:
+            from altgrad.nn import attach_optimizer
+
+            self.handle = attach_optimizer(self.model, optimizer)
+
+    def at(self, step: int, micro_batch: int = 0) -> None:
+        """Set what the random streams are functions of."""
+        if self.active:
+            from altgrad.nn import set_step
+
+            set_step(self.model, step, micro_batch)
+
+    def state(self) -> dict[str, Any]:
+        """Copies of scale histories and storage state, with the present format."""
+        if not self.active:
+            return {}
+        from altgrad.nn import quant_state
+
+        return {"format": self.format, "layers": quant_state(self.model)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state`'s result, with its format."""
+        if not self.active:
+            return
+        from altgrad.nn import load_quant_state
+
+        if state["format"] != self.format:
+            self.change(state["format"])
+        load_quant_state(self.model, state["layers"])
+
+    def snapshot(self) -> Any:
+        """What a step may change in the scale histories before its outcome is known."""
+        return self.state()
+
+    def restore_snapshot(self, snapshot: Any) -> None:
+        """Undo what a skipped step did to the scale histories."""
+        self.load_state(snapshot)
+
+    def change(self, fmt: str) -> None:
+        """Use another format from now on; weights on a grid move to its grid."""
+        from altgrad.nn import change_format
+
+        if self.config.recipe is not None:
+            raise ConfigError("an emergency shift needs fp8_format, not a recipe; set fp8_format=...")
+        change_format(self.model, recipe_of(self.config, fmt))
+        self.format = fmt
+
+    def storage_figures(self) -> StorageFigures:
+        """Stall and flip rates of the last optimizer step (one host copy)."""
+        return StorageFigures()
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no element is NaN or inf: one reduction and one host copy for all tensors."""
+    floats = [t for t in tensors if t.is_floating_point() and t.numel()]
+    if not floats:
+        return True
+    largest = torch.stack([n.float() for n in torch._foreach_norm(floats, torch.inf)])  # NaN and inf survive a maximum
+    return bool(torch.isfinite(largest).all())

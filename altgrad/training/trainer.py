@@ -1,0 +1,231 @@
+"""One training step as a transaction, on a state that can be captured, forked and replayed bit for bit.
+
+    1. forward and backward under the recipe
+    2. all-finite check of loss and gradients; a non-finite step applies nothing and rolls the scale histories back
+    3. interventions on the gradients (the clip on measured overflow), then the ordinary clip
+    4. optimizer step, then storage rounding (the hook of `altgrad.nn.attach_optimizer`)
+    5. diagnostics see (before, gradient, attempted update, after)
+    6. the emergency shift may change the format from the next step on
+    7. the verdict is taken and the step's record returned
+
+Everything random is a function of (seed, step), so the state is parameters, optimizer, scale histories, interventions,
+judge and step count, and nothing else. The trainer writes no files: that is the format runner's work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from altgrad.training.config import ExperimentConfig
+from altgrad.training.data import Corpus, resolve_corpus
+from altgrad.training.formats_of_run import FormatsOfRun, StorageFigures, all_finite
+from altgrad.training.interventions import Interventions
+from altgrad.training.measuring import Measuring
+from altgrad.training.model import GPT, GPTConfig
+from altgrad.training.optimizers import build_optimizer, lr_at
+from altgrad.training.state_tree import load_model_state, load_optimizer_state, model_state, optimizer_state
+from altgrad.training.stepping import (
+    clip_to,
+    deterministic,
+    gradient_norm,
+    gradients,
+    on_host,
+    seed_of,
+    seeded,
+    usable_device,
+    wide_norm,
+)
+from altgrad.training.verdict import Judge, StepFacts, Verdict
+
+LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def next_token_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross entropy in nats per token, of models that return logits, (logits, ...) or an object with `.logits`."""
+    output = model(x)
+    logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step was. Rates are None where they were not measured."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    finite: bool
+    stall_rate: float | None = None
+    flip_rate: float | None = None
+    overflow_rate: float | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    verdict: Verdict | None = None
+
+
+def build_model(config: ExperimentConfig, vocab_size: int) -> GPT:
+    """The GPT that a config describes; its initial weights are a function of the config's seed."""
+    section = config.model.model_dump()
+    section["vocab_size"] = section["vocab_size"] or vocab_size
+    return GPT(GPTConfig(**section), seed=config.seed)
+
+
+class Trainer:
+    """A model, its optimizer and its formats, one step at a time.
+
+    Args:
+        config: the experiment.
+        model: any module, changed in place; None builds the config's GPT.
+        data_dir: a corpus, a path (a folder with train.bin and val.bin, or text), or None for `config.data`.
+        device: where to train; None for `config.device`.
+        loss: the loss of (model, x, y).
+
+    Raises:
+        ConfigError, DataError, RecipeError: what was asked for cannot be done.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        model: nn.Module | None = None,
+        data_dir: Corpus | str | Path | None = None,
+        device: str | torch.device | None = None,
+        *,
+        loss: LossFunction = next_token_loss,
+    ) -> None:
+        self.config = config
+        self.device = usable_device(device or config.device)
+        self.corpus = resolve_corpus(data_dir, config.data, config.model.vocab_size)
+        if model is None:
+            model = build_model(config, self.corpus.vocab_size)
+            self.corpus.check(config.model.block_size, model.config.vocab_size)
+        self.model = model.to(self.device).train()
+        self.loss = loss
+        self.formats = FormatsOfRun(self.model, config)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.formats.attach(self.optimizer)
+        self.measuring = Measuring(config, self.model, self.optimizer, self.formats)
+        self.interventions = Interventions(config, self.model, self.optimizer, self.formats)
+        self.judge = Judge(config.verdict)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._forward = torch.compile(self.model) if config.compile else self.model
+        self.step = 0  # steps taken, skipped ones included
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of step 1, 2, ...: a function of (seed, step)."""
+        sizes = self.config.data.batch_size, self.config.model.block_size
+        x, y = self.corpus.batch(self.config.seed, step, *sizes)
+        return x.to(self.device), y.to(self.device)
+
+    def train_step(self, x: Tensor, y: Tensor) -> StepRecord:
+        """Train on one batch, int64 of shape (batch, time), and return what happened.
+
+        The batch is split into `data.grad_accumulation` micro-batches. Nothing of a non-finite step is applied.
+        """
+        step, settings = self.step + 1, self.config.optimizer
+        before = self.formats.snapshot()
+        self.measuring.begin_step(step)
+        loss = self._forward_backward(step, x, y)
+        grads = gradients(self.parameters)
+        norm = gradient_norm(grads)
+        loss_value, norm_value = on_host([loss, norm])
+        if math.isfinite(loss_value) and not math.isfinite(norm_value) and all_finite(grads):
+            norm_value = wide_norm(grads)
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+
+        overflow = self.measuring.overflow_rate()
+        events: list[dict[str, Any]] = []
+        lr = lr_at(step, self.config.max_steps, settings)
+        figures = StorageFigures()
+        if finite:
+            if clipped := self.interventions.clip(overflow):
+                events.append(clipped)
+                norm = gradient_norm(grads)
+            if settings.grad_clip and grads:
+                clip_to(grads, norm if clipped or norm_value < 1e18 else norm_value, settings.grad_clip)
+            self._update(lr)
+            figures = self.formats.storage_figures()
+        else:
+            self.formats.restore_snapshot(before)
+            events.append({"event": "skip_nonfinite", "loss": loss_value, "grad_norm": norm_value})
+        self.step = step
+        self.measuring.end_step()
+
+        warmup = step <= settings.warmup_steps
+        can_shift = self.interventions.can_shift
+        shifted = self.interventions.end_step(step, finite=finite, stall_rate=figures.stall_rate, warmup=warmup)
+        if shifted:
+            events.append(shifted)
+            self.judge.forget()
+        verdict = None
+        if not shifted:
+            facts = StepFacts(step, loss_value, finite, norm_value, figures.stall_rate, warmup)
+            verdict = self.judge.see(facts, can_shift=can_shift)
+        rate = None if overflow is None else float(overflow)
+        return StepRecord(
+            step, loss_value, lr, norm_value, finite, figures.stall_rate, figures.flip_rate, rate, events, verdict
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean validation loss in nats per token, under the recipe; nothing of training's state changes."""
+        settings, total = self.config.evaluation, 0.0
+        batches = self.corpus.validation_batches(
+            settings.batches, self.config.data.batch_size, self.config.model.block_size
+        )
+        self.model.eval()
+        self.formats.at(self.step)
+        try:
+            with self.measuring.paused(), seeded(self.device, seed_of(self.config.seed, "evaluation")):
+                for x, y in batches:
+                    total += float(self.loss(self._forward, x.to(self.device), y.to(self.device)))
+        finally:
+            self.model.train()
+        return total / settings.batches
+
+    def capture(self) -> dict[str, Any]:
+        """The complete state as nested dicts of tensors and plain values, sharing nothing with the trainer."""
+        return {
+            "step": self.step,
+            "model": model_state(self.model),
+            "optimizer": optimizer_state(self.optimizer),
+            "formats": self.formats.state(),
+            "interventions": self.interventions.state(),
+            "judge": self.judge.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `capture`'s result, taken from this trainer or one of the same config; it can be used again."""
+        self.formats.load_state(state["formats"])  # first: a change of format requantizes weights
+        load_model_state(self.model, state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.interventions.load_state(state["interventions"])
+        self.judge.load_state_dict(state["judge"])
+        self.step = state["step"]
+
+    def _forward_backward(self, step: int, x: Tensor, y: Tensor) -> Tensor:
+        """Accumulate gradients over the micro-batches; their mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.config.data.grad_accumulation
+        total = torch.zeros((), device=self.device)
+        for index, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+            self.formats.at(step, index)
+            with seeded(self.device, seed_of(self.config.seed, step, index)), deterministic(self.device):
+                loss = self.loss(self._forward, part_x, part_y) / parts
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with deterministic(self.device):
+            self.optimizer.step()
