@@ -189,7 +189,7 @@ class FloatFormat:
             return math.ldexp(1.0, self.emin - self.mantissa_bits)
         return math.ldexp(1.0, self.emin)
 
-    def ulp(self, x):
+    def ulp(self, x) -> Any:
         """Grid spacing at x, 2^(max(floor(log2|x|), emin) - M), for |x| up to max and as if unbounded beyond.
 
         Args:
