@@ -1,1 +1,7 @@
 """Run folders in; tables, statistics and reports out. Imports neither torch nor anything that trains."""
+
+from altgrad.analysis.comparison import comparison_table
+from altgrad.analysis.comparison_report import write_report
+from altgrad.analysis.runs import Curve, Metrics, Run, find_runs, read_run
+
+__all__ = ["Curve", "Metrics", "Run", "comparison_table", "find_runs", "read_run", "write_report"]

@@ -173,11 +173,13 @@ def _mark(mark: Mark, row: int, x_axis: Axis, y_axis: Axis) -> Markup:
 
 
 def _off_scale(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> list[Markup]:
-    parts = []
+    parts: list[Markup] = []
+    told = set()
     for s in series:
         finite = np.where(np.isfinite(s.y), s.y, -np.inf)
         above = np.flatnonzero(finite > y_axis.hi)
-        if len(above) and not s.faint:
+        if len(above) and s.group not in told:
+            told.add(s.group)
             at = float(x_axis.at(s.x[above[0]]))
             text = f"▲ {s.group} leaves the chart, up to {number(float(finite.max()), 3)}"
             left = at > 0.5
@@ -191,7 +193,6 @@ def _off_scale(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> list[Mar
                     dx="-8" if left else "8",
                     text_anchor="end" if left else "start",
                     data_group=s.group,
-                    data_role=s.role or None,
                 )
             )
     return parts

@@ -1,0 +1,71 @@
+"""Says whether runs may stand in one comparison: same corpus, same numerics, same version of the code."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from altgrad.analysis.runs import Run
+from altgrad.errors import ReportError
+from altgrad.report.numbers import listing
+
+IDENTITY = {
+    "data_fingerprint": "the corpus",
+    "numerics_version": "the version of the numerics",
+    "altgrad": "the version of AltGrad",
+}
+"""Facts that must agree: a loss on another corpus, or of other arithmetic, is another quantity."""
+
+CIRCUMSTANCES = {
+    "commit": "the commit",
+    "device": "the device",
+    "torch": "the version of PyTorch",
+    "threads": "the number of threads",
+}
+"""Facts that may differ, and are then pointed out: they can move losses in the last digits, and times a lot."""
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A fact that differs: `values` maps each value to the names of its runs."""
+
+    fact: str
+    words: str
+    values: dict[str, list[str]]
+
+    def sentence(self) -> str:
+        parts = [f"{value} ({_some(names)})" for value, names in self.values.items()]
+        return f"{self.words[:1].upper()}{self.words[1:]} differs: {listing(parts)}."
+
+
+def disagreements(runs: Sequence[Run], facts: dict[str, str]) -> list[Disagreement]:
+    """The facts on which runs differ; a run that does not record a fact does not disagree on it."""
+    found = []
+    for fact, words in facts.items():
+        values: dict[str, list[str]] = defaultdict(list)
+        for run in runs:
+            if (value := run.fact(fact)) is not None:
+                values[str(value)].append(run.path.name)
+        if len(values) > 1:
+            found.append(Disagreement(fact, words, dict(values)))
+    return found
+
+
+def require_comparable(runs: Sequence[Run], *, force: bool = False) -> list[str]:
+    """Sentences that a report of `runs` must carry. Raises ReportError when they are no fair comparison, unless `force`."""
+    broken = disagreements(runs, IDENTITY)
+    if broken and not force:
+        raise ReportError(
+            " ".join(d.sentence() for d in broken)
+            + " Such losses are different quantities; compare runs that agree, or force the comparison"
+            " (force=True, --force) to have it marked instead of refused."
+        )
+    marked = [
+        f"{d.sentence()} These runs are compared by force; their losses are different quantities." for d in broken
+    ]
+    return marked + [d.sentence() for d in disagreements(runs, CIRCUMSTANCES)]
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} runs, such as {names[0]}"

@@ -1,0 +1,180 @@
+"""Compares runs with their baseline: the result table, the headline, and how the configurations differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from altgrad.analysis.outcome import PAST_TENSE, Outcome, label_runs
+from altgrad.analysis.runs import read_run
+from altgrad.report.numbers import count, difference, listing, loss
+
+IGNORED_KEYS = frozenset({"name", "runs_dir", "checkpoint_dir", "trackers", "device", "threads"})
+"""Configuration keys that do not change what is computed."""
+
+
+def comparison_table(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """One row per run, in the order given: who it is, how it ended, its losses, and its distance from the baseline."""
+    outcomes = label_runs([read_run(path) for path in run_dirs])
+    return [table_row(outcome, baseline_of(outcome, outcomes)) for outcome in outcomes]
+
+
+def table_row(outcome: Outcome, baseline: Outcome | None) -> dict[str, Any]:
+    run = outcome.run
+    return {
+        "run_id": run.run_id,
+        "label": outcome.label,
+        "name": run.name,
+        "format": run.format,
+        "storage": run.storage,
+        "rounding": run.rounding,
+        "optimizer": run.optimizer,
+        "seed": run.seed,
+        "status": run.status,
+        "verdict": outcome.short_verdict,
+        "onset_step": outcome.onset if outcome.collapsed else None,
+        "final_loss": outcome.final("loss"),
+        "best_loss": outcome.best("loss"),
+        "best_step": run.number("best_step"),
+        "final_val_loss": outcome.final("val_loss"),
+        "best_val_loss": outcome.best("val_loss"),
+        "against_baseline": against(outcome, baseline),
+        "steps": outcome.steps,
+        "max_steps": run.max_steps,
+        "stall_rate": run.number("stall_rate"),
+        "wall_s": run.number("wall_s"),
+        "tokens_per_s": run.number("tokens_per_s"),
+    }
+
+
+def baseline_of(outcome: Outcome, outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The unquantized run to compare with: of the same seed if there is one, else the only one there is."""
+    if outcome.run.is_baseline:
+        return None
+    baselines = [other for other in outcomes if other.run.is_baseline]
+    same_seed = [other for other in baselines if other.run.seed == outcome.run.seed]
+    same = [other for other in same_seed if other.run.optimizer == outcome.run.optimizer]
+    return (same or same_seed or (baselines if len(baselines) == 1 else [None]))[0]
+
+
+def against(outcome: Outcome, baseline: Outcome | None) -> float | None:
+    """Final validation loss minus the baseline's; of the training loss if either has no validation."""
+    if baseline is None:
+        return None
+    for kind in ("val_loss", "loss"):
+        mine, theirs = outcome.final(kind), baseline.final(kind)
+        if mine is not None and theirs is not None:
+            return mine - theirs
+    return None
+
+
+def headline(outcomes: Sequence[Outcome]) -> str:
+    """One sentence that says how it came out."""
+    if len(outcomes) == 1:
+        return _headline_of_one(outcomes[0])
+    parts = []
+    standing = [o for o in outcomes if not o.collapsed and not o.run.is_baseline and o.run.finished]
+    compared = [
+        (gap, o) for o in standing if (gap := against(o, baseline_of(o, outcomes))) is not None and np.isfinite(gap)
+    ]
+    if compared:
+        gap, best = min(compared, key=lambda pair: abs(pair[0]))
+        base = baseline_of(best, outcomes)
+        kind = (
+            "val_loss" if best.final("val_loss") is not None and base and base.final("val_loss") is not None else "loss"
+        )
+        what = "validation loss" if kind == "val_loss" else "training loss"
+        if gap == 0:
+            parts.append(f"{best.label} ended exactly at FP32's {what} of {loss(best.final(kind))}")
+        elif len(compared) == 1:
+            parts.append(f"{best.label} ended {difference(gap)} from FP32 in {what}")
+        else:
+            parts.append(f"{best.label} ended closest to FP32, {difference(gap)} in {what}")
+    elif len(standing) > 1:
+        kind = "val_loss" if all(o.final("val_loss") is not None for o in standing) else "loss"
+        known = [(value, o) for o in standing if (value := o.final(kind)) is not None and np.isfinite(value)]
+        if known:
+            value, best = min(known, key=lambda pair: pair[0])
+            parts.append(
+                f"{best.label} ended lowest, at {'validation' if kind == 'val_loss' else 'training'} loss {loss(value)}"
+            )
+    parts += _collapse_clauses(outcomes)
+    unfinished = [o.label for o in outcomes if not o.run.finished]
+    if unfinished:
+        parts.append(f"{listing(unfinished[:4])} {'has' if len(unfinished) == 1 else 'have'} no result yet")
+    if not parts:
+        parts.append(f"{count(len(outcomes))} runs, none of which collapsed")
+    return "; ".join(parts) + "."
+
+
+def _headline_of_one(outcome: Outcome) -> str:
+    final, kind = outcome.final("val_loss"), "validation"
+    if final is None:
+        final, kind = outcome.final("loss"), "training"
+    said = outcome.said.rstrip(".")
+    said = f"{outcome.label} {said[:1].lower()}{said[1:]}" if outcome.run.finished else f"{outcome.label}: {said}"
+    return f"{said}; {kind} loss {loss(final)}." if final is not None and np.isfinite(final) else f"{said}."
+
+
+def _collapse_clauses(outcomes: Sequence[Outcome]) -> list[str]:
+    """ "E7M0 froze at step 150", or several runs of one kind together."""
+    by_kind: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.collapsed:
+            by_kind.setdefault(outcome.kind or "", []).append(outcome)
+    clauses = []
+    for kind, group in by_kind.items():
+        verb = PAST_TENSE.get(kind, "collapsed")
+        if len(group) <= 3:
+            named = [f"{o.label} at step {count(o.onset)}" if o.onset is not None else o.label for o in group]
+            if len(group) == 1 and group[0].onset is not None:
+                clauses.append(f"{group[0].label} {verb} at step {count(group[0].onset)}")
+            else:
+                clauses.append(f"{listing(named)} {verb}")
+        else:
+            clauses.append(f"{len(group)} runs {verb}")
+    return clauses
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested configuration -> dotted keys, as the command line spells them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def split_facts(sources: Sequence[Mapping[str, Any]], ignored: frozenset[str] = frozenset()) -> tuple[dict, dict]:
+    """(differing, shared) facts by dotted key; a differing fact maps to its value per source, in order."""
+    flats = [{k: v for k, v in flatten(source).items() if k.split(".")[0] not in ignored} for source in sources]
+    differing: dict[str, list[Any]] = {}
+    shared: dict[str, Any] = {}
+    for key in dict.fromkeys(key for flat in flats for key in flat):
+        values = [flat.get(key) for flat in flats]
+        if all(value == values[0] for value in values):
+            shared[key] = values[0]
+        else:
+            differing[key] = values
+    return differing, shared
+
+
+def twins(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """label -> label of an earlier run whose training losses are identical at every recorded step."""
+    found: dict[str, str] = {}
+    seen: dict[bytes, str] = {}
+    for outcome in outcomes:
+        train = outcome.metrics.train
+        if len(train) < 2:
+            continue
+        key = train.steps.tobytes() + train.values.tobytes()
+        if key in seen:
+            found[outcome.label] = seen[key]
+        else:
+            seen[key] = outcome.label
+    return found

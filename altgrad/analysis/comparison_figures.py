@@ -1,0 +1,148 @@
+"""The figures of the comparison report: loss curves, stall rates, and the values of the formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from markupsafe import Markup
+
+from altgrad.analysis.outcome import PAST_TENSE, Outcome
+from altgrad.analysis.runs import Curve, as_number
+from altgrad.report.axes import Axis
+from altgrad.report.figures import figure, line_figure
+from altgrad.report.glyphs import rug
+from altgrad.report.lines import Mark, Series
+from altgrad.report.numbers import count, plural
+from altgrad.report.svg import el
+from altgrad.report.theme import BASELINE, Style
+from altgrad.report.thinning import thin
+
+CURVE_POINTS = 240
+MOST_MARKS = 8
+
+
+def loss_figure(outcomes: Sequence[Outcome], styles: Sequence[Style], same: Mapping[str, str]) -> Markup:
+    """Training and validation loss of all runs. Training loss is thinned to bucket means; nothing is smoothed further."""
+    series: list[Series] = []
+    per_bucket = 1
+    evaluated = any(len(o.metrics.validation) for o in outcomes)
+    points = CURVE_POINTS if len(outcomes) <= 12 else 120
+    for outcome, style in zip(outcomes, styles, strict=True):
+        validation, train = outcome.metrics.validation, outcome.metrics.train
+        if len(validation):
+            kept = _at_most(validation, points)
+            few = len(kept) <= 40
+            series.append(Series(outcome.label, kept.steps, kept.values, style, "validation", dots=few))
+        if len(train):
+            t = thin(train.steps, train.values, points)
+            per_bucket = max(per_bucket, t.per_bucket)
+            band = (t.low, t.high) if t.per_bucket > 1 else (None, None)
+            series.append(Series(outcome.label, t.x, t.mean, style, "train", *band, faint=evaluated))
+    if not series:
+        return el("p", "No losses have been recorded yet.")
+    caption = []
+    if evaluated:
+        caption.append("Strong lines with dots: validation loss at each evaluation. Thin lines: training loss")
+        caption[-1] += f", mean of every {plural(per_bucket, 'step')}." if per_bucket > 1 else " of every step."
+    elif per_bucket > 1:
+        caption.append(f"Training loss, mean of every {plural(per_bucket, 'step')}.")
+    if per_bucket > 1:
+        caption.append("Point at a name to see the range within each mean.")
+    if any(o.collapsed for o in outcomes):
+        caption.append("A red cross marks the step at which a collapse began.")
+    return line_figure(
+        series,
+        title="Loss over training",
+        description=_describe(outcomes),
+        caption=" ".join(caption),
+        y_label="cross-entropy, nats per token",
+        marks=_marks(outcomes),
+        height=420,
+        y_top=_sensible_top(outcomes),
+        group_notes={label: f"same as {other}" for label, other in same.items()},
+        formats={o.label: o.run.format for o in outcomes},
+    )
+
+
+def stall_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup | None:
+    """Stall rate over training; None when no run measured one."""
+    series = []
+    for outcome, style in zip(outcomes, styles, strict=True):
+        stall = outcome.metrics.columns.get("stall_rate")
+        if stall is not None and len(stall) and style.slot != BASELINE:
+            t = thin(stall.steps, stall.values, CURVE_POINTS)
+            band = (t.low, t.high) if t.per_bucket > 1 else (None, None)
+            series.append(Series(outcome.label, t.x, t.mean, style, "", *band))
+    if not series:
+        return None
+    return line_figure(
+        series,
+        title="Stall rate over training",
+        description="Share of attempted, nonzero weight updates after which the stored code was unchanged.",
+        caption="0: every attempted update moved its weight to another code. 1: none did, the weights stand still.",
+        y_label="share of attempted updates that changed no code",
+        height=300,
+        y_axis=Axis(-0.02, 1.02),
+        y_scales=("linear",),
+        marks=[mark for mark in _marks(outcomes) if not mark.calm],
+        formats={o.label: o.run.format for o in outcomes},
+    )
+
+
+def rug_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup | None:
+    """The positive values of each format in the report; None when no run recorded them."""
+    rows, seen = [], set()
+    for outcome, style in zip(outcomes, styles, strict=True):
+        facts = outcome.run.environment.get("format")
+        values = facts.get("values") if isinstance(facts, dict) else None
+        if isinstance(values, list) and outcome.run.format not in seen:
+            seen.add(outcome.run.format)
+            rows.append((outcome.run.format, style, [v for v in map(as_number, values) if v is not None]))
+    if not rows:
+        return None
+    return figure(
+        "Every positive value, before scaling",
+        rug(rows),
+        "One tick per value, on a logarithmic axis. Scaling moves a row sideways; it does not change its spacing. "
+        "Where ticks are far apart, an update must be large to move a weight at all.",
+    )
+
+
+def _at_most(curve: Curve, points: int) -> Curve:
+    if len(curve) <= points:
+        return curve
+    keep = np.unique(np.linspace(0, len(curve) - 1, points).round().astype(int))
+    return Curve(curve.steps[keep], curve.values[keep])
+
+
+def _marks(outcomes: Sequence[Outcome]) -> list[Mark]:
+    marks = []
+    for outcome in outcomes:
+        if outcome.collapsed and outcome.onset is not None:
+            verb = PAST_TENSE.get(outcome.kind or "", "collapsed")
+            text = f"{outcome.label} {verb}, step {count(outcome.onset)}"
+            marks.append(Mark(outcome.onset, text, outcome.loss_at(outcome.onset), outcome.label))
+        for item in outcome.run.result.get("interventions") or []:
+            if (
+                isinstance(item, dict)
+                and item.get("kind") == "shift"
+                and (step := as_number(item.get("step"))) is not None
+            ):
+                marks.append(Mark(step, f"{outcome.label} shifted, step {count(step)}", None, outcome.label, calm=True))
+    return sorted(marks, key=lambda mark: (mark.calm, mark.x))[:MOST_MARKS]
+
+
+def _sensible_top(outcomes: Sequence[Outcome]) -> float | None:
+    """Upper end of a linear loss axis when some loss grows far beyond where training starts; else None."""
+    starts, peaks = [], []
+    for outcome in outcomes:
+        finite = outcome.metrics.train.values[np.isfinite(outcome.metrics.train.values)]
+        if len(finite):
+            starts.append(float(finite[:5].max()))
+            peaks.append(float(finite.max()))
+    return 1.12 * max(starts) if starts and max(peaks) > 1.4 * max(starts) else None
+
+
+def _describe(outcomes: Sequence[Outcome]) -> str:
+    return " ".join(f"{o.label}: {o.said}" for o in outcomes[:12])

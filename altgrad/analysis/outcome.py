@@ -1,0 +1,176 @@
+"""How a run ended, in numbers and in words; and short names that tell the runs of one report apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from altgrad.analysis.runs import Metrics, Run, as_number
+from altgrad.report.numbers import count, duration, loss, number, percent
+
+PAST_TENSE = {"freeze": "froze", "divergence": "diverged", "nonfinite": "went non-finite"}
+NOUN = {"freeze": "freeze", "divergence": "divergence", "nonfinite": "non-finite gradients or loss"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run, its label in this report, and its records (monitor lines left out)."""
+
+    run: Run
+    label: str
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return self.run.metrics()
+
+    @property
+    def collapsed(self) -> bool:
+        return self.run.status == "collapsed" or bool(self.run.verdict)
+
+    @property
+    def kind(self) -> str | None:
+        """Kind of collapse: "freeze", "divergence", "nonfinite"; None without one."""
+        return str((self.run.verdict or {}).get("kind") or "collapse") if self.collapsed else None
+
+    @property
+    def onset(self) -> int | None:
+        verdict = self.run.verdict or {}
+        step = as_number(verdict.get("onset_step"))
+        step = as_number(verdict.get("detected_step")) if step is None else step
+        return None if step is None else int(step)
+
+    @property
+    def steps(self) -> int | None:
+        steps = self.run.number("steps")
+        return int(steps) if steps is not None else self.metrics.last_step
+
+    def final(self, kind: str) -> float | None:
+        """Final "val_loss" or "loss": as recorded in the result, else the last one in the metrics."""
+        recorded = self.run.number(f"final_{kind}")
+        if recorded is not None:
+            return recorded
+        curve = self.metrics.validation if kind == "val_loss" else self.metrics.train
+        return float(curve.values[-1]) if len(curve) else None
+
+    def best(self, kind: str) -> float | None:
+        recorded = self.run.number(f"best_{kind}")
+        if recorded is not None:
+            return recorded
+        curve = self.metrics.validation if kind == "val_loss" else self.metrics.train
+        finite = curve.values[np.isfinite(curve.values)]
+        return float(finite.min()) if len(finite) else None
+
+    @property
+    def short_verdict(self) -> str:
+        """The verdict for a table cell."""
+        if self.collapsed:
+            at = f", step {count(self.onset)}" if self.onset is not None else ""
+            return f"{PAST_TENSE.get(self.kind or '', 'collapsed')}{at}"
+        return "no collapse" if self.run.status == "completed" else self.run.status
+
+    @property
+    def said(self) -> str:
+        """The verdict as a sentence."""
+        of = f" of {count(self.run.max_steps)}" if self.run.max_steps else ""
+        if self.collapsed:
+            verb = PAST_TENSE.get(self.kind or "", "collapsed")
+            at = f" at step {count(self.onset)}{of}" if self.onset is not None else ""
+            detected = as_number((self.run.verdict or {}).get("detected_step"))
+            seen = f"; detected at step {count(detected)}" if detected is not None and detected != self.onset else ""
+            return f"{verb[:1].upper()}{verb[1:]}{at}{seen}."
+        if self.run.status == "completed":
+            return f"Completed {count(self.steps)} steps without a collapse."
+        if self.run.status == "interrupted":
+            return f"Interrupted at step {count(self.steps)}{of}; the same command goes on from there."
+        return f"No result recorded: the last step written is {count(self.metrics.last_step)}{of} (still running, or killed)."
+
+    def evidence(self) -> list[tuple[str, str]]:
+        """(term, text) pairs that carry the verdict, or the run's figures when there is none."""
+        pairs: list[tuple[str, str]] = []
+        verdict = self.run.verdict or {}
+        if self.collapsed:
+            value, threshold = as_number(verdict.get("value")), as_number(verdict.get("threshold"))
+            if verdict.get("metric"):
+                limit = f", threshold {number(threshold)}" if threshold is not None else ""
+                pairs.append(("Evidence", f"{verdict['metric']} = {number(value)}{limit}"))
+            if verdict.get("reason"):
+                pairs.append(("Reason", str(verdict["reason"])))
+            if (at := self.loss_at(self.onset)) is not None:
+                pairs.append(("Loss at onset", loss(at)))
+        if (final := self.final("val_loss")) is not None:
+            best = self.best("val_loss")
+            pairs.append(("Validation", f"{loss(final)} at the end, {loss(best)} at best"))
+        if (final := self.final("loss")) is not None:
+            pairs.append(("Training", f"{loss(final)} at the end, {loss(self.best('loss'))} at best"))
+        if (stall := self.run.number("stall_rate")) is not None:
+            pairs.append(("Stall rate", percent(stall)))
+        if self.run.number("wall_s") is not None:
+            pairs.append(("Time", duration(self.run.number("wall_s"))))
+        return pairs + [("Intervention", text) for text in self.interventions()]
+
+    def interventions(self) -> list[str]:
+        """Each kind of intervention with its step, or its number and range of steps."""
+        by_kind: dict[str, list[tuple[int, Any]]] = {}
+        for item in self.run.result.get("interventions") or []:
+            if isinstance(item, dict) and (step := as_number(item.get("step"))) is not None:
+                by_kind.setdefault(str(item.get("kind", "intervention")), []).append((int(step), item.get("detail")))
+        out = []
+        for kind, items in by_kind.items():
+            if len(items) <= 3:
+                out += [f"{kind} at step {count(s)}{f': {words(d)}' if d else ''}" for s, d in items]
+            else:
+                out.append(f"{kind}, {count(len(items))} times, steps {count(items[0][0])} to {count(items[-1][0])}")
+        return out
+
+    def loss_at(self, step: int | None) -> float | None:
+        """The training loss at `step`, or the last finite one before it."""
+        if step is None:
+            return None
+        train = self.metrics.train
+        usable = np.isfinite(train.values) & (train.steps <= step)
+        return float(train.values[usable][-1]) if usable.any() else None
+
+
+def words(detail: Any) -> str:
+    """A free-form detail (text, or an object) as text."""
+    if isinstance(detail, dict):
+        return ", ".join(f"{key} {value}" for key, value in detail.items())
+    return str(detail)
+
+
+_DISTINCTIONS: Sequence[Callable[[Run], str]] = (
+    lambda run: run.storage or "",
+    lambda run: run.optimizer or "",
+    lambda run: (run.rounding or "").replace("_", " "),
+    lambda run: (
+        f"lr {run.config['optimizer']['lr']:g}"
+        if isinstance(run.config.get("optimizer"), dict) and isinstance(run.config["optimizer"].get("lr"), int | float)
+        else ""
+    ),
+    lambda run: f"seed {run.seed}" if run.seed is not None else "",
+    lambda run: run.name,
+    lambda run: run.path.name,
+    lambda run: str(run.path),
+)
+
+
+def label_runs(runs: Sequence[Run]) -> list[Outcome]:
+    """Each run labelled by its format and by as much more as tells it from the others."""
+    labels = [run.format for run in runs]
+    for distinction in _DISTINCTIONS:
+        shared = Counter(labels)
+        if max(shared.values(), default=0) <= 1:
+            break
+        extra = [distinction(run) for run in runs]
+        varied = {
+            label: len({e for e, other in zip(extra, labels, strict=True) if other == label}) > 1 for label in shared
+        }
+        labels = [
+            f"{label} {more}" if more and varied[label] else label for label, more in zip(labels, extra, strict=True)
+        ]
+    return [Outcome(run, label) for run, label in zip(runs, labels, strict=True)]
