@@ -1,0 +1,160 @@
+"""The GEMM of quantized operands: exact products, accumulated in float32, on the fastest unit whose products are exact.
+
+Write scale = m * 2^p with 1 <= m < 2. An operand whose payload has at most 8 significant bits, handed over as
+payload * 2^p, is a bf16 number as long as its values are zero or normal in bf16, so a unit that multiplies in bf16 and
+accumulates in float32 gives the float32 result up to summation order. The product is then multiplied by the two m's,
+which must therefore be constant along the dimension that the GEMM reduces. Raw payloads are never multiplied: those of
+E7M0 reach 2^64. All else takes the float32 GEMM on dequantized operands.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from enum import Enum
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization import FloatFormat
+
+BF16_SIGNIFICANT_BITS, TF32_SIGNIFICANT_BITS = 8, 11
+NORMAL_EMIN, CARRIER_EMAX = -126, 127  # bf16, TF32 and float32 share their exponents
+
+
+class Route(Enum):
+    """Which unit multiplies."""
+
+    FLOAT32 = "float32"
+    BF16 = "bf16"
+    TF32 = "tf32"
+
+
+def significant_bits(fmt: FloatFormat) -> int:
+    """Bits between the leading and the last bit of any value of the format, both included."""
+    return fmt.mantissa_bits if fmt.bias is None else fmt.mantissa_bits + 1
+
+
+def power_range(fmt: FloatFormat) -> tuple[int, int]:
+    """Exponents p for which every nonzero value of payload * 2^p is normal in bf16; empty (low > high) for wide formats."""
+    return NORMAL_EMIN - math.frexp(fmt.min_subnormal)[1] + 1, CARRIER_EMAX - fmt.emax
+
+
+@cache
+def narrowest_route(fmt: FloatFormat) -> Route:
+    """The narrowest unit that holds the format's values once a power of two is pulled out."""
+    low, high = power_range(fmt)
+    if low > high or not fmt.has_zero:
+        return Route.FLOAT32
+    bits = significant_bits(fmt)
+    if bits <= BF16_SIGNIFICANT_BITS:
+        return Route.BF16
+    return Route.TF32 if bits <= TF32_SIGNIFICANT_BITS else Route.FLOAT32
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AMX or AVX-512 BF16)."""
+    facts = torch.cpu.get_capabilities()
+    return bool(facts.get("amx_bf16") or facts.get("avx512_bf16"))
+
+
+# Below this many multiplications the conversion to bf16 and back outweighs the faster unit.
+CPU_BF16_MIN_PRODUCTS = 2**21
+CPU_BF16_MAX_THREADS = 64
+
+
+def choose_route(
+    a: FloatFormat | None,
+    b: FloatFormat | None,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+    bf16_units: bool | None = None,
+) -> Route:
+    """The route of one GEMM: a committed rule of formats, shape, device, capability and thread count, never timed.
+
+    Args:
+        a, b: operands' formats whose scale is constant along the reduction; None for an operand that must stay float32.
+        shape: (rows, columns, reduced).
+        threads, bf16_units: of the CPU; None asks torch.
+    """
+    if a is None or b is None or dtype != torch.float32:
+        return Route.FLOAT32
+    needs = {narrowest_route(a), narrowest_route(b)}
+    if Route.FLOAT32 in needs:
+        return Route.FLOAT32
+    if device.type == "cuda":
+        return Route.TF32 if Route.TF32 in needs else Route.BF16
+    if device.type != "cpu" or Route.TF32 in needs:
+        return Route.FLOAT32
+    units = cpu_has_bf16_units() if bf16_units is None else bf16_units
+    count = torch.get_num_threads() if threads is None else threads
+    large = shape[0] * shape[1] * shape[2] >= CPU_BF16_MIN_PRODUCTS and min(shape) >= 16
+    return Route.BF16 if units and large and count <= CPU_BF16_MAX_THREADS else Route.FLOAT32
+
+
+def pull_apart(scale: Tensor | float, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
+    """(2^p, m) with m * 2^p = scale exactly: 1 <= m < 2, unless p is clamped to the format's `power_range`.
+
+    With p clamped from below m is less than 1: the operand's values stay normal and the product is scaled back.
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float32)
+    low, high = power_range(fmt)
+    exponent = (torch.frexp(scale)[1] - 1).clamp(low, min(high, CARRIER_EMAX))
+    power = _power_of_two(exponent)
+    return power, scale / power
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float32, exactly, for -149 <= exponent <= 127."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    bits = ((torch.stack([half, exponent - half]) + 127) << 23).to(torch.int32).view(torch.float32)
+    return bits[0] * bits[1]
+
+
+@contextmanager
+def matmul_precision(device_type: str, precision: str):
+    """Set the float32 matmul precision of the CPU's or GPU's library; leave it as found, also on exceptions."""
+    backend = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    found = backend.fp32_precision
+    if found == precision or (precision == "ieee" and found == "none" and device_type == "cpu"):
+        yield
+        return
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = found
+
+
+def mm(a: Tensor, b: Tensor, route: Route = Route.FLOAT32) -> Tensor:
+    """a @ b accumulated in float32 (float64 for float64), for matrices [.., m, k] and [.., k, n].
+
+    On `BF16` and `TF32` the operands must hold values that those types hold exactly (`pull_apart`).
+    """
+    if torch.compiler.is_compiling():
+        return torch.matmul(a, b) if route is Route.FLOAT32 else _routed(a, b, route.value)
+    return _mm(a, b, route)
+
+
+def _mm(a: Tensor, b: Tensor, route: Route) -> Tensor:
+    if route is Route.BF16 and a.device.type == "cuda" and a.ndim == 2:
+        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    if route is Route.BF16 and a.device.type == "cuda":
+        return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    with matmul_precision(a.device.type, "ieee" if route is Route.FLOAT32 else route.value):
+        return torch.matmul(a, b)
+
+
+@torch.library.custom_op("altgrad::routed_mm", mutates_args=())
+def _routed(a: Tensor, b: Tensor, route: str) -> Tensor:
+    return _mm(a, b, Route(route))
+
+
+@_routed.register_fake
+def _(a: Tensor, b: Tensor, route: str) -> Tensor:
+    return a.new_empty([*a.shape[:-1], b.shape[-1]])

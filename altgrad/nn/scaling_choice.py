@@ -1,0 +1,101 @@
+"""Which scaling policy an operand has, by name or as a value: the policies of the numerics, and two that layers add."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+
+from altgrad.errors import RecipeError
+from altgrad.quantization import CurrentScaling, DelayedScaling, FloatFormat, NoScaling, StaticScaling
+
+
+@dataclass(frozen=True)
+class StorageScaling:
+    """The scale of the stored weight: a weight that lies on the storage grid is used as it is."""
+
+
+@dataclass(frozen=True)
+class BlockScaling:
+    """The scales that a block format (such as MXFP8) finds for each block by itself."""
+
+
+Scaling = CurrentScaling | DelayedScaling | StaticScaling | NoScaling | StorageScaling | BlockScaling
+
+SCALINGS: dict[str, type] = {
+    "amax": CurrentScaling,
+    "delayed": DelayedScaling,
+    "static": StaticScaling,
+    "none": NoScaling,
+    "storage": StorageScaling,
+    "block": BlockScaling,
+}
+_NAMES = {policy: name for name, policy in SCALINGS.items()}
+
+
+def is_block(fmt) -> bool:
+    """Whether `fmt` is a block format: an element format whose blocks carry scales of their own."""
+    return fmt is not None and not isinstance(fmt, FloatFormat)
+
+
+def default_scaling(fmt) -> Scaling:
+    """Current amax; the block's own for block formats; scale 1 for formats with the range of float32 (BF16, TF32)."""
+    if is_block(fmt):
+        return BlockScaling()
+    return NoScaling() if fmt.emax >= 127 else CurrentScaling()
+
+
+def as_scaling(value, fmt) -> Scaling:
+    """A policy from a policy, a name, a mapping {"policy": name, ...arguments}, or None (the format's default).
+
+    Raises:
+        RecipeError: no such policy or argument, or a policy that does not fit the kind of format.
+    """
+    if value is None:
+        value = default_scaling(fmt)
+    if isinstance(value, str):
+        value = default_scaling(fmt) if value == "amax" else {"policy": value}
+    if isinstance(value, dict):
+        value = _from_mapping(value)
+    if not isinstance(value, tuple(_NAMES)):
+        raise RecipeError(
+            f"scaling {value!r} is no scaling policy; use one of {', '.join(SCALINGS)}, or a policy object"
+        )
+    if is_block(fmt) != isinstance(value, BlockScaling):
+        raise RecipeError(
+            f"{fmt.name} with {type(value).__name__}: block formats, and only those, find their own block scales; "
+            "leave scaling out"
+        )
+    return value
+
+
+def _from_mapping(mapping: dict) -> Scaling:
+    arguments = dict(mapping)
+    name = arguments.pop("policy", None)
+    if name not in SCALINGS:
+        raise RecipeError(f"scaling policy {name!r} is not one of {', '.join(SCALINGS)}")
+    known = {f.name: f for f in fields(SCALINGS[name])}
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise RecipeError(f"scaling {name!r} has no argument {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    missing = [n for n, f in known.items() if f.default is MISSING and n not in arguments]
+    if missing:
+        raise RecipeError(f"scaling {name!r} needs {', '.join(missing)}; write {{policy: {name}, {missing[0]}: ...}}")
+    if isinstance(arguments.get("axis"), list):
+        arguments["axis"] = tuple(arguments["axis"])
+    return SCALINGS[name](**arguments)
+
+
+def scaling_to_config(policy: Scaling) -> str | dict:
+    """The policy as plain data that `as_scaling` reads back: its name, or a mapping where arguments differ."""
+    name = _NAMES[type(policy)]
+    changed = {f.name: getattr(policy, f.name) for f in fields(policy) if getattr(policy, f.name) != f.default}
+    changed = {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+    return {"policy": name, **changed} if changed or name == "amax" else name
+
+
+def scaling_label(policy: Scaling) -> str:
+    """Short form for printing, such as amax(axis=0)."""
+    config = scaling_to_config(policy)
+    if isinstance(config, str):
+        return config
+    arguments = ",".join(f"{key}={value}" for key, value in config.items() if key != "policy")
+    return config["policy"] + (f"({arguments})" if arguments else "")

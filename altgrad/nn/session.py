@@ -1,0 +1,172 @@
+"""What the quantized layers of one model share: the clock (step, micro-batch), the seed, and who observes.
+
+Random streams are functions of (tensor, role, step, micro-batch, and for activations the rank); nothing is drawn from a
+generator with hidden state, so any step can be replayed by setting the clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from altgrad.errors import RecipeError
+from altgrad.quantization.kernels.counter_rng import MASK64, splitmix64
+from altgrad.quantization.observer import Observer
+
+if TYPE_CHECKING:
+    from altgrad.nn.operand import Operand
+    from altgrad.nn.recipe import Recipe
+
+STATE = "_altgrad"  # attribute of a quantized module that holds its LayerState
+
+
+def stream_base(*words: str) -> int:
+    """64-bit hash of names, the same on every machine and in every process."""
+    digest = hashlib.blake2b("\x1f".join(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def stream_at(base: int, step: int, micro_batch: int, rank: int) -> int:
+    """The stream of a tensor at one step, micro-batch and rank: an int64."""
+    mixed = base
+    for word in (step, micro_batch, rank):
+        mixed = splitmix64(mixed ^ splitmix64(word & MASK64))
+    return mixed - 2**64 if mixed >= 2**63 else mixed
+
+
+def _rank() -> int:
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )
+
+
+class Session:
+    """Clock, seed, observer and the operands with state of one `quantize_model` call."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.step = 0
+        self.micro_batch = 0
+        self.rank: int | None = None  # None asks torch.distributed
+        self.bypass = False
+        self.observer: Observer | None = None
+        self.reduce_amax: Callable[[Tensor], Tensor] | None = None
+        self.recipe: Recipe | None = None
+        self.lead_optimizer: Callable[[], object] | None = (
+            None  # weak reference to the optimizer that advances the clock
+        )
+        self.operands: list[Operand] = []  # those with random keys or scale histories
+
+    def __getstate__(self) -> dict:
+        # A copy of the model is neither observed nor part of the process group.
+        return {**self.__dict__, "observer": None, "bypass": False, "reduce_amax": None, "lead_optimizer": None}
+
+    def key(self, base: int, per_rank: bool) -> tuple[int, int]:
+        """(seed, stream) of a tensor now."""
+        rank = (_rank() if self.rank is None else self.rank) if per_rank else 0
+        return self.seed, stream_at(base, self.step, self.micro_batch, rank)
+
+    def set_clock(self, step: int, micro_batch: int) -> None:
+        """Move to a step and micro-batch and renew the random keys."""
+        self.step, self.micro_batch = step, micro_batch
+        for operand in self.operands:
+            operand.renew_key()
+
+    def advance(self) -> None:
+        """Close a step: roll the scale histories once, then move to the next step's first micro-batch."""
+        for operand in self.operands:
+            operand.roll()
+        self.set_clock(self.step + 1, 0)
+
+
+def sessions_of(model: nn.Module) -> list[Session]:
+    """The sessions of the quantized layers inside a model (also inside DDP or torch.compile wrappers).
+
+    Raises:
+        RecipeError: the model has no quantized layer.
+    """
+    found: dict[int, Session] = {}
+    for module in model.modules():
+        state = module.__dict__.get(STATE)
+        if state is not None:
+            found[id(state.session)] = state.session
+    if not found:
+        raise RecipeError(f"{type(model).__name__} has no quantized layer; call quantize_model(model, recipe) first")
+    return list(found.values())
+
+
+def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
+    """Set the step and micro-batch that the random streams of stochastic rounding are functions of.
+
+    The optimizer hook (`attach_optimizer`) advances the step by itself; a loop that accumulates gradients calls this
+    before each micro-batch, so that micro-batches draw different bits. Call it before the forward, not between a
+    forward and its backward.
+    """
+    for session in sessions_of(model):
+        session.set_clock(int(step), int(micro_batch))
+
+
+def set_seed(model: nn.Module, seed: int) -> None:
+    """Set the seed of every random stream of the model's quantized layers."""
+    for session in sessions_of(model):
+        session.seed = int(seed)
+        session.set_clock(session.step, session.micro_batch)
+
+
+def set_observer(model: nn.Module, observer: Observer | None) -> None:
+    """Send the statistics of every quantization in training mode to `observer`; None stops it.
+
+    Without an observer no statistic is computed. With one, the kernels' one-pass statistics variants run. Under
+    `torch.compile` set the observer before compiling.
+    """
+    for session in sessions_of(model):
+        session.observer = observer
+
+
+def set_rank(model: nn.Module, rank: int | None) -> None:
+    """Set the rank that enters the random streams of activations and gradients; None asks torch.distributed."""
+    for session in sessions_of(model):
+        session.rank = rank
+        session.set_clock(session.step, session.micro_batch)
+
+
+def set_amax_reduction(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None) -> None:
+    """Pass every amax of an input or grad_output through `reduce`, such as an all-reduce by maximum over ranks.
+
+    It is called in the same order on every rank that runs the same model. Weights are replicated and not reduced.
+    """
+    for session in sessions_of(model):
+        session.reduce_amax = reduce
+
+
+@contextmanager
+def full_precision(model: nn.Module):
+    """Within the block, forward and backward run without quantization at the present weights.
+
+    For references such as the FP32 gradient. Weights on a grid stay where they are; nothing is recorded.
+    """
+    sessions = sessions_of(model)
+    before = [session.bypass for session in sessions]
+    for session in sessions:
+        session.bypass = True
+    try:
+        yield model
+    finally:
+        for session, bypass in zip(sessions, before, strict=True):
+            session.bypass = bypass
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing recomputes it."""
+    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks
+
+
+def as_key_tensor(key: tuple[int, int]) -> Tensor:
+    """A key as the int64 tensor that kernels take."""
+    seed, stream = key
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed, stream], dtype=torch.int64)
