@@ -1,0 +1,178 @@
+"""The cluster executor: Ray Core schedules the runs, restarts them when a worker dies, and places them by resources.
+
+Each task makes its run with the same `execute` as the local executor does, in a process of its own below the Ray worker.
+Results come back through the shared folder where the workers see it, else as an archive of the run folder.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from altgrad.errors import SweepError
+from altgrad.sweep.job import Job, Outcome
+from altgrad.sweep.local import Event, Observer
+from altgrad.sweep.worker import execute
+
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_FETCHED_AT_MOST = 64 << 20  # bytes per file; larger ones (checkpoints) stay on the worker
+
+
+class RayExecutor:
+    """Runs jobs as Ray tasks.
+
+    Args:
+        address: of a running cluster ("auto" finds the local one); None starts Ray on this machine for the sweep.
+        jobs: runs at a time; None leaves it to the cluster's resources.
+        retries: how often a run is started again, after its own crash and after its worker's death.
+        shared: whether the workers see the runs' folder under the same path; None looks, by a file put there.
+    """
+
+    def __init__(
+        self, address: str | None = None, jobs: int | None = None, retries: int = 1, shared: bool | None = None
+    ) -> None:
+        self.address, self.jobs, self.retries, self.shared = address, jobs, retries, shared
+
+    def run(self, jobs: Sequence[Job], observe: Observer = lambda event: None) -> dict[str, Outcome]:
+        """Outcome per job name. Ctrl-C cancels the tasks, which end their runs in order.
+
+        Raises:
+            SweepError: Ray is not installed, no cluster answers at the address, or no node can hold a run.
+        """
+        ray = _ray()
+        ours = not ray.is_initialized()
+        if ours:
+            self._connect(ray, jobs)
+        try:
+            _check_room(ray, jobs)
+            return self._run(ray, jobs, observe)
+        finally:
+            if ours:
+                ray.shutdown()
+
+    def _connect(self, ray: Any, jobs: Sequence[Job]) -> None:
+        os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
+        here = {} if self.address else {"include_dashboard": False, "num_cpus": _cores_for(jobs, self.jobs)}
+        try:
+            ray.init(address=self.address or "local", log_to_driver=False, logging_level="error", **here)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise SweepError(
+                f"no Ray cluster answers at {self.address!r} ({error}); start one with `ray start --head`, "
+                "or use --executor local"
+            ) from None
+
+    def _run(self, ray: Any, jobs: Sequence[Job], observe: Observer) -> dict[str, Outcome]:
+        out = Path(jobs[0].runs_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        marker = out / f".sweep-{uuid.uuid4().hex}"
+        marker.touch()
+        task = ray.remote(_make_run)
+        waiting, running, outcomes = list(jobs), {}, {}
+        try:
+            while waiting or running:
+                while waiting and (self.jobs is None or len(running) < self.jobs):
+                    job = waiting.pop(0)
+                    options = {"num_cpus": job.threads, "num_gpus": job.gpus, "max_retries": self.retries}
+                    reference = task.options(name=job.name, **options).remote(
+                        job, str(marker.resolve()), self.shared, self.retries
+                    )
+                    running[reference] = job
+                    observe(Event("started", job))
+                done, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+                for reference in done:
+                    job = running.pop(reference)
+                    outcomes[job.name] = outcome = self._fetch(ray, reference, job)
+                    observe(Event(outcome.status, job, outcome))
+                observe(None)
+        except KeyboardInterrupt:
+            for reference in running:
+                ray.cancel(reference)  # a KeyboardInterrupt in the task, which interrupts its run
+            ray.wait(list(running), num_returns=len(running), timeout=120)
+            for job in [*running.values(), *waiting]:
+                outcomes[job.name] = Outcome("stopped")
+        finally:
+            marker.unlink(missing_ok=True)
+        return outcomes
+
+    def _fetch(self, ray: Any, reference: Any, job: Job) -> Outcome:
+        try:
+            outcome, archive = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            return Outcome("failed", crash={"reason": f"{type(error).__name__}: its worker died", "exit_code": None})
+        if archive is not None:
+            _unpack(archive, job.folder)
+        return outcome
+
+
+def _make_run(job: Job, marker: str, shared: bool | None, retries: int) -> tuple[Outcome, bytes | None]:
+    """On the worker: make the run in place, or aside with the folder's files as an archive."""
+    if shared or (shared is None and Path(marker).exists()):
+        runs = Path(marker).parent  # absolute: the worker's own working directory is another
+        return _until_free(replace(job, runs_dir=str(runs)), retries), None
+    with tempfile.TemporaryDirectory(prefix="altgrad-run-") as scratch:
+        outcome = execute(_moved(job, scratch), retries=retries, dies_with_parent=True)
+        return outcome, _pack(Path(scratch) / job.name)
+
+
+def _until_free(job: Job, retries: int) -> Outcome:
+    import time
+
+    while (outcome := execute(job, retries=retries, dies_with_parent=True)).status == "busy":
+        time.sleep(1.0)
+    return outcome
+
+
+def _moved(job: Job, scratch: str) -> Job:
+    """The job with its runs under `scratch`; where a run lives is no part of what it is."""
+    import yaml
+
+    config = yaml.safe_load(job.config)
+    return replace(job, runs_dir=scratch, config=yaml.safe_dump({**config, "runs_dir": scratch}))
+
+
+def _pack(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.name.startswith(".") and path.stat().st_size <= _FETCHED_AT_MOST:
+                archive.add(path, str(path.relative_to(folder)))
+    return buffer.getvalue()
+
+
+def _unpack(archive: bytes, folder: Path) -> None:
+    """Result last: a fetch that is cut short leaves an unfinished run, which is made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
+        for member in sorted(packed.getmembers(), key=lambda member: member.name == "result.json"):
+            packed.extract(member, folder, filter="data")
+
+
+def _check_room(ray: Any, jobs: Sequence[Job]) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for job in jobs:
+        if not any(n.get("CPU", 0) >= job.threads and n.get("GPU", 0) >= job.gpus for n in nodes):
+            largest = max((n.get("CPU", 0) for n in nodes), default=0)
+            raise SweepError(
+                f"no node of the cluster has {job.threads} CPUs and {job.gpus} GPUs, as {job.name} needs "
+                f"(the largest has {largest:.0f} CPUs); raise --jobs for fewer threads per run, or add nodes"
+            )
+
+
+def _cores_for(jobs: Sequence[Job], at_a_time: int | None) -> int | None:
+    """Cores to offer when Ray runs here: what `at_a_time` runs take; None: all."""
+    return None if at_a_time is None else at_a_time * max(job.threads for job in jobs)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise SweepError("--executor ray needs Ray; install it with: pip install 'altgrad[ray]'") from None
+    return ray
