@@ -1,0 +1,212 @@
+"""Rounding, codes and random words as branch-free arithmetic on the bits of one element, for Numba loops.
+
+Every function is written once and serves uint32 (float32 arithmetic) and uint64 (float64). `Grid` holds the facts of
+one format under one rounding mode and policy as bit patterns; `grid_facts.py` fills it.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import numpy as np
+from numba import njit
+
+from altgrad.quantization.kernels.cpu_llvm import (
+    add,
+    band,
+    below,
+    bits_of,
+    bor,
+    bxor,
+    float_of,
+    load_word,
+    low_word,
+    mul,
+    shl,
+    shr,
+    small_integer,
+    sub,
+)
+from altgrad.quantization.kernels.grid_facts import GRID_FIELDS
+
+Grid = namedtuple("Grid", GRID_FIELDS)
+
+_inline = njit(forceinline=True, error_model="numpy")
+
+
+def _read_grid_source() -> str:
+    words = ", ".join(f"load_word(like, table, {i})" for i in range(len(GRID_FIELDS)))
+    return f"def read_grid(like, table):\n    return Grid({words})\n"
+
+
+_namespace: dict = {"Grid": Grid, "load_word": load_word}
+exec(_read_grid_source(), _namespace)  # Numba has no loop over the fields of a named tuple
+read_grid = _inline(_namespace["read_grid"])
+
+
+@_inline
+def nearest_even(magnitude, grid):
+    """(magnitude bits, code) on the grid, ties to even, by adding C = 2^(e + width - M) and taking it away again.
+
+    Next to C floats are 2^(e - M) apart, which is the grid spacing at e: the machine's addition rounds, and the sum's
+    fraction is the number of grid steps.
+    """
+    field = shr(magnitude, grid.significand_width)
+    exponent = field if below(grid.emin_field, field) else grid.emin_field
+    pivot = float_of(shl(add(exponent, grid.dropped_bits), grid.significand_width))
+    sum_ = float_of(magnitude) + pivot
+    steps = band(bits_of(sum_), grid.fraction_mask)
+    return bits_of(sum_ - pivot), add(shl(sub(exponent, grid.emin_field), grid.mantissa_bits), steps)
+
+
+@_inline
+def by_short_chance(magnitude, word, grid):
+    """(magnitude bits, code), rounded stochastically in 32-bit fixed point with 24 bits after the point.
+
+    For grids of at most 7 significant bits and R <= 24; the same results as `by_chance`. Float32 arithmetic only.
+    """
+    field = shr(magnitude, grid.significand_width)
+    exponent = field if below(grid.emin_field, field) else grid.emin_field
+    significand = bor(band(magnitude, grid.fraction_mask), grid.implicit_bit)  # a subnormal is shifted out below
+    lower = sub(add(sub(exponent, field), grid.dropped_bits), low_word(grid.zero, np.uint32(16)))
+    capped = lower if below(lower, low_word(grid.zero, np.uint32(31))) else low_word(grid.zero, np.uint32(31))
+    fixed = shr(shl(significand, low_word(grid.zero, np.uint32(8))), capped)
+    fixed = fixed if below(lower, low_word(grid.zero, np.uint32(32))) else low_word(grid.zero, np.uint32(0))
+    steps = shr(add(fixed, band(low_word(grid.zero, shr(word, np.uint32(8))), grid.random_keep)), low_word(grid.zero, np.uint32(24)))
+    spacing = float_of(shl(sub(exponent, grid.mantissa_bits), grid.significand_width))
+    value = bits_of(small_integer(grid.zero, steps) * spacing)
+    return value, add(shl(sub(exponent, grid.emin_field), grid.mantissa_bits), steps)
+
+
+@_inline
+def grid_position(magnitude, grid):
+    """(significand, shift, exponent field): the grid spacing is `shift` bits above the significand's last bit."""
+    field = shr(magnitude, grid.significand_width)
+    subnormal = field == grid.zero
+    fraction = band(magnitude, grid.fraction_mask)
+    significand = fraction if subnormal else bor(fraction, grid.implicit_bit)
+    own = grid.one if subnormal else field
+    quantum = own if own > grid.emin_field else grid.emin_field
+    shift = add(sub(quantum, own), grid.dropped_bits)
+    shift = add(shift, grid.lost_below_normal) if own < grid.emin_field else shift
+    return significand, shift, own
+
+
+@_inline
+def stepped(magnitude, remainder, away, shift, own, grid):
+    """Magnitude bits after dropping the remainder and, if `away`, adding one grid step."""
+    beyond = below(grid.significand_width, shift)  # the whole number is below one grid step
+    base = grid.zero if beyond else sub(magnitude, remainder)
+    field = sub(add(own, shift), grid.significand_width)
+    step = shl(field, grid.significand_width) if beyond else shl(grid.one, shift if not beyond else grid.zero)
+    return add(base, step) if away else base
+
+
+@_inline
+def by_rule(magnitude, negative, grid):
+    """Magnitude bits rounded to the grid by any deterministic mode, from the masks that define it."""
+    significand, shift, own = grid_position(magnitude, grid)
+    capped = shift if shift < grid.shift_limit else grid.shift_limit
+    full = shl(grid.one, capped)
+    remainder = band(significand, sub(full, grid.one))
+    odd = band(shr(significand, capped), grid.one)
+    directed = grid.away_negative if negative else grid.away_positive
+    directed = bor(directed, band(grid.to_odd, sub(odd, grid.one)))
+    counted = band(add(remainder, remainder), bor(grid.nearest, directed))
+    nudge = bor(bor(band(odd, grid.tie_to_even), grid.tie_away), band(sub(full, grid.one), directed))
+    return stepped(magnitude, remainder, add(counted, nudge) > full, shift, own, grid)
+
+
+@_inline
+def by_chance(magnitude, word, grid):
+    """Magnitude bits rounded away iff floor(frac * 2^R) + r >= 2^R, with r the upper R bits of the 32-bit word."""
+    significand, shift, own = grid_position(magnitude, grid)
+    capped = shift if shift < grid.shift_limit else grid.shift_limit
+    remainder = band(significand, sub(shl(grid.one, capped), grid.one))
+    above = shift if shift > grid.random_bits else grid.random_bits
+    lower = sub(above, grid.random_bits)
+    lower = lower if lower < grid.last_shift else grid.last_shift
+    chance = shr(shl(remainder, sub(above, shift)), lower)
+    drawn = shr(low_word(grid.zero, word), grid.random_drop)
+    return stepped(magnitude, remainder, chance > sub(grid.random_mask, drawn), shift, own, grid)
+
+
+@_inline
+def settled_alike(rounded, x_bits, sign, grid):
+    """`settled` where both signs overflow to the same value and NaN and inf pass through unchanged."""
+    over = below(grid.max_bits, rounded)
+    magnitude = grid.overflow_positive if over else rounded
+    x_magnitude = band(x_bits, grid.magnitude_mask)
+    special = below(grid.below_kept, x_magnitude)
+    payload = bits_of(float_of(bor(magnitude, sign)) + float_of(grid.zero_addend))
+    counts = (over or x_magnitude == grid.inf_bits) and below(x_magnitude, grid.counted_below)
+    return x_bits if special else payload, counts
+
+
+@_inline
+def code_alike(steps, x_bits, sign, grid):
+    """(code, problem) from a magnitude code that may lie beyond max, under the conditions of `settled_alike`."""
+    code = grid.overflow_code if below(grid.max_code, steps) else steps
+    code_sign = shr(sign, grid.code_sign_shift)
+    signed = code if below(code, grid.first_signed) else bor(code, code_sign)
+    x_magnitude = band(x_bits, grid.magnitude_mask)
+    special = below(grid.below_kept, x_magnitude)
+    is_nan = below(grid.inf_bits, x_magnitude)
+    special_code = grid.nan_code if is_nan else bor(grid.inf_code, band(code_sign, grid.inf_sign))
+    problem = grid.nan_problem if is_nan else grid.inf_problem
+    return (special_code if special else signed), (problem if special else grid.zero)
+
+
+@_inline
+def settled(rounded, x_bits, sign, grid):
+    """(payload bits, overflowed): overflow policy, sign of zero, NaN and inf put in place."""
+    over = rounded > grid.max_bits
+    beyond = grid.overflow_negative if sign != grid.zero else grid.overflow_positive
+    magnitude = beyond if over else rounded
+    kept_sign = band(sign, grid.zero_sign) if magnitude == grid.zero else sign
+    x_magnitude = band(x_bits, grid.magnitude_mask)
+    special = x_magnitude >= grid.kept_from
+    payload = bor(x_bits, grid.kept_or) if special else bor(magnitude, kept_sign)
+    counts = (over or x_magnitude == grid.inf_bits) and x_magnitude < grid.counted_below
+    return payload, counts
+
+
+@_inline
+def code_of(payload, grid):
+    """(code, problem) of payload bits on the grid; problem is nonzero where NaN or inf has no code (then code 0)."""
+    magnitude = band(payload, grid.magnitude_mask)
+    sign = bxor(payload, magnitude)
+    small = magnitude < grid.min_normal_bits
+    shifted = bits_of(float_of(magnitude) + float_of(grid.min_normal_bits)) if small else magnitude
+    code = sub(shr(shifted, grid.dropped_bits), grid.code_base_small if small else grid.code_base)
+    code = (grid.inf_code if magnitude == grid.inf_bits else grid.nan_code) if magnitude >= grid.inf_bits else code
+    problem = grid.inf_problem if magnitude == grid.inf_bits else grid.zero
+    problem = grid.nan_problem if magnitude > grid.inf_bits else problem
+    signed = sign != grid.zero and magnitude <= grid.inf_bits and problem == grid.zero
+    flipped = band(sub(grid.zero, code), grid.complement_mask) if grid.complement_mask != grid.zero else bor(code, grid.code_sign)
+    return (flipped if signed else code), problem
+
+
+@_inline
+def random_word(index, before, between):
+    """32 random bits of element `index` (modulo 2^32) under two key words; all uint32. `counter_rng` says why."""
+    x = mul(bxor(index, before), np.uint32(0x7FEB352D))
+    x = bxor(bxor(x, shr(x, np.uint32(15))), between)
+    x = mul(x, np.uint32(0x846CA68B))
+    return bxor(x, shr(x, np.uint32(16)))
+
+
+@_inline
+def mixed64(x):
+    """SplitMix64's output for a uint64 input, as `counter_rng.splitmix64`."""
+    z = add(x, np.uint64(0x9E3779B97F4A7C15))
+    z = mul(bxor(z, shr(z, np.uint64(30))), np.uint64(0xBF58476D1CE4E5B9))
+    z = mul(bxor(z, shr(z, np.uint64(27))), np.uint64(0x94D049BB133111EB))
+    return bxor(z, shr(z, np.uint64(31)))
+
+
+@_inline
+def key_words(seed, stream, block):
+    """(before, between), as `counter_rng.key_words`, from uint64 seed, stream and block."""
+    mixed = mixed64(bxor(mixed64(bxor(mixed64(seed), stream)), block))
+    return low_word(np.uint32(0), mixed), low_word(np.uint32(0), shr(mixed, np.uint64(32)))
