@@ -104,10 +104,19 @@ def load_newest(directory: Path) -> Checkpoint | None:
     return None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in checkpoints(directory)[keep:]:
-        shutil.rmtree(path)
+def prune(directory: Path, keep: int, reach: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints and the newest one that lies `reach` steps or more behind the first.
+
+    A verdict's window is that long: the older checkpoint is from before whatever the verdict will be about.
+    """
+    found = checkpoints(directory)
+    if not found:
+        return
+    steps = {path: int(path.name[5:]) for path in found}
+    behind = [path for path in found if steps[path] <= steps[found[0]] - reach]
+    for path in found[keep:]:
+        if path not in behind[:1]:
+            shutil.rmtree(path)
 
 
 def claim_directory(wanted: Path, run_hash: str) -> tuple[Path, str | None]:

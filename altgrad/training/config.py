@@ -55,15 +55,15 @@ class OptimizerSection(_Section):
     """The update rule and its learning rate schedule."""
 
     name: str = "adamw"
-    """A row of `altgrad.training.optimizers.OPTIMIZERS`."""
+    """A row of `altgrad.optim.OPTIMIZERS`."""
     lr: NonNegativeFloat = 1e-3
-    """Peak learning rate. 1e-3 suits AdamW on models of about a million parameters."""
+    """Peak learning rate, in the optimizer's own unit. 1e-3 suits AdamW on models of about a million parameters."""
     weight_decay: NonNegativeFloat = 0.1
     """Acts on matrices and embeddings only, as in GPT-3."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    momentum: Fraction = 0.9
-    """Of SGD."""
+    betas: tuple[Fraction, Fraction] | None = (0.9, 0.95)
+    """Of optimizers that have them; 0.95 as in GPT-3. None: the optimizer's own, as for `eps` and `momentum`."""
+    eps: PositiveFloat | None = None
+    momentum: Fraction | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of this optimizer alone."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from altgrad.errors import ConfigError
 from altgrad.training.config import ExperimentConfig
+from altgrad.training.state_tree import copy_tree
 
 
 def recipe_of(config: ExperimentConfig, fmt: str | None = None):
@@ -49,6 +50,7 @@ class StorageFigures:
 
     stall_rate: float | None = None
     flip_rate: float | None = None
+    regridded: int = 0  # values that a refresh of the grid's scale moved
 
 
 class FormatsOfRun:
@@ -59,12 +61,15 @@ class FormatsOfRun:
         self.format = config.fp8_format  # changes with an emergency shift
         self.manifest = None
         self.handle: Any = None
+        self._elements = 0
         recipe = recipe_of(config)
         if recipe is None:
             return
         from altgrad.nn import quantize_model
 
-        self.manifest = quantize_model(model, recipe, include=config.include, exclude=config.exclude or None)
+        self.manifest = quantize_model(
+            model, recipe, include=config.include, exclude=config.exclude or None, seed=config.seed
+        )
 
     @property
     def active(self) -> bool:
@@ -90,7 +95,7 @@ class FormatsOfRun:
             return {}
         from altgrad.nn import quant_state
 
-        return {"format": self.format, "layers": quant_state(self.model)}
+        return {"format": self.format, "layers": copy_tree(quant_state(self.model))}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`'s result, with its format."""
@@ -98,17 +103,23 @@ class FormatsOfRun:
             return
         from altgrad.nn import load_quant_state
 
-        if state["format"] != self.format:
-            self.change(state["format"])
-        load_quant_state(self.model, state["layers"])
+        load_quant_state(self.model, state["layers"])  # puts the state's recipe back, too
+        self.format = state["format"]
 
     def snapshot(self) -> Any:
-        """What a step may change in the scale histories before its outcome is known."""
-        return self.state()
+        """The scale histories as a step finds them; costs a few dictionaries, as their tensors are never written to."""
+        if not self.active:
+            return None
+        from altgrad.nn import quant_state
 
-    def restore_snapshot(self, snapshot: Any) -> None:
+        return quant_state(self.model)
+
+    def roll_back(self, snapshot: Any) -> None:
         """Undo what a skipped step did to the scale histories."""
-        self.load_state(snapshot)
+        if snapshot is not None:
+            from altgrad.nn import load_quant_state
+
+            load_quant_state(self.model, snapshot)
 
     def change(self, fmt: str) -> None:
         """Use another format from now on; weights on a grid move to its grid."""
@@ -120,8 +131,18 @@ class FormatsOfRun:
         self.format = fmt
 
     def storage_figures(self) -> StorageFigures:
-        """Stall and flip rates of the last optimizer step (one host copy)."""
-        return StorageFigures()
+        """What the last optimizer step did to the weights on a grid (one host copy)."""
+        counts = self.handle.counts if self.handle is not None else None
+        if counts is None:
+            return StorageFigures()
+        attempted, flips, stalled, _, regridded = counts.sum(0).tolist()
+        return StorageFigures(stalled / attempted if attempted else None, flips / self._grid_elements(), regridded)
+
+    def _grid_elements(self) -> int:
+        """Elements of all weights on a grid."""
+        if not self._elements:
+            self._elements = sum(one.elements for one in self.handle.last_step_stats().values())
+        return self._elements
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -1,70 +1,38 @@
-"""Update rules by name, the parameters that decay, and the learning rate as a function of the step.
-
-To add an optimizer, add a row to `OPTIMIZERS`: how to build it, and which of the config's settings it takes.
-"""
+"""The optimizer that a config names, the parameters that decay, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
-from altgrad.errors import ConfigError
+from altgrad.errors import AltGradError, ConfigError
+from altgrad.optim import find_optimizer, make_optimizer
 from altgrad.training.config import OptimizerSection
 
 
-@dataclass(frozen=True)
-class OptimizerRow:
-    """How one optimizer is made.
-
-    Args:
-        build: called with parameter groups and keyword arguments.
-        settings: names of `OptimizerSection` that it takes, besides lr and weight_decay.
-        defaults: arguments that `optimizer.options` may replace.
-    """
-
-    build: Callable[..., torch.optim.Optimizer]
-    settings: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] | None = None
-
-
-OPTIMIZERS: dict[str, OptimizerRow] = {
-    "adamw": OptimizerRow(torch.optim.AdamW, ("betas", "eps")),
-    "adam": OptimizerRow(torch.optim.Adam, ("betas", "eps")),
-    "sgd": OptimizerRow(torch.optim.SGD, ("momentum",)),
-    "rmsprop": OptimizerRow(torch.optim.RMSprop, ("momentum", "eps")),
-}
-
-
 def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over the model's trainable parameters.
+    """The optimizer of `altgrad.optim` that `config` names, over the model's trainable parameters.
 
-    Matrices decay; biases and norm weights (fewer than two dimensions) do not.
+    Matrices decay; biases and norm weights (fewer than two dimensions) do not. Settings that an optimizer does not have
+    are not passed to it; `config.options` must all be its own.
 
     Raises:
         ConfigError: no such optimizer, or it refuses an option.
     """
-    row = OPTIMIZERS.get(config.name)
-    if row is None:
-        near = get_close_matches(config.name, OPTIMIZERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OPTIMIZERS)}"
-        raise ConfigError(f"optimizer.name {config.name!r} is unknown; {hint}")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    arguments = {name: getattr(config, name) for name in row.settings}
-    arguments |= {"lr": config.lr, **(row.defaults or {}), **config.options}
     try:
-        return row.build([group for group in groups if group["params"]], **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer {config.name!r} refuses its options: {error}") from None
+        row = find_optimizer(config.name)
+        settings: dict[str, Any] = {n: getattr(config, n) for n in ("lr", "weight_decay", "betas", "eps", "momentum")}
+        settings = {name: value for name, value in settings.items() if value is not None and name in row.options}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in trained if p.dim() >= 2]}, {"params": [p for p in trained if p.dim() < 2]}]
+        if "weight_decay" in row.options:
+            groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
+        return make_optimizer(config.name, [g for g in groups if g["params"]], **{**settings, **config.options})
+    except (AltGradError, TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.name {config.name!r}: {error}") from None
 
 
 def lr_at(step: int, max_steps: int, config: OptimizerSection) -> float:

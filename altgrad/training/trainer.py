@@ -153,8 +153,10 @@ class Trainer:
                 clip_to(grads, norm if clipped or norm_value < 1e18 else norm_value, settings.grad_clip)
             self._update(lr)
             figures = self.formats.storage_figures()
+            if figures.regridded:
+                events.append({"event": "regrid", "values": figures.regridded})
         else:
-            self.formats.restore_snapshot(before)
+            self.formats.roll_back(before)
             events.append({"event": "skip_nonfinite", "loss": loss_value, "grad_norm": norm_value})
         self.step = step
         self.measuring.end_step()

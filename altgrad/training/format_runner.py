@@ -1,0 +1,322 @@
+"""Run one experiment in its run folder: start, resume, checkpoint, evaluate, stop, conclude.
+
+A finished run is not repeated: its result is returned. A run that was interrupted or killed continues from its newest
+sound checkpoint, and its losses are bit-identical to those of a run that was left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from altgrad.errors import CheckpointError
+from altgrad.quantization import NUMERICS_VERSION
+from altgrad.training.checkpoint import (
+    checkpoints,
+    claim_directory,
+    load_checkpoint,
+    load_newest,
+    prune,
+    save_checkpoint,
+)
+from altgrad.training.config import ExperimentConfig
+from altgrad.training.config_loading import dump_config, load_config
+from altgrad.training.data import Corpus
+from altgrad.training.files import remove_leftovers, write_json, write_text
+from altgrad.training.formats_of_run import all_finite
+from altgrad.training.interrupts import StopRequest
+from altgrad.training.results import RESULT, ExperimentResult, Tally
+from altgrad.training.run_folder import MetricsLog, RunPlan, environment, plan_run, truncate_metrics
+from altgrad.training.run_lock import RunLock
+from altgrad.training.state_tree import tensors_of, to_device
+from altgrad.training.stepping import usable_device
+from altgrad.training.trainer import LossFunction, StepRecord, Trainer, next_token_loss
+
+
+class RunListener:
+    """What a run tells while it goes on; every method may be left as it is."""
+
+    def said(self, line: str) -> None:
+        """Something that a person should know."""
+
+    def started(self, plan: RunPlan, step: int) -> None:
+        """The run begins or continues after `step` steps."""
+
+    def stepped(self, record: StepRecord, tokens_per_s: float) -> None:
+        """A step was taken."""
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        """The validation loss was measured."""
+
+    def ended(self, result: ExperimentResult) -> None:
+        """The run stopped, for whatever reason."""
+
+
+class FormatExperimentRunner:
+    """One experiment on disk.
+
+    Args:
+        config: the experiment.
+        model: any module to train in place of the config's GPT; its initial weights become part of the run's identity.
+        data_dir: a corpus or path in place of `config.data`.
+        device: in place of `config.device`.
+        listener: is told what happens.
+        loss: the loss of (model, x, y).
+        command: the shell command that repeats this run, for its failure report.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        model: nn.Module | None = None,
+        data_dir: Corpus | str | Path | None = None,
+        device: str | None = None,
+        *,
+        listener: RunListener | None = None,
+        loss: LossFunction = next_token_loss,
+        command: str | None = None,
+    ) -> None:
+        self.config = config.model_copy(update={"device": device}) if device else config
+        self.model, self.loss, self.command = model, loss, command
+        self.listener = listener or RunListener()
+        self.plan = plan_run(self.config, data_dir, _fingerprint(model) if model is not None else "")
+        self.trainer: Trainer | None = None
+        self.stop = StopRequest()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.plan.path
+
+    def run(self) -> ExperimentResult:
+        """Bring the run to its end (or to an interruption) and return its result.
+
+        Raises:
+            RunBusyError: another process works on this run.
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        finished = ExperimentResult.load(self.run_dir)
+        if finished is not None and finished.finished:
+            return finished
+        device = usable_device(self.config.device)
+        threads_before = torch.get_num_threads()
+        with RunLock.acquire(self.run_dir), self.stop:
+            remove_leftovers(self.run_dir)
+            try:
+                torch.set_num_threads(self._open_folder(device))
+                result = self._train()
+            finally:
+                torch.set_num_threads(threads_before)
+        self.listener.ended(result)
+        return result
+
+    def _open_folder(self, device: torch.device) -> int:
+        """Write what identifies the run, once; the thread count to use."""
+        record = self.run_dir / "env.json"
+        if record.exists():
+            threads = int(json.loads(record.read_text())["threads"])
+            wanted = self.config.threads
+            if wanted not in (None, threads):
+                self.listener.said(f"this run began with {threads} CPU threads and keeps them (threads={wanted} asked)")
+            return threads
+        threads = self.config.threads or torch.get_num_threads()
+        write_text(self.run_dir / "config.yaml", dump_config(self.config))
+        write_json(record, environment(self.plan, device, threads))
+        return threads
+
+    def _train(self) -> ExperimentResult:
+        directory, said = claim_directory(self.plan.wanted_checkpoint_dir, self.plan.hash)
+        if said:
+            self.listener.said(said)
+        self.directory, self.tally = directory, Tally()
+        trainer = self.trainer = Trainer(self.config, self.model, self.plan.corpus, self.config.device, loss=self.loss)
+        resumed = self._resume()
+        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
+        trainer.measuring.sink = lambda records: [self.metrics.write(record) for record in records]
+        self._since = time.monotonic() - self.tally.elapsed_s
+        try:
+            if resumed:
+                self.metrics.write({"kind": "event", "step": trainer.step, "event": "resume"})
+            self.listener.started(self.plan, trainer.step)
+            if trainer.step == 0:
+                self._evaluate()
+                self._checkpoint()
+            while not self._over():
+                self._step()
+            trainer.measuring.close()
+            self.metrics.sync()
+        finally:
+            self.metrics.close()
+        return self._conclude()
+
+    def _resume(self) -> bool:
+        """Go back to the newest sound checkpoint, and the metrics with it."""
+        assert self.trainer is not None
+        found = load_newest(self.directory)
+        for line in found.damaged if found else ():
+            self.listener.said(line)
+        step = found.step if found else 0
+        if found:
+            self.trainer.restore(to_device(found.state["trainer"], self.trainer.device))
+            self.tally = Tally(**found.state["tally"])
+            self.listener.said(f"continuing {self.plan.run_id} after step {step}")
+        truncate_metrics(self.run_dir / "metrics.jsonl", step if found else -1)
+        return found is not None
+
+    def _over(self) -> bool:
+        assert self.trainer is not None
+        collapsed = self.tally.verdict is not None and self.config.verdict.stop
+        return collapsed or self.trainer.step >= self.config.max_steps or bool(self.stop)
+
+    def _step(self) -> None:
+        trainer, config = self.trainer, self.config
+        assert trainer is not None
+        begun = time.monotonic()
+        x, y = trainer.batch(trainer.step + 1)
+        record = trainer.train_step(x, y)
+        seconds = time.monotonic() - begun
+        had_verdict = self.tally.verdict is not None
+        self.tally.add_step(record, x.numel(), seconds, record.step <= config.optimizer.warmup_steps)
+        self.tally.elapsed_s = time.monotonic() - self._since
+        tokens_per_s = x.numel() / seconds
+        self._log_step(record, tokens_per_s, new_verdict=self.tally.verdict is not None and not had_verdict)
+        self.listener.stepped(record, tokens_per_s)
+        last = trainer.step == config.max_steps or (record.verdict is not None and config.verdict.stop)
+        if last or trainer.step % config.evaluation.interval == 0:
+            self._evaluate()
+        if last or trainer.step % config.checkpoint_interval == 0 or self.stop:
+            self._checkpoint()
+
+    def _log_step(self, record: StepRecord, tokens_per_s: float, *, new_verdict: bool) -> None:
+        facts = {name: value for name, value in vars(record).items() if name not in ("events", "verdict")}
+        self.metrics.write({"kind": "step", **facts, "tokens_per_s": tokens_per_s, "elapsed_s": self.tally.elapsed_s})
+        for event in record.events:
+            self.metrics.write({"kind": "event", "step": record.step, **event})
+        if new_verdict:
+            self.metrics.write({"kind": "event", "step": record.step, "event": "verdict", **(self.tally.verdict or {})})
+
+    def _evaluate(self) -> None:
+        assert self.trainer is not None
+        loss = self.trainer.evaluate()
+        self.tally.add_evaluation(loss)
+        perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())  # inf instead of an OverflowError
+        self.metrics.write({"kind": "eval", "step": self.trainer.step, "val_loss": loss, "perplexity": perplexity})
+        self.listener.evaluated(self.trainer.step, loss)
+
+    def _checkpoint(self) -> None:
+        assert self.trainer is not None
+        self.tally.elapsed_s = time.monotonic() - self._since
+        self.metrics.sync()
+        save_checkpoint(self.directory, self.trainer.step, self._state())
+        limits = self.config.verdict
+        prune(self.directory, self.config.keep_checkpoints, reach=max(limits.divergence_window, limits.freeze_window))
+
+    def _state(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"trainer": self.trainer.capture(), "tally": self.tally.state_dict()}
+
+    def _conclude(self) -> ExperimentResult:
+        assert self.trainer is not None
+        config, tally, steps = self.config, self.tally, self.trainer.step
+        interrupted = steps < config.max_steps and not (tally.verdict and config.verdict.stop)
+        figures: dict[str, Any] = {"skipped_steps": tally.skipped_steps, "checkpoint_dir": str(self.directory)}
+        result = ExperimentResult(
+            name=config.name,
+            run_id=self.plan.run_id,
+            seed=config.seed,
+            format=config.fp8_format if config.recipe is None else "recipe",
+            storage=config.weight_storage,
+            rounding=config.rounding,
+            status="interrupted" if interrupted else "collapsed" if tally.verdict else "completed",
+            verdict=tally.verdict,
+            steps=steps,
+            max_steps=config.max_steps,
+            final_loss=tally.final_loss,
+            best_loss=tally.best_loss,
+            best_step=tally.best_step,
+            final_val_loss=tally.final_val_loss,
+            best_val_loss=tally.best_val_loss,
+            stall_rate=tally.stall_rate,
+            wall_s=tally.elapsed_s,
+            tokens_per_s=tally.tokens / tally.stepping_s if tally.stepping_s else 0.0,
+            interventions=tally.interventions,
+            config_hash=self.plan.hash,
+            data_fingerprint=self.plan.corpus.fingerprint,
+            numerics_version=NUMERICS_VERSION,
+            figures=figures,
+            run_dir=self.run_dir,
+        )
+        if result.status == "collapsed":
+            figures["failure_report"] = str(self._report_failure(result))
+        write_json(self.run_dir / RESULT, result.as_dict())  # last: its presence says that all else is there
+        return result
+
+    def _report_failure(self, result: ExperimentResult) -> Path:
+        """Keep the last good state and the collapsed one, and write the report on both."""
+        from altgrad.training.failure_report import write_failure_report
+
+        assert self.trainer is not None
+        assert result.verdict is not None
+        collapsed = save_checkpoint(self.directory, self.trainer.step, self._state(), label="collapsed")
+        good = last_good_checkpoint(self.directory, result.verdict["onset_step"])
+        if good is not None:
+            kept = good.with_name(good.name.replace("step-", "last-good-"))
+            if not kept.exists():
+                shutil.copytree(good, kept)
+            good = kept
+        return write_failure_report(
+            run_dir=self.run_dir,
+            checkpoint_dir=self.directory,
+            result=result.as_dict(),
+            config=self.config.model_dump(mode="json"),
+            command=self.command or f"altgrad run {self.run_dir / 'config.yaml'}",
+            last_good=good,
+            collapsed=collapsed,
+        )
+
+
+def last_good_checkpoint(directory: Path, onset_step: int) -> Path | None:
+    """The newest sound checkpoint from before `onset_step` whose weights are all finite."""
+    for path in checkpoints(directory):
+        if int(path.name[5:]) >= onset_step:
+            continue
+        try:
+            state = load_checkpoint(path).state
+        except CheckpointError:
+            continue
+        if all_finite(list(tensors_of(state["trainer"]["model"]))):
+            return path
+    return None
+
+
+def run_format_experiment(
+    config: ExperimentConfig | str | Path | dict[str, Any],
+    device: str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    model: nn.Module | None = None,
+    data_dir: Corpus | str | Path | None = None,
+    listener: RunListener | None = None,
+) -> ExperimentResult:
+    """Run (or resume, or look up) the experiment of a config file, mapping or `ExperimentConfig`.
+
+    >>> run_format_experiment("experiments/configs/e3m4_uniform.yaml", "cpu")  # doctest: +SKIP
+    """
+    loaded = load_config(config, overrides)
+    return FormatExperimentRunner(loaded, model, data_dir, device, listener=listener).run()
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Hash of a model's class, names, shapes and initial values."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
