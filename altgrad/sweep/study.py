@@ -77,7 +77,6 @@ def run_sweep(
     Raises:
         SweepError: an unknown executor, no devices for runs that need them, or no cluster at the address.
     """
-    console = console or Console(stderr=True)
     missing = plan.missing
     slots = slots_of(plan, options)
     threads = threads_per_run(slots)
@@ -121,28 +120,27 @@ def describe_plan(
     console: Console | None = None,
 ) -> float | None:
     """Print what the sweep would do and how long it would take; returns the estimate in seconds, None if unknown."""
-    if console is None:
-        console = Console()
+    screen = console or Console()
     missing = plan.missing
     slots = slots_of(plan, options)
     estimates = estimate_all(missing, measure_finished(_history(plan)), calibration)
-    _print_variants(plan, estimates, console)
+    _print_variants(plan, estimates, screen)
     count = plan.count()
     names = {
         State.DONE: "done", State.MISSING: "to do", State.PARTIAL: "to resume", State.FAILED: "failed before",
         State.BUSY: "running in another process",
     }  # fmt: skip
     states = ", ".join(f"{count[state]} {text}" for state, text in names.items() if count[state])
-    console.print(f"{len(plan.runs)} runs in {escape(str(plan.runs[0].folder.parent))}: {states}", highlight=False)
+    screen.print(f"{len(plan.runs)} runs in {escape(str(plan.runs[0].folder.parent))}: {states}", highlight=False)
     if not missing:
-        console.print("nothing to do")
+        screen.print("nothing to do")
         return 0.0
     if len(estimates) < len(missing):
-        console.print(f"no estimate: no finished run has the model size of {len(missing) - len(estimates)} of them")
+        screen.print(f"no estimate: no finished run has the model size of {len(missing) - len(estimates)} of them")
         return None
     total = schedule((estimates[run.name].seconds for run in missing), slots)
     sources = Counter(estimate.source for estimate in estimates.values())
-    console.print(
+    screen.print(
         f"about {duration(total)} with {slots} run{'s' if slots > 1 else ''} at a time "
         f"({threads_per_run(slots)} threads each), by {sources.most_common(1)[0][0]}",
         highlight=False,
@@ -152,24 +150,23 @@ def describe_plan(
 
 def describe_result(result: SweepResult, console: Console | None = None) -> None:
     """Print how the runs ended: collapses are results, failures are listed with their reason."""
-    if console is None:
-        console = Console()
+    screen = console or Console()
     out = result.plan.runs[0].folder.parent
     before = len(result.plan.runs) - len(result.outcomes)
     ended = Counter(str(o.result.get("status")) for o in result.outcomes.values() if o.status == "done" and o.result)
     facts = [f"{before} done before"] if before else []
     facts += [f"{number} {status}" for status, number in ended.items()]
     facts += [f"{result.count(status)} {status}" for status in ("failed", "stopped") if result.count(status)]
-    console.print(f"{len(result.plan.runs)} runs: {', '.join(facts)}", highlight=False)
+    screen.print(f"{len(result.plan.runs)} runs: {', '.join(facts)}", highlight=False)
     for name, outcome in result.outcomes.items():
         if outcome.status == "failed":
             reason = escape(str((outcome.crash or {}).get("reason")))
-            console.print(f"  [red]{escape(name)}[/red]: {reason}; see {escape(str(out / name / 'log.txt'))}")
+            screen.print(f"  [red]{escape(name)}[/red]: {reason}; see {escape(str(out / name / 'log.txt'))}")
     if result.count("stopped"):
-        console.print("the same command goes on where this one stopped", highlight=False)
+        screen.print("the same command goes on where this one stopped", highlight=False)
     elif result.count("failed"):
-        console.print("the same command tries the failed runs again", highlight=False)
-    console.print(f"altgrad report {escape(str(out))}", highlight=False)
+        screen.print("the same command tries the failed runs again", highlight=False)
+    screen.print(f"altgrad report {escape(str(out))}", highlight=False)
 
 
 def _print_variants(plan: Plan, estimates: Mapping[str, Estimate], console: Console) -> None:
