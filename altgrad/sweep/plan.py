@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.errors import SweepError
-from altgrad.quantization import NUMERICS_VERSION
 from altgrad.sweep.job import Job, State, state_of
 from altgrad.sweep.matrix import Matrix
-from altgrad.training.config import ExperimentConfig, experiment_hash
+from altgrad.training.config import ExperimentConfig
 from altgrad.training.config_loading import dump_config
-from altgrad.training.data import load_corpus
+from altgrad.training.data import Corpus, load_corpus
+from altgrad.training.run_folder import plan_run
 from altgrad.training.run_lock import is_locked
 
 
@@ -63,18 +63,13 @@ def make_plan(matrix: Matrix, out: str | Path) -> Plan:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise SweepError(f"{out} is a file; choose a folder for the runs with --out")
-    fingerprints: dict[str, str] = {}
+    corpora: dict[str, Corpus] = {}
     runs = []
     for variant in matrix.expand(runs_dir=str(out)):
         config = variant.config
         source = f"{config.data.model_dump_json()} {config.model.vocab_size}"
-        if source not in fingerprints:
-            fingerprints[source] = load_corpus(config.data, config.model.vocab_size).fingerprint
-        folder = out / folder_name(config, fingerprints[source])
+        if source not in corpora:
+            corpora[source] = load_corpus(config.data, config.model.vocab_size)
+        folder = plan_run(config, corpora[source]).path
         runs.append(PlannedRun(config, variant.choices, folder, state_of(folder, is_locked(folder))))
     return Plan(runs)
-
-
-def folder_name(config: ExperimentConfig, data_fingerprint: str) -> str:
-    """`<name>-s<seed>-<hash8>`: the run folder that `altgrad run` gives this config on this data."""
-    return f"{config.name}-s{config.seed}-{experiment_hash(config, data_fingerprint, NUMERICS_VERSION)[:8]}"

@@ -102,7 +102,9 @@ class Ranks:
             )
         for key in ("enable_emergency_shift", "enable_partition_clipping"):
             if getattr(config, key):
-                raise DistributedError(f"{key} needs whole weights and gradients, which fsdp2 spreads; use distributed=ddp")
+                raise DistributedError(
+                    f"{key} needs whole weights and gradients, which fsdp2 spreads; use distributed=ddp"
+                )
         if config.monitor.enabled:
             raise DistributedError("the monitor reads whole weights, which fsdp2 spreads; use distributed=ddp")
         if config.optimizer.name not in ("adamw", "adam", "sgd"):

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from altgrad.training.distributed import spread_like, whole
+
 
 def copy_tree(node: Any) -> Any:
-    """A copy that shares nothing with `node`: tensors are cloned on their device, containers rebuilt."""
+    """A copy that shares nothing with `node`: tensors are cloned on their device (whole, where they are spread over
+    ranks), containers rebuilt."""
     if isinstance(node, torch.Tensor):
-        return node.detach().clone()
+        return whole(node.detach()).clone()
     if isinstance(node, dict):
         return {key: copy_tree(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -42,14 +45,14 @@ def tensors_of(node: Any) -> Iterator[torch.Tensor]:
 
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of a model's parameters and persistent buffers by name."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: whole(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
 def load_model_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Write `model_state`'s result into the model's own tensors, whose identity stays."""
     for name, tensor in model.state_dict().items():
-        tensor.copy_(state[name])
+        tensor.copy_(spread_like(tensor, state[name]))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -73,4 +76,5 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
                 continue
             live = entry.get(key)
             device = live.device if isinstance(live, torch.Tensor) else parameter.device
-            entry[key] = value.detach().to(device, copy=True)
+            value = value.detach().to(device, copy=True)
+            entry[key] = spread_like(parameter, value) if value.shape == parameter.shape else value

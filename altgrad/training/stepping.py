@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import ConfigError
+from altgrad.training.distributed import local
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -63,8 +64,8 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
-    """The gradients that there are."""
-    return [p.grad for p in parameters if p.grad is not None]
+    """The gradients that there are; of those that are spread over ranks, this rank's part."""
+    return [local(p.grad) for p in parameters if p.grad is not None]
 
 
 def gradient_norm(grads: Sequence[Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from altgrad.training.config import ExperimentConfig
 from altgrad.training.data import Corpus, resolve_corpus
+from altgrad.training.distributed import Ranks
 from altgrad.training.formats_of_run import FormatsOfRun, StorageFigures, all_finite
 from altgrad.training.interventions import Interventions
 from altgrad.training.measuring import Measuring
@@ -102,7 +103,8 @@ class Trainer:
         loss: LossFunction = next_token_loss,
     ) -> None:
         self.config = config
-        self.device = usable_device(device or config.device)
+        self.ranks = Ranks.from_environment(config)
+        self.device = usable_device(self.ranks.device(str(device or config.device)))
         self.corpus = resolve_corpus(data_dir, config.data, config.model.vocab_size)
         if model is None:
             model = build_model(config, self.corpus.vocab_size)
@@ -110,13 +112,14 @@ class Trainer:
         self.model = model.to(self.device).train()
         self.loss = loss
         self.formats = FormatsOfRun(self.model, config)
+        self.ranks.prepare(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.formats.attach(self.optimizer)
         self.measuring = Measuring(config, self.model, self.optimizer, self.formats)
         self.interventions = Interventions(config, self.model, self.optimizer, self.formats)
         self.judge = Judge(config.verdict)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._forward = torch.compile(self.model) if config.compile else self.model
+        self._forward = self.ranks.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
         self.step = 0  # steps taken, skipped ones included
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +129,7 @@ class Trainer:
         return x.to(self.device), y.to(self.device)
 
     def train_step(self, x: Tensor, y: Tensor) -> StepRecord:
-        """Train on one batch, int64 of shape (batch, time), and return what happened.
+        """Train on one batch, int64 of shape (batch, time), and return what happened. Ranks all get the whole batch.
 
         The batch is split into `data.grad_accumulation` micro-batches. Nothing of a non-finite step is applied.
         """
@@ -135,20 +138,23 @@ class Trainer:
         self.measuring.begin_step(step)
         loss = self._forward_backward(step, x, y)
         grads = gradients(self.parameters)
-        norm = gradient_norm(grads)
+        norm = self.ranks.norm(gradient_norm(grads))
         loss_value, norm_value = on_host([loss, norm])
-        if math.isfinite(loss_value) and not math.isfinite(norm_value) and all_finite(grads):
+        huge = math.isfinite(loss_value) and not math.isfinite(norm_value) and not self.ranks.shards
+        if huge and all_finite(grads):
             norm_value = wide_norm(grads)
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
 
         overflow = self.measuring.overflow_rate()
+        if overflow is not None:
+            overflow = self.ranks.max(overflow)  # the clip must act on every rank or on none
         events: list[dict[str, Any]] = []
         lr = lr_at(step, self.config.max_steps, settings)
         figures = StorageFigures()
         if finite:
             if clipped := self.interventions.clip(overflow):
                 events.append(clipped)
-                norm = gradient_norm(grads)
+                norm = self.ranks.norm(gradient_norm(grads))
             if settings.grad_clip and grads:
                 clip_to(grads, norm if clipped or norm_value < 1e18 else norm_value, settings.grad_clip)
             self._update(lr)
@@ -220,11 +226,13 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for index, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
             self.formats.at(step, index)
-            with seeded(self.device, seed_of(self.config.seed, step, index)), deterministic(self.device):
-                loss = self.loss(self._forward, part_x, part_y) / parts
+            part_x, part_y, last = self.ranks.rows(part_x), self.ranks.rows(part_y), index == parts - 1
+            seed = seed_of(self.config.seed, step, index, *([] if self.ranks.alone else [self.ranks.rank]))
+            with seeded(self.device, seed), deterministic(self.device), self.ranks.micro_batch(self._forward, last):
+                loss = self.loss(self._forward, part_x, part_y) / (parts * self.ranks.world_size)
                 loss.backward()
             total += loss.detach()
-        return total
+        return self.ranks.sum(total)
 
     def _update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
