@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
+from altgrad.analysis.comparison import baseline_of
 from altgrad.analysis.outcome import PAST_TENSE, Outcome
 from altgrad.analysis.runs import Curve, as_number
 from altgrad.report.axes import Axis
@@ -63,6 +64,52 @@ def loss_figure(outcomes: Sequence[Outcome], styles: Sequence[Style], same: Mapp
         group_notes={label: f"same as {other}" for label, other in same.items()},
         formats={o.label: o.run.format for o in outcomes},
     )
+
+
+def gap_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup | None:
+    """Loss minus the baseline's loss on the same batches, where both were measured; None without a baseline."""
+    series: list[Series] = []
+    per_bucket = 1
+    for outcome, style in zip(outcomes, styles, strict=True):
+        baseline = baseline_of(outcome, outcomes)
+        if baseline is None:
+            continue
+        validation = _gap(outcome.metrics.validation, baseline.metrics.validation)
+        train = _gap(outcome.metrics.train, baseline.metrics.train)
+        if len(validation):
+            kept = _at_most(validation, CURVE_POINTS)
+            series.append(Series(outcome.label, kept.steps, kept.values, style, "validation", dots=len(kept) <= 40))
+        if len(train):
+            t = thin(train.steps, train.values, 80)
+            per_bucket = max(per_bucket, t.per_bucket)
+            series.append(Series(outcome.label, t.x, t.mean, style, "train", faint=bool(len(validation))))
+    if not series:
+        return None
+    finite = [s.y[np.isfinite(s.y)] for s in series]
+    ordinary = [y for s, y in zip(series, finite, strict=True) if len(y) and not _collapsed(s.group, outcomes)]
+    top = 1.25 * max((float(y.max()) for y in ordinary), default=0.0)
+    peak = max((float(y.max()) for y in finite if len(y)), default=0.0)
+    return line_figure(
+        series,
+        title="Distance from FP32",
+        description="Loss of each run minus the loss of the FP32 run of the same seed at the same step.",
+        caption="Zero is the FP32 run of the same seed, which sees the same batches; below zero is better than FP32. "
+        f"Thin lines: training loss, mean of every {plural(per_bucket, 'step')}.",
+        y_label="nats above FP32",
+        height=340,
+        y_scales=("linear",),
+        y_top=top if ordinary and peak > 1.5 * top > 0 else None,
+        formats={o.label: o.run.format for o in outcomes},
+    )
+
+
+def _gap(mine: Curve, theirs: Curve) -> Curve:
+    steps, i, j = np.intersect1d(mine.steps, theirs.steps, assume_unique=True, return_indices=True)
+    return Curve(steps, mine.values[i] - theirs.values[j])
+
+
+def _collapsed(label: str, outcomes: Sequence[Outcome]) -> bool:
+    return any(o.label == label and o.collapsed for o in outcomes)
 
 
 def stall_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup | None:

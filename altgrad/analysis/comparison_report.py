@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from altgrad.analysis.comparability import require_comparable
 from altgrad.analysis.comparison import IGNORED_KEYS, baseline_of, headline, split_facts, table_row, twins
-from altgrad.analysis.comparison_figures import loss_figure, rug_figure, stall_figure
+from altgrad.analysis.comparison_figures import gap_figure, loss_figure, rug_figure, stall_figure
 from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.analysis.runs import read_run
 from altgrad.errors import ReportError
@@ -72,6 +72,7 @@ def report_content(outcomes: Sequence[Outcome], folder: Path, *, title: str | No
         "lede": ([said] if title else []) + _lede(outcomes, same),
         "warnings": warnings,
         "loss_figure": loss_figure(outcomes, styles, same),
+        "gap_figure": gap_figure(outcomes, styles),
         "stall_figure": stall_figure(outcomes, styles),
         "rug_figure": rug_figure(outcomes, styles),
         "results": results_table(outcomes, styles),

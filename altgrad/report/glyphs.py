@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from altgrad.report.axes import Axis
 from altgrad.report.numbers import number
-from altgrad.report.svg import el, stretched
+from altgrad.report.svg import el, framing, stretched
 from altgrad.report.theme import Style
 
 _SPLIT = re.compile(r"^E(\d)M(\d)$", re.IGNORECASE)
@@ -26,15 +26,17 @@ def bit_strip(format_name: str) -> Markup:
     for i in range(8):
         kind = "sign" if i == 0 else "exponent" if i <= exponent else "mantissa"
         gap = (i > 0) * 2 + (i > exponent) * 2
-        cells.append(el("rect", class_=f"bit {kind}", x=f"{i * 5 + gap + 0.5}", y="0.5", width="4", height="9"))
+        inset = 0.5 if kind == "mantissa" else 0.0  # outlines are drawn half outside their rectangle
+        x, size = i * 5 + gap + inset, 4 - 2 * inset
+        cells.append(el("rect", class_=f"bit {kind}", x=x, y=inset, width=size, height=10 - 2 * inset))
     words = f"1 sign bit, {exponent} exponent bits, {7 - exponent} mantissa bits"
     return el(
         "svg",
         el("title", words),
         *cells,
         class_="bits",
-        viewBox="0 0 45 10",
-        width="45",
+        viewBox="0 0 44 10",
+        width="44",
         height="10",
         role="img",
         aria_label=words,
@@ -88,17 +90,15 @@ def rug(
         if len(values)
     )
     height = row_height * len(rows)
-    plot = el("svg", *parts, class_="plot rug-plot", style=f"--top:4px;--h:{height}px", overflow="visible")
     return el(
         "svg",
         el("title", title),
         el("desc", described),
-        plot,
+        *parts,
         class_="chart rug",
         role="img",
         aria_label=f"{title}. {described}",
-        width="100%",
-        height=height + 34,
+        style=framing(4, height, 30),
     )
 
 

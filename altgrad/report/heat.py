@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from altgrad.report.svg import UNIT, el, stretched
+from altgrad.report.svg import UNIT, el, framing, stretched
 from altgrad.report.theme import HEAT_LEVELS
 
 
@@ -96,14 +96,12 @@ def heat_strips(
     ]
     total = rows * row_height
     plot = el(
-        "svg",
+        "g",
         stretched(*paths, class_="cells"),
         *labels,
         *ends,
         el("rect", class_="hit", width="100%", height="100%"),
-        class_="plot strips-plot",
-        style=f"--top:2px;--h:{total}px",
-        overflow="visible",
+        class_="plot",
     )
     return el(
         "svg",
@@ -113,8 +111,7 @@ def heat_strips(
         class_="chart strips",
         role="img",
         aria_label=f"{title}. {description}",
-        width="100%",
-        height=total + 24,
+        style=framing(2, total, 22),
     )
 
 

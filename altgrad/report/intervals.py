@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from altgrad.report.axes import axis_over
-from altgrad.report.svg import el
+from altgrad.report.svg import el, framing
 from altgrad.report.theme import Style
 
 ROW = 30
@@ -59,17 +59,15 @@ def interval_chart(
         parts.append(_row(row, (i + 0.5) * ROW, axis))
     parts.append(el("text", x_label, class_="axis-label", x="100%", y="100%", dy="35", text_anchor="end"))
     height = ROW * len(rows)
-    plot = el("svg", *parts, class_="plot interval-plot", style=f"--top:22px;--h:{height}px", overflow="visible")
     return el(
         "svg",
         el("title", title),
         el("desc", description),
-        plot,
+        *parts,
         class_="chart intervals",
         role="img",
         aria_label=f"{title}. {description}",
-        width="100%",
-        height=height + 66,
+        style=framing(24, height),
     )
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from altgrad.report.axes import Axis, axis_over
 from altgrad.report.numbers import number
-from altgrad.report.svg import band_data, dots_data, el, path_data, stretched
+from altgrad.report.svg import band_data, dots_data, el, framing, path_data, stretched
 from altgrad.report.theme import BASELINE, Style
 
 MARK_ROW, LABEL_ROW = 16, 15  # px per stacked line of text
@@ -78,31 +78,31 @@ def line_chart(
         el("title", title),
         el("desc", description),
         el(
-            "svg",
+            "g",
             *_grid(x_axis, y_axis),
             stretched(*(_curve(s, x_axis, y_axis) for s in _back_to_front(series)), class_="curves"),
             *(_mark(m, row, x_axis, y_axis) for m, row in zip(marks, rows, strict=True)),
             *_off_scale(series, x_axis, y_axis),
-            *_end_labels(series, y_axis, plot_height),
+            *_end_labels(series, x_axis, y_axis, plot_height),
             el("line", class_="cursor", y1="0", y2="100%", x1="0", x2="0"),
             el("rect", class_="hit", width="100%", height="100%"),
             class_="plot",
-            style=f"--top:{top}px;--h:{plot_height}px",
-            overflow="visible",
             data_x=f"{x_axis.lo:.8g},{x_axis.hi:.8g},{int(x_axis.log)}",
             data_y=f"{y_axis.lo:.8g},{y_axis.hi:.8g},{int(y_axis.log)}",
         ),
         class_="chart line-chart",
         role="img",
         aria_label=f"{title}. {description}",
-        width="100%",
-        height=height,
+        style=framing(top, plot_height),
         data_scale="log" if log_y else "linear",
     )
 
 
 def _grid(x_axis: Axis, y_axis: Axis) -> list[Markup]:
     parts = []
+    if not y_axis.log and y_axis.lo < 0 < y_axis.hi:
+        zero = f"{100 * (1 - float(y_axis.at(0.0))):.3f}%"
+        parts.append(el("line", class_="reference", x1="0", x2="100%", y1=zero, y2=zero))
     for position, label in y_axis.ticks(5):
         y = f"{100 * (1 - position):.3f}%"
         parts.append(el("line", class_="grid", x1="0", x2="100%", y1=y, y2=y))
@@ -198,20 +198,29 @@ def _off_scale(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> list[Mar
     return parts
 
 
-def _end_labels(series: Sequence[Series], y_axis: Axis, plot_height: int) -> list[Markup]:
-    """Names at the right end of the curves, spread so that none covers another, each with a line to its curve."""
-    labelled: dict[str, tuple[float, Series]] = {}
+def _end_labels(series: Sequence[Series], x_axis: Axis, y_axis: Axis, plot_height: int) -> list[Markup]:
+    """Names at the ends of the curves. Those that end at the right stand in the margin, spread so that none covers
+    another, each with a line to its curve; a curve that ends early carries its name where it ends."""
+    parts: list[Markup] = []
+    margin: list[tuple[float, Series]] = []
+    named = set()
     for s in series:
         finite = np.flatnonzero(np.isfinite(s.y))
-        if s.end_label and len(finite) and s.group not in labelled:
-            height = float(np.clip(1 - y_axis.at(s.y[finite[-1]]), 0, 1)) * plot_height
-            labelled[s.group] = (height, s)
-    ordered = sorted(labelled.values(), key=lambda pair: pair[0])
-    if len(ordered) * LABEL_ROW > plot_height:
-        return []
-    spread = spread_apart([height for height, _ in ordered], LABEL_ROW, 4, plot_height - 4)
-    parts = []
-    for (height, s), y in zip(ordered, spread, strict=True):
+        if not s.end_label or not len(finite) or s.group in named:
+            continue
+        named.add(s.group)
+        end = float(x_axis.at(s.x[finite[-1]]))
+        height = float(1 - y_axis.at(s.y[finite[-1]]))
+        if end > 0.93:
+            margin.append((min(max(height, 0.0), 1.0) * plot_height, s))
+        elif 0 <= height <= 1:
+            text = el("text", s.group, x=f"{100 * end:.2f}%", y=f"{100 * height:.2f}%", dx="9", dy="4")
+            parts.append(el("g", text, class_=f"end-label early {s.style.css}", data_group=s.group))
+    margin.sort(key=lambda pair: pair[0])
+    if len(margin) * LABEL_ROW > plot_height:
+        return parts
+    spread = spread_apart([height for height, _ in margin], LABEL_ROW, 4, plot_height - 4)
+    for (height, s), y in zip(margin, spread, strict=True):
         lead = el("svg", el("path", d=f"M4 {height:.1f}L18 {y:.1f}h6"), x="100%", overflow="visible")
         name = el("text", s.group, x="100%", y=f"{y:.1f}", dx="28", dy="4")
         parts.append(el("g", lead, name, class_=f"end-label {s.style.css}", data_group=s.group))

@@ -20,7 +20,7 @@ def number(value: float | None, digits: int = 4) -> str:
     if 1e-4 <= abs(value) < 1e6:
         places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
         text = f"{value:.{places}f}"
-        return _minus(text.rstrip("0").rstrip(".") if "." in text and abs(value) >= 100 else text)
+        return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
     mantissa, exponent = f"{value:.{max(0, digits - 2)}e}".split("e")
     return _minus(f"{mantissa}e{int(exponent)}")
 

@@ -1,8 +1,8 @@
 """Builds SVG and HTML elements as escaped markup, and path data from arrays.
 
-Charts are responsive without scripts: a chart is an outer `<svg width="100%">` with nested viewports. Text and grid lines
-sit in a viewport without a viewBox, at percentages; curves sit in one with `viewBox="0 0 1000 1000"` that is stretched
-to fill it (`preserveAspectRatio="none"`), their strokes kept at screen width by `vector-effect`.
+Charts are responsive without scripts: a chart is an `<svg>` whose padding holds the axis labels and whose content box is
+the plot. Text and grid lines sit in it at percentages; curves sit in a nested viewport with `viewBox="0 0 1000 1000"`
+that is stretched to fill it (`preserveAspectRatio="none"`), their strokes kept at screen width by `vector-effect`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ def stretched(*children: Any, **attributes: Any) -> Markup:
         height="100%",
         **attributes,
     )
+
+
+def framing(top: int, plot_height: int, bottom: int = 42) -> str:
+    """Inline style of a chart's `<svg>`: the height of its plot and the room above and below it, in px. The room at the
+    sides is the style sheet's, as it depends on the page's width."""
+    return f"--top:{top}px;--bottom:{bottom}px;height:{top + plot_height + bottom}px"
 
 
 def path_data(x: np.ndarray, y: np.ndarray) -> str:

@@ -46,7 +46,7 @@ BASELINE = -1
 """Slot of the unquantized baseline: drawn in ink, thicker than the rest."""
 
 _SLOTS = {"E0M7": 0, "E1M6": 1, "E2M5": 2, "E3M4": 3, "E4M3": 4, "E5M2": 5, "E6M1": 6, "E7M0": 7, "FP32": BASELINE}
-_DASHES = ("7 3", "", "2 3", "", "7 3", "", "2 3", "9 3 2 3")
+_DASHES = ("6 5", "", "2 3", "", "7 3", "", "2 3", "9 3 2 3")
 _SAME_COLOUR_DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
