@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,6 +44,65 @@ def demo_formats() -> None:
     from altgrad.cli import format_pages
 
     format_pages.print_demo()
+
+
+_Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as optimizer.lr=3e-4 seed=7.")]
+_Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")]
+_FailOnCollapse = Annotated[bool, typer.Option("--fail-on-collapse", help="Exit with 1 if a run collapsed.")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
+    overrides: _Overrides = None,
+    device: _Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config, and stop.")] = False,
+    fail_on_collapse: _FailOnCollapse = False,
+) -> None:
+    """Run one experiment; a finished one is looked up, an interrupted one continued."""
+    from altgrad.cli import run_pages
+
+    result = run_pages.train(config, overrides or [], device, dry_run=dry_run, print_config=print_config)
+    raise typer.Exit(run_pages.exit_code([result], fail_on_collapse=fail_on_collapse))
+
+
+@app.command()
+def compare(
+    configs: Annotated[list[str], typer.Argument(help="Two or more YAML files, then settings for all of them.")],
+    device: _Device = None,
+    fail_on_collapse: _FailOnCollapse = False,
+) -> None:
+    """Run several experiments (or look them up) and set them side by side in one report."""
+    from altgrad.cli import run_pages
+
+    raise typer.Exit(run_pages.exit_code(run_pages.compare(configs, device), fail_on_collapse=fail_on_collapse))
+
+
+@app.command()
+def demo(
+    runs_dir: Annotated[str, typer.Option("--runs-dir", help="Where the run folders go.")] = "runs/demo",
+    steps: Annotated[int | None, typer.Option("--steps", help="Fewer or more training steps.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")] = "cpu",
+) -> None:
+    """Train the FP32 baseline and five 8-bit formats side by side on real text: three minutes on two cores."""
+    from altgrad.cli import run_pages
+
+    raise typer.Exit(run_pages.exit_code(run_pages.demo(runs_dir, steps, device), fail_on_collapse=False))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file to write.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare runs of different data or versions, marked so.")
+    ] = False,
+) -> None:
+    """Write one self-contained HTML report on existing runs."""
+    from altgrad.cli import run_pages
+
+    run_pages.report(runs, out, force)
 
 
 def main() -> None:

@@ -105,17 +105,20 @@ def load_newest(directory: Path) -> Checkpoint | None:
 
 
 def prune(directory: Path, keep: int, reach: int = 0) -> None:
-    """Delete all but the newest `keep` checkpoints and the newest one that lies `reach` steps or more behind the first.
+    """Delete what is no longer needed.
 
-    A verdict's window is that long: the older checkpoint is from before whatever the verdict will be about.
+    Kept are the newest `keep` checkpoints, the newest that lies `reach` steps or more behind them (a verdict's window is
+    that long, so it is from before whatever a verdict will be about; while there is none, the oldest), and between the
+    two one for every `reach` / 2 steps, to take that place later.
     """
     found = checkpoints(directory)
-    if not found:
-        return
     steps = {path: int(path.name[5:]) for path in found}
     behind = [path for path in found if steps[path] <= steps[found[0]] - reach]
-    for path in found[keep:]:
-        if path not in behind[:1]:
+    last_kept = steps[behind[0]] if behind else -reach
+    for path in reversed(found[keep:]):
+        if (behind and path == behind[0]) or steps[path] >= last_kept + max(1, reach / 2):
+            last_kept = steps[path]
+        else:
             shutil.rmtree(path)
 
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -146,7 +147,9 @@ class Ranks:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        known = signature(DistributedDataParallel).parameters  # the older name is deprecated where there is the newer
+        quiet = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        wrapped = DistributedDataParallel(model, **quiet)
         wrapped.register_comm_hook(None, _sum_gradients)
         return wrapped
 
@@ -218,7 +221,7 @@ class Ranks:
         return result
 
 
-def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(_, bucket):  # DDP compares annotations with types, and postponed ones are strings
     """DDP's exchange without its division by the number of ranks: each rank's loss is its part of the global mean."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None

@@ -253,6 +253,8 @@ class FormatExperimentRunner:
             figures=figures,
             run_dir=self.run_dir,
         )
+        if self.stop.signal is not None:
+            figures["signal"] = self.stop.signal
         if result.status == "collapsed":
             figures["failure_report"] = str(self._report_failure(result))
         write_json(self.run_dir / RESULT, result.as_dict())  # last: its presence says that all else is there

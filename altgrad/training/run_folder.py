@@ -131,7 +131,7 @@ def _format_facts(name: str) -> dict[str, Any]:
         facts |= {"exponent_bits": fmt.exponent_bits, "mantissa_bits": fmt.mantissa_bits, "max": fmt.max}
         facts["smallest"] = fmt.min_subnormal
         if fmt.bits <= 8:
-            facts["values"] = [v for v in fmt.values().tolist() if v >= 0]
+            facts["values"] = [abs(v) for v in fmt.values().tolist() if v >= 0]
     return facts
 
 

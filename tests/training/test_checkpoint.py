@@ -77,6 +77,21 @@ def test_newest_first_and_pruned(tmp_path):
     assert (tmp_path / "last-good-00000050").is_dir()
 
 
+def test_one_checkpoint_from_before_the_verdicts_window_is_kept(tmp_path):
+    kept = {}
+    for step in range(0, 200, 10):
+        save_checkpoint(tmp_path, step, {"step": step})
+        prune(tmp_path, 2, reach=50)
+        kept[step] = sorted(int(p.name[5:]) for p in checkpoints(tmp_path))
+    assert kept[20] == [0, 10, 20]
+    assert kept[40] == [0, 30, 40]
+    for step, steps in kept.items():
+        assert {step, max(0, step - 10)} <= set(steps)
+        assert steps[0] <= max(0, step - 50)
+        assert steps[0] >= step - 100
+        assert len(steps) <= 6
+
+
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "checksums.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
 def test_a_damaged_newest_is_reported_and_the_previous_used(tmp_path, name, damage):

@@ -1,0 +1,235 @@
+"""What `run`, `compare`, `demo` and `report` print: live progress, tables, and where the report is."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from altgrad.analysis import write_report
+from altgrad.errors import ConfigError
+from altgrad.training.config import ExperimentConfig
+from altgrad.training.config_loading import dump_config, load_config
+from altgrad.training.format_runner import FormatExperimentRunner, RunListener
+from altgrad.training.results import ExperimentResult
+from altgrad.training.run_folder import RunPlan
+from altgrad.training.trainer import StepRecord
+
+INTERRUPTED = 128  # plus the signal's number, as shells have it
+
+
+class LiveProgress(RunListener):
+    """One bar for the present run and, for several runs, one for all; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, configs: Sequence[ExperimentConfig]) -> None:
+        self.console, self.configs = console, list(configs)
+        self.total_steps = sum(config.max_steps for config in configs)
+        self.done_before = 0  # steps of the runs that are over
+        self.val_loss = math.nan
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=60,
+        )
+        several = len(self.configs) > 1
+        self.all: TaskID | None = self.bars.add_task("all runs", total=self.total_steps, shown="") if several else None
+        self.one: TaskID | None = None
+
+    def said(self, line: str) -> None:
+        self.console.print(line, highlight=False)
+
+    def started(self, plan: RunPlan, step: int) -> None:
+        if self.one is not None:
+            self.bars.remove_task(self.one)
+        self.max_steps, self.begun_at, self.val_loss = plan.config.max_steps, step, math.nan
+        self.one = self.bars.add_task(plan.config.name, total=self.max_steps, completed=step, shown="")
+        if not self.console.is_terminal:
+            self.said(f"{plan.run_id}: {plan.config.max_steps} steps on {plan.corpus.description}")
+
+    def stepped(self, record: StepRecord, tokens_per_s: float) -> None:
+        assert self.one is not None
+        shown = f"loss {record.loss:.3f}  val {self.val_loss:.3f}  {tokens_per_s / 1000:.1f}k tok/s"
+        self.bars.update(self.one, completed=record.step, shown=shown)
+        if self.all is not None:
+            self.bars.update(self.all, completed=self.done_before + record.step)
+        for event in record.events:
+            if event["event"] == "shift":
+                self.said(
+                    f"step {record.step}: shift {event['from_format']} > {event['to_format']} ({event['reason']})"
+                )
+        self.last = record
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        self.val_loss = val_loss
+        if not self.console.is_terminal:
+            self.said(f"  step {step:>5}/{self.max_steps}  validation loss {val_loss:.4f}")
+
+    def ended(self, result: ExperimentResult) -> None:
+        if result.finished:
+            self.over(result)
+
+    def over(self, result: ExperimentResult) -> None:
+        """A run needs no more steps: the bar of all runs moves to its end."""
+        self.done_before += result.max_steps
+        if self.all is not None:
+            self.bars.update(self.all, completed=self.done_before)
+
+
+def train(
+    config: Path, overrides: list[str], device: str | None, *, dry_run: bool, print_config: bool
+) -> ExperimentResult | None:
+    """`altgrad run`: one experiment, its result and its report; None if nothing was to run."""
+    console = Console()
+    loaded = load_config(config, [*overrides, *([f"device={device}"] if device else [])])
+    if print_config:
+        console.print(dump_config(loaded), end="", highlight=False, markup=False, soft_wrap=True)
+        return None
+    if dry_run:
+        _print_plan(console, loaded)
+        return None
+    result = _run_all(console, [loaded], commands=[shlex.join(["altgrad", "run", str(config), *overrides])])[0]
+    _print_result(console, result)
+    return result
+
+
+def compare(arguments: Sequence[str], device: str | None) -> list[ExperimentResult]:
+    """`altgrad compare`: run (or look up) several experiments and set them side by side."""
+    console = Console()
+    files = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a] + ([f"device={device}"] if device else [])
+    if len(files) < 2:
+        raise ConfigError(f"compare needs at least two configs, {len(files)} given; use: altgrad compare A.yaml B.yaml")
+    configs = [load_config(file, overrides) for file in files]
+    results = _run_all(console, configs, [shlex.join(["altgrad", "run", f, *overrides]) for f in files])
+    _print_comparison(console, results, Path(configs[0].runs_dir) / "comparison.html")
+    return results
+
+
+def demo(runs_dir: str, steps: int | None, device: str) -> list[ExperimentResult]:
+    """`altgrad demo`: the baseline and five formats, the table, and the report."""
+    from altgrad.training.demo import demo_configs
+
+    console = Console()
+    configs = demo_configs(runs_dir, steps, device)
+    results = _run_all(console, configs, [None] * len(configs))
+    _print_comparison(console, results, Path(runs_dir) / "report.html")
+    return results
+
+
+def report(runs: Sequence[Path], out: Path | None, force: bool) -> None:
+    """`altgrad report`: one HTML file over existing run folders."""
+    from altgrad.analysis import find_runs
+
+    console = Console()
+    folders = [found for run in runs for found in ([run] if (run / "config.yaml").exists() else find_runs(run))]
+    if not folders:
+        raise ConfigError(f"no run folders in {', '.join(map(str, runs))}; give folders that hold a config.yaml")
+    target = out or (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
+    console.print(f"report: {write_report(folders, target, force=force)}", highlight=False, soft_wrap=True)
+
+
+def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: bool) -> int:
+    """0 done, 1 a run collapsed and that was asked to count, 128 + signal interrupted."""
+    for result in results:
+        if result is not None and result.status == "interrupted":
+            return INTERRUPTED + int(result.figures.get("signal", 2))
+    collapsed = any(result is not None and result.status == "collapsed" for result in results)
+    return 1 if collapsed and fail_on_collapse else 0
+
+
+def _run_all(
+    console: Console, configs: Sequence[ExperimentConfig], commands: Sequence[str | None]
+) -> list[ExperimentResult]:
+    results: list[ExperimentResult] = []
+    progress = LiveProgress(console, configs)
+    with progress.bars:
+        for config, command in zip(configs, commands, strict=True):
+            result = FormatExperimentRunner(config, listener=progress, command=command).run()
+            if result.already_finished:
+                progress.over(result)
+            results.append(result)
+            if not result.finished:
+                break
+    return results
+
+
+def _print_plan(console: Console, config: ExperimentConfig) -> None:
+    from altgrad.training.run_folder import plan_run
+    from altgrad.training.trainer import Trainer
+
+    plan = plan_run(config)
+    trainer = Trainer(config, data_dir=plan.corpus)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    tokens = config.data.batch_size * config.model.block_size
+    console.print(f"run folder   {plan.path}", highlight=False, soft_wrap=True)
+    console.print(f"checkpoints  {plan.wanted_checkpoint_dir}", highlight=False, soft_wrap=True)
+    console.print(f"data         {plan.corpus.description}", highlight=False, soft_wrap=True)
+    console.print(f"model        {parameters:,} parameters", highlight=False)
+    console.print(f"training     {config.max_steps} steps of {tokens:,} tokens", highlight=False)
+    console.print(str(trainer.formats.manifest or "FP32: nothing is quantized"), highlight=False, markup=False)
+
+
+def _print_result(console: Console, result: ExperimentResult) -> None:
+    if result.already_finished:
+        console.print(f"{result.run_id} was finished before; this is its result", highlight=False)
+    _print_table(console, [result])
+    if result.finished:
+        path = write_report([result.run_dir], result.run_dir / "report.html")
+        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+def _print_comparison(console: Console, results: list[ExperimentResult], target: Path) -> None:
+    _print_table(console, results)
+    if all(result.finished for result in results):
+        written = write_report([result.run_dir for result in results], target)
+        console.print(f"report: {written}", highlight=False, soft_wrap=True)
+
+
+def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
+    """One row per run; losses are validation losses in nats per token."""
+    baseline = next((r.final_val_loss for r in results if r.format == "FP32"), None)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    for heading in ("format", "final loss", "best loss", "vs FP32", "steps", "verdict", "stall", "time"):
+        table.add_column(heading, justify="left" if heading in ("format", "verdict") else "right", no_wrap=True)
+    for r in results:
+        against = "" if baseline is None or r.format == "FP32" else f"{r.final_val_loss - baseline:+.4f}"
+        stall = "" if r.stall_rate is None else f"{r.stall_rate:.1%}"
+        cells = [r.format, f"{r.final_val_loss:.4f}", f"{r.best_val_loss:.4f}", against, f"{r.steps}/{r.max_steps}"]
+        table.add_row(*cells, _verdict(r), stall, f"{r.wall_s:.1f} s")
+    console.print(table)
+    console.print(
+        "losses: validation, nats per token; stall: weight updates lost to rounding, after warmup", style="dim"
+    )
+    for r in results:
+        if r.verdict and "failure_report" in r.figures:
+            console.print(f"{r.format}: {r.verdict['reason']}", highlight=False, soft_wrap=True)
+            console.print(f"  failure report: {r.figures['failure_report']}", highlight=False, soft_wrap=True)
+    if any(r.status == "interrupted" for r in results):
+        console.print("interrupted; the same command continues", highlight=False)
+
+
+def _verdict(result: ExperimentResult) -> str:
+    if result.verdict:
+        return f"{result.verdict['kind']} at step {result.verdict['onset_step']}"
+    return "trained" if result.status == "completed" else result.status
