@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 
