@@ -1,0 +1,186 @@
+"""GridOptim: rounding without bias to actual neighbours, rungs, clipping, masters and what it reports."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import Parameter
+
+from altgrad.errors import FormatError, OptionError
+from altgrad.optim import GridOptim, LNSMadam, position
+from altgrad.optim import grid_optim as module
+from altgrad.optim.streams import step_key
+from altgrad.quantization import get_format, quantize
+from altgrad.quantization.kernels.counter_rng import random_bits
+from altgrad.quantization.parameter_grid import ParameterGrid
+
+FORMATS = ["E4M3", "E5M2", "E3M4", "E0M7", "E6M1", "E7M0"]
+
+
+def one_step(w, rungs, fmt, n, **options):
+    """n copies of weight w asked to move by `rungs`; the weights after the step."""
+    p = Parameter(torch.full((n,), w))
+    p.grad = torch.full((n,), -rungs)
+    GridOptim([p], fmt, lr=1.0, momentum=0.0, **options).step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_expectation_over_all_bits_is_exact(name, monkeypatch):
+    """With 8 random bits every draw can be enumerated: the mean over the 256 draws is w + d to the last bit.
+
+    Steps are multiples of 1/128 of a rung on and beside powers of two, where the gap below is half the gap above.
+    """
+    monkeypatch.setattr(module, "RANDOM_BITS", 8)
+    fmt, n = get_format(name), 8192
+    key = torch.tensor(step_key(0, 0, 1, "weight"), dtype=torch.uint64).view(torch.int64)
+    draws = random_bits(key, n, 8).numpy()
+    assert len(np.unique(draws)) == 256
+    first = np.array([np.flatnonzero(draws == r)[0] for r in range(256)])
+    edge = 0.5 if fmt.bias is None else 2.0 ** max(fmt.emin + 2, -2)
+    for w in (edge, fmt.next_up(edge), fmt.next_down(edge), -edge, 0.0):
+        for rungs in (0.5, -0.5, 1 / 128, -1 / 128, -0.25, 0.75, -1.0, 1.0):
+            after = one_step(w, rungs, name, n).double().numpy()
+            assert np.mean(after[first]) == w + rungs * fmt.ulp(w), (w, rungs)
+
+
+@pytest.mark.parametrize("name", ["E4M3", "E7M0"])
+def test_targets_land_on_actual_neighbours(name):
+    fmt = get_format(name)
+    after = one_step(1.0, -0.3, name, 4000)
+    assert set(after.tolist()) == {fmt.next_down(1.0), 1.0}
+
+
+def test_full_resolution_expectation():
+    """With 32 bits a step of 1e-4 rungs is not lost; the mean over many weights agrees within four sigma."""
+    n, rungs = 400_000, -1e-3
+    after = one_step(1.0, rungs, "E4M3", n).double()
+    chance = 1e-3 * 0.125 / 0.0625  # down from 1.0 the gap is half the spacing
+    moved = float((after != 1.0).double().mean())
+    assert abs(moved - chance) < 4 * (chance / n) ** 0.5
+
+
+def test_code_unbiased_variant():
+    """E[code'] = code + r; in value it moves half as far down from a power of two."""
+    n = 200_000
+    grid = ParameterGrid(get_format("E4M3"))
+    for rungs in (-0.3, 0.3, -1.6):
+        after = one_step(1.0, rungs, "E4M3", n, unbiased="code")
+        codes = position(after, grid) - position(torch.ones(1), grid)
+        assert abs(float(codes.mean()) - rungs) < 4 * (0.25 / n) ** 0.5
+        assert float(codes.max() - codes.min()) == 1.0
+    value = one_step(1.0, -0.3, "E4M3", n, unbiased="value").mean()
+    assert float(value) == pytest.approx(1 - 0.3 / 8, abs=4 * 0.0625 / n**0.5)
+
+
+def test_code_unbiased_nearest_and_saturation():
+    assert one_step(1.0, 1.4, "E4M3", 1, unbiased="code", rounding="nearest_even").item() == 1.125
+    assert one_step(448.0, 5.0, "E4M3", 1, unbiased="code").item() == 448.0
+    assert one_step(0.0, -2.0, "E4M3", 1, unbiased="code").item() == -(2.0**-8)
+
+
+def test_rung_clipping_is_counted():
+    p = Parameter(torch.ones(4))
+    p.grad = torch.tensor([0.5, -3.0, 8.0, 1.0])
+    optimizer = GridOptim([p], "E4M3", lr=1.0, momentum=0.0, rung_clip=2.0, rounding="nearest_even")
+    optimizer.step()
+    assert p.tolist() == [1.0 - 0.0625, 1.25, 0.75, 0.875]
+    assert optimizer.grid_step_counts(p).tolist() == [4, 4, 0, 0, 2, 0]
+
+
+def test_a_master_keeps_what_nearest_rounding_swallows():
+    p, q = Parameter(torch.ones(1)), Parameter(torch.ones(1))
+    a = GridOptim([p], "E4M3", lr=0.2, momentum=0.0, master=True, rounding="nearest_even")
+    b = GridOptim([q], "E4M3", lr=0.2, momentum=0.0, rounding="nearest_even")
+    for _ in range(4):
+        p.grad, q.grad = -torch.ones(1), -torch.ones(1)
+        a.step()
+        b.step()
+    assert p.item() == 1.125
+    assert q.item() == 1.0
+    assert a.state[p]["master"].item() == pytest.approx(1.1)
+    assert b.last_step_stats()["stall_rate"] == 1.0
+
+
+def test_sign_flips_are_reported_and_small_steps_cannot_flip_e7m0():
+    """A step of less than one rung of E7M0 is smaller than the weight itself: it halves the weight at most."""
+    flips = {}
+    for name in ("E0M7", "E7M0"):
+        generator = torch.Generator().manual_seed(0)
+        p = Parameter(quantize(torch.randn(2000, generator=generator) * 0.02, name))
+        optimizer = GridOptim([p], name, lr=0.7, momentum=0.0, rung_clip=0.9)
+        flips[name] = 0.0
+        for _ in range(30):
+            before = p.detach().clone()
+            p.grad = torch.randn(2000, generator=generator)
+            optimizer.step()
+            flips[name] += optimizer.last_step_stats()["sign_flips"]
+            assert optimizer.last_step_stats()["sign_flips"] == int((before * p < 0).sum())
+        signs = torch.sign(p.detach())
+    assert flips["E0M7"] > 100
+    assert flips["E7M0"] == 0
+    assert (signs != 0).all()
+
+
+def test_saturation_is_counted():
+    p = Parameter(torch.tensor([448.0, 1.0]))
+    p.grad = torch.tensor([-3.0, 0.0])
+    optimizer = GridOptim([p], "E4M3", lr=1.0)
+    optimizer.step()
+    assert p.tolist() == [448.0, 1.0]
+    assert optimizer.last_step_stats()["saturated"] == 1
+
+
+def test_normalised_steps_do_not_depend_on_the_gradients_size():
+    results = []
+    for size in (1e-6, 1e3):
+        p = Parameter(torch.ones(1000))
+        generator = torch.Generator().manual_seed(0)
+        optimizer = GridOptim([p], "E4M3", lr=0.5, normalize="rms")
+        for _ in range(3):
+            p.grad = torch.randn(1000, generator=generator) * size
+            optimizer.step()
+        results.append(p.detach().clone())
+    assert (results[0] != results[1]).double().mean() < 1e-2
+
+
+def test_nan_stays_nan():
+    for unbiased in ("value", "code"):
+        assert one_step(float("nan"), 1.0, "E4M3", 1, unbiased=unbiased).isnan().all()
+        assert one_step(1.0, float("nan"), "E4M3", 1, unbiased=unbiased).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 1.0},
+        {"rung_clip": 0.0},
+        {"normalize": "max"},
+        {"unbiased": "both"},
+        {"unbiased": "code", "master": True},
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(OptionError):
+        GridOptim([Parameter(torch.ones(1))], **options)
+
+
+def test_lns_madam_is_unbiased_in_the_exponent_and_keeps_signs():
+    n = 100_000
+    w = Parameter(torch.where(torch.arange(n) % 2 == 0, 1.0, -0.25))
+    before = w.detach().clone()
+    optimizer = LNSMadam([w], lr=0.3, p_scale=100.0)
+    w.grad = torch.ones(n)
+    optimizer.step()
+    moved = torch.log2(w.detach().abs()) - torch.log2(before.abs())
+    assert float(moved[0::2].mean()) == pytest.approx(-0.3, abs=0.01)
+    assert float(moved[1::2].mean()) == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(torch.sign(w.detach()), torch.sign(before))
+    assert set(moved.tolist()) == {-1.0, 0.0, 1.0}
+
+
+def test_lns_madam_needs_powers_of_two():
+    w = Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    with pytest.raises(FormatError, match="E7M0"):
+        LNSMadam([w], "E4M3").step()
