@@ -8,28 +8,139 @@ computed in float32, scale included, and rounded once to their own dtype.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from altgrad.errors import CodeError, DtypeError, FormatError
-from altgrad.quantization import blocks
+from altgrad.errors import DtypeError, FormatError
+from altgrad.quantization import blocks, operators
 from altgrad.quantization.block_formats import BlockFormat
 from altgrad.quantization.blocks import QuantizedTensor
 from altgrad.quantization.catalog import get_format
-from altgrad.quantization.checks import check_dtype, check_encodable, check_key, check_scale
-from altgrad.quantization.codec import check_codes, code_dtype, value_tensor
+from altgrad.quantization.checks import (
+    check_dtype,
+    check_encodable,
+    check_key,
+    check_problems,
+    check_scale,
+    key_words,
+    traced,
+)
+from altgrad.quantization.codec import check_codes
 from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.kernels import eager
-from altgrad.quantization.kernels.dispatch import choose
+from altgrad.quantization.kernels.dispatch import kernel_name, load
+from altgrad.quantization.kernels.result import Outputs
 from altgrad.quantization.rounding import Overflow, Rounding, as_option
-from altgrad.quantization.stats import QuantStats, measure
+from altgrad.quantization.stats import QuantStats
 
 
-def _scalar_format(fmt: FloatFormat | str, subnormals: bool) -> FloatFormat:
-    fmt = get_format(fmt)
-    if not fmt.has_zero:
-        raise FormatError(f"{fmt} is a scale format without zero; put an element format such as E4M3 on a tensor")
-    return fmt if subnormals else fmt.without_subnormals()
+def _is_block_format(fmt) -> bool:
+    return not isinstance(fmt, FloatFormat) and isinstance(get_format(fmt), BlockFormat)
+
+
+_is_block_format._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without the compiler
+
+
+class _Request(NamedTuple):
+    """Options of a call, checked once per combination."""
+
+    given: FloatFormat | str
+    fmt: FloatFormat
+    rounding: Rounding
+    overflow: Overflow
+    words: tuple[str, str, str]  # spec, rounding and overflow as operators take them
+
+
+_requests: dict[tuple, _Request] = {}
+
+
+def _request(fmt: FloatFormat | str, dtype: torch.dtype, rounding, overflow, subnormals: bool) -> _Request:
+    """The format and options as members of their types; the dtype can hold the format."""
+    key = (fmt if isinstance(fmt, str) else id(fmt), dtype, rounding, overflow, subnormals)
+    found = _requests.get(key)
+    if found is None or (found.given is not fmt and not isinstance(fmt, str)):
+        chosen = get_format(fmt)
+        if not chosen.has_zero:
+            raise FormatError(
+                f"{chosen} is a scale format without zero; put an element format such as E4M3 on a tensor"
+            )
+        chosen = chosen if subnormals else chosen.without_subnormals()
+        check_dtype(dtype, chosen)
+        rounding, overflow = as_option(Rounding, rounding), as_option(Overflow, overflow)
+        found = _Request(fmt, chosen, rounding, overflow, (chosen.spec, rounding.value, overflow.value))
+        _requests[key] = found
+    return found
+
+
+def _words(fmt: FloatFormat | str, dtype: torch.dtype, rounding, overflow, subnormals: bool) -> tuple[str, str, str]:
+    """The request as the strings that operators take."""
+    return _request(fmt, dtype, rounding, overflow, subnormals).words
+
+
+_words._dynamo_marked_constant = True
+
+
+def _pass(
+    x: Tensor,
+    fmt: FloatFormat | str,
+    scale: Tensor | float,
+    wanted: tuple[bool, bool, bool],
+    *,
+    rounding: Rounding | str = Rounding.NEAREST_EVEN,
+    overflow: Overflow | str = Overflow.NATIVE,
+    key: tuple[int, int] | Tensor | None = None,
+    random_bits: int = 24,
+    subnormals: bool = True,
+    clamp: bool = False,
+    out: Tensor | None = None,
+    kernel: str | None = None,
+    axis: int = -1,
+    pad: bool = False,
+) -> Outputs:
+    """One pass of a kernel: `wanted` says whether values, codes and statistics come out."""
+    scale = check_scale(x, scale)
+    values, codes, stats = wanted
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
+        raise DtypeError(f"out is {out.dtype} {list(out.shape)}; it must be x's {x.dtype} {list(x.shape)}")
+    name = kernel_name(x, kernel)
+    if traced(x):
+        return _traced_pass(x, fmt, scale, wanted, rounding, overflow, key, random_bits, subnormals, clamp, out, name)
+    request = _request(fmt, x.dtype, rounding, overflow, subnormals)
+    if codes and not values:
+        check_encodable(request.fmt, request.overflow)
+    outputs = load(name).process(
+        x,
+        request.fmt,
+        scale,
+        rounding=request.rounding,
+        overflow=request.overflow,
+        key=key_words(request.rounding, key, random_bits),
+        random_bits=random_bits,
+        clamp=clamp,
+        out=out,
+        values=values,
+        codes=codes,
+        stats=stats,
+    )
+    if codes and not values:
+        check_problems(outputs.problems, request.fmt)
+    return outputs
+
+
+def _traced_pass(
+    x, fmt, scale, wanted, rounding, overflow, key, random_bits, subnormals, clamp, out, kernel
+) -> Outputs:
+    """The pass as one operator."""
+    spec, rounding, overflow = _words(fmt, x.dtype, rounding, overflow, subnormals)
+    if not isinstance(scale, Tensor):
+        work = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale = torch.full((), scale, dtype=work, device=x.device)
+    key = check_key(rounding, key, random_bits)
+    found = operators.BY_OUTPUTS[wanted](x.detach(), scale, key, spec, rounding, overflow, random_bits, clamp, kernel)
+    parts = iter(found if isinstance(found, tuple | list) else (found,))
+    result = Outputs(*(next(parts) if part else None for part in wanted))
+    return result if out is None else result._replace(values=out.copy_(result.values))
 
 
 def quantize(
@@ -76,40 +187,12 @@ def quantize(
         DtypeError, ScaleError, RandomKeyError, FormatError, OptionError: with value, limit and remedy.
     """
     options = {"rounding": rounding, "overflow": overflow, "key": key, "random_bits": random_bits}
-    if isinstance(fmt := get_format(fmt), BlockFormat):
+    if _is_block_format(fmt):
         return blocks.quantize(
-            x, fmt, scale, axis=axis, pad=pad, subnormals=subnormals, out=out, kernel=kernel, **options
+            x, get_format(fmt), scale, axis=axis, pad=pad, subnormals=subnormals, out=out, kernel=kernel, **options
         )
-    fmt = _scalar_format(fmt, subnormals)
-    options = _options(x, fmt, rounding, overflow, key, random_bits, clamp)
-    scale = check_scale(x, scale)
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
-        raise DtypeError(f"out is {out.dtype} {list(out.shape)}; it must be x's {x.dtype} {list(x.shape)}")
-    return choose(x, kernel).quantize(x.detach(), fmt, scale, out, **options)
-
-
-def _options(x, fmt, rounding, overflow, key, random_bits, clamp) -> dict:
-    check_dtype(x.dtype, fmt)
-    rounding = as_option(Rounding, rounding)
-    return {
-        "rounding": rounding,
-        "overflow": as_option(Overflow, overflow),
-        "key": check_key(rounding, key, random_bits),
-        "random_bits": random_bits,
-        "clamp": clamp,
-    }
-
-
-def _encode(x, fmt, scale, kernel, options) -> tuple[Tensor, Tensor, Tensor]:
-    check_encodable(fmt, options["overflow"])
-    payload, over = eager.round_payload(x.detach(), fmt, scale, **options)
-    codes = eager.payload_codes(payload, fmt)
-    if x.numel() and int(codes.min()) < 0:
-        bad = "NaN" if bool(torch.isnan(payload).any()) else "inf"
-        raise CodeError(
-            f"{fmt} has no code for {bad}; remove it first, or quantize (which keeps it) instead of encoding"
-        )
-    return codes.to(code_dtype(fmt)), payload, over
+    options.update(subnormals=subnormals, clamp=clamp, out=out, kernel=kernel)
+    return _pass(x, fmt, scale, (True, False, False), **options).values
 
 
 def encode(
@@ -136,11 +219,12 @@ def encode(
         CodeError: an element (NaN, inf) or the overflow policy's result has no code in the format.
     """
     options = {"rounding": rounding, "overflow": overflow, "key": key, "random_bits": random_bits}
-    if isinstance(fmt := get_format(fmt), BlockFormat):
-        return blocks.encode(x, fmt, scale, axis=axis, pad=pad, subnormals=subnormals, kernel=kernel, **options)
-    fmt = _scalar_format(fmt, subnormals)
-    options = _options(x, fmt, rounding, overflow, key, random_bits, clamp)
-    return _encode(x, fmt, check_scale(x, scale), kernel, options)[0]
+    if _is_block_format(fmt):
+        return blocks.encode(
+            x, get_format(fmt), scale, axis=axis, pad=pad, subnormals=subnormals, kernel=kernel, **options
+        )
+    options.update(subnormals=subnormals, clamp=clamp, kernel=kernel)
+    return _pass(x, fmt, scale, (False, True, False), **options).codes
 
 
 def decode(
@@ -150,6 +234,7 @@ def decode(
     *,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
+    kernel: str | None = None,
 ) -> Tensor:
     """scale * value(code), of the codes' shape and of `dtype`; a `QuantizedTensor` knows its format and scales.
 
@@ -159,66 +244,97 @@ def decode(
     """
     if isinstance(codes, QuantizedTensor):
         return blocks.decode(codes, dtype=dtype, out=out)
-    if fmt is None or isinstance(fmt := get_format(fmt), BlockFormat):
-        raise FormatError(f"format {fmt} with plain codes; give a scalar format, or the QuantizedTensor that encode gave")
-    check_dtype(dtype, fmt)
-    check_codes(codes, fmt)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    values = value_tensor(fmt, work, codes.device)[codes.to(torch.int64)]
-    result = (values * check_scale(values, scale)).to(dtype)
+    scale = check_scale(codes, scale, dtype)
+    name = kernel_name(codes, kernel)
+    if not traced(codes):
+        scalar = _scalar_format_of(fmt, dtype)
+        check_codes(codes, scalar)
+        return load(name).decode(codes, scalar, scale, dtype, out)
+    spec = _decoding_spec(fmt, dtype)
+    if not isinstance(scale, Tensor):
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        scale = torch.full((), scale, dtype=work, device=codes.device)
+    result = operators.decode(codes, scale, spec, dtype, name)
     return result if out is None else out.copy_(result)
+
+
+def _scalar_format_of(fmt: FloatFormat | str | None, dtype: torch.dtype) -> FloatFormat:
+    found = None if fmt is None else get_format(fmt)
+    if not isinstance(found, FloatFormat):
+        raise FormatError(
+            f"format {found} with plain codes; give a scalar format, or the QuantizedTensor that encode gave"
+        )
+    check_dtype(dtype, found)
+    return found
+
+
+def _decoding_spec(fmt: FloatFormat | str | None, dtype: torch.dtype) -> str:
+    return _scalar_format_of(fmt, dtype).spec
+
+
+_decoding_spec._dynamo_marked_constant = True
 
 
 def quantize_with_stats(
     x: Tensor, fmt: FloatFormat | str, scale: Tensor | float = 1.0, **options
 ) -> tuple[Tensor, QuantStats]:
     """`quantize` and the statistics of the same pass; arguments as there."""
-    if isinstance(fmt := get_format(fmt), BlockFormat):
-        return blocks.quantize_with_stats(x, fmt, scale, **options)
-    subnormals, kernel = options.pop("subnormals", True), options.pop("kernel", None)
-    fmt = _scalar_format(fmt, subnormals)
-    chosen = _options(x, fmt, **_defaults(options))
-    scale = check_scale(x, scale)
-    payload, over = eager.round_payload(x.detach(), fmt, scale, **chosen)
-    result = (payload.to(eager.compute_dtype(x.dtype)) * scale).to(x.dtype)
-    return result, measure(x, result, over)
+    if _is_block_format(fmt):
+        return blocks.quantize_with_stats(x, get_format(fmt), scale, **options)
+    found = _pass(x, fmt, scale, (True, False, True), **options)
+    return found.values, QuantStats(found.stats)
 
 
 def encode_with_stats(
     x: Tensor, fmt: FloatFormat | str, scale: Tensor | float = 1.0, **options
 ) -> tuple[Tensor | QuantizedTensor, QuantStats]:
     """`encode` and the statistics of the same pass; arguments as there."""
-    if isinstance(fmt := get_format(fmt), BlockFormat):
-        return blocks.encode_with_stats(x, fmt, scale, **options)
-    subnormals, kernel = options.pop("subnormals", True), options.pop("kernel", None)
-    fmt = _scalar_format(fmt, subnormals)
-    chosen = _options(x, fmt, **_defaults(options))
-    scale = check_scale(x, scale)
-    codes, payload, over = _encode(x, fmt, scale, kernel, chosen)
-    result = (payload.to(eager.compute_dtype(x.dtype)) * scale).to(x.dtype)
-    return codes, measure(x, result, over)
+    if _is_block_format(fmt):
+        return blocks.encode_with_stats(x, get_format(fmt), scale, **options)
+    found = _pass(x, fmt, scale, (False, True, True), **options)
+    return found.codes, QuantStats(found.stats)
 
 
-def _defaults(options: dict) -> dict:
-    defaults = {
-        "rounding": Rounding.NEAREST_EVEN,
-        "overflow": Overflow.NATIVE,
-        "key": None,
-        "random_bits": 24,
-        "clamp": False,
-    }
-    return {**defaults, **options}
+def quantize_and_encode(
+    x: Tensor, fmt: FloatFormat | str, scale: Tensor | float = 1.0, **options
+) -> tuple[Tensor, Tensor | QuantizedTensor]:
+    """(`quantize`, `encode`) in one pass over x; arguments as for `quantize`.
+
+    A NaN or inf without a code keeps its place in the values and has code 0: nothing is raised, nothing is waited for.
+    """
+    if _is_block_format(fmt):
+        return blocks.quantize_and_encode(x, get_format(fmt), scale, **options)
+    found = _pass(x, fmt, scale, (True, True, False), **options)
+    return found.values, found.codes
+
+
+def quantize_and_encode_with_stats(
+    x: Tensor, fmt: FloatFormat | str, scale: Tensor | float = 1.0, **options
+) -> tuple[Tensor, Tensor | QuantizedTensor, QuantStats]:
+    """`quantize_and_encode` and the statistics of the same pass."""
+    if _is_block_format(fmt):
+        return blocks.quantize_and_encode_with_stats(x, get_format(fmt), scale, **options)
+    found = _pass(x, fmt, scale, (True, True, True), **options)
+    return found.values, found.codes, QuantStats(found.stats)
+
+
+def _max(fmt: FloatFormat | str) -> float:
+    return get_format(fmt).max
+
+
+_max._dynamo_marked_constant = True
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, fmt, mask_saturated, options):
-        if mask_saturated and isinstance(fmt, BlockFormat):
+        if mask_saturated and _is_block_format(fmt):
+            fmt = get_format(fmt)
             where = {name: options[name] for name in ("axis", "pad") if name in options}
             ctx.save_for_backward(~blocks.saturated(x, fmt, scale, **where))
         elif mask_saturated:
-            work = x.to(eager.compute_dtype(x.dtype))
-            ctx.save_for_backward((work / scale).abs() <= fmt.max)
+            work = x if x.dtype == torch.float64 else x.float()
+            ctx.save_for_backward((work / scale).abs() <= _max(fmt))
         ctx.masked = mask_saturated
         return quantize(x, fmt, scale, **options)
 
@@ -236,4 +352,4 @@ def fake_quantize(
         mask_saturated: let no gradient through where |x / scale| > max.
         options: as for `quantize`, without `out`.
     """
-    return _StraightThrough.apply(x, scale, get_format(fmt), mask_saturated, options)
+    return _StraightThrough.apply(x, scale, fmt, mask_saturated, options)

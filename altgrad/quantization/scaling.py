@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import OptionError, ScaleError
+from altgrad.quantization.checks import traced
 from altgrad.quantization.formats import FloatFormat
+from altgrad.quantization.kernels.dispatch import load
 
 
 def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
@@ -29,6 +31,8 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
         0-d tensor, or x's shape with every other axis of size 1. No finite element, or none at all, gives 0.
     """
     work = x.detach()
+    if axis is None and x.device.type == "cpu" and x.is_floating_point() and not traced(x):
+        return load("cpu").amax(work)
     magnitude = torch.where(torch.isfinite(work), work.abs(), 0)
     magnitude = magnitude.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if axis is None:

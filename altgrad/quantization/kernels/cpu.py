@@ -8,34 +8,23 @@ Numba and are loaded on first use.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from altgrad.errors import CodeError
 from altgrad.quantization.codec import code_dtype, value_table
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.kernels.grid_facts import (
-    INF_PROBLEM,
     family_of,
     float32_arithmetic_suffices,
     grid_table,
 )
+from altgrad.quantization.kernels.result import Outputs
 from altgrad.quantization.rounding import Overflow, Rounding
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as cpu_llvm names them
 _STATS_FIELDS = 7
 _NO_KEY = (0, 0)
-
-
-class Outputs(NamedTuple):
-    """What a pass produced; None for what was not asked for."""
-
-    values: Tensor | None
-    codes: Tensor | None
-    stats: Tensor | None  # float64 of shape [7], as altgrad.quantization.stats.FIELDS
-    problems: int  # nonzero if a NaN or inf had no code
 
 
 @cache
@@ -157,19 +146,6 @@ def process(
         out.copy_(target)
         target = out
     return Outputs(target, coded, result, problems)
-
-
-def check_problems(problems: int, fmt: FloatFormat) -> None:
-    """Refuse codes that stand for nothing.
-
-    Raises:
-        CodeError: a NaN or inf met a format without a code for it.
-    """
-    if problems:
-        bad = "inf" if problems >= INF_PROBLEM else "NaN"
-        raise CodeError(
-            f"{fmt} has no code for {bad}; remove it first, or quantize (which keeps it) instead of encoding"
-        )
 
 
 def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -72,7 +72,10 @@ def by_short_chance(magnitude, word, grid):
     capped = lower if below(lower, low_word(grid.zero, np.uint32(31))) else low_word(grid.zero, np.uint32(31))
     fixed = shr(shl(significand, low_word(grid.zero, np.uint32(8))), capped)
     fixed = fixed if below(lower, low_word(grid.zero, np.uint32(32))) else low_word(grid.zero, np.uint32(0))
-    steps = shr(add(fixed, band(low_word(grid.zero, shr(word, np.uint32(8))), grid.random_keep)), low_word(grid.zero, np.uint32(24)))
+    steps = shr(
+        add(fixed, band(low_word(grid.zero, shr(word, np.uint32(8))), grid.random_keep)),
+        low_word(grid.zero, np.uint32(24)),
+    )
     spacing = float_of(shl(sub(exponent, grid.mantissa_bits), grid.significand_width))
     value = bits_of(small_integer(grid.zero, steps) * spacing)
     return value, add(shl(sub(exponent, grid.emin_field), grid.mantissa_bits), steps)
@@ -183,7 +186,11 @@ def code_of(payload, grid):
     problem = grid.inf_problem if magnitude == grid.inf_bits else grid.zero
     problem = grid.nan_problem if magnitude > grid.inf_bits else problem
     signed = sign != grid.zero and magnitude <= grid.inf_bits and problem == grid.zero
-    flipped = band(sub(grid.zero, code), grid.complement_mask) if grid.complement_mask != grid.zero else bor(code, grid.code_sign)
+    flipped = (
+        band(sub(grid.zero, code), grid.complement_mask)
+        if grid.complement_mask != grid.zero
+        else bor(code, grid.code_sign)
+    )
     return (flipped if signed else code), problem
 
 

@@ -64,6 +64,13 @@ PARTIAL_BYTES = 64  # amax, overflow, underflow, nonfinite, sse, sum_sq, two unu
 _SOURCES = [Path(module.__file__) for module in (cpu_bits, cpu_llvm, grid_facts)] + [Path(__file__)]
 _STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
 
+# Names in the templates below that `_bind` replaces; the values here only say what they are.
+KIND = COMPUTE_KIND = FAMILY = CODE_BYTES = 0
+WIDE = VALUES = STATS = DIVIDE = False
+ITEM = MAGNITUDE_MASK = INF_BITS = FRACTION_MASK = 0
+TINY = 0.0
+span_by_reciprocal = span_by_division = fill = count_tile = square_tile = None
+
 LOOP_ARGUMENTS = types.Tuple(
     # table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop
     [types.int64] * 5 + [types.float64] + [types.int64] * 7
@@ -306,11 +313,9 @@ def record(partials, position, largest, overflows, underflows, nonfinites, error
     """Add a tile's statistics to its partial sums."""
     place = partials + (position // STATS_TILE) * PARTIAL_BYTES
     fresh = position % STATS_TILE == 0
-    slot = 0
-    for value in (largest, overflows, underflows, nonfinites, errors, squares):
+    for slot, value in enumerate((largest, overflows, underflows, nonfinites, errors, squares)):
         held = 0.0 if fresh else load(place, slot, FLOAT64)
         store_double(place, slot, max(held, value) if slot == 0 else held + value)
-        slot += 1
 
 
 @njit(error_model="numpy", cache=True, nogil=True)
@@ -325,10 +330,8 @@ def total(partials, count, elements, result):
         nonfinites += load(place, 3, FLOAT64)
         errors += load(place, 4, FLOAT64)
         squares += load(place, 5, FLOAT64)
-    slot = 0
-    for value in (largest, float(elements), overflows, underflows, nonfinites, errors, squares):
+    for slot, value in enumerate((largest, float(elements), overflows, underflows, nonfinites, errors, squares)):
         store_double(result, slot, value)
-        slot += 1
 
 
 _OPTIONS = {"error_model": "numpy"}

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from functools import lru_cache
+from functools import cache
 
 import numba
-import numpy as np
 import torch
 from numba import njit, prange, types
 
@@ -28,9 +27,7 @@ if not numba.config.THREADING_LAYER or numba.config.THREADING_LAYER == "default"
 @njit(nogil=True, cache=True, error_model="numpy")
 def _serial(function, table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, count):
     """The whole loop on this thread."""
-    return call_loop(
-        function, (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, 0, count)
-    )
+    return call_loop(function, (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, 0, count))
 
 
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
@@ -85,7 +82,7 @@ def run(function: int, count: int, *arguments) -> int:
             numba.set_num_threads(found)  # the caller's own setting
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layer_is_thread_safe() -> bool:
     """Whether several threads may start parallel loops at once: not under Numba's `workqueue` layer."""
     _parallel.compile(tuple([types.int64] * 6 + [types.float64] + [types.int64] * 7))  # which loads the layer

@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from altgrad.quantization.codec import code_dtype, value_tensor
 from altgrad.quantization.formats import FloatFormat, Specials
 from altgrad.quantization.kernels.counter_rng import random_bits as draw_bits
+from altgrad.quantization.kernels.result import INF_PROBLEM, NAN_PROBLEM, Outputs
 from altgrad.quantization.rounding import Overflow, Rounding
+from altgrad.quantization.stats import measure
 
 _NEAREST = (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY)
 
@@ -104,11 +107,44 @@ def overflow_value(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, neg
     return torch.where(to_inf, torch.inf, fmt.max).to(torch.float64)
 
 
-def quantize(x: Tensor, fmt: FloatFormat, scale: Tensor | float, out: Tensor | None = None, **options) -> Tensor:
-    """scale * round_payload(x), in x's dtype."""
-    payload, _ = round_payload(x, fmt, scale, **options)
+def process(
+    x: Tensor,
+    fmt: FloatFormat,
+    scale: Tensor | float,
+    *,
+    rounding: Rounding,
+    overflow: Overflow,
+    key: tuple[int, int] | None = None,
+    random_bits: int = 24,
+    clamp: bool = False,
+    out: Tensor | None = None,
+    values: bool = True,
+    codes: bool = False,
+    stats: bool = False,
+) -> Outputs:
+    """Quantized values, codes and statistics, as asked for; see `dispatch`."""
+    words = None if key is None else torch.tensor(key, dtype=torch.int64)
+    payload, over = round_payload(x, fmt, scale, rounding, overflow, words, random_bits, clamp)
     value = (payload.to(compute_dtype(x.dtype)) * scale).to(x.dtype)
-    return value if out is None else out.copy_(value)
+    vector = measure(x, value, over).vector if stats else None
+    coded, problems = None, 0
+    if codes:
+        found = payload_codes(payload, fmt)
+        missing = found < 0
+        problems = (missing & torch.isnan(payload)).any() * NAN_PROBLEM + (
+            missing & torch.isinf(payload)
+        ).any() * INF_PROBLEM
+        coded = torch.where(missing, 0, found).to(code_dtype(fmt))
+    if out is not None:
+        value = out.copy_(value)
+    return Outputs(value if values else None, coded, vector, problems)
+
+
+def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """scale * value(code), by a table of values."""
+    table = value_tensor(fmt, torch.float64 if dtype == torch.float64 else torch.float32, codes.device)
+    result = (table[codes.to(torch.int64)] * scale).to(dtype)
+    return result if out is None else out.copy_(result)
 
 
 def payload_codes(payload: Tensor, fmt: FloatFormat) -> Tensor:
@@ -126,7 +162,7 @@ def payload_codes(payload: Tensor, fmt: FloatFormat) -> Tensor:
     inf_code = {Specials.IEEE: all_ones >> fmt.mantissa_bits << fmt.mantissa_bits, Specials.P3109: all_ones}
     code = torch.where(torch.isinf(payload), inf_code.get(fmt.specials, -1), code)
     if fmt.twos_complement:
-        code = torch.where(torch.signbit(payload), (-code) & (2 * sign_bit - 1), code)
+        code = torch.where(torch.signbit(payload) & (code >= 0), (-code) & (2 * sign_bit - 1), code)
     elif fmt.signed:
         signed = torch.signbit(payload) & (code >= 0)
         if not fmt.has_negative_zero:

@@ -1,7 +1,7 @@
 """One format under one rounding mode and policy, as the table of bit patterns that compiled kernels read.
 
 The table is a row of 64-bit words in the order of `GRID_FIELDS`; for float32 arithmetic the kernels take the low 32
-bits. No torch, no Numba: the same facts serve any compiled kernel.
+bits. No Numba: the same facts serve any compiled kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 
 from altgrad.quantization.formats import FloatFormat, Specials
+from altgrad.quantization.kernels.result import INF_PROBLEM, NAN_PROBLEM
 from altgrad.quantization.rounding import Overflow, Rounding
 
 GRID_FIELDS = (
@@ -64,7 +65,6 @@ GRID_FIELDS = (
     "code_sign",
     "complement_mask",  # 2^bits - 1 for two's complement codes, else 0
 )
-NAN_PROBLEM, INF_PROBLEM = 1, 1 << 20  # flags of a chunk; threads add theirs, so each has room to be counted
 
 
 def float32_arithmetic_suffices(fmt: FloatFormat) -> bool:
@@ -198,7 +198,7 @@ def grid_table(
         "random_keep": 2**24 - 2 ** (24 - min(random_bits, 24)),
         "max_code": fmt.index_of(fmt.max),
         "overflow_code": max(inf_code, 0) if beyond[0] == inf_bits else fmt.index_of(fmt.max),
-            "first_signed": 0 if fmt.has_negative_zero else 1,
+        "first_signed": 0 if fmt.has_negative_zero else 1,
         "code_sign_shift": total - 1 - fmt.magnitude_bits,
         "inf_sign": 2**fmt.magnitude_bits if inf_code >= 0 else 0,
         "code_base": (fmt.emin + bias - 1) << m,
