@@ -22,6 +22,7 @@ from altgrad.nn.recipe_checks import check_layer, check_ties
 from altgrad.nn.registry import LayerKind, kind_of, overrides_forward
 from altgrad.nn.session import STATE, Session
 from altgrad.nn.storage import GridStorage
+from altgrad.quantization.parameter_grid import declare_grid
 
 
 def quantize_model(
@@ -99,11 +100,13 @@ def restore_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if not is_quantized(module):
             continue
-        storage = module.__dict__[STATE].storage
-        if storage is not None and storage.original is not None:
-            with torch.no_grad():
-                module._parameters["weight"].copy_(storage.original)  # type: ignore[union-attr]
-            storage.original = None
+        storage, weight = module.__dict__[STATE].storage, module._parameters["weight"]
+        if storage is not None and weight is not None:
+            declare_grid(weight, None)
+            if storage.original is not None:
+                with torch.no_grad():
+                    weight.copy_(storage.original)
+                storage.original = None
         swap_back(module)
     return model
 

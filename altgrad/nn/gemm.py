@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from enum import Enum
-from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -41,7 +40,6 @@ def power_range(fmt: FloatFormat) -> tuple[int, int]:
     return NORMAL_EMIN - math.frexp(fmt.min_subnormal)[1] + 1, CARRIER_EMAX - fmt.emax
 
 
-@cache
 def narrowest_route(fmt: FloatFormat) -> Route:
     """The narrowest unit that holds the format's values once a power of two is pulled out."""
     low, high = power_range(fmt)
@@ -53,48 +51,58 @@ def narrowest_route(fmt: FloatFormat) -> Route:
     return Route.TF32 if bits <= TF32_SIGNIFICANT_BITS else Route.FLOAT32
 
 
-@lru_cache(maxsize=1)
+def needed_route(a: FloatFormat | None, b: FloatFormat | None) -> Route:
+    """The narrowest unit whose products of the two formats are exact.
+
+    Args:
+        a, b: operands' formats whose scale is constant along the reduction; None for an operand that must stay float32.
+    """
+    needs = {Route.FLOAT32 if fmt is None else narrowest_route(fmt) for fmt in (a, b)}
+    for route in (Route.FLOAT32, Route.TF32):
+        if route in needs:
+            return route
+    return Route.BF16
+
+
 def cpu_has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AMX or AVX-512 BF16)."""
     facts = torch.cpu.get_capabilities()
     return bool(facts.get("amx_bf16") or facts.get("avx512_bf16"))
 
 
+CPU_BF16_UNITS = cpu_has_bf16_units()
 # Below this many multiplications the conversion to bf16 and back outweighs the faster unit.
 CPU_BF16_MIN_PRODUCTS = 2**21
-CPU_BF16_MAX_THREADS = 64
+CPU_BF16_MIN_SIDE = 16
 
 
 def choose_route(
-    a: FloatFormat | None,
-    b: FloatFormat | None,
+    needed: Route,
     shape: tuple[int, int, int],
-    device: torch.device,
+    device_type: str,
     *,
     dtype: torch.dtype = torch.float32,
-    threads: int | None = None,
-    bf16_units: bool | None = None,
+    bf16_units: bool = CPU_BF16_UNITS,
 ) -> Route:
-    """The route of one GEMM: a committed rule of formats, shape, device, capability and thread count, never timed.
+    """The route of one GEMM: a committed rule of formats, shape, device and CPU capability, never timed.
 
     Args:
-        a, b: operands' formats whose scale is constant along the reduction; None for an operand that must stay float32.
+        needed: `needed_route` of the two operands.
         shape: (rows, columns, reduced).
-        threads, bf16_units: of the CPU; None asks torch.
+        dtype: of the carrier; float64 products stay in float64.
+        bf16_units: whether the CPU has them.
+
+    The thread count does not enter: a unit that multiplies bf16 is one for each core, and the ratio of the two routes'
+    speeds is the same on each.
     """
-    if a is None or b is None or dtype != torch.float32:
+    if needed is Route.FLOAT32 or dtype != torch.float32:
         return Route.FLOAT32
-    needs = {narrowest_route(a), narrowest_route(b)}
-    if Route.FLOAT32 in needs:
+    if device_type == "cuda":
+        return needed
+    if device_type != "cpu" or needed is Route.TF32 or not bf16_units:
         return Route.FLOAT32
-    if device.type == "cuda":
-        return Route.TF32 if Route.TF32 in needs else Route.BF16
-    if device.type != "cpu" or Route.TF32 in needs:
-        return Route.FLOAT32
-    units = cpu_has_bf16_units() if bf16_units is None else bf16_units
-    count = torch.get_num_threads() if threads is None else threads
-    large = shape[0] * shape[1] * shape[2] >= CPU_BF16_MIN_PRODUCTS and min(shape) >= 16
-    return Route.BF16 if units and large and count <= CPU_BF16_MAX_THREADS else Route.FLOAT32
+    large = shape[0] * shape[1] * shape[2] >= CPU_BF16_MIN_PRODUCTS and min(shape) >= CPU_BF16_MIN_SIDE
+    return Route.BF16 if large else Route.FLOAT32
 
 
 def pull_apart(scale: Tensor | float, fmt: FloatFormat) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from altgrad.nn.gemm import Route, choose_route
+from altgrad.nn.gemm import Route, choose_route, needed_route
 from altgrad.nn.operand import Operand
 from altgrad.nn.recipe import LayerRecipe, OperandSpec
 from altgrad.nn.scaling_choice import StorageScaling, is_block
@@ -81,7 +81,7 @@ class LayerState:
         self.dy, self.w_back = get["input_grad", "grad_output"], get["input_grad", "weight"]
         self.dy_back, self.x_back = get["weight_grad", "grad_output"], get["weight_grad", "input"]
         self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "forward")
-        self._pullable = {gemm: self._pulled_formats(gemm) for gemm in GEMMS}
+        self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
         """Replace the recipe; random keys and histories of the old operands are dropped."""
@@ -94,7 +94,7 @@ class LayerState:
         self.storage = storage
         for (_, role), operand in self.operands.items():
             operand.storage = storage if role == "weight" else None
-        self._pullable = {gemm: self._pulled_formats(gemm) for gemm in GEMMS}
+        self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
 
     def _own_axis(self, role: str, spec: OperandSpec):
         axis = getattr(spec.scaling, "axis", None)
@@ -108,9 +108,10 @@ class LayerState:
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
-    def _pulled_formats(self, gemm: str) -> tuple:
-        """Format of each operand whose scale is constant along the reduction, else None."""
-        return tuple(self._pulled_format(gemm, role) for role in GEMMS[gemm])
+    def _needed_route(self, gemm: str) -> Route:
+        """The narrowest unit for the operands, of which those scaled along the reduction must stay float32."""
+        left, right = (self._pulled_format(gemm, role) for role in GEMMS[gemm])
+        return needed_route(left, right)
 
     def _pulled_format(self, gemm: str, role: str):
         operand = self.operands[(gemm, role)]
@@ -122,7 +123,7 @@ class LayerState:
 
     def route(self, gemm: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Route:
         """The unit that multiplies this GEMM (`gemm.choose_route`)."""
-        return choose_route(*self._pullable[gemm], shape, device, dtype=dtype)
+        return choose_route(self._needed[gemm], shape, device.type, dtype=dtype)
 
     # -- the present call -----------------------------------------------------------------------------------------
 

@@ -121,13 +121,15 @@ class Operand:
         """Values on the grid, and what the backward needs to have them again."""
         if self.block:
             return self._block_and_save(carrier(x), options, observed)
-        values = self.quantize(x, scale, options, observed)
-        if self.fmt is None:
-            return values, (x,)
         if not self.saves_codes:
-            return values, (values,)
-        clean = torch.nan_to_num(values, nan=0.0, posinf=None, neginf=None) if not self.fmt.has_nan else values
-        return values, (ops.encode(clean, self.fmt, scale, overflow=self.spec.overflow),)
+            values = self.quantize(x, scale, options, observed)
+            return values, (x if self.fmt is None else values,)
+        if not observed:
+            values, codes = ops.quantize_and_encode(carrier(x), self.fmt, scale, **options)
+            return values, (codes,)
+        values, codes, stats = ops.quantize_and_encode_with_stats(carrier(x), self.fmt, scale, **options)
+        self._publish(stats, scale)
+        return values, (codes,)
 
     def _block_and_save(self, x: Tensor, options: dict, observed: bool) -> tuple[Tensor, Saved]:
         if observed:

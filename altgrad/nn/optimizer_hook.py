@@ -76,8 +76,11 @@ class OptimizerHandle:
 
     def _after(self, optimizer: Optimizer, args, kwargs) -> None:
         rows = []
+        own_counts = getattr(optimizer, "grid_step_counts", None)  # of an optimizer that rounds to the grid itself
         for name, module, storage in self._entries or ():
-            rows.append(storage.round_back(module()._parameters["weight"], storage.session.observer, name))
+            weight = module()._parameters["weight"]
+            counted = None if own_counts is None else own_counts(weight)
+            rows.append(storage.round_back(weight, storage.session.observer, name, counted))
         self.counts = torch.stack(rows) if rows else None
         for session in self._leads:
             session.advance()
@@ -136,7 +139,11 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerHandle:
     for handle in list(_HANDLES.get(optimizer, [])):
         if any(handle.covers(session) for session in sessions):
             handle.detach()
-    return OptimizerHandle(optimizer, [(n, m) for n, m in model.named_modules() if is_quantized(m)])
+    layers = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
+    for _, module in layers:
+        if module.__dict__[STATE].storage is not None:
+            module.__dict__[STATE].storage.declare(module._parameters["weight"])
+    return OptimizerHandle(optimizer, layers)
 
 
 def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:

@@ -34,7 +34,7 @@ def quant_state(model: nn.Module) -> dict:
         "operands": {},
         "storage": {},
     }
-    for name, layer in _layers(model):
+    for name, layer, _ in _layers(model):
         for operand in layer.distinct():
             memory = {"window": operand.window, "pending": operand.pending}
             memory = {key: value for key, value in memory.items() if value is not None}
@@ -62,13 +62,13 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
         if len(sessions) != 1:
             raise RecipeError("the state's recipes differ from the model's; quantize the model with the same recipes")
         change_format(model, recipe_from_dict(state["recipes"][0]), regrid=False)
-    layers = dict(_layers(model))
-    foreign = sorted(set(state["operands"]) - set(layers))
+    layers = list(_layers(model))
+    foreign = sorted(set(state["operands"]) - {name for name, _, _ in layers})
     if foreign:
         raise RecipeError(
             f"the state has scale histories for {foreign[0]!r}, which is no quantized layer of this model"
         )
-    for name, layer in layers.items():
+    for name, layer, module in layers:
         memories = state["operands"].get(name, {})
         for operand in layer.distinct():
             memory = memories.get(f"{operand.role}.{operand.gemm}", {})
@@ -79,7 +79,7 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
                 raise RecipeError(
                     f"the state has no storage scale for {layer.storage.name!r}; it was not on a grid then"
                 )
-            layer.storage.restore(_tensor(kept["scale"]), int(kept["steps"]))
+            layer.storage.restore(module._parameters["weight"], _tensor(kept["scale"]), int(kept["steps"]))
     for session, clock in zip(sessions, state["clocks"], strict=True):
         session.seed = int(clock["seed"])
         session.set_clock(int(clock["step"]), int(clock["micro_batch"]))
@@ -89,7 +89,7 @@ def _layers(model: nn.Module):
     for module in model.modules():
         if is_quantized(module):
             state = module.__dict__[STATE]
-            yield state.name, state
+            yield state.name, state, module
 
 
 def _tensor(value) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from altgrad.nn.recipe import StorageSpec
 from altgrad.nn.session import Session, stream_base
-from altgrad.quantization import amax, amax_scale, code_index, ops
+from altgrad.quantization import amax, code_index, ops, scale_from_amax
+from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid
 from altgrad.quantization.rounding import Overflow, Rounding
 
 COUNTS = ("attempted", "flips", "stalled", "overflow", "regridded")
@@ -85,34 +86,37 @@ class GridStorage:
         """The scale that the spec gives these values."""
         if self.spec.scale is not None:
             return torch.tensor(self.spec.scale, dtype=torch.float32, device=weight.device)
-        axis = self.channel_axis if self.spec.per_channel else None
-        if self.fmt.emax >= 127:
-            return torch.ones_like(amax(weight, axis))
-        return amax_scale(weight, self.fmt, axis=axis, power_of_two=self.spec.power_of_two) * 2.0**self.spec.headroom
+        largest = amax(weight, self.channel_axis if self.spec.per_channel else None)
+        if self.fmt.emax >= 127:  # the range of float32: nothing to scale
+            return torch.ones_like(largest)
+        return scale_from_amax(largest, self.fmt, power_of_two=self.spec.power_of_two) * 2.0**self.spec.headroom
 
     @torch.no_grad()
-    def snap(self, weight: Tensor, *, keep_original: bool = False) -> Tensor:
-        """Set the scale and round the weight to the grid, to nearest; returns the 0-d count of changed values."""
+    def snap(self, weight: Tensor, *, keep_original: bool = False) -> None:
+        """Set the scale and round the weight to the grid, to nearest."""
         if keep_original:
             self.original = weight.detach().clone()
         self.scale = self.fresh_scale(weight)
-        values = ops.quantize(weight, self.fmt, self.scale, overflow=Overflow.SATURATE, clamp=True)
-        changed = (values != weight).sum()
-        self._write(weight, values, self._encode(values))
-        return changed
+        self._write(weight, *self._rounded(weight, {"overflow": Overflow.SATURATE, "clamp": True}))
+        self.declare(weight)
 
-    def _encode(self, values: Tensor) -> Tensor:
-        """Codes of values on the grid; NaN, which only some formats have a code for, gets that of 0."""
-        return ops.encode(torch.nan_to_num(values, nan=0.0), self.fmt, self.scale, overflow=Overflow.SATURATE)
+    def declare(self, weight: Tensor) -> None:
+        """State the grid on the parameter, for optimizers that step along it."""
+        declare_grid(weight, ParameterGrid(self.fmt, self.scale))
+
+    def _rounded(self, weight: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+        """Values on the grid and their codes; a NaN stays in the values, and has the code of 0 where it has none."""
+        return ops.quantize_and_encode(weight, self.fmt, self.scale, **options)
 
     def _write(self, weight: Tensor, values: Tensor, codes: Tensor) -> None:
         weight.copy_(values)
         self.codes, self.version = codes, weight._version
 
-    def restore(self, scale: Tensor, steps: int) -> None:
+    def restore(self, weight: Tensor, scale: Tensor, steps: int) -> None:
         """Take the scale and the step count of an earlier state; the codes follow from the weight when next needed."""
-        self.scale, self.steps = scale.to(self.scale.device), steps
+        self.scale, self.steps = scale.to(weight.device), steps
         self.codes, self.original = None, None
+        self.declare(weight)
 
     def resync(self, weight: Tensor) -> None:
         """Take over values that something other than an optimizer wrote, such as load_state_dict."""
@@ -120,26 +124,29 @@ class GridStorage:
             if self.scale.device != weight.device:
                 self.scale = self.scale.to(weight.device)
             with torch.no_grad():
-                on_grid = ops.quantize(weight, self.fmt, self.scale, overflow=Overflow.SATURATE)
-                self._write(weight, on_grid, self._encode(on_grid))
+                self._write(weight, *self._rounded(weight, {"overflow": Overflow.SATURATE}))
+            self.declare(weight)
 
     # -- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def round_back(self, weight: Tensor, observer=None, layer: str = "") -> Tensor:
-        """Round what the optimizer wrote back to the grid; returns the step's counts, int64 [5] in `COUNTS`' order."""
+    def round_back(self, weight: Tensor, observer=None, layer: str = "", counted: Tensor | None = None) -> Tensor:
+        """Round what the optimizer wrote back to the grid; returns the step's counts, int64 [5] in `COUNTS`' order.
+
+        Args:
+            counted: counts (attempted, flips, stalled, sign flips, clipped, overflow) of an optimizer that rounds to
+                the grid itself; None counts here.
+        """
         assert self.codes is not None
         self.original = None
         before = ops.decode(self.codes, self.fmt, self.scale, dtype=weight.dtype)
         options: dict = {"rounding": self.spec.rounding, "overflow": Overflow.SATURATE}
         if self.spec.rounding is Rounding.STOCHASTIC:
             options |= {"key": self.session.key(self._base, per_rank=False), "random_bits": self.spec.random_bits}
-        after, stats = ops.quantize_with_stats(weight, self.fmt, self.scale, **options)
+        after, codes, stats = ops.quantize_and_encode_with_stats(weight, self.fmt, self.scale, **options)
         attempted = weight != before
-        if not self.spec.power_of_two:
-            after = torch.where(attempted, after, before)  # fl(s * p) / s may lie off the grid
-        codes = self._encode(after)
-        flips = code_index(codes, self.fmt) != code_index(self.codes, self.fmt)
+        if not self.spec.power_of_two:  # fl(s * p) / s may lie off the grid: what was not touched stays
+            after, codes = torch.where(attempted, after, before), torch.where(attempted, codes, self.codes)
         if observer is not None:
             observer.observe_update(
                 layer=layer,
@@ -151,15 +158,25 @@ class GridStorage:
                 fmt=self.fmt,
                 rounding=self.spec.rounding,
             )
-        counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), stats.overflow.to(torch.int64)]
+        if counted is None:
+            flips = code_index(codes, self.fmt) != code_index(self.codes, self.fmt)
+            counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), stats.overflow]
+        else:
+            counts = [counted[0], counted[1], counted[2], counted[5]]
+        after, codes, regridded = self._refreshed(weight, after, codes, options)
         self._write(weight, after, codes)
-        self.steps += 1
-        due = self.spec.refresh_every and self.steps % self.spec.refresh_every == 0
-        counts.append(self._refresh(weight) if due else torch.zeros_like(counts[0]))
-        return torch.stack(counts)
+        return torch.stack([count.to(torch.int64) for count in (*counts, regridded)])
 
-    def _refresh(self, weight: Tensor) -> Tensor:
-        scale = self.fresh_scale(weight)
+    def _refreshed(self, weight: Tensor, after: Tensor, codes: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """The values to write, under a fresh scale where one is due; and the number of values that it changed."""
+        self.steps += 1
+        none = torch.zeros((), dtype=torch.int64, device=weight.device)
+        if not self.spec.refresh_every or self.steps % self.spec.refresh_every:
+            return after, codes, none
+        scale = self.fresh_scale(weight)  # of what was attempted: stored values could only shrink it
         if torch.equal(scale, self.scale):
-            return torch.zeros((), dtype=torch.int64, device=weight.device)
-        return self.snap(weight)
+            return after, codes, none
+        self.scale = scale
+        self.declare(weight)
+        regridded, codes = self._rounded(weight, options)
+        return regridded, codes, (regridded != after).sum()

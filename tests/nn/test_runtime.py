@@ -1,0 +1,248 @@
+"""Quantized models under what people do with models: checkpointing, autocast, DDP, compile, copies, files, accumulation."""
+
+import copy
+import io
+import pickle
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from altgrad.nn import attach_optimizer, quant_state, quantize_model, set_step, uniform
+from altgrad.nn.session import STATE
+
+RECIPES = {
+    "amax": uniform("E4M3", grad="E5M2"),
+    "stochastic": uniform("E4M3", rounding="stochastic"),
+    "delayed": uniform("E4M3", scaling="delayed"),
+    "MXFP8": uniform("MXFP8"),
+}
+each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+
+
+class Net(nn.Module):
+    def __init__(self, recompute=False, reentrant=False):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Linear(32, 64)
+        self.norm = nn.LayerNorm(64)
+        self.last = nn.Linear(64, 32)
+        self.recompute, self.reentrant = recompute, reentrant
+
+    def body(self, x):
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=self.reentrant) if self.recompute else self.body(x)
+
+
+def batch(n=32, seed=0):
+    return torch.randn(n, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def train(model, steps=3, optimizer=None, **forward):
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(steps):
+        x = batch(seed=step)
+        loss = (model(x) - x.flip(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def same_bits(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@each_recipe
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_recomputation_reuses_bits_and_leaves_no_second_trace(recipe, reentrant):
+    plain, recomputed = Net(), Net(recompute=True, reentrant=reentrant)
+    for model in (plain, recomputed):
+        quantize_model(model, recipe)
+        attach_optimizer(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+        model.optimizer = optimizer
+    x = batch().requires_grad_()
+    for model in (plain, recomputed):
+        for _ in range(3):
+            model(x).square().mean().backward()
+            model.optimizer.step()
+    assert same_bits(plain, recomputed)
+    first, second = quant_state(plain)["operands"], quant_state(recomputed)["operands"]
+    assert first.keys() == second.keys()
+    for layer in first:
+        for operand in first[layer]:
+            assert torch.equal(first[layer][operand]["window"], second[layer][operand]["window"])
+
+
+@each_recipe
+def test_autocast_gives_bf16_outputs_and_float32_gradients(recipe):
+    model = Net()
+    quantize_model(model, recipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(batch())
+        loss = y.float().square().mean()
+    loss.backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_autocast_quantizes_the_float32_weight_itself():
+    model = Net().first
+    weight, x = model.weight.detach().clone(), batch()
+    quantize_model(model, uniform("E3M4", scaling="none", activation=None))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    from altgrad.quantization import quantize
+
+    expected = x @ quantize(weight, "E3M4").t() + model.bias
+    torch.testing.assert_close(y.float(), expected, rtol=2.0**-7, atol=2e-2)
+
+
+@each_recipe
+def test_deepcopy_and_pickle_train_on_like_the_original(recipe):
+    model = Net()
+    quantize_model(model, recipe)
+    train(model, 2)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies.append(torch.load(buffer, weights_only=False))
+    train(model, 3)
+    for other in copies:
+        assert other.first.__dict__[STATE].session is other.last.__dict__[STATE].session
+        assert not same_bits(model, other)
+        train(other, 3)
+        assert same_bits(model, other)
+
+
+def test_state_dict_and_safetensors_are_those_of_the_plain_model(tmp_path):
+    plain, model = Net(), Net()
+    quantize_model(model, uniform("E4M3"))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    train(model, 2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert same_bits(model, plain)
+    other = Net()
+    quantize_model(other, uniform("E4M3"))
+    other.load_state_dict(plain.state_dict())
+    assert torch.equal(other(batch()), model(batch()))
+
+
+@each_recipe
+def test_accumulated_micro_batches_make_one_step(recipe):
+    model = Net()
+    quantize_model(model, recipe)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach_optimizer(model, optimizer)
+    single = []
+    for micro in range(2):
+        set_step(model, 5, micro)
+        gradients = torch.autograd.grad(model(batch(seed=micro)).square().mean(), list(model.parameters()))
+        single.append(gradients)
+    for micro in range(2):
+        set_step(model, 5, micro)
+        model(batch(seed=micro)).square().mean().backward()
+    for p, a, b in zip(model.parameters(), *single, strict=True):
+        assert torch.equal(p.grad, a + b)
+    optimizer.step()
+    state = quant_state(model)
+    assert state["clocks"][0]["step"] == 6
+    for operands in state["operands"].values():
+        for memory in operands.values():
+            assert memory["window"].shape == (1,)  # one amax for the step, not one for each micro-batch
+
+
+def test_stochastic_bits_are_functions_of_step_and_micro_batch():
+    model = Net().first
+    quantize_model(model, uniform("E2M5", rounding="stochastic"), seed=1)
+    x = batch()
+    outputs = {}
+    for place in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        set_step(model, *place)
+        y = model(x)
+        assert torch.equal(y, model(x))
+        assert torch.equal(outputs.setdefault(place, y), y)
+    assert not torch.equal(outputs[0, 0], outputs[0, 1])
+    assert not torch.equal(outputs[0, 0], outputs[1, 0])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
+@pytest.mark.parametrize("name", ["amax", "stochastic", "MXFP8"])
+def test_compile_in_one_graph_gives_the_eager_bits(name):
+    torch._dynamo.reset()
+    eager, model = Net(), Net()
+    for one in (eager, model):
+        quantize_model(one, RECIPES[name])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = batch()
+    for step in range(2):
+        outputs = []
+        for one, call in ((eager, eager), (model, compiled)):
+            set_step(one, step)
+            y = call(x)
+            y.square().mean().backward()
+            outputs.append(y)
+        assert torch.equal(*outputs)
+    for p, q in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
+
+
+def _ddp_worker(rank: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = Net()
+    quantize_model(model, uniform("E4M3", rounding="stochastic", storage="grid"))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    attach_optimizer(wrapped, optimizer)
+    gradients = []
+    for step in range(3):
+        optimizer.zero_grad()
+        wrapped(batch(seed=10 * step + rank)).square().mean().backward()
+        gradients.append(model.first.weight.grad.clone())
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "gradients": gradients}, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_keeps_two_ranks_on_the_same_weights(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_ddp_worker, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for a, b in zip(first["gradients"], second["gradients"], strict=True):
+        assert torch.equal(a, b)
+    initial = Net()
+    quantize_model(initial, uniform("E4M3", storage="grid"))
+    assert not torch.equal(first["model"]["first.weight"], initial.first.weight)
+
+
+def test_ranks_draw_different_bits_for_activations_and_equal_ones_for_weights():
+    from altgrad.nn import set_rank
+
+    model = Net().first
+    quantize_model(model, uniform("E2M5", rounding="stochastic", activation=None))
+    by_rank = []
+    for rank in (0, 1):
+        set_rank(model, rank)
+        by_rank.append(model(batch()))
+    assert torch.equal(*by_rank)  # only the weight is rounded in the forward
+    model = Net().first
+    quantize_model(model, uniform("E2M5", rounding="stochastic", weight=None))
+    by_rank = []
+    for rank in (0, 1):
+        set_rank(model, rank)
+        by_rank.append(model(batch()))
+    assert not torch.equal(*by_rank)
