@@ -35,7 +35,9 @@ class Axis:
         decades = self.log and self.hi > _NARROW * self.lo
         values = _decade_ticks(self.lo, self.hi, about) if decades else _linear_ticks(self.lo, self.hi, about)
         step = min((b - a for a, b in pairwise(values)), default=1.0)
-        return [(float(self.at(v)), _tick_label(v, step, decades)) for v in values if v > 0 or not self.log]
+        return [
+            (float(np.clip(self.at(v), 0, 1)), _tick_label(v, step, decades)) for v in values if v > 0 or not self.log
+        ]
 
 
 _NARROW = 6.0

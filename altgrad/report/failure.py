@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -254,7 +255,7 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _loss_figure(data: FailureData) -> Markup | None:
     if data.loss_steps is None or data.loss_values is None or not len(data.loss_steps):
         return None
-    style = styles_for([data.run.format or "FP32"])[0]
+    style = replace(styles_for([data.run.format or "FP32"])[0], dash="")
     steps = np.asarray(data.loss_steps, dtype=np.float64)
     values = np.asarray(data.loss_values, dtype=np.float64)
     t = thin(steps, values, 300)

@@ -14,6 +14,7 @@ from altgrad.report.svg import band_data, dots_data, el, framing, path_data, str
 from altgrad.report.theme import BASELINE, Style
 
 MARK_ROW, LABEL_ROW = 16, 15  # px per stacked line of text
+PHONE_CHARACTER = 0.024  # width of a character of a mark's label, in widths of a phone's plot
 
 
 @dataclass(frozen=True)
@@ -136,24 +137,30 @@ def _curve(series: Series, x_axis: Axis, y_axis: Axis) -> Markup:
 
 
 def _rows_of(marks: Sequence[Mark], x_axis: Axis) -> list[int]:
-    """Line (0 nearest the plot) for each mark's label such that labels near each other do not collide."""
-    taken: list[list[float]] = []
+    """Line (0 nearest the plot) for each mark's label such that no two labels of a line overlap, even on a phone."""
+    taken: list[list[tuple[float, float]]] = []
     rows = []
     for mark in marks:
         at = float(x_axis.at(mark.x))
-        width = 0.012 * len(mark.label)
-        row = next((i for i, line in enumerate(taken) if all(abs(at - other) > width for other in line)), len(taken))
+        width = PHONE_CHARACTER * (len(mark.label) + 2)
+        start, stop = (at - width, at) if _label_left(at) else (at, at + width)
+        free = (i for i, line in enumerate(taken) if all(stop <= a or start >= b for a, b in line))
+        row = next(free, len(taken))
         if row == len(taken):
             taken.append([])
-        taken[row].append(at)
+        taken[row].append((start, stop))
         rows.append(row)
     return rows
+
+
+def _label_left(at: float) -> bool:
+    return at > 0.5
 
 
 def _mark(mark: Mark, row: int, x_axis: Axis, y_axis: Axis) -> Markup:
     at = float(x_axis.at(mark.x))
     x = f"{100 * at:.3f}%"
-    left = at > 0.55
+    left = _label_left(at)
     parts = [
         el("line", class_="mark-line", x1=x, x2=x, y1=-6 - MARK_ROW * row, y2="100%"),
         el(

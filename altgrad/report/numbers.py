@@ -22,6 +22,7 @@ def number(value: float | None, digits: int = 4) -> str:
         text = f"{value:.{places}f}"
         return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
     mantissa, exponent = f"{value:.{max(0, digits - 2)}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     return _minus(f"{mantissa}e{int(exponent)}")
 
 

@@ -1,0 +1,202 @@
+"""The comparison: baselines, differences, labels, headlines, refusals, and both documents."""
+
+import json
+import math
+import re
+
+import pytest
+
+from altgrad.analysis import comparison_table, read_run, write_report
+from altgrad.analysis.comparability import require_comparable
+from altgrad.analysis.comparison import flatten, headline, split_facts, twins
+from altgrad.analysis.outcome import label_runs
+from altgrad.errors import ReportError
+from tests.run_folders import demo_runs, make_run
+
+
+def outcomes_of(paths):
+    return label_runs([read_run(path) for path in paths])
+
+
+def test_the_table_has_a_row_per_run_with_its_distance_from_the_baseline(tmp_path):
+    rows = comparison_table(demo_runs(tmp_path, steps=200))
+    by_format = {row["format"]: row for row in rows}
+    assert [row["format"] for row in rows] == ["FP32", "E5M2", "E3M4", "E1M6", "E0M7", "E7M0"]
+    base, e3m4, e7m0 = by_format["FP32"], by_format["E3M4"], by_format["E7M0"]
+    assert base["against_baseline"] is None
+    assert e3m4["against_baseline"] == e3m4["final_val_loss"] - base["final_val_loss"]
+    assert (e7m0["status"], e7m0["verdict"], e7m0["onset_step"], e7m0["steps"]) == (
+        "collapsed",
+        "froze, step 60",
+        60,
+        110,
+    )
+    assert by_format["E0M7"]["final_loss"] == by_format["E1M6"]["final_loss"]
+
+
+def test_the_baseline_is_the_one_of_the_same_seed(tmp_path):
+    runs = [make_run(tmp_path, fmt, seed=seed, steps=100) for fmt in ("FP32", "E5M2") for seed in (1, 2)]
+    rows = comparison_table(runs)
+    for base, row in zip(rows[:2], rows[2:], strict=True):
+        assert row["seed"] == base["seed"]
+        assert row["against_baseline"] == row["final_val_loss"] - base["final_val_loss"]
+
+
+def test_without_validation_the_training_loss_is_compared(tmp_path):
+    runs = [make_run(tmp_path, fmt, steps=40, eval_interval=10**6) for fmt in ("FP32", "E5M2")]
+    for run in runs:  # the factory evaluates at the last step
+        lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
+        (run / "metrics.jsonl").write_text("\n".join(lines))
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps({**result, "final_val_loss": None, "best_val_loss": None}))
+    base, row = comparison_table(runs)
+    assert row["final_val_loss"] is None
+    assert row["against_baseline"] == row["final_loss"] - base["final_loss"]
+    assert "in training loss" in headline(outcomes_of(runs))
+
+
+def test_unfinished_runs_are_shown_for_what_they_are(tmp_path):
+    runs = [make_run(tmp_path, "FP32", steps=100), make_run(tmp_path, "E3M4", steps=100, finished=False)]
+    row = comparison_table(runs)[1]
+    assert (row["status"], row["steps"], row["max_steps"]) == ("unfinished", 42, 100)
+    outcome = outcomes_of(runs)[1]
+    assert outcome.said == "No result recorded: the last step written is 42 of 100 (still running, or killed)."
+    assert "E3M4 has no result yet" in headline(outcomes_of(runs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("freeze", "froze"), ("divergence", "diverged"), ("nonfinite", "went non-finite")]
+)
+def test_each_kind_of_collapse_has_its_words_step_and_evidence(tmp_path, kind, words):
+    (outcome,) = outcomes_of([make_run(tmp_path, "E5M2", steps=200, collapse=kind, onset=70)])
+    assert outcome.said.startswith(f"{words[:1].upper()}{words[1:]} at step 70 of 200")
+    evidence = dict(outcome.evidence())
+    assert "threshold" in evidence["Evidence"]
+    assert evidence["Reason"]
+    assert headline([outcome]).startswith(f"E5M2 {words} at step 70 of 200")
+    assert "NaN" not in headline([outcome])
+
+
+def test_headline_names_the_closest_and_every_collapse(tmp_path):
+    said = headline(outcomes_of(demo_runs(tmp_path, steps=200)))
+    assert re.fullmatch(r"E3M4 ended closest to FP32, \+0\.0\d\d in validation loss; E7M0 froze at step 60\.", said)
+
+
+def test_headline_without_a_baseline_names_the_lowest(tmp_path):
+    said = headline(outcomes_of([make_run(tmp_path, fmt, steps=100) for fmt in ("E3M4", "E1M6")]))
+    assert said.startswith("E3M4 ended lowest, at validation loss")
+
+
+def test_a_run_that_is_merely_worse_is_not_called_a_collapse(tmp_path):
+    outcomes = outcomes_of([make_run(tmp_path, "FP32", steps=80), make_run(tmp_path, "E7M0", steps=80)])
+    assert outcomes[1].said == "Completed 80 steps without a collapse."
+    assert "ended +" in headline(outcomes)
+
+
+def test_labels_say_what_differs_and_no_more(tmp_path):
+    def labels(*options):
+        runs = [make_run(tmp_path / str(id(options)), steps=5, **o) for o in options]
+        return [o.label for o in outcomes_of(runs)]
+
+    assert labels({"fmt": "E3M4"}, {"fmt": "E5M2"}) == ["E3M4", "E5M2"]
+    assert labels({"fmt": "E3M4", "storage": "grid"}, {"fmt": "E3M4", "storage": "master"}, {"fmt": "E5M2"}) == [
+        "E3M4 grid",
+        "E3M4 master",
+        "E5M2",
+    ]
+    assert labels({"fmt": "E3M4", "seed": 1}, {"fmt": "E3M4", "seed": 2}) == ["E3M4 seed 1", "E3M4 seed 2"]
+    lr = [
+        {"fmt": "E3M4", "name": n, "config": {"optimizer": {"name": "adamw", "lr": v}}}
+        for n, v in (("a", 1e-3), ("b", 3e-4))
+    ]
+    assert labels(*lr) == ["E3M4 lr 0.001", "E3M4 lr 0.0003"]
+
+
+def test_identical_losses_are_noticed_and_nearly_identical_ones_are_not(tmp_path):
+    outcomes = outcomes_of(demo_runs(tmp_path, steps=60))
+    assert twins(outcomes) == {"E0M7": "E1M6"}
+
+
+@pytest.mark.parametrize("what", ["data_fingerprint", "numerics_version"])
+def test_runs_of_different_corpora_or_numerics_are_refused_or_marked(tmp_path, what):
+    runs = [make_run(tmp_path, "FP32", steps=20), make_run(tmp_path, "E3M4", steps=20, **{what: "other"})]
+    with pytest.raises(ReportError, match=r"differs: .* \(fp32_baseline.* and other .*force"):
+        write_report(runs, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+    page = write_report(runs, tmp_path / "r.html", force=True).read_text()
+    assert "compared by force" in page
+    assert "compared by force" in (tmp_path / "r.md").read_text()
+
+
+def test_other_circumstances_are_pointed_out_and_not_refused(tmp_path):
+    runs = [make_run(tmp_path, "FP32", steps=20), make_run(tmp_path, "E3M4", steps=20, environment={"device": "cuda"})]
+    (said,) = require_comparable([read_run(run) for run in runs])
+    assert said.startswith("The device differs: cpu (fp32_baseline")
+
+
+def test_torn_lines_are_told_to_the_reader(tmp_path):
+    run = make_run(tmp_path, steps=30)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "1 line of metrics.jsonl could not be read and was skipped" in page
+
+
+def test_one_run_alone(tmp_path):
+    run = make_run(tmp_path, "E7M0", steps=100, collapse="freeze", onset=30)
+    page = write_report([run], run / "report.html").read_text()
+    assert "E7M0 froze at step 30 of 100; detected at step 80" in page
+    assert 'href="checkpoints/failure_reports/step000080-freeze.html"' in page
+    assert "settings of this run" in page
+
+
+def test_a_run_with_nothing_but_a_config(tmp_path):
+    run = make_run(tmp_path, "E3M4", steps=10, finished=False)
+    (run / "metrics.jsonl").unlink()
+    assert "No losses have been recorded yet" in write_report([run], tmp_path / "r.html").read_text()
+
+
+def test_all_losses_non_finite(tmp_path):
+    run = make_run(tmp_path, "E5M2", steps=50, collapse="nonfinite", onset=1)
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "went non-finite" in page
+
+
+def test_markdown_says_the_same_as_the_page(tmp_path):
+    runs = demo_runs(tmp_path / "runs", steps=100)
+    page = write_report(runs, tmp_path / "out" / "report.html")
+    markdown = page.with_suffix(".md").read_text()
+    for row in comparison_table(runs):
+        line = next(line for line in markdown.splitlines() if line.startswith(f"| {row['label']} |"))
+        assert f"{row['final_val_loss']:.3f}" in line
+        assert row["verdict"] in line
+    assert "| fp8_format | none | E5M2 | E3M4 | E1M6 | E0M7 | E7M0 |" in markdown
+    assert "../runs/e7m0_uniform" in markdown
+
+
+def test_a_run_given_twice_counts_once(tmp_path):
+    run = make_run(tmp_path, "E3M4", steps=20)
+    page = write_report([run, run, tmp_path / "." / run.name], tmp_path / "r.html").read_text()
+    assert page.count('<article class="verdict') == 1
+
+
+def test_bad_requests_are_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ReportError, match="at least one"):
+        write_report([], tmp_path / "r.html")
+    with pytest.raises(ReportError, match="html"):
+        write_report([make_run(tmp_path, steps=5)], tmp_path / "r.pdf")
+
+
+def test_writing_leaves_nothing_half_done_beside_the_report(tmp_path):
+    run = make_run(tmp_path, steps=20)
+    out = tmp_path / "out"
+    write_report([run], out / "r.html")
+    write_report([run], out / "r.html")
+    assert sorted(path.name for path in out.iterdir()) == ["r.html", "r.md"]
+
+
+def test_flatten_and_split():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": None}) == {"a.b": 1, "a.c": {}, "d": None}
+    differing, shared = split_facts([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": math.pi}])
+    assert differing == {"b": [2, 3], "c": [None, math.pi]}
+    assert shared == {"a": 1}

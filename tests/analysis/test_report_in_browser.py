@@ -1,0 +1,179 @@
+"""The reports in a real browser: what a reader sees and can do, on a desktop and a phone, in light and dark."""
+
+import pytest
+
+from altgrad.analysis import write_report
+from altgrad.report.failure import render_failure
+from tests.browser import browser
+from tests.report.failure_samples import frozen_run
+from tests.run_folders import demo_runs, make_run
+
+pytestmark = pytest.mark.browser
+
+LABELS = ["FP32", "E5M2", "E3M4", "E1M6", "E0M7", "E7M0"]
+
+
+@pytest.fixture(scope="module")
+def page():
+    with browser() as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return write_report(demo_runs(root), root / "report.html")
+
+
+def visible_curves(page):
+    """(group, role) of the curves that the first figure shows."""
+    script = """return [...document.querySelector('.line-figure').querySelectorAll('.scale:not([hidden]) .series')]
+        .filter((g) => getComputedStyle(g).display !== 'none').map((g) => [g.dataset.group, g.dataset.role])"""
+    return [tuple(pair) for pair in page.run(script)]
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_is_quiet_and_asks_the_network_for_nothing(page, report, width, scheme):
+    page.open(report, width=width, scheme=scheme)
+    assert page.overflow() <= 0
+    assert page.complaints() == []
+    assert page.requests() == [report.resolve().as_uri()]
+    paper = page.run("return getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(17, 23, 29)")
+    cut = page.run("""const w = innerWidth; return [...document.querySelectorAll('svg.chart text')].filter((t) => {
+        const r = t.getBoundingClientRect(); return r.width && (r.left < 0 || r.right > w + 0.5); }).map((t) => t.textContent)""")
+    assert cut == []
+
+
+def test_the_outcome_stands_first_and_large(page, report):
+    page.open(report)
+    headline = page.one("h1")
+    assert "E3M4 ended closest to FP32" in headline.text
+    assert "E7M0 froze at step 150" in headline.text
+    assert float(headline.value_of_css_property("font-size")[:-2]) >= 30
+
+
+def test_legend_hides_shows_and_isolates(page, report):
+    page.open(report)
+    assert {group for group, _ in visible_curves(page)} == set(LABELS)
+    page.click('.line-figure .legend-item[data-group="E5M2"]')
+    assert "E5M2" not in {group for group, _ in visible_curves(page)}
+    assert page.one('.line-figure .legend-item[data-group="E5M2"]').get_attribute("aria-pressed") == "false"
+    assert not page.one('.line-figure .end-label[data-group="E5M2"]').is_displayed()
+    page.click('.line-figure .legend-item[data-group="E5M2"]')
+    assert "E5M2" in {group for group, _ in visible_curves(page)}
+    page.click('.line-figure .legend-item[data-group="E7M0"]', shift=True)
+    assert {group for group, _ in visible_curves(page)} == {"E7M0"}
+    page.click('.line-figure .legend-item[data-group="E7M0"]', shift=True)
+    assert {group for group, _ in visible_curves(page)} == set(LABELS)
+
+
+def test_switches_choose_the_role_and_the_axis(page, report):
+    page.open(report)
+    page.click('.line-figure [data-switch="role"][data-value="validation"]')
+    assert {role for _, role in visible_curves(page)} == {"validation"}
+    page.click('.line-figure [data-switch="role"][data-value="train"]')
+    assert {role for _, role in visible_curves(page)} == {"train"}
+    before = page.run("return document.querySelector('.line-figure .scale:not([hidden])').dataset.scale")
+    page.click('.line-figure [data-switch="scale"][data-value="log"]')
+    after = page.run("return document.querySelector('.line-figure .scale:not([hidden])').dataset.scale")
+    assert (before, after) == ("linear", "log")
+    assert {role for _, role in visible_curves(page)} == {"train"}
+
+
+def test_hover_reads_the_values_that_were_recorded(page, report):
+    page.open(report)
+    page.point_at(".line-figure .hit", 0.999)
+    readout = page.one(".line-figure .readout")
+    assert readout.is_displayed()
+    lines = readout.text.splitlines()
+    assert lines[0] == "step 500"
+    results = {row.split()[0]: row.split() for row in page.texts("table.data.sortable tbody tr")}
+    for line in lines[2:]:
+        name, validation, *_ = line.split()
+        if name == "E7M0":
+            assert validation == "ended"
+        else:
+            assert float(validation) == pytest.approx(float(results[name][1]), abs=0.0011)
+    page.point_at(".line-figure h3", 0.5)
+    assert not readout.is_displayed()
+
+
+def test_hover_reads_by_keyboard_too(page, report):
+    page.open(report)
+    page.run("document.querySelector('.line-figure .stage').focus()")
+    page.one(".line-figure .stage").send_keys("\ue014")  # arrow right
+    first = page.one(".line-figure .readout b").text
+    page.one(".line-figure .stage").send_keys("\ue014")
+    second = page.one(".line-figure .readout b").text
+    assert first != second
+    assert int(second.split()[1]) > int(first.split()[1])
+
+
+def test_columns_sort_by_value_both_ways_missing_last(page, report):
+    page.open(report)
+
+    def column(i):
+        return [row.find_elements("css selector", "th, td")[i].text.split()[0] for row in page.all("#results tbody tr")]
+
+    page.click("#results thead th:nth-child(2) button")
+    values = [float(v) for v in column(1)]
+    assert values == sorted(values)
+    page.click("#results thead th:nth-child(2) button")
+    values = [float(v) for v in column(1)]
+    assert values == sorted(values, reverse=True)
+    page.click("#results thead th:nth-child(7) button")
+    assert column(0)[-1] == "FP32"  # has no stall rate
+    page.click("#results thead th:nth-child(1) button")
+    assert column(0) == sorted(LABELS)
+    assert page.one("#results thead th:nth-child(1)").get_attribute("aria-sort") == "ascending"
+
+
+def test_the_collapse_is_marked_where_it_began(page, report):
+    page.open(report)
+    line, hit = page.run("""const f = document.querySelector('.line-figure .scale:not([hidden])');
+        const l = f.querySelector('.mark-line').getBoundingClientRect(), h = f.querySelector('.hit').getBoundingClientRect();
+        return [l.x, [h.x, h.width]]""")
+    first, last = (float(v) for v in page.one(".line-figure .plot").get_attribute("data-x").split(",")[:2])
+    assert (line - hit[0]) / hit[1] == pytest.approx((150 - first) / (last - first), abs=0.003)
+    assert page.one(".mark text").text == "E7M0 froze, step 150"
+
+
+def test_the_failure_report_is_linked_and_opens(page, report):
+    page.open(report)
+    link = page.one(".verdict.collapsed a")
+    target = link.get_attribute("href")
+    assert target.startswith(report.parent.resolve().as_uri())
+    page.run("arguments[0].scrollIntoView()", link)
+    link.click()
+    assert page.driver.title == "failure"
+
+
+def test_without_scripts_the_page_still_shows_its_curves(page, report):
+    page.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        page.open(report)
+        assert len(page.all(".line-figure .scale:not([hidden]) .series path.line")) >= 12
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_markup_in_a_run_name_stays_text(page, tmp_path):
+    evil = "<img src=x onerror=document.title='owned'>"
+    runs = [make_run(tmp_path, "E3M4", steps=60, name="a", config={"name": evil, "data": {"source": evil}})]
+    page.open(write_report(runs, tmp_path / "r.html"))
+    assert page.driver.title != "owned"
+    assert page.all("img") == []
+    assert page.complaints() == []
+
+
+def test_the_failure_report_fits_and_is_quiet(page, tmp_path):
+    path = tmp_path / "failure.html"
+    path.write_text(render_failure(frozen_run())[0], "utf-8")
+    for width in (360, 1280):
+        page.open(path, width=width)
+        assert page.overflow() <= 0
+        assert page.complaints() == []
+        assert page.requests() == [path.resolve().as_uri()]
+    assert page.one("h1").text == "E7M0 froze at step 410 of 500."
