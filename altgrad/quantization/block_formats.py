@@ -180,9 +180,15 @@ class BlockFormat:
         shape = f"{down} x {across} tile of the last two axes" if self.is_tile else f"{across} along one axis"
         scale = self.scale_format
         rows = [
-            ("element", f"{self.element} ({self.element.bits} bits, max {self.element.max:g}, emax {self.element_emax})"),
+            (
+                "element",
+                f"{self.element} ({self.element.bits} bits, max {self.element.max:g}, emax {self.element_emax})",
+            ),
             ("block", f"{shape}, {self.block_elements} elements share a scale"),
-            ("scale", f"{scale} ({scale.bits} bits)" + (", under a float32 scale per tensor" if self.tensor_scale else "")),
+            (
+                "scale",
+                f"{scale} ({scale.bits} bits)" + (", under a float32 scale per tensor" if self.tensor_scale else ""),
+            ),
             ("scale rule", f"{self.rule.value}: {self._rule_text()}"),
             ("bits per value", f"{self.bits_per_value:g}"),
             ("largest value", f"{self.element.max:g} times the scale"),

@@ -6,31 +6,74 @@ random_bits, kernel): what `blocks` has checked. Outside of tracing the kernels 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from altgrad.errors import OptionError
-from altgrad.quantization.block_formats import block_format_from_spec
+from altgrad.errors import KernelError, OptionError
+from altgrad.quantization.block_formats import BlockFormat, block_format_from_spec
 from altgrad.quantization.block_layout import block_layout
+from altgrad.quantization.checks import traced
 from altgrad.quantization.codec import code_dtype
+from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.kernels import eager_blocks
-from altgrad.quantization.kernels.eager_blocks import BlockResult
+from altgrad.quantization.kernels.block_result import BlockResult
+from altgrad.quantization.kernels.grid_facts import float32_arithmetic_suffices
 from altgrad.quantization.rounding import Overflow, Rounding
 
-KERNELS = ("eager",)
+KERNELS = ("eager", "cpu", "cuda")
 
 
-def chosen(x: Tensor, kernel: str | None) -> str:
-    """The name of the kernel that runs: the one asked for, else by device.
+class _Operator:
+    """A function that is also a torch operator: called as the operator where it must be seen, directly elsewhere."""
+
+    def __init__(self, name: str, mutates: tuple[str, ...], function):
+        self.direct = function
+        self.operator = torch.library.custom_op(name, function, mutates_args=mutates)
+        self.register_fake = self.operator.register_fake
+
+    def __call__(self, x: Tensor, *rest):
+        return self.operator(x, *rest) if traced(x) else self.direct(x, *rest)
+
+
+def chosen(device: torch.device, dtype: torch.dtype, fmt: BlockFormat, kernel: str | None) -> str:
+    """The kernel that runs: the one asked for, else by device; `eager` where the device's kernel does not cover the case.
+
+    The compiled kernels cover float32, bf16 and fp16 tensors in formats whose grids stay clear of float32's subnormals,
+    which are all named ones.
 
     Raises:
         OptionError: no such kernel.
+        KernelError: the kernel asked for does not cover the device, dtype or format.
     """
-    if kernel is None:
-        return "eager"
-    if kernel not in KERNELS:
+    if kernel is not None and kernel not in KERNELS:
         raise OptionError(f"kernel {kernel!r} is not one of {', '.join(KERNELS)}")
+    covered = dtype != torch.float64 and all(map(float32_arithmetic_suffices, _grids(fmt)))
+    if kernel is None:
+        return {"cpu": "cpu", "cuda": "cuda"}.get(device.type, "eager") if covered else "eager"
+    if kernel != "eager" and not covered:
+        raise KernelError(f'kernel {kernel!r} does not cover {dtype} in {fmt}; use kernel="eager" or a float32 tensor')
+    if kernel == "cpu" and device.type != "cpu":
+        raise KernelError(f'kernel "cpu" cannot run on a tensor on {device}; use kernel="cuda", "eager", or move it')
     return kernel
+
+
+def _grids(fmt: BlockFormat) -> list[FloatFormat]:
+    return [fmt.element] if fmt.power_of_two or fmt.has_float_scale else [fmt.element, fmt.scale_format]
+
+
+def _implementation(kernel: str):
+    """The module of a kernel; Numba and Triton are imported here, on first use."""
+    if kernel == "cpu":
+        from altgrad.quantization.kernels import cpu_blocks
+
+        return cpu_blocks
+    if kernel == "cuda":
+        from altgrad.quantization.kernels import cuda_blocks
+
+        return cuda_blocks
+    return eager_blocks
 
 
 def _run(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel, **wanted) -> BlockResult:
@@ -43,10 +86,10 @@ def _run(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_
         "key": key,
         "random_bits": random_bits,
     }
-    return eager_blocks.run(x, fmt, layout, element, upper, **options, **wanted)
+    return _implementation(kernel).run(x, fmt, layout, element, upper, **options, **wanted)
 
 
-@torch.library.custom_op("altgrad::quantize_blocks", mutates_args=())
+@partial(_Operator, "altgrad::quantize_blocks", ())
 def quantize(
     x: Tensor,
     upper: Tensor | None,
@@ -71,7 +114,7 @@ def _(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bit
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("altgrad::quantize_blocks_out", mutates_args=("out",))
+@partial(_Operator, "altgrad::quantize_blocks_out", ("out",))
 def quantize_out(
     x: Tensor,
     upper: Tensor | None,
@@ -95,7 +138,7 @@ def _(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bit
     return None
 
 
-@torch.library.custom_op("altgrad::quantize_blocks_stats", mutates_args=())
+@partial(_Operator, "altgrad::quantize_blocks_stats", ())
 def quantize_stats(
     x: Tensor,
     upper: Tensor | None,
@@ -121,7 +164,7 @@ def _(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bit
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(7, dtype=torch.float64)
 
 
-@torch.library.custom_op("altgrad::encode_blocks", mutates_args=())
+@partial(_Operator, "altgrad::encode_blocks", ())
 def encode(
     x: Tensor,
     upper: Tensor | None,
@@ -136,7 +179,9 @@ def encode(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, stored scales, number of elements without a code)."""
-    found = _run(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel, codes=True)
+    found = _run(
+        x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel, values=False, codes=True
+    )
     assert found.codes is not None
     return found.codes, found.scales, found.missing if found.missing is not None else x.new_zeros((), dtype=torch.int64)
 
@@ -154,7 +199,7 @@ def _(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bit
     return _fake_codes(x, spec, axis)
 
 
-@torch.library.custom_op("altgrad::encode_blocks_stats", mutates_args=())
+@partial(_Operator, "altgrad::encode_blocks_stats", ())
 def encode_stats(
     x: Tensor,
     upper: Tensor | None,
@@ -170,7 +215,7 @@ def encode_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, stored scales, number of elements without a code, statistics vector)."""
     arguments = (x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel)
-    found = _run(*arguments, codes=True, stats=True)
+    found = _run(*arguments, values=False, codes=True, stats=True)
     assert found.codes is not None
     assert found.stats is not None
     missing = found.missing if found.missing is not None else x.new_zeros((), dtype=torch.int64)
@@ -182,7 +227,38 @@ def _(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bit
     return (*_fake_codes(x, spec, axis), x.new_empty(7, dtype=torch.float64))
 
 
-@torch.library.custom_op("altgrad::decode_blocks", mutates_args=())
+@partial(_Operator, "altgrad::quantize_encode_blocks", ())
+def quantize_encode(
+    x: Tensor,
+    upper: Tensor | None,
+    key: Tensor | None,
+    spec: str,
+    axis: int,
+    pad: bool,
+    subnormals: bool,
+    rounding: str,
+    overflow: str,
+    random_bits: int,
+    kernel: str,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(values, codes, stored scales, number of elements without a code, statistics vector or an empty tensor)."""
+    arguments = (x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel)
+    found = _run(*arguments, codes=True, stats=stats)
+    assert found.values is not None
+    assert found.codes is not None
+    missing = found.missing if found.missing is not None else x.new_zeros((), dtype=torch.int64)
+    vector = found.stats if found.stats is not None else x.new_empty(0, dtype=torch.float64)
+    return found.values, found.codes, found.scales, missing, vector
+
+
+@quantize_encode.register_fake
+def _(x, upper, key, spec, axis, pad, subnormals, rounding, overflow, random_bits, kernel, stats):
+    vector = x.new_empty(7 if stats else 0, dtype=torch.float64)
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device), *_fake_codes(x, spec, axis), vector)
+
+
+@partial(_Operator, "altgrad::decode_blocks", ())
 def decode(
     codes: Tensor, scales: Tensor, upper: Tensor | None, spec: str, axis: int, dtype: torch.dtype, kernel: str
 ) -> Tensor:

@@ -82,9 +82,9 @@ def _upper_scale(x: Tensor, fmt: BlockFormat, scale: Tensor | float) -> Tensor |
         return None
     if not given:
         return two_level_scale(amax(x), fmt)
-    scale = check_scale(x, scale)
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ScaleError(f"{fmt} takes one scale per tensor, not {list(scale.shape)}; pass a number or leave it out")
+    scale = check_scale(x, scale)
     return torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
 
 
@@ -110,7 +110,7 @@ def _arguments(x, fmt, scale, axis, pad, rounding, overflow, key, random_bits, s
     if not subnormals:
         fmt.element.without_subnormals()
     facts = (fmt.spec, axis, pad, subnormals, rounding.value, overflow.value, random_bits)
-    return x.detach(), upper, key, *facts, block_ops.chosen(x, kernel)
+    return x.detach(), upper, key, *facts, block_ops.chosen(x.device, x.dtype, fmt, kernel)
 
 
 def quantize(
@@ -177,6 +177,23 @@ def encode_with_stats(x: Tensor, fmt: BlockFormat | str, scale: Tensor | float =
     return quantized, QuantStats(rest[0])
 
 
+def quantize_and_encode(x: Tensor, fmt: BlockFormat | str, scale: Tensor | float = 1.0, **options):
+    """(`quantize`, `encode`) of one pass; an element without a code gets code 0 and no error, the values keep it."""
+    fmt = _block_format(fmt)
+    arguments = _from_options(x, fmt, scale, options)
+    values, codes, scales, _, _ = block_ops.quantize_encode(*arguments, False)
+    return values, QuantizedTensor(codes, scales, fmt, options.get("axis", -1), x.shape, arguments[1])
+
+
+def quantize_and_encode_with_stats(x: Tensor, fmt: BlockFormat | str, scale: Tensor | float = 1.0, **options):
+    """(`quantize`, `encode`, `QuantStats`) of one pass."""
+    fmt = _block_format(fmt)
+    arguments = _from_options(x, fmt, scale, options)
+    values, codes, scales, _, stats = block_ops.quantize_encode(*arguments, True)
+    quantized = QuantizedTensor(codes, scales, fmt, options.get("axis", -1), x.shape, arguments[1])
+    return values, quantized, QuantStats(stats)
+
+
 def _encode(x, fmt, scale, options, operator) -> tuple[QuantizedTensor, tuple]:
     overflow = as_option(Overflow, options.get("overflow", Overflow.NATIVE))
     check_encodable(fmt.element, overflow)
@@ -232,7 +249,7 @@ def decode(
             f"scales of shape {list(quantized.scales.shape)} for codes of shape {list(codes.shape)}; {fmt} along axis "
             f"{quantized.axis} has {list(layout.scale_shape)}"
         )
-    where = (fmt.spec, quantized.axis, dtype, block_ops.chosen(codes, kernel))
+    where = (fmt.spec, quantized.axis, dtype, block_ops.chosen(codes.device, dtype, fmt, kernel))
     values = block_ops.decode(codes, quantized.scales, quantized.tensor_scale, *where)
     return values if out is None else out.copy_(values)
 

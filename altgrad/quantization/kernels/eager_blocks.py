@@ -6,8 +6,6 @@ scales.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -16,21 +14,12 @@ from altgrad.quantization.block_layout import BlockLayout
 from altgrad.quantization.codec import code_dtype, value_tensor
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.kernels import eager
+from altgrad.quantization.kernels.block_result import BlockResult
 from altgrad.quantization.rounding import Overflow, Rounding
 from altgrad.quantization.stats import measure
 
 E8M0_BIAS, E8M0_NAN = 127, 255
 _FLOAT32 = torch.finfo(torch.float32)
-
-
-class BlockResult(NamedTuple):
-    """What a block kernel returns: values or codes, the stored scales, and what was asked for beside."""
-
-    values: Tensor | None
-    codes: Tensor | None
-    scales: Tensor
-    stats: Tensor | None
-    missing: Tensor | None  # number of elements without a code
 
 
 def tile_amax(x: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
@@ -129,21 +118,23 @@ def run(
     overflow: Overflow,
     key: Tensor | None,
     random_bits: int,
+    values: bool = True,
     codes: bool = False,
     stats: bool = False,
     out: Tensor | None = None,
 ) -> BlockResult:
-    """Quantize x (or, with `codes`, encode it) in blocks; the interface that every block kernel has."""
+    """Quantize x in blocks and return values, codes and statistics as asked; the interface that every kernel has."""
     payload, over, scales, raw = round_blocks(x, fmt, layout, element, upper, rounding, overflow, key, random_bits)
-    result = BlockResult(None, None, raw, None, None)
-    values = (payload.to(scales.dtype) * scales).to(x.dtype)
-    if codes:
-        found = codes_of(payload, scales, element)
-        missing = (found < 0).sum() if found.numel() else None
-        result = result._replace(codes=found.clamp(min=0).to(code_dtype(element)), missing=missing)
-    else:
-        result = result._replace(values=values if out is None else out.copy_(values))
-    return result._replace(stats=measure(x, values, over).vector) if stats else result
+    result = (payload.to(scales.dtype) * scales).to(x.dtype)
+    found = codes_of(payload, scales, element) if codes else None
+    written = out.copy_(result) if out is not None else result if values else None
+    return BlockResult(
+        written,
+        None if found is None else found.clamp(min=0).to(code_dtype(element)),
+        raw,
+        measure(x, result, over).vector if stats else None,
+        None if found is None else (found < 0).sum(),
+    )
 
 
 def decode(codes: Tensor, fmt: BlockFormat, layout: BlockLayout, scales: Tensor, dtype: torch.dtype) -> Tensor:
