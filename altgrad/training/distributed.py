@@ -10,6 +10,7 @@ A process that was not started by torchrun is a world of one, in which all of th
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class Ranks:
             if on_cuda:
                 torch.cuda.set_device(ranks.local_rank)
             dist.init_process_group("nccl" if on_cuda else "gloo")
+            atexit.register(ranks.close)
         return ranks
 
     @property
@@ -114,6 +116,10 @@ class Ranks:
                 "with fsdp2, or distributed=ddp"
             )
 
+    def facts(self) -> dict[str, Any]:
+        """What env.json says of the processes; nothing for one alone."""
+        return {} if self.alone else {"processes": self.world_size, "distributed": self.kind}
+
     # -- the model ------------------------------------------------------------------------------------------------
 
     def device(self, name: str) -> str:
@@ -140,6 +146,7 @@ class Ranks:
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_gradient_divide_factor(1.0)
+                    module.set_force_sum_reduction_for_comms(True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """What is called for the forward pass: the model, under ddp with the summation of gradients."""

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from altgrad.training.checkpoint import (
 from altgrad.training.config import ExperimentConfig
 from altgrad.training.config_loading import dump_config, load_config
 from altgrad.training.data import Corpus
+from altgrad.training.distributed import Ranks
 from altgrad.training.files import remove_leftovers, write_json, write_text
 from altgrad.training.formats_of_run import all_finite
 from altgrad.training.interrupts import StopRequest
@@ -38,6 +40,7 @@ from altgrad.training.run_folder import MetricsLog, RunPlan, environment, plan_r
 from altgrad.training.run_lock import RunLock
 from altgrad.training.state_tree import tensors_of, to_device
 from altgrad.training.stepping import usable_device
+from altgrad.training.trackers import Trackers, make_trackers
 from altgrad.training.trainer import LossFunction, StepRecord, Trainer, next_token_loss
 
 
@@ -86,7 +89,8 @@ class FormatExperimentRunner:
     ) -> None:
         self.config = config.model_copy(update={"device": device}) if device else config
         self.model, self.loss, self.command = model, loss, command
-        self.listener = listener or RunListener()
+        self.ranks = Ranks.from_environment(self.config)
+        self.listener = (listener if self.ranks.is_main else None) or RunListener()
         self.plan = plan_run(self.config, data_dir, _fingerprint(model) if model is not None else "")
         self.trainer: Trainer | None = None
         self.stop = StopRequest()
@@ -102,23 +106,25 @@ class FormatExperimentRunner:
             RunBusyError: another process works on this run.
             CheckpointError: there are checkpoints, and all are damaged.
         """
-        finished = ExperimentResult.load(self.run_dir)
+        main = self.ranks.is_main
+        finished = self.ranks.broadcast(ExperimentResult.load(self.run_dir) if main else None)
         if finished is not None and finished.finished:
             return finished
-        device = usable_device(self.config.device)
+        device = usable_device(self.ranks.device(self.config.device))
         threads_before = torch.get_num_threads()
-        with RunLock.acquire(self.run_dir), self.stop:
-            remove_leftovers(self.run_dir)
+        with RunLock.acquire(self.run_dir) if main else nullcontext(), self.stop:
             try:
-                torch.set_num_threads(self._open_folder(device))
+                torch.set_num_threads(self.ranks.broadcast(self._open_folder(device) if main else None))
                 result = self._train()
             finally:
                 torch.set_num_threads(threads_before)
+        self.ranks.barrier()
         self.listener.ended(result)
         return result
 
     def _open_folder(self, device: torch.device) -> int:
         """Write what identifies the run, once; the thread count to use."""
+        remove_leftovers(self.run_dir)
         record = self.run_dir / "env.json"
         if record.exists():
             threads = int(json.loads(record.read_text())["threads"])
@@ -128,17 +134,23 @@ class FormatExperimentRunner:
             return threads
         threads = self.config.threads or torch.get_num_threads()
         write_text(self.run_dir / "config.yaml", dump_config(self.config))
-        write_json(record, environment(self.plan, device, threads))
+        write_json(record, {**environment(self.plan, device, threads), **self.ranks.facts()})
         return threads
 
     def _train(self) -> ExperimentResult:
-        directory, said = claim_directory(self.plan.wanted_checkpoint_dir, self.plan.hash)
+        wanted = self.plan.wanted_checkpoint_dir
+        claimed = claim_directory(wanted, self.plan.hash) if self.ranks.is_main else None
+        directory, said = self.ranks.broadcast(claimed)
         if said:
             self.listener.said(said)
         self.directory, self.tally = directory, Tally()
         trainer = self.trainer = Trainer(self.config, self.model, self.plan.corpus, self.config.device, loss=self.loss)
         resumed = self._resume()
-        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
+        self.metrics, self.trackers = _NoLog(), Trackers()
+        if self.ranks.is_main:
+            self.trackers = make_trackers(self.config, self.run_dir, self.plan.run_id, self.listener.said)
+            self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.trackers.log)
+        self._stopping = self.ranks.any(bool(self.stop))
         trainer.measuring.sink = lambda records: [self.metrics.write(record) for record in records]
         self._since = time.monotonic() - self.tally.elapsed_s
         try:
@@ -167,13 +179,14 @@ class FormatExperimentRunner:
             self.trainer.restore(to_device(found.state["trainer"], self.trainer.device))
             self.tally = Tally(**found.state["tally"])
             self.listener.said(f"continuing {self.plan.run_id} after step {step}")
-        truncate_metrics(self.run_dir / "metrics.jsonl", step if found else -1)
+        if self.ranks.is_main:
+            truncate_metrics(self.run_dir / "metrics.jsonl", step if found else -1)
         return found is not None
 
     def _over(self) -> bool:
         assert self.trainer is not None
         collapsed = self.tally.verdict is not None and self.config.verdict.stop
-        return collapsed or self.trainer.step >= self.config.max_steps or bool(self.stop)
+        return collapsed or self.trainer.step >= self.config.max_steps or self._stopping
 
     def _step(self) -> None:
         trainer, config = self.trainer, self.config
@@ -188,10 +201,11 @@ class FormatExperimentRunner:
         tokens_per_s = x.numel() / seconds
         self._log_step(record, tokens_per_s, new_verdict=self.tally.verdict is not None and not had_verdict)
         self.listener.stepped(record, tokens_per_s)
+        self._stopping = self.ranks.any(bool(self.stop))
         last = trainer.step == config.max_steps or (record.verdict is not None and config.verdict.stop)
         if last or trainer.step % config.evaluation.interval == 0:
             self._evaluate()
-        if last or trainer.step % config.checkpoint_interval == 0 or self.stop:
+        if last or trainer.step % config.checkpoint_interval == 0 or self._stopping:
             self._checkpoint()
 
     def _log_step(self, record: StepRecord, tokens_per_s: float, *, new_verdict: bool) -> None:
@@ -214,7 +228,10 @@ class FormatExperimentRunner:
         assert self.trainer is not None
         self.tally.elapsed_s = time.monotonic() - self._since
         self.metrics.sync()
-        save_checkpoint(self.directory, self.trainer.step, self._state())
+        state = self._state()  # on every rank: spread tensors are gathered
+        if not self.ranks.is_main:
+            return
+        save_checkpoint(self.directory, self.trainer.step, state)
         limits = self.config.verdict
         prune(self.directory, self.config.keep_checkpoints, reach=max(limits.divergence_window, limits.freeze_window))
 
@@ -255,18 +272,22 @@ class FormatExperimentRunner:
         )
         if self.stop.signal is not None:
             figures["signal"] = self.stop.signal
-        if result.status == "collapsed":
-            figures["failure_report"] = str(self._report_failure(result))
+        state = self._state() if result.status == "collapsed" else None
+        if not self.ranks.is_main:
+            return result
+        if state is not None:
+            figures["failure_report"] = str(self._report_failure(result, state))
         write_json(self.run_dir / RESULT, result.as_dict())  # last: its presence says that all else is there
+        self.trackers.finish(result.as_dict())
         return result
 
-    def _report_failure(self, result: ExperimentResult) -> Path:
+    def _report_failure(self, result: ExperimentResult, state: dict[str, Any]) -> Path:
         """Keep the last good state and the collapsed one, and write the report on both."""
         from altgrad.training.failure_report import write_failure_report
 
         assert self.trainer is not None
         assert result.verdict is not None
-        collapsed = save_checkpoint(self.directory, self.trainer.step, self._state(), label="collapsed")
+        collapsed = save_checkpoint(self.directory, self.trainer.step, state, label="collapsed")
         good = last_good_checkpoint(self.directory, result.verdict["onset_step"])
         if good is not None:
             kept = good.with_name(good.name.replace("step-", "last-good-"))
@@ -282,6 +303,19 @@ class FormatExperimentRunner:
             last_good=good,
             collapsed=collapsed,
         )
+
+
+class _NoLog:
+    """In place of the metrics on ranks that write no files."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def last_good_checkpoint(directory: Path, onset_step: int) -> Path | None:

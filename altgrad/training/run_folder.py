@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,16 +86,21 @@ def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, 
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, each written by one system call; a kill tears the last line at most."""
+    """metrics.jsonl: one JSON object per line, each written by one system call; a kill tears the last line at most.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `mirror` is given each record once it is written.
+    """
+
+    def __init__(self, path: Path, mirror: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self._mirror = path, mirror
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; non-finite floats become strings."""
         line = json.dumps(jsonable(record), allow_nan=False) + "\n"
         os.write(self._descriptor, line.encode())
+        if self._mirror is not None:
+            self._mirror(record)
 
     def sync(self) -> None:
         """Put everything written so far on the disk: a checkpoint must not be newer than its metrics."""

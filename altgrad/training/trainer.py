@@ -120,6 +120,7 @@ class Trainer:
         self.judge = Judge(config.verdict)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._forward = self.ranks.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
+        self.formats.at(1)
         self.step = 0  # steps taken, skipped ones included
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -163,6 +164,7 @@ class Trainer:
                 events.append({"event": "regrid", "values": figures.regridded})
         else:
             self.formats.roll_back(before)
+            self.formats.at(step + 1)  # as the optimizer's hook does
             events.append({"event": "skip_nonfinite", "loss": loss_value, "grad_norm": norm_value})
         self.step = step
         self.measuring.end_step()
@@ -190,7 +192,6 @@ class Trainer:
             settings.batches, self.config.data.batch_size, self.config.model.block_size
         )
         self.model.eval()
-        self.formats.at(self.step)
         try:
             with self.measuring.paused(), seeded(self.device, seed_of(self.config.seed, "evaluation")):
                 for x, y in batches:

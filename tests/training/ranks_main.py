@@ -31,7 +31,10 @@ CASES: dict[str, dict] = {
     "grid": {"fp8_format": "E3M4", "weight_storage": "grid"},
     "accumulated": {"fp8_format": "E4M3", "data": {**BASE["data"], "grad_accumulation": 2}},
     "stochastic": {"fp8_format": "E4M3", "weight_storage": "grid", "rounding": "stochastic"},
-    "clipped": {"fp8_format": "E3M4", "scaling": "none", "enable_partition_clipping": True},
+    "clipped": {
+        "fp8_format": "E4M3", "scaling": "delayed", "enable_partition_clipping": True,
+        "clipping": {"overflow_threshold": 0.0, "base_clip": 0.1},
+    },
     "sharded_fp32": {"distributed": "fsdp2"},
     "sharded": {"fp8_format": "E4M3", "distributed": "fsdp2"},
     "sharded_accumulated": {
