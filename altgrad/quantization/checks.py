@@ -66,15 +66,19 @@ def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype | None = No
         ScaleError: not positive, not finite, or not broadcastable to x.
     """
     wide = (dtype or x.dtype) == torch.float64
-    if not isinstance(scale, Tensor):
-        number = float(scale)
-        carrier = number if wide else _as_float32(number)
-        if not (carrier > 0 and math.isfinite(carrier)):
-            raise ScaleError(
-                f"scale {number} is not positive and finite in the compute dtype; it multiplies grid values back to x's range"
-            )
-        return carrier
-    assert isinstance(scale, Tensor)
+    return _scale_tensor(x, scale, wide) if isinstance(scale, Tensor) else _scale_number(float(scale), wide)
+
+
+def _scale_number(scale: float, wide: bool) -> float:
+    carrier = scale if wide else _as_float32(scale)
+    if not (carrier > 0 and math.isfinite(carrier)):
+        raise ScaleError(
+            f"scale {scale} is not positive and finite in the compute dtype; it multiplies grid values back to x's range"
+        )
+    return carrier
+
+
+def _scale_tensor(x: Tensor, scale: Tensor, wide: bool) -> Tensor:
     if not scale.dtype.is_floating_point:
         raise ScaleError(f"scale has dtype {scale.dtype}; pass a floating tensor or a number")
     lead = x.ndim - scale.ndim

@@ -67,6 +67,8 @@ _STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdig
 # Names in the templates below that `_bind` replaces; the values here only say what they are.
 KIND = COMPUTE_KIND = FAMILY = CODE_BYTES = 0
 WIDE = VALUES = STATS = DIVIDE = False
+ALIKE = False  # whether results settle alike for both signs
+DRAWS = False  # whether random words are drawn
 ITEM = MAGNITUDE_MASK = INF_BITS = FRACTION_MASK = 0
 TINY = 0.0
 span_by_reciprocal = span_by_division = fill = count_tile = square_tile = None
@@ -117,7 +119,7 @@ def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, 
         magnitude = band(y_bits, grid.magnitude_mask)
         sign = band(y_bits, grid.sign_mask)
         magnitude = magnitude if magnitude < grid.clamp_bits else grid.clamp_bits
-        if FAMILY == BY_ADDITION or FAMILY == BY_SHORT_CHANCE:
+        if ALIKE:
             if FAMILY == BY_ADDITION:
                 rounded, steps = nearest_even(magnitude, grid)
             else:
@@ -227,7 +229,7 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
                 per_element = True
                 if TILE % period != 0 or position == start or position % TILE != 0 or count < TILE:
                     fill(buffer, scales, position, inner, channels, count, s)
-        if FAMILY == BY_CHANCE or FAMILY == BY_SHORT_CHANCE:
+        if DRAWS:
             before, between = key_words(np.uint64(seed), np.uint64(stream), np.uint64(position >> 32))
         index = low_word(np.uint32(0), position)
         x_here = x + position * ITEM
@@ -360,6 +362,8 @@ def _address(template, variant: NamedTuple, **bound) -> int:
 def compiled(variant: Variant) -> int:
     """Address of the loop of one variant, compiled or loaded from Numba's cache on first use."""
     constants = _constants(variant.KIND)
+    constants["ALIKE"] = variant.FAMILY in (BY_ADDITION, BY_SHORT_CHANCE)
+    constants["DRAWS"] = variant.FAMILY in (BY_CHANCE, BY_SHORT_CHANCE)
     parts = {
         "span_by_reciprocal": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=False, **constants)),
         "span_by_division": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=True, **constants)),
