@@ -80,7 +80,7 @@ class LayerState:
         self.x, self.w = get["forward", "input"], get["forward", "weight"]
         self.dy, self.w_back = get["input_grad", "grad_output"], get["input_grad", "weight"]
         self.dy_back, self.x_back = get["weight_grad", "grad_output"], get["weight_grad", "input"]
-        self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "forward")
+        self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "norm")  # a key of its own in states
         self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
@@ -136,9 +136,11 @@ class LayerState:
         return record and self.session.observer is not None and not recomputing()
 
     def scale_pair(self, first: Operand, second: Operand, x: Tensor, record: bool):
-        """Scales of the two uses of one tensor, found once where the entries are shared."""
-        scale = first.scale_of(x, record)
-        return scale, (scale if second is first else second.scale_of(x, record))
+        """Scales of the two uses of one tensor; the second is None where the entries are shared.
+
+        (A traced autograd function must not get one tensor twice.)
+        """
+        return first.scale_of(x, record), None if second is first else second.scale_of(x, record)
 
     def __repr__(self) -> str:
         return f"LayerState({self.name!r}, {self.recipe})"
