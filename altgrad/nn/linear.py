@@ -70,8 +70,8 @@ class _Linear(torch.autograd.Function):
             ctx,
             x=saved_x,
             w=saved_w,
-            sx=sx_back,
-            sw=sw_back,
+            sx=sx if keep_x else sx_back,
+            sw=sw if keep_w else sw_back,
             mask_x=state.x.saturated(x, sx) if need_x else None,
             mask_w=state.w.saturated(w, sw) if need_w else None,
         )

@@ -60,13 +60,15 @@ def test_weights_are_on_the_grid_after_every_step_of_any_optimizer(make, roundin
         for i in (0, 2):
             assert on_grid(model[i])
             storage, counts = storage_of(model[i]), handle.last_step_stats()[f"{i}.weight"]
+            assert counts.elements == model[i].weight.numel()
+            assert counts.stalled + counts.flips == counts.attempted
+            if counts.regridded:
+                continue
             indices = [
                 code_index(encode(w, storage.fmt, storage.scale, overflow="saturate"), storage.fmt)
                 for w in (before[i], model[i].weight.detach())
             ]
             assert counts.flips == int((indices[0] != indices[1]).sum())
-            assert counts.elements == model[i].weight.numel()
-            assert counts.stalled + counts.flips == counts.attempted
     assert losses[-1] < losses[0]
 
 
