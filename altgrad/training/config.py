@@ -261,13 +261,8 @@ class ExperimentConfig(_Section):
         return self.recipe is not None or self.fp8_format != "FP32"
 
 
-NOT_IDENTITY = (
-    "runs_dir",
-    "checkpoint_dir",
-    "device",
-    "threads",
-    "trackers",
-)  # where a run lives, not what it computes
+NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "threads", "distributed", "trackers")
+"""Where and how a run is made, not what it computes."""
 
 
 def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:

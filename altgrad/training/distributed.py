@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ class Ranks:
         if self.shards:
             from torch.distributed.fsdp import FSDPModule, fully_shard
 
+            # a model may return a view (such as reshaped logits); the losses here change nothing in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
             for module in model.modules():
                 if isinstance(module, nn.ModuleList):
                     for block in module:
