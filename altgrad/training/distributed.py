@@ -131,7 +131,7 @@ class Ranks:
         """Agree on amax scales and, for fsdp2, spread the parameters; before an optimizer is made for them."""
         if self.alone:
             return
-        if any("_altgrad" in module.__dict__ for module in model.modules()):
+        if _quantized(model):
             from altgrad.nn import set_amax_reduction, set_rank
 
             set_amax_reduction(model, self.max)
@@ -176,6 +176,20 @@ class Ranks:
         else:
             with model.no_sync():  # type: ignore[operator]
                 yield
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Around an evaluation, in which every rank sees all of the data: they draw the same random bits, rank 0's."""
+        if self.alone or not _quantized(model):
+            yield
+            return
+        from altgrad.nn import set_rank
+
+        set_rank(model, 0)
+        try:
+            yield
+        finally:
+            set_rank(model, self.rank)
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -236,6 +250,12 @@ def _sum_gradients(_, bucket):  # DDP compares annotations with types, and postp
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def _quantized(model: nn.Module) -> bool:
+    from altgrad.nn.layers import is_quantized
+
+    return any(is_quantized(module) for module in model.modules())
 
 
 def local(x: Tensor) -> Tensor:

@@ -193,7 +193,8 @@ class Trainer:
         )
         self.model.eval()
         try:
-            with self.measuring.paused(), seeded(self.device, seed_of(self.config.seed, "evaluation")):
+            alike = self.ranks.evaluating(self.model)
+            with alike, self.measuring.paused(), seeded(self.device, seed_of(self.config.seed, "evaluation")):
                 for x, y in batches:
                     total += float(self.loss(self._forward, x.to(self.device), y.to(self.device)))
         finally:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from altgrad.training.config_loading import load_config
 from altgrad.training.data import corpus_from_bytes
 from altgrad.training.distributed import local
+from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.trainer import Trainer
 
 BASE = {
@@ -21,7 +23,7 @@ BASE = {
     "data": {"batch_size": 8, "max_bytes": 20_000},
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "evaluation": {"batches": 1},
-    "max_steps": 6,
+    "max_steps": 4,
 }
 CASES: dict[str, dict] = {
     "fp32": {},
@@ -35,19 +37,18 @@ CASES: dict[str, dict] = {
         "fp8_format": "E4M3", "scaling": "delayed", "enable_partition_clipping": True,
         "clipping": {"overflow_threshold": 0.0, "base_clip": 0.1},
     },
-    "sharded_fp32": {"distributed": "fsdp2"},
     "sharded": {"fp8_format": "E4M3", "distributed": "fsdp2"},
     "sharded_accumulated": {
         "fp8_format": "E4M3", "distributed": "fsdp2", "data": {**BASE["data"], "grad_accumulation": 2},
     },
 }  # fmt: skip
-STEPS = 4
+STEPS = 3
 
 
 def run(case: dict) -> dict:
     """Losses of STEPS steps, the same again from a captured state, and the final state."""
     config = load_config({**BASE, **case})
-    corpus = corpus_from_bytes(bytes(range(256)) * 20 + Path(__file__).read_bytes() * 4, 0.1, "test bytes")
+    corpus = corpus_from_bytes(np.random.default_rng(0).zipf(1.5, 20_000).astype(np.uint8).tobytes(), 0.1, "test bytes")
     trainer = Trainer(config, data_dir=corpus)
     records, states = [], []
     for step in range(1, STEPS + 1):
@@ -71,16 +72,28 @@ def run(case: dict) -> dict:
     }
 
 
+def run_folder(runs: Path) -> list[tuple[str, int]]:
+    """A run on disk, stopped by a signal to the last rank alone, then continued: (status, steps) of both."""
+    config = load_config({**BASE, **CASES["sharded"], "name": "ranks", "runs_dir": str(runs)})
+    ended = []
+    for told_to_stop in (True, False):
+        runner = FormatExperimentRunner(config)
+        if told_to_stop and runner.ranks.rank == runner.ranks.world_size - 1:
+            runner.stop.signal = 15
+        result = runner.run()
+        ended.append((result.status, result.steps))
+    return ended
+
+
 def main(out: Path) -> None:
-    """Write `<out>/<rank>.pt`."""
+    """Write `<out>/<rank>.pt` and the run folder below `<out>/runs`."""
     torch.set_num_threads(1)
-    cases = dict(CASES)
-    results = {name: run(case) for name, case in cases.items()}
+    results = {name: run(case) for name, case in CASES.items()}
+    ended = run_folder(out / "runs")
     rank = dist.get_rank() if dist.is_initialized() else 0
-    torch.save(results, out / f"{rank}.pt")
+    torch.save((results, ended), out / f"{rank}.pt")
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
