@@ -105,6 +105,44 @@ def report(
     run_pages.report(runs, out, force)
 
 
+@app.command()
+def sweep(
+    matrix: Annotated[Path, typer.Argument(help="A matrix file, such as experiments/matrix/formats.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings such as max_steps=300 seeds=[1,2,3]; an axis's replace it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the runs; else runs/<matrix name>.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Runs at a time.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="How many runs, and how long; starts none of them.")
+    ] = False,
+    executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a Ray cluster; auto finds the local one.")
+    ] = None,
+    devices: Annotated[str | None, typer.Option("--devices", help="GPUs to use, such as 0,1; else all.")] = None,
+    fail_on_collapse: _FailOnCollapse = False,
+) -> None:
+    """Run every experiment of a matrix that is not done yet, in parallel processes or on a cluster."""
+    from altgrad.cli import sweep_pages
+
+    raise typer.Exit(
+        sweep_pages.sweep(
+            matrix,
+            overrides or [],
+            out,
+            jobs=jobs,
+            dry_run=dry_run,
+            executor=executor,
+            address=address,
+            devices=devices,
+            fail_on_collapse=fail_on_collapse,
+        )
+    )
+
+
 def main() -> None:
     """Entry point: a person's mistake ends in one line on stderr and exit code 2, never in a traceback."""
     from altgrad.errors import AltGradError
