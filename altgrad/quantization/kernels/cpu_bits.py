@@ -91,7 +91,7 @@ def grid_position(magnitude, grid):
     own = grid.one if subnormal else field
     quantum = own if own > grid.emin_field else grid.emin_field
     shift = add(sub(quantum, own), grid.dropped_bits)
-    shift = add(shift, grid.lost_below_normal) if own < grid.emin_field else shift
+    shift = add(shift, grid.lost_below_normal) if field < grid.emin_field else shift
     return significand, shift, own
 
 
