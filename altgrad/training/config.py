@@ -197,6 +197,10 @@ class ExperimentConfig(_Section):
     rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "odd", "stochastic"] = "nearest_even"
     scaling: str = "amax"
     """A scaling policy by name: amax (current, per tensor), none, delayed, ..."""
+    overflow: Literal["native", "saturate", "inf", "nan"] = "saturate"
+    """What operands beyond the format's max become. `native` is IEEE 754's overflow to inf where the format has inf."""
+    gradient_format: str | None = None
+    """Format of the gradient operands where it differs from fp8_format; None: the same."""
     storage_refresh_interval: Annotated[int, Field(ge=0)] = 10
     """grid with amax scaling: steps between renewals of the grid's power-of-two scale, so that growing weights do not
     end at its edge; 0 keeps the first."""
@@ -230,9 +234,11 @@ class ExperimentConfig(_Section):
     monitor: MonitorSection = Field(default_factory=MonitorSection)
     trackers: TrackersSection = Field(default_factory=TrackersSection)
 
-    @field_validator("fp8_format")
+    @field_validator("fp8_format", "gradient_format")
     @classmethod
-    def _known_format(cls, value: str) -> str:
+    def _known_format(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         try:
             return str(get_format(value))
         except AltGradError as error:
@@ -249,7 +255,7 @@ class ExperimentConfig(_Section):
     @model_validator(mode="after")
     def _recipe_or_short_keys(self) -> ExperimentConfig:
         if self.recipe is not None:
-            short = ("fp8_format", "weight_storage", "rounding", "scaling")
+            short = ("fp8_format", "weight_storage", "rounding", "scaling", "overflow", "gradient_format")
             both = [k for k in short if getattr(self, k) != type(self).model_fields[k].default]
             if both:
                 raise ValueError(f"recipe and {', '.join(both)} both set the formats; remove one of the two")

@@ -41,7 +41,15 @@ def recipe_of(config: ExperimentConfig, fmt: str | None = None):
             scale=1.0 if fixed else None,
             refresh_every=0 if fixed else config.storage_refresh_interval,
         )
-    return uniform(name, rounding=config.rounding, scaling=config.scaling, storage=storage)
+    gradient = {"grad": config.gradient_format} if config.gradient_format else {}
+    return uniform(
+        name,
+        rounding=config.rounding,
+        scaling=config.scaling,
+        overflow=config.overflow,
+        storage=storage,
+        **gradient,
+    )
 
 
 @dataclass(frozen=True)
