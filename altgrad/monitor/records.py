@@ -1,0 +1,160 @@
+"""Raw sums and counts become named statistics: vectors in, records out, on the host, all layers at once.
+
+A record is a flat dict {"kind": "monitor", "step", "layer", "role", statistic: value, ...}. A statistic that was not
+measured (nothing attempted, no gradient, a grid without range) has no key. Rates are fractions of the elements, stall of
+the attempted updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from altgrad.quantization.diagnostics import FIELD
+
+Record = dict[str, Any]
+
+# Statistics that say something only of a parameter with a grid other than float32's.
+_NEEDS_FORMAT = (
+    *("grid_error_mean", "grid_error_std", "grid_error_max", "on_grid_frac", "steps_mean", "steps_median", "steps_max"),
+    *("flips", "flip_rate", "code_unchanged", "predicted_stall"),
+)
+
+
+def update_statistics(raw: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, tuple[str, np.ndarray]]]:
+    """Named statistics of measured parameters.
+
+    Args:
+        raw: float64 [parameters, len(UPDATE_FIELDS)].
+        predicted: predicted stall of each, NaN where unknown.
+
+    Returns:
+        role -> name -> (group, values [parameters]).
+    """
+    v = {name: raw[:, i] for name, i in FIELD.items()}
+    finite = v["count"] - v["w_nonfinite"]
+    with np.errstate(all="ignore"):
+        pairs = v["pairs"]
+        s_mean, g_mean = v["pair_s_sum"] / pairs, v["pair_g_sum"] / pairs
+        s_var = np.maximum(v["pair_s_sum_sq"] / pairs - s_mean**2, 0)
+        g_var = np.maximum(v["pair_g_sum_sq"] / pairs - g_mean**2, 0)
+        varies = (v["pair_s_max"] > v["pair_s_min"]) & (v["pair_g_max"] > v["pair_g_min"])
+        correlation = (v["pair_gs_sum"] / pairs - s_mean * g_mean) / np.sqrt(s_var * g_var)
+        error_mean = v["error_sum"] / finite
+        measured_gradient = np.where(v["g_count"] > 0, 1.0, np.nan)
+        finite_gradient = np.where(v["g_nonfinite"] < v["g_count"], 1.0, np.nan)  # all-NaN gradients have no norm
+        return {
+            "weight": {
+                "l2": ("norms", np.sqrt(v["w_sum_sq"])),
+                "linf": ("norms", v["w_amax"]),
+                "zero_frac": ("sparsity", v["w_zero"] / v["count"]),
+                "nonfinite_frac": ("sparsity", v["w_nonfinite"] / v["count"]),
+                "stiffness_mean": ("stiffness", v["s_sum"] / v["s_count"]),
+                "grid_error_mean": ("alignment", error_mean),
+                "grid_error_std": ("alignment", np.sqrt(np.maximum(v["error_sum_sq"] / finite - error_mean**2, 0))),
+                "grid_error_max": ("alignment", np.where(finite > 0, v["error_max"], np.nan)),
+                "on_grid_frac": ("alignment", v["on_grid"] / finite),
+            },
+            "gradient": {
+                "l2": ("norms", np.sqrt(v["g_sum_sq"]) * finite_gradient),
+                "linf": ("norms", v["g_amax"] * finite_gradient),
+                "elements": ("sparsity", v["g_count"] * measured_gradient),
+                "zero_frac": ("sparsity", v["g_zero"] / v["g_count"]),
+                "near_zero_frac": ("sparsity", v["g_near_zero"] / v["g_count"]),
+                "nonfinite_frac": ("sparsity", v["g_nonfinite"] / v["g_count"]),
+                "grad_stiff_correlation": ("correlation", np.where(varies, np.clip(correlation, -1, 1), np.nan)),
+                "grad_stiff_ratio_mean": ("correlation", v["ratio_sum"] / pairs),
+                "grad_below_stiffness_frac": ("correlation", v["below"] / pairs),
+                "dead_outputs": ("units", v["dead_rows"]),
+                "dead_inputs": ("units", v["dead_columns"]),
+            },
+            "update": {
+                "l2": ("norms", np.sqrt(v["u_sum_sq"])),
+                "linf": ("norms", v["u_amax"]),
+                "attempted": ("stall", v["attempted"]),
+                "attempted_frac": ("stall", v["attempted"] / v["count"]),
+                "flips": ("stall", v["flips"]),
+                "flip_rate": ("stall", v["flips"] / v["moves"]),
+                "stall": ("stall", v["stalled"] / v["attempted"]),
+                "predicted_stall": ("stall", predicted),
+                "ulp_mean": ("movement", v["ulp_sum"] / v["moves"]),
+                "ulp_median": ("movement", v["ulp_median"]),
+                "ulp_max": ("movement", np.where(v["moves"] > 0, v["ulp_max"], np.nan)),
+                "ulp_zero_frac": ("movement", 1 - v["moved"] / v["moves"]),
+                "steps_mean": ("movement", v["steps_sum"] / v["moves"]),
+                "steps_median": ("movement", v["steps_median"]),
+                "steps_max": ("movement", np.where(v["moves"] > 0, v["steps_max"], np.nan)),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One measured parameter of one step.
+
+    Args:
+        layer: its module's name (the parameter's full name where it is not the weight).
+        due: groups to record.
+        format: the grid that it was measured on; None: the carrier's own.
+        stored: it lives on that grid, so that an update without a new code is a stall. Otherwise (a float32 master copy
+            quantized at use) it is called `code_unchanged`.
+    """
+
+    layer: str
+    due: frozenset[str]
+    format: str | None = None
+    stored: bool = False
+
+
+def update_records(step: int, watched: Sequence[Watched], raw: np.ndarray, predicted: np.ndarray) -> list[Record]:
+    """One record per parameter and role of what was due; `raw` and `predicted` as for `update_statistics`."""
+    statistics = update_statistics(raw, predicted)
+    records: list[Record] = []
+    for role, named in statistics.items():
+        columns = [(name, group, values.tolist()) for name, (group, values) in named.items()]
+        for i, one in enumerate(watched):
+            found = {name: v[i] for name, group, v in columns if group in one.due and v[i] == v[i]}
+            if not one.stored and "stall" in found:
+                found["code_unchanged"] = found.pop("stall")
+            if not found:
+                continue
+            record: Record = {"kind": "monitor", "step": step, "layer": one.layer, "role": role}
+            if one.format is not None and role != "gradient":
+                record["format"] = one.format
+            elif one.format is None:
+                for name in _NEEDS_FORMAT:
+                    found.pop(name, None)
+            if found:
+                records.append(record | found)
+    return records
+
+
+def operand_records(step: int, slots: Iterable[tuple[str, str, str]], raw: np.ndarray) -> list[Record]:
+    """One record per operand (layer, role, format).
+
+    Args:
+        raw: float64 [operands, 8]: the fields of `QuantStats`, summed over the step's micro-batches (amax: largest), and
+            the last scale (NaN for several).
+    """
+    records = []
+    for (layer, role, fmt), row in zip(slots, raw.tolist(), strict=True):
+        amax, count, overflow, underflow, nonfinite, sse, sum_sq, scale = row
+        record: Record = {"kind": "monitor", "step": step, "layer": layer, "role": role, "format": fmt}
+        if count:
+            record |= {
+                "overflow": overflow / count,
+                "underflow": underflow / count,
+                "nonfinite_frac": nonfinite / count,
+            }
+            if nonfinite < count:
+                record["amax"] = amax
+        if sum_sq > 0:
+            record["sqnr_db"] = 10 * math.log10(sum_sq / sse) if sse > 0 else math.inf
+        if scale == scale:
+            record["scale"] = scale
+        records.append(record)
+    return records

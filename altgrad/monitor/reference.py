@@ -1,0 +1,46 @@
+"""Gradients against those of an FP32 backward pass at the same weights: what quantization adds as noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def reference_gradients(
+    model: nn.Module, parameters: Iterable[nn.Parameter], backward: Callable[[], object]
+) -> list[Tensor | None]:
+    """Gradients of `backward()`, run with quantization off; the parameters' own gradients are left as they were.
+
+    Args:
+        backward: runs forward and backward on this step's batch, adding to `.grad`; it must not step the optimizer.
+    """
+    from altgrad.nn import full_precision
+    from altgrad.nn.layers import is_quantized
+
+    parameters = list(parameters)
+    kept = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        if any(is_quantized(module) for module in model.modules()):
+            with full_precision(model):
+                backward()
+        else:
+            backward()
+        return [p.grad for p in parameters]
+    finally:
+        for p, grad in zip(parameters, kept, strict=True):
+            p.grad = grad
+
+
+def compare(gradient: Tensor, reference: Tensor) -> Tensor:
+    """float64 [2]: signal-to-noise ratio 10 log10(|r|^2 / |g - r|^2) in dB, and the cosine of g and r.
+
+    The ratio is inf where both are equal; NaN for both where either is all zero or not finite.
+    """
+    g, r = gradient.detach().double().flatten(), reference.detach().double().flatten()
+    signal, noise = (r * r).sum(), ((g - r) ** 2).sum()
+    ratio = torch.where(signal > 0, 10 * torch.log10(signal / noise), torch.nan)
+    return torch.stack([ratio, (g * r).sum() / (g.norm() * r.norm())])

@@ -1,0 +1,119 @@
+"""What is measured, when, and on which layers: facts that a config or a person states.
+
+Statistics are scheduled in groups, since those of a group come out of one computation:
+
+    operands     amax, overflow, underflow, SQNR of each quantized operand (input, weight, grad_output)
+    norms        L2 and Linf of weight, gradient and update
+    sparsity     zero, near-zero and non-finite fractions of weight and gradient
+    stiffness    mean stiffness of the weights
+    alignment    distance of the weights from their grid
+    movement     ULPs of the carrier and steps of the grid that weights moved
+    correlation  gradient against stiffness
+    stall        attempted updates, flips, stall rate, and the stall predicted before the step
+    units        dead outputs and inputs (rows and columns of the weight without any gradient)
+    rank         stable and effective rank (a singular value decomposition each: see the cost in its records)
+    reference    signal-to-noise ratio and cosine against an FP32 gradient (costs a backward pass)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from altgrad.errors import ConfigError
+
+FUSED = ("norms", "sparsity", "stiffness", "alignment", "movement", "correlation", "stall", "units")
+GROUPS = ("operands", *FUSED, "rank", "reference")
+
+RANK_EVERY = 250
+"""Default steps between ranks: an SVD of every matrix costs about a training step."""
+
+
+@dataclass(frozen=True)
+class When:
+    """Steps and layers of one group.
+
+    Args:
+        every: measured at steps 1, 1 + every, 1 + 2 every, ...; 0 never.
+        window: first and last step, both included; None has no end.
+        layers: regular expression searched in the layer's name; "" matches all.
+
+    Raises:
+        ConfigError: `every` is negative, the window is empty, or the pattern does not compile.
+    """
+
+    every: int = 1
+    window: tuple[int, int | None] = (1, None)
+    layers: str = ""
+
+    def __post_init__(self) -> None:
+        first, last = self.window
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 0:
+            raise ConfigError(f"every: {self.every!r} is not a number of steps; use 1 for every step, 0 for never")
+        if last is not None and last < first:
+            raise ConfigError(f"window: [{first}, {last}] is empty; give [first step, last step]")
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise ConfigError(f"layers: {self.layers!r} is not a regular expression ({error})") from None
+
+    def due(self, step: int) -> bool:
+        """Whether this step is measured."""
+        first, last = self.window
+        return self.every > 0 and step >= first and (last is None or step <= last) and (step - 1) % self.every == 0
+
+    def covers(self, layer: str) -> bool:
+        """Whether this layer is measured."""
+        return re.search(self.layers, layer) is not None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A `When` for each group of statistics."""
+
+    groups: Mapping[str, When]
+
+    def due(self, step: int) -> frozenset[str]:
+        """The groups that this step measures."""
+        return frozenset(name for name, when in self.groups.items() if when.due(step))
+
+
+def make_schedule(plan: int | Mapping[str, Any] | Schedule | None = None) -> Schedule:
+    """A schedule from what a person writes.
+
+    Args:
+        plan: None: everything on every step, but rank every 250 steps and no reference. A number n: the same every n
+            steps. A mapping: group (or "default") to a number of steps, or to any of {every, window: [first, last],
+            layers: pattern}; groups that are not named follow "default".
+
+    Raises:
+        ConfigError: unknown group or key (with the valid ones), or a wrong value.
+    """
+    if isinstance(plan, Schedule):
+        return plan
+    if plan is None or isinstance(plan, int):
+        plan = {"default": 1 if plan is None else plan}
+    given = {name: _when(name, value) for name, value in plan.items()}
+    if unknown := sorted(set(given) - {*GROUPS, "default"}):
+        raise ConfigError(f"schedule: unknown group {unknown[0]!r}; groups are default, {', '.join(GROUPS)}")
+    default = given.get("default", When())
+    costly = {
+        "rank": replace(default, every=RANK_EVERY if default.every else 0),
+        "reference": replace(default, every=0),
+    }
+    return Schedule({name: given.get(name, costly.get(name, default)) for name in GROUPS})
+
+
+def _when(name: str, value: Any) -> When:
+    if isinstance(value, When):
+        return value
+    if isinstance(value, int):
+        return When(every=value)
+    if not isinstance(value, Mapping) or set(value) - {"every", "window", "layers"}:
+        raise ConfigError(f"schedule: {name}: {value!r} is not a number of steps or some of every, window, layers")
+    window = value.get("window", (1, None))
+    if not isinstance(window, list | tuple) or len(window) != 2:
+        raise ConfigError(f"schedule: {name}: window {window!r} is not [first step, last step]")
+    return When(value.get("every", 1), (window[0], window[1]), value.get("layers", ""))

@@ -1,0 +1,46 @@
+"""Hooks on layers that are not quantized: what a format would do to their operands, and how large these are.
+
+Each operand is quantized aside, at its current amax scale, and only the statistics are kept: the model computes what it
+computed before. Without a format the same statistics are taken on the float32 grid, so amax is left of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from altgrad.quantization import QuantStats, amax_scale, quantize_with_stats
+from altgrad.quantization.formats import FloatFormat
+
+Publish = Callable[[str, str, QuantStats, Tensor], None]
+
+
+def watch_layers(model: nn.Module, fmt: FloatFormat, publish: Publish) -> list[RemovableHandle]:
+    """Hook every Linear and convolution; `publish(layer, role, stats, scale)` in training mode with gradients on."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [
+        module.register_forward_hook(_forward_hook(name, fmt, publish))
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    ]
+
+
+def _forward_hook(name: str, fmt: FloatFormat, publish: Publish):
+    def send(role: str, tensor: Tensor) -> None:
+        with torch.no_grad():
+            x = tensor.detach()
+            scale = amax_scale(x, fmt) if fmt.emax < 127 else torch.ones((), device=x.device)
+            publish(name, role, quantize_with_stats(x, fmt, scale, overflow="saturate", clamp=True)[1], scale)
+
+    def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
+            send("input", inputs[0])
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda grad: send("grad_output", grad))
+
+    return hook
