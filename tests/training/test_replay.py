@@ -13,7 +13,9 @@ POWERS = ["fp8_format=E7M0", "weight_storage=grid"]  # the one grid that lns_mad
 MASTER = ["fp8_format=E3M4", "weight_storage=master"]
 CASES = {
     "fp32": ["fp8_format=FP32"],
-    **{f"{s}-{r.value}": [*o, f"rounding={r.value}"] for s, o in (("grid", GRID), ("master", MASTER)) for r in Rounding},
+    **{
+        f"{s}-{r.value}": [*o, f"rounding={r.value}"] for s, o in (("grid", GRID), ("master", MASTER)) for r in Rounding
+    },
     **{f"fp32-{name}": [f"optimizer.name={name}"] for name in OPTIMIZERS},
     **{f"grid-stochastic-{name}": [*GRID, "rounding=stochastic", f"optimizer.name={name}"] for name in OPTIMIZERS},
     "grid-stochastic-lns_madam": [*POWERS, "rounding=stochastic", "optimizer.name=lns_madam"],

@@ -1,0 +1,260 @@
+"""Run folders: resumed, not repeated, consistent after a stop at any moment, and honest about collapse."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from altgrad.errors import DataError, RunBusyError
+from altgrad.training import checkpoint as checkpoint_module
+from altgrad.training import files
+from altgrad.training.format_runner import (
+    FormatExperimentRunner,
+    RunListener,
+    last_good_checkpoint,
+    run_format_experiment,
+)
+from altgrad.training.model import GPT, GPTConfig
+from altgrad.training.run_folder import truncate_metrics
+from altgrad.training.run_lock import RunLock
+from tests.training.tiny import losses, metrics, tiny_config, tiny_corpus
+
+GRID = {"fp8_format": "E3M4", "weight_storage": "grid", "rounding": "stochastic"}
+
+
+class Notes(RunListener):
+    def __init__(self):
+        self.lines, self.steps = [], []
+
+    def said(self, line):
+        self.lines.append(line)
+
+    def stepped(self, record, tokens_per_s):
+        self.steps.append(record.step)
+
+
+class StopAt(Notes):
+    """Sends this process the signal of Ctrl-C at a step."""
+
+    def __init__(self, step, number=signal.SIGINT):
+        super().__init__()
+        self.step, self.number = step, number
+
+    def stepped(self, record, tokens_per_s):
+        super().stepped(record, tokens_per_s)
+        if record.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def run(tmp_path, *overrides, listener=None, **top_level):
+    config = tiny_config(*overrides, **{"runs_dir": str(tmp_path / "runs"), "max_steps": 14, **top_level})
+    return FormatExperimentRunner(config, data_dir=tiny_corpus(), listener=listener or Notes()).run()
+
+
+def test_a_run_leaves_its_folder_and_a_finished_one_is_not_repeated(tmp_path):
+    notes = Notes()
+    result = run(tmp_path, listener=notes, **GRID)
+    assert result.status == "completed"
+    assert notes.steps == list(range(1, 15))
+    assert result.run_dir.name == result.run_id == f"tiny-s7-{result.config_hash[:8]}"
+    names = {p.name for p in result.run_dir.iterdir()}
+    assert names >= {"config.yaml", "env.json", "metrics.jsonl", "result.json", "checkpoints"}
+    assert [m["step"] for m in metrics(result.run_dir, "eval")] == [0, 10, 14]
+    assert json.loads((result.run_dir / "result.json").read_text())["final_loss"] == losses(result.run_dir)[14]
+    stall = [m["stall_rate"] for m in metrics(result.run_dir) if m["step"] > 2]
+    assert result.stall_rate == pytest.approx(sum(stall) / len(stall))
+
+    before = (result.run_dir / "metrics.jsonl").read_bytes()
+    again_notes = Notes()
+    again = run(tmp_path, listener=again_notes, **GRID)
+    assert again.already_finished
+    assert again.as_dict() == result.as_dict()
+    assert again_notes.steps == []
+    assert (result.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_config_is_another_folder_and_paths_are_not(tmp_path):
+    first = run(tmp_path)
+    assert run(tmp_path, "optimizer.lr=0.02").run_dir != first.run_dir
+    moved = run(tmp_path, runs_dir=str(tmp_path / "elsewhere"))
+    assert moved.run_id == first.run_id
+    assert losses(moved.run_dir) == losses(first.run_dir)
+
+
+def test_the_environment_is_recorded(tmp_path):
+    result = run(tmp_path, **GRID)
+    env = json.loads((result.run_dir / "env.json").read_text())
+    assert env["torch"] == torch.__version__
+    assert env["threads"] == 1
+    assert env["data_fingerprint"] == tiny_corpus().fingerprint == result.data_fingerprint
+    assert env["format"]["max"] == 124
+    assert {"altgrad", "python", "numpy", "numba", "device", "commit"} <= set(env)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_the_same_command_continues(tmp_path, number):
+    whole = run(tmp_path / "whole", **GRID)
+    handler = signal.getsignal(number)
+    stopped = run(tmp_path, listener=StopAt(8, number), **GRID)
+    assert signal.getsignal(number) is handler
+    assert (stopped.status, stopped.steps, stopped.figures["signal"]) == ("interrupted", 8, number)
+    assert json.loads((stopped.run_dir / "result.json").read_text())["status"] == "interrupted"
+    notes = Notes()
+    finished = run(tmp_path, listener=notes, **GRID)
+    assert notes.steps == list(range(9, 15))
+    assert finished.status == "completed"
+    assert losses(finished.run_dir) == losses(whole.run_dir)
+    assert [e["step"] for e in metrics(finished.run_dir, "event") if e["event"] == "resume"] == [8]
+
+
+def test_threads_are_recorded_and_restored(tmp_path):
+    stopped = run(tmp_path, "threads=2", listener=StopAt(4))
+    seen = []
+    notes = Notes()
+    notes.stepped = lambda record, rate: seen.append(torch.get_num_threads())
+    run(tmp_path, "threads=1", listener=notes)
+    assert set(seen) == {2}
+    assert "keeps them" in " ".join(notes.lines)
+    assert torch.get_num_threads() == 1
+    assert json.loads((stopped.run_dir / "env.json").read_text())["threads"] == 2
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL at a file operation: nothing after it happens."""
+
+
+@pytest.mark.parametrize("operation", ["replace", "rename", "fsync", "write"])
+def test_killed_at_any_file_operation_the_losses_are_the_same(tmp_path, monkeypatch, operation):
+    options = {**GRID, "max_steps": 6, "checkpoint_interval": 2, "evaluation": {"interval": 3, "batches": 1}}
+    whole = losses(run(tmp_path / "whole", **options).run_dir)
+    real, calls, killed_at = getattr(os, operation), [], None
+
+    def counted(*arguments, **named):
+        calls.append(operation)
+        if len(calls) == killed_at:
+            if operation == "write":
+                real(arguments[0], arguments[1][: len(arguments[1]) // 2])  # a torn line
+            raise Killed
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *a, **k: None if killed_at else shutil_rmtree(*a, **k))
+    monkeypatch.setattr(os, operation, counted)
+    run(tmp_path / "count", **options)
+    total = len(calls)
+    assert total >= 4
+    for killed_at in range(1, total + 1, max(1, total // 4)):
+        calls.clear()
+        folder = tmp_path / f"killed{killed_at}"
+        with pytest.raises(Killed):
+            run(folder, **options)
+        killed_at = None
+        result = run(folder, **options)
+        assert result.status == "completed"
+        assert losses(result.run_dir) == whole
+
+
+shutil_rmtree = shutil.rmtree
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_used(tmp_path):
+    whole = run(tmp_path / "whole", **GRID)
+    stopped = run(tmp_path, listener=StopAt(12), **GRID)
+    newest = checkpoint_module.checkpoints(stopped.run_dir / "checkpoints")[0]
+    assert newest.name == "step-00000012"
+    (newest / "state.json").write_text("{}")
+    notes = Notes()
+    finished = run(tmp_path, listener=notes, **GRID)
+    assert notes.steps == list(range(11, 15))
+    assert any("step-00000012" in line and "damaged" in line for line in notes.lines)
+    assert losses(finished.run_dir) == losses(whole.run_dir)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "step", "step": s}) for s in range(1, 8)]
+    path.write_text("\n".join(lines) + '\n{"kind": "step", "st')
+    assert truncate_metrics(path, 5) == 3
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert truncate_metrics(path, 5) == 0
+    assert truncate_metrics(tmp_path / "none.jsonl", 5) == 0
+
+
+def test_a_second_process_is_refused(tmp_path):
+    result = run(tmp_path, listener=StopAt(3))
+    with RunLock.acquire(result.run_dir), pytest.raises(RunBusyError):
+        run(tmp_path)
+
+
+def test_checkpoint_dir_is_used_as_given_and_never_shared(tmp_path):
+    given = tmp_path / "checkpoints" / "mine"
+    first = run(tmp_path, checkpoint_dir=str(given))
+    assert (given / "step-00000014").is_dir()
+    assert not (first.run_dir / "checkpoints").exists()
+    notes = Notes()
+    second = run(tmp_path, "seed=8", listener=notes, checkpoint_dir=str(given))
+    other = tmp_path / "checkpoints" / f"mine-{second.config_hash[:8]}"
+    assert (other / "step-00000014").is_dir()
+    assert any(str(other) in line for line in notes.lines)
+    assert second.figures["checkpoint_dir"] == str(other)
+
+
+def test_a_model_of_ones_own_is_part_of_the_runs_identity(tmp_path):
+    config = tiny_config(runs_dir=str(tmp_path), max_steps=2)
+    runs = [FormatExperimentRunner(config, GPT(GPTConfig(256, 1, 2, 32, 16), seed=s), tiny_corpus()) for s in (1, 1, 2)]
+    assert runs[0].run_dir == runs[1].run_dir != runs[2].run_dir
+    assert runs[0].run_dir != FormatExperimentRunner(config, data_dir=tiny_corpus()).run_dir
+    assert runs[0].run().status == "completed"
+
+
+def test_run_format_experiment_takes_a_file_and_overrides(tmp_path):
+    (tmp_path / "text.txt").write_text("some text to train on. " * 100)
+    (tmp_path / "e.yaml").write_text(
+        "name: mine\nmax_steps: 2\nmodel: {n_layer: 1, n_embd: 16, n_head: 2, block_size: 8}\n"
+    )
+    overrides = [f"runs_dir={tmp_path}/runs", "data.source=text", f"data.path={tmp_path}/text.txt", "threads=1"]
+    result = run_format_experiment(tmp_path / "e.yaml", "cpu", overrides=overrides)
+    assert (result.name, result.steps, result.status) == ("mine", 2, "completed")
+    with pytest.raises(DataError, match="does not exist"):
+        run_format_experiment(tmp_path / "e.yaml", overrides=[*overrides, "data.path=/nowhere"])
+
+
+FREEZE = {
+    "fp8_format": "E7M0",
+    "weight_storage": "grid",
+    "max_steps": 60,
+    "optimizer": {"lr": 1e-9, "warmup_steps": 1},
+    "verdict": {"freeze_window": 10, "divergence_window": 10, "freeze_improvement": 1.0},
+}
+
+
+def test_a_collapse_stops_the_run_with_its_evidence_and_both_states(tmp_path):
+    result = run(tmp_path, **FREEZE)
+    assert (result.status, result.steps) == ("collapsed", 11)
+    assert result.verdict["kind"] == "freeze"
+    assert (result.verdict["onset_step"], result.verdict["detected_step"]) == (2, 11)
+    events = [e for e in metrics(result.run_dir, "event") if e["event"] == "verdict"]
+    assert [e["step"] for e in events] == [11]
+    kept = result.run_dir / "checkpoints"
+    assert (kept / "collapsed-00000011").is_dir()
+    assert (kept / "last-good-00000000").is_dir()
+    reports = list((kept / "failure_reports").iterdir())
+    assert {p.suffix for p in reports} >= {".md", ".html"}
+    assert os.path.exists(result.figures["failure_report"])
+    assert run(tmp_path, **FREEZE).already_finished
+
+
+def test_a_collapse_can_be_trained_through(tmp_path):
+    result = run(tmp_path, "verdict.stop=false", **{**FREEZE, "max_steps": 20})
+    assert (result.status, result.steps) == ("collapsed", 20)
+    assert result.verdict["detected_step"] == 11
+
+
+def test_the_last_good_checkpoint_is_finite_and_before_the_onset(tmp_path):
+    for step, value in ((0, 1.0), (5, 1.0), (10, float("nan")), (15, 1.0)):
+        state = {"trainer": {"model": {"w": torch.full((3,), value)}}}
+        checkpoint_module.save_checkpoint(tmp_path, step, state)
+    assert last_good_checkpoint(tmp_path, 12).name == "step-00000005"
+    assert last_good_checkpoint(tmp_path, 0) is None
