@@ -62,12 +62,20 @@ class _Conv(torch.autograd.Function):
             qx.values, qw.values, carried, stride, padding, dilation, False, [0] * len(stride), groups
         ).to(dtype)
         if need_w and not keep_x:
-            saved_x = state.x_back.quantize_and_save(x, sx_back, state.x_back.options(), observed)[1]
+            saved_x = state.x_back.save(x, sx_back, state.x_back.options(), observed)
         if need_x and not keep_w:
-            saved_w = state.w_back.quantize_and_save(w, sw_back, state.w_back.options(), observed)[1]
+            saved_w = state.w_back.save(w, sw_back, state.w_back.options(), observed)
         mask_x = state.x.saturated(x, sx) if need_x else None
         mask_w = state.w.saturated(w, sw) if need_w else None
-        stash(ctx, x=saved_x, w=saved_w, sx=sx if keep_x else sx_back, sw=sw if keep_w else sw_back, mask_x=mask_x, mask_w=mask_w)
+        stash(
+            ctx,
+            x=saved_x,
+            w=saved_w,
+            sx=sx if keep_x else sx_back,
+            sw=sw if keep_w else sw_back,
+            mask_x=mask_x,
+            mask_w=mask_w,
+        )
         ctx.state, ctx.record, ctx.geometry = state, record, geometry
         ctx.dtypes = (x.dtype, w.dtype, None if bias is None else bias.dtype)
         ctx.shapes = x.shape, w.shape

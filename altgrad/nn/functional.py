@@ -108,12 +108,20 @@ class _Matmul(torch.autograd.Function):
         qb, saved_b = ready_and_saved(state.w, b, sb, state.w.options(), route, False, keep=keep_b)
         y = product(qa, qb, route).to(dtype)
         if need_b and not keep_a:
-            saved_a = state.x_back.quantize_and_save(a, sa_back, state.x_back.options())[1]
+            saved_a = state.x_back.save(a, sa_back, state.x_back.options())
         if need_a and not keep_b:
-            saved_b = state.w_back.quantize_and_save(b, sb_back, state.w_back.options())[1]
+            saved_b = state.w_back.save(b, sb_back, state.w_back.options())
         mask_a = state.x.saturated(a, sa) if need_a else None
         mask_b = state.w.saturated(b, sb) if need_b else None
-        stash(ctx, a=saved_a, b=saved_b, sa=sa if keep_a else sa_back, sb=sb if keep_b else sb_back, mask_a=mask_a, mask_b=mask_b)
+        stash(
+            ctx,
+            a=saved_a,
+            b=saved_b,
+            sa=sa if keep_a else sa_back,
+            sb=sb if keep_b else sb_back,
+            mask_a=mask_a,
+            mask_b=mask_b,
+        )
         ctx.state, ctx.like = state, ((a.shape, a.dtype), (b.shape, b.dtype))
         ctx.dy_options = (state.dy.options(), state.dy_back.options())
         return y

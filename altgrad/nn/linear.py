@@ -63,9 +63,9 @@ class _Linear(torch.autograd.Function):
         y = _with_bias(qx, qw if state.transposed else qw.t(), route, bias).to(dtype)
         del qx, qw
         if need_w and not keep_x:
-            saved_x = state.x_back.quantize_and_save(x, sx_back, state.x_back.options(), observed)[1]
+            saved_x = state.x_back.save(x, sx_back, state.x_back.options(), observed)
         if need_x and not keep_w:
-            saved_w = state.w_back.quantize_and_save(w, sw_back, state.w_back.options(), observed)[1]
+            saved_w = state.w_back.save(w, sw_back, state.w_back.options(), observed)
         stash(
             ctx,
             x=saved_x,

@@ -12,7 +12,7 @@ from torch import Tensor
 from altgrad.nn.recipe import OperandSpec
 from altgrad.nn.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.session import Session, as_key_tensor, stream_base
-from altgrad.quantization import amax, ops
+from altgrad.quantization import amax, blocks, ops
 from altgrad.quantization.blocks import QuantizedTensor
 from altgrad.quantization.rounding import Rounding
 from altgrad.quantization.scaling import DelayedState
@@ -96,7 +96,9 @@ class Operand:
     def _amax(self, x: Tensor) -> Tensor:
         largest = amax(x, self.axis)
         reduce = self.session.reduce_amax
-        return reduce(largest) if reduce is not None and self.role != "weight" else largest
+        if reduce is None or self.role == "weight" or 0 in _axes(self.axis):
+            return largest  # weights are replicated; scales of single tokens belong to the rank that has them
+        return reduce(largest)
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -132,13 +134,18 @@ class Operand:
         return values, (codes,)
 
     def _block_and_save(self, x: Tensor, options: dict, observed: bool) -> tuple[Tensor, Saved]:
-        if observed:
-            packed, stats = ops.encode_with_stats(x, self.fmt, **options)
-            self._publish(stats, 1.0)
-        else:
-            packed = ops.encode(x, self.fmt, **options)
-        parts = (packed.codes, packed.scales) + (() if packed.tensor_scale is None else (packed.tensor_scale,))
-        return self.restore(parts, 1.0, x.dtype), parts
+        if not observed:
+            values, packed = blocks.quantize_and_encode(x, self.fmt, **options)
+            return values, _parts(packed)
+        values, packed, stats = blocks.quantize_and_encode_with_stats(x, self.fmt, **options)
+        self._publish(stats, 1.0)
+        return values, _parts(packed)
+
+    def save(self, x: Tensor, scale: Tensor | float, options: dict, observed: bool = False) -> Saved:
+        """What the backward needs to have the quantized values, without the values."""
+        if self.block and not observed:
+            return _parts(blocks.encode(carrier(x), self.fmt, **options))
+        return self.quantize_and_save(x, scale, options, observed)[1]
 
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""
@@ -161,6 +168,15 @@ class Operand:
         self.session.observer.observe(
             layer=self.layer, role=self.role, gemm=self.gemm, stats=stats, scale=scale, fmt=self.fmt
         )
+
+
+def _parts(packed: QuantizedTensor) -> Saved:
+    return (packed.codes, packed.scales) + (() if packed.tensor_scale is None else (packed.tensor_scale,))
+
+
+def _axes(axis) -> tuple[int, ...]:
+    """The axes that keep scales of their own, as a tuple."""
+    return () if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
 
 
 def carrier(x: Tensor) -> Tensor:

@@ -156,9 +156,10 @@ class StorageSpec:
         per_channel: one scale for each output channel instead of one for the tensor.
         power_of_two: round scales up to powers of two. Otherwise fl(scale * payload) / scale can leave the grid.
         headroom: binades between the weights' amax and the format's max when the scale is set, for weights that grow.
-        refresh_every: recompute scales every that many steps from the amax of the attempted values (a scale that
-            changes is a regrid, counted apart); 0 keeps the first scale. None is 1 where scales are powers of two,
-            which then change only as the amax crosses one, and 0 where they are not, or are fixed.
+        refresh_every: how many steps apart a scale may shrink again; it grows at once when an attempted value exceeds
+            the format's max. Fresh scales come from the amax of the attempted values, and a changed scale is a regrid,
+            counted apart. 0 fixes the first scale. None is 100 where scales are powers of two (they change only as the
+            amax crosses one), else 0.
         scale: a fixed scale instead of one found from the weights' amax.
     """
 
@@ -180,7 +181,8 @@ class StorageSpec:
         object.__setattr__(self, "rounding", as_option(Rounding, self.rounding))
         OperandSpec(fmt.name, subnormals=self.subnormals, random_bits=self.random_bits)
         if self.refresh_every is None:
-            object.__setattr__(self, "refresh_every", int(self.power_of_two and self.scale is None and fmt.emax < 127))
+            moves = self.power_of_two and self.scale is None and fmt.emax < 127
+            object.__setattr__(self, "refresh_every", 100 if moves else 0)
         assert self.refresh_every is not None
         if self.scale is not None and (self.refresh_every or self.per_channel):
             raise RecipeError(f"storage scale fixed at {self.scale} cannot be refreshed or per channel; drop one")

@@ -171,9 +171,11 @@ class GridStorage:
         """The values to write, under a fresh scale where one is due; and the number of values that it changed."""
         self.steps += 1
         none = torch.zeros((), dtype=torch.int64, device=weight.device)
-        if not self.spec.refresh_every or self.steps % self.spec.refresh_every:
+        if not self.spec.refresh_every:
             return after, codes, none
         scale = self.fresh_scale(weight)  # of what was attempted: stored values could only shrink it
+        if self.steps % self.spec.refresh_every:
+            scale = torch.maximum(scale, self.scale)
         if torch.equal(scale, self.scale):
             return after, codes, none
         self.scale = scale
