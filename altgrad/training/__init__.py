@@ -1,1 +1,31 @@
-"""Training runs: config, data, model, the step as a transaction, checkpoints, verdicts and run folders."""
+"""Training runs: config, data, model, the step as a transaction, checkpoints, verdicts and run folders.
+
+>>> from altgrad.training import run_format_experiment
+>>> result = run_format_experiment("experiments/configs/e3m4_uniform.yaml", "cpu")  # doctest: +SKIP
+"""
+
+from altgrad.training.config import ExperimentConfig
+from altgrad.training.config_loading import load_config
+from altgrad.training.data import Corpus, load_corpus
+from altgrad.training.format_runner import FormatExperimentRunner, RunListener, run_format_experiment
+from altgrad.training.model import GPT, GPTConfig
+from altgrad.training.results import ExperimentResult
+from altgrad.training.trainer import StepRecord, Trainer
+from altgrad.training.verdict import Judge, Verdict
+
+__all__ = [
+    "GPT",
+    "Corpus",
+    "ExperimentConfig",
+    "ExperimentResult",
+    "FormatExperimentRunner",
+    "GPTConfig",
+    "Judge",
+    "RunListener",
+    "StepRecord",
+    "Trainer",
+    "Verdict",
+    "load_config",
+    "load_corpus",
+    "run_format_experiment",
+]

@@ -195,8 +195,12 @@ class ExperimentConfig(_Section):
     weight_storage: Literal["master", "grid"] = "master"
     """master: float32 weights, quantized at use. grid: weights hold only the format's values."""
     rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "odd", "stochastic"] = "nearest_even"
-    scaling: str = "amax"
-    """A scaling policy by name: amax (current, per tensor), none, delayed, ..."""
+    storage_rounding: (
+        Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "odd", "stochastic"] | None
+    ) = None
+    """grid: of the write back after the optimizer's step; None: as `rounding`."""
+    scaling: str | dict[str, Any] = "amax"
+    """A scaling policy by name (amax: current, per tensor; none; delayed; ...) or as {policy: name, ...arguments}."""
     overflow: Literal["native", "saturate", "inf", "nan"] = "saturate"
     """What operands beyond the format's max become. `native` is IEEE 754's overflow to inf where the format has inf."""
     gradient_format: str | None = None
@@ -256,6 +260,7 @@ class ExperimentConfig(_Section):
     def _recipe_or_short_keys(self) -> ExperimentConfig:
         if self.recipe is not None:
             short = ("fp8_format", "weight_storage", "rounding", "scaling", "overflow", "gradient_format")
+            short += ("storage_rounding",)
             both = [k for k in short if getattr(self, k) != type(self).model_fields[k].default]
             if both:
                 raise ValueError(f"recipe and {', '.join(both)} both set the formats; remove one of the two")

@@ -37,7 +37,7 @@ def recipe_of(config: ExperimentConfig, fmt: str | None = None):
         fixed = config.scaling == "none"  # unscaled means the stored weights, too
         storage = StorageSpec(
             name,
-            rounding=config.rounding,  # type: ignore[arg-type]
+            rounding=config.storage_rounding or config.rounding,  # type: ignore[arg-type]
             scale=1.0 if fixed else None,
             refresh_every=0 if fixed else config.storage_refresh_interval,
         )

@@ -38,6 +38,27 @@ def test_an_unknown_key_is_answered_with_the_nearest(override, expected):
     assert expected in str(error.value)
 
 
+def test_the_short_keys_become_the_recipe():
+    from altgrad.training.formats_of_run import recipe_of
+
+    keys = ["fp8_format=E3M4", "gradient_format=e5m2", "overflow=native", "scaling=none", "weight_storage=grid"]
+    config = load_config(None, [*keys, "storage_rounding=stochastic"])
+    assert config.gradient_format == "E5M2"
+    layer = recipe_of(config).default
+    assert (layer.forward.input.format, layer.input_grad.grad_output.format) == ("E3M4", "E5M2")
+    assert layer.forward.input.overflow.value == "native"
+    assert (layer.storage.rounding.value, layer.storage.scale, layer.storage.refresh_every) == ("stochastic", 1.0, 0)
+    assert layer.forward.input.rounding.value == "nearest_even"
+    scaled = recipe_of(load_config(None, ["fp8_format=E3M4", "weight_storage=grid"])).default
+    assert (scaled.storage.scale, scaled.storage.refresh_every) == (None, config.storage_refresh_interval)
+    assert (
+        recipe_of(load_config(None, ["gradient_format=FP32", "fp8_format=E3M4"])).default.input_grad.grad_output.format
+        is None
+    )
+    assert recipe_of(load_config()) is None
+    assert recipe_of(config, "E5M2").default.forward.input.format == "E5M2"
+
+
 @pytest.mark.parametrize(
     ("override", "limit"),
     [
@@ -56,6 +77,8 @@ def test_an_unknown_key_is_answered_with_the_nearest(override, expected):
         ("model=3", "model"),
         ("seed", "key=value"),
         ("optimizer.lr={", "config"),
+        ("overflow=wrap", "'native'"),
+        ("gradient_format=E3M5x", "did you mean"),
     ],
 )
 def test_a_wrong_value_is_answered_with_its_limit(override, limit):
@@ -95,7 +118,15 @@ def test_every_key_is_its_own_nearest():
 def test_hash_ignores_exactly_paths_device_and_trackers():
     config = load_config({"name": "a", "data": {"source": "text", "path": "x"}})
     digest = experiment_hash(config, "data", "1")
-    same = ["runs_dir=/elsewhere", "checkpoint_dir=c", "device=cuda", "threads=1", "trackers.wandb=true", "data.path=y"]
+    same = [
+        "runs_dir=/elsewhere",
+        "checkpoint_dir=c",
+        "device=cuda",
+        "threads=1",
+        "distributed=fsdp2",
+        "trackers.wandb=true",
+        "data.path=y",
+    ]
     assert experiment_hash(load_config(config, same), "data", "1") == digest
     assert {s.partition("=")[0].partition(".")[0] for s in same} == {*NOT_IDENTITY, "data"}
     for override in ["seed=1", "max_steps=3", "fp8_format=E3M4", "optimizer.lr=1", "name=b", "verdict.stop=false"]:
