@@ -416,7 +416,7 @@ class _Step:
         total[:, :7].index_add_(0, where, rows)
         total[:, 0] = rows.new_zeros(len(index)).scatter_reduce_(0, where, rows[:, 0], "amax", include_self=True)
         last = {entry[0]: entry[2] for entry in entries}
-        scales = [torch.nan if isinstance(s, Tensor) and s.numel() != 1 else s for s in last.values()]
+        scales = [s if not isinstance(s, Tensor) or s.numel() == 1 else torch.nan for s in last.values()]
         total[:, 7] = torch.stack([_scalar(s, rows) for s in scales])
         self.slots, self.operands = list(index), total
 

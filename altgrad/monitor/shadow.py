@@ -7,6 +7,7 @@ computed before. Without a format the same statistics are taken on the float32 g
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def _forward_hook(name: str, fmt: FloatFormat, publish: Publish):
             scale = amax_scale(x, fmt) if fmt.emax < 127 else torch.ones((), device=x.device)
             publish(name, role, quantize_with_stats(x, fmt, scale, overflow="saturate", clamp=True)[1], scale)
 
-    def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+    def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():

@@ -283,7 +283,7 @@ class FormatExperimentRunner:
 
     def _report_failure(self, result: ExperimentResult, state: dict[str, Any]) -> Path:
         """Keep the last good state and the collapsed one, and write the report on both."""
-        from altgrad.training.failure_report import write_failure_report
+        from altgrad.training.failure_report import diagnose_collapse, write_failure_report
 
         assert self.trainer is not None
         assert result.verdict is not None
@@ -302,6 +302,7 @@ class FormatExperimentRunner:
             command=self.command or f"altgrad run {self.run_dir / 'config.yaml'}",
             last_good=good,
             collapsed=collapsed,
+            records=diagnose_collapse(self.trainer),
         )
 
 
