@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from altgrad.errors import SweepError
-from altgrad.sweep.job import METRICS, Job, finished_result
+from altgrad.sweep.job import METRICS, TIMES, Job, finished_result, read_json
 from altgrad.sweep.plan import PlannedRun
 from altgrad.sweep.worker import execute
 from altgrad.training.config import ExperimentConfig
@@ -28,11 +28,15 @@ _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass(frozen=True)
 class Measurement:
-    """A finished run's time: `seconds` for `steps` steps, evaluation and start included, of a run like `facts`."""
+    """A finished run's time: `seconds` for `steps` steps and their evaluations, of a run like `facts`.
+
+    `start_s` is what its process took besides, where a sweep measured that.
+    """
 
     facts: Mapping[str, Any]
     steps: int
     seconds: float
+    start_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ def measure_finished(folders: Iterable[Path]) -> list[Measurement]:
         try:
             config = yaml.load((folder / "config.yaml").read_text("utf-8"), Loader=_YamlLoader)
             steps, seconds = int(result["steps"]), float(result["wall_s"])
+            whole = float((read_json(folder / TIMES) or {}).get("seconds", seconds))
         except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
             continue
         if isinstance(config, dict) and steps > 0 and seconds > 0:
-            found.append(Measurement(config, steps, seconds))
+            found.append(Measurement(config, steps, seconds, max(0.0, whole - seconds)))
     return found
 
 
@@ -70,7 +75,8 @@ def estimate_run(config: ExperimentConfig, measured: Sequence[Measurement]) -> E
         return None
     per_step = statistics.median(m.seconds / m.steps for m in chosen)
     runs = f"{len(chosen)} finished run{'s' if len(chosen) > 1 else ''}"
-    return Estimate(per_step * config.max_steps, f"{runs} {what}")
+    start_s = statistics.median(m.start_s for m in chosen)
+    return Estimate(start_s + per_step * config.max_steps, f"{runs} {what}")
 
 
 def calibrate(config: ExperimentConfig, make_job: Callable[[ExperimentConfig, Path], Job] | None = None) -> Estimate:

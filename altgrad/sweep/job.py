@@ -11,7 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-METRICS, RESULT, FAILURE, LOG, CONFIG = "metrics.jsonl", "result.json", "crashes.json", "log.txt", "sweep.yaml"
+METRICS, RESULT = "metrics.jsonl", "result.json"  # the run's own files
+CONFIG, LOG, FAILURE, TIMES = "sweep.yaml", "log.txt", "crashes.json", "sweep.json"  # what a sweep adds beside them
 FINISHED = ("completed", "collapsed")  # a collapse is a result: the run is not repeated
 
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from altgrad.sweep.job import CONFIG, FAILURE, LOG, Job, Outcome, finished_result, position, read_json
+from altgrad.sweep.job import CONFIG, FAILURE, LOG, TIMES, Job, Outcome, finished_result, position, read_json
 from altgrad.training.files import write_json, write_text
 from altgrad.training.run_lock import RunLock
 
@@ -77,7 +77,9 @@ def execute(
             code = _run_process(job, lock, stop, dies_with_parent)
             if result := finished_result(job.folder):
                 _close_record(job.folder)
-                return Outcome("done", time.monotonic() - start, result, crash, attempt)
+                seconds = time.monotonic() - start
+                write_json(job.folder / TIMES, {"seconds": seconds, "threads": job.threads, "crashes": attempt})
+                return Outcome("done", seconds, result, crash, attempt)
             if stop.requested.is_set():
                 return Outcome("stopped", time.monotonic() - start, crash=crash, crashes=attempt)
             again = attempt < retries and code != USAGE
