@@ -65,7 +65,8 @@ def quantize_model(
     opaque = _opaque_owners(modules)
     for name, module in modules.items():
         kind = kind_of(type(module))
-        chosen = recipe.for_layer(name, type(module).__name__, positions.get(name, frozenset())) if kind else None
+        class_name = getattr(module, "_base", type(module)).__name__
+        chosen = recipe.for_layer(name, class_name, positions.get(name, frozenset())) if kind else None
         reason = _reason_to_skip(name, module, kind, chosen, included, excluded, opaque)
         if reason is None:
             assert chosen is not None

@@ -64,8 +64,10 @@ def register_layer(cls: type[nn.Module] | str, kind: str, *, transposed: bool = 
 def kind_of(cls: type[nn.Module]) -> LayerKind | None:
     """How instances of exactly this class are quantized, or None.
 
-    A subclass that inherits its parent's forward counts as its parent; one with a forward of its own does not.
+    A subclass that inherits its parent's forward counts as its parent; one with a forward of its own does not. A
+    quantized class counts as the class that it was made of.
     """
+    cls = getattr(cls, "_base", cls)
     for base in cls.__mro__:
         found = _BY_CLASS.get(base) or _BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:

@@ -16,7 +16,14 @@ LABELS = torch.arange(32) % 4
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=16, n_embd=WIDTH, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
     )
     return transformers.GPT2LMHeadModel(config), {"input_ids": TOKENS, "labels": TOKENS}
 
@@ -101,7 +108,7 @@ def loss_of(output):
 def test_twenty_steps_lower_the_loss(build, odd, recipe):
     torch.manual_seed(0)
     model, batch = build()
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     keys = list(model.state_dict())
     manifest = quantize_model(model, recipe, exclude=odd if recipe is MX else None)
     assert list(model.state_dict()) == keys

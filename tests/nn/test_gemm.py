@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad.nn.gemm import Route, choose_route, matmul_precision, mm, narrowest_route, needed_route, power_range, pull_apart
+from altgrad.nn.gemm import (
+    Route,
+    choose_route,
+    matmul_precision,
+    mm,
+    narrowest_route,
+    needed_route,
+    power_range,
+    pull_apart,
+)
 from altgrad.quantization import FORMAT_REGISTRY, amax_scale, decode, encode, get_format
 
 EIGHT_BITS = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.has_zero]

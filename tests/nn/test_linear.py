@@ -17,8 +17,13 @@ SIX = {  # a different format for each of the six operands
     ("weight_grad", "grad_output"): "E1M6",
     ("weight_grad", "input"): "E0M7",
 }
-UNIFORM = {place: "E4M3" for place in SIX}
-MIXED = {**UNIFORM, ("forward", "weight"): None, ("weight_grad", "grad_output"): "BF16", ("input_grad", "weight"): "E6M1"}
+UNIFORM = dict.fromkeys(SIX, "E4M3")
+MIXED = {
+    **UNIFORM,
+    ("forward", "weight"): None,
+    ("weight_grad", "grad_output"): "BF16",
+    ("input_grad", "weight"): "E6M1",
+}
 
 
 def recipe_of(formats) -> LayerRecipe:
@@ -136,7 +141,9 @@ def test_a_nan_stays_a_nan_in_a_format_that_has_none():
     y.sum().backward()
 
 
-@pytest.mark.parametrize("recipe", [uniform("E4M3"), uniform("E5M2", grad=None), uniform("MXFP8")], ids=["E4M3", "x,w", "MX"])
+@pytest.mark.parametrize(
+    "recipe", [uniform("E4M3"), uniform("E5M2", grad=None), uniform("MXFP8")], ids=["E4M3", "x,w", "MX"]
+)
 def test_what_is_kept_for_the_backward_is_8_bits_wide(recipe):
     x, w, o = torch.randn(64, 32), nn.Linear(32, 64), []
     quantize_model(w, recipe)

@@ -25,7 +25,14 @@ RICH = uniform(
 
 @pytest.mark.parametrize(
     "recipe",
-    [uniform("E4M3"), uniform("E4M3", weight=None), uniform("BF16"), uniform("NVFP4", grad="MXFP8"), RICH, Recipe(None)],
+    [
+        uniform("E4M3"),
+        uniform("E4M3", weight=None),
+        uniform("BF16"),
+        uniform("NVFP4", grad="MXFP8"),
+        RICH,
+        Recipe(None),
+    ],
     ids=["plain", "no weight", "BF16", "blocks", "rich", "none"],
 )
 def test_yaml_and_dict_round_trips(recipe, tmp_path):
@@ -64,8 +71,10 @@ def test_uniform_defaults_are_those_of_the_design():
 
 def test_printing_shows_formats_and_what_differs_from_the_defaults():
     assert str(uniform("E4M3", grad="E5M2").default) == "x:E4M3 w:E4M3 dy:E5M2"
-    assert str(RICH.default) == "x:E4M3(delayed(history=4,margin=1)) w:E4M3(storage) dy:E5M2(delayed(history=4,margin=1)) " \
+    assert (
+        str(RICH.default) == "x:E4M3(delayed(history=4,margin=1)) w:E4M3(storage) dy:E5M2(delayed(history=4,margin=1)) "
         "grid(E4M3,stochastic)"
+    )
     assert "name='*.mlp.*': x:E3M4(stochastic,amax(axis=0))" in str(RICH)
 
 
@@ -85,7 +94,9 @@ CONTRADICTIONS = {
     "mask under amax": (lambda: uniform("E4M3", mask_saturated=True), "masks nothing"),
     "mask of a gradient": (
         lambda: gemms(
-            input_grad=GemmRecipe(grad_output=OperandSpec("E4M3", scaling="none", mask_saturated=True), weight=OperandSpec())
+            input_grad=GemmRecipe(
+                grad_output=OperandSpec("E4M3", scaling="none", mask_saturated=True), weight=OperandSpec()
+            )
         ),
         "input and weight operands only",
     ),
@@ -120,9 +131,15 @@ CONTRADICTIONS = {
         lambda: Recipe.from_dict({"default": {"forward": {"input": {"fromat": "E4M3"}}}}),
         "default.forward.input has no key 'fromat'; did you mean 'format'",
     ),
-    "missing gemm": (lambda: Recipe.from_dict({"default": {"forward": {"input": "E4M3", "weight": "E4M3"}}}), "input_grad"),
+    "missing gemm": (
+        lambda: Recipe.from_dict({"default": {"forward": {"input": "E4M3", "weight": "E4M3"}}}),
+        "input_grad",
+    ),
     "no yaml": (lambda: Recipe.from_yaml("a: [1\n"), "no YAML"),
-    "bad pattern": (lambda: Recipe(None, (Override(None, name="re:("),)).for_layer("x", "Linear"), "no regular expression"),
+    "bad pattern": (
+        lambda: Recipe(None, (Override(None, name="re:("),)).for_layer("x", "Linear"),
+        "no regular expression",
+    ),
 }
 
 

@@ -1,0 +1,232 @@
+"""Training step, peak memory and profile of quantized GPTs against the FP32 step of the same model, in one process.
+
+    python benchmarks/bench_step.py [--recipes E4M3,E4M3/E5M2,MXFP8] [--models 10M,0.8M] [--rounds 11] [--json FILE]
+
+Every ratio compares medians of rounds that alternate between the variants (FP32 first in one round, last in the next),
+so that a drift of the machine's speed meets all of them. Peak memory is the largest sum of tensors that torch's
+allocator held during one step, parameters and optimizer state included. Budgets are those of the design document;
+misses are printed with their factor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from altgrad.nn import attach_optimizer, quantize_model, uniform
+from altgrad.nn.gemm import CPU_BF16_UNITS
+from altgrad.training.model import GPT, GPTConfig
+
+MODELS = {
+    "10M": (GPTConfig(vocab_size=256, n_layer=6, n_head=6, n_embd=384, block_size=256, style="gpt2"), 8),
+    "0.8M": (GPTConfig(vocab_size=256, n_layer=4, n_head=4, n_embd=128, block_size=64, style="gpt2"), 12),
+}
+BUDGETS = {("10M", "time"): 0.8, ("0.8M", "time"): 1.2, ("10M", "memory"): 0.8}
+
+
+def recipe_named(name: str):
+    """E4M3, or E4M3/E5M2 for another gradient format; +grid and +stochastic, +delayed as suffixes."""
+    formats, *options = name.split("+")
+    forward, _, grad = formats.partition("/")
+    return uniform(
+        forward,
+        grad=grad or forward,
+        rounding="stochastic" if "stochastic" in options else "nearest_even",
+        storage="grid" if "grid" in options else "master",
+        scaling="delayed" if "delayed" in options else "amax",
+    )
+
+
+class Variant:
+    """One model with its optimizer, its data and the times of its steps in seconds."""
+
+    def __init__(self, name: str, model: torch.nn.Module, batch: int, config: GPTConfig, recipe=None, device="cpu"):
+        self.name, self.times = name, []
+        self.model = copy.deepcopy(model).to(device)
+        if recipe is not None:
+            quantize_model(self.model, recipe)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        if recipe is not None:
+            attach_optimizer(self.model, self.optimizer)
+        generator = torch.Generator().manual_seed(1)
+        shape = (batch, config.block_size)
+        self.x = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+        self.y = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+
+    def step(self) -> None:
+        """One whole training step."""
+        _, loss = self.model(self.x, self.y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def timed(self) -> None:
+        """One step, its wall time kept."""
+        start = time.perf_counter()
+        self.step()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter() - start)
+
+
+def peak_bytes(step: Callable[[], None], device: str) -> int:
+    """Largest sum of torch allocations during a step, in bytes, what lived before included."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return max(int(e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]")
+
+
+GROUPS = (
+    ("altgrad: amax", ("altgrad: amax",)),
+    ("altgrad: quantize and encode", ("altgrad: quantize",)),
+    ("altgrad: decode", ("altgrad: decode",)),
+    ("GEMM", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul")),
+    ("attention", ("aten::_scaled_dot_product", "aten::_flash")),
+    ("optimizer", ("aten::_foreach", "aten::_fused", "Optimizer.step", "aten::lerp", "aten::addc", "aten::sqrt")),
+)
+
+
+@contextmanager
+def labelled():
+    """Give the numerics' calls names in the profile."""
+    from altgrad.nn import operand
+
+    ops, found = operand.ops, {}
+
+    def named(function, label):
+        def call(*args, **kwargs):
+            with record_function(label):
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in ("quantize", "quantize_and_encode", "encode", "decode"):
+        found[name] = getattr(ops, name)
+        setattr(ops, name, named(found[name], f"altgrad: {'decode' if name == 'decode' else 'quantize'}"))
+    amax, operand.amax = operand.amax, named(operand.amax, "altgrad: amax")
+    try:
+        yield
+    finally:
+        operand.amax = amax
+        for name, function in found.items():
+            setattr(ops, name, function)
+
+
+def profile_table(step: Callable[[], None]) -> list[tuple[str, float]]:
+    """(group, milliseconds of CPU) of one step, largest first; what belongs to no group is `other`."""
+    with labelled(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    totals: dict[str, float] = {}
+    inside = 0.0
+    for event in recorded.key_averages():
+        if event.key.startswith("altgrad: "):  # a label's total covers the torch calls inside it
+            totals[event.key] = event.cpu_time_total / 1e3
+            inside += (event.cpu_time_total - event.self_cpu_time_total) / 1e3
+            continue
+        group = next((g for g, keys in GROUPS if event.key.startswith(keys)), "other")
+        totals[group] = totals.get(group, 0.0) + event.self_cpu_time_total / 1e3
+    totals["other"] = totals.get("other", 0.0) - inside
+    return sorted(totals.items(), key=lambda pair: -pair[1])
+
+
+def bench(name: str, recipes: list[str], rounds: int, device: str) -> dict:
+    """All variants of one model: medians, ratios, peaks and profiles."""
+    config, batch = MODELS[name]
+    model = GPT(config)
+    variants = [Variant("FP32", model, batch, config, device=device)]
+    variants += [Variant(r, model, batch, config, recipe_named(r), device) for r in recipes]
+    for variant in variants:
+        for _ in range(2):
+            variant.step()
+    for index in range(rounds):
+        for variant in variants if index % 2 == 0 else reversed(variants):
+            variant.timed()
+    base = statistics.median(variants[0].times)
+    base_peak = None
+    rows = []
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"\nGPT {name}: {parameters / 1e6:.2f}M parameters, batch {batch} x {config.block_size}, {rounds} rounds")
+    print(f"  {'variant':24} {'step ms':>9} {'x FP32':>7} {'min..max':>13} {'peak MB':>8} {'x FP32':>7}")
+    for variant in variants:
+        median = statistics.median(variant.times)
+        ratios = sorted(t / b for t, b in zip(variant.times, variants[0].times, strict=True))
+        peak = peak_bytes(variant.step, device)
+        others = sum(_bytes(v) for v in variants if v is not variant) if device == "cuda" else 0
+        peak -= others
+        base_peak = base_peak or peak
+        row = {
+            "model": name,
+            "variant": variant.name,
+            "step_ms": median * 1e3,
+            "time_ratio": median / base,
+            "peak_mb": peak / 2**20,
+            "memory_ratio": peak / base_peak,
+        }
+        rows.append(row)
+        spread = f"{ratios[0]:.2f}..{ratios[-1]:.2f}"
+        print(
+            f"  {variant.name:24} {row['step_ms']:9.1f} {row['time_ratio']:7.3f} {spread:>13} {row['peak_mb']:8.1f} {row['memory_ratio']:7.3f}"
+        )
+    for variant, row in zip(variants[1:], rows[1:], strict=True):
+        for what, key in (("time", "time_ratio"), ("memory", "memory_ratio")):
+            budget = BUDGETS.get((name, what))
+            if budget is not None:
+                met = "met" if row[key] <= budget else f"MISSED by {row[key] / budget:.2f}x"
+                print(f"  budget {what} <= {budget}: {variant.name} {row[key]:.3f}: {met}")
+    tables = {}
+    for variant in variants[:2] if device == "cpu" else []:
+        tables[variant.name] = profile_table(variant.step)
+        total = sum(ms for _, ms in tables[variant.name])
+        print(f"  where the time of {variant.name} goes ({total:.0f} ms under the profiler):")
+        for group, ms in tables[variant.name]:
+            print(f"    {group:32} {ms:8.1f} ms {100 * ms / total:5.1f}%")
+    return {"model": name, "rows": rows, "profiles": tables}
+
+
+def _bytes(variant: Variant) -> int:
+    tensors = list(variant.model.parameters()) + [
+        t for s in variant.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)
+    ]
+    tensors += [p.grad for p in variant.model.parameters() if p.grad is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipes", default="E4M3,E4M3/E5M2,MXFP8", help="comma-separated; see recipe_named")
+    parser.add_argument("--models", default="10M,0.8M")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    capability = f"{torch.backends.cpu.get_cpu_capability()}, bf16 units: {'yes' if CPU_BF16_UNITS else 'no'}"
+    print(f"torch {torch.__version__}, {args.threads} threads, {platform.machine()} {capability}")
+    results = [bench(name, args.recipes.split(","), args.rounds, args.device) for name in args.models.split(",")]
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""quantize_model and restore_model: what is swapped, skipped and refused, and that everything is undone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad.errors import AltGradError, RecipeError
+from altgrad.nn import (
+    Override,
+    Recipe,
+    layer_recipe,
+    quantize_model,
+    register_layer,
+    restore_model,
+    uniform,
+)
+from altgrad.quantization import amax_scale, get_format, quantize
+from altgrad.quantization.parameter_grid import declared_grid
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, tied=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(40, 32)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.rms = nn.RMSNorm(32)
+        self.scale = nn.Parameter(torch.ones(32))
+        self.lm_head = nn.Linear(32, 40, bias=False)
+        if tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        x = self.rms(x) * self.scale
+        return torch.einsum("bti,vi->btv", x, self.lm_head.weight) + self.lm_head(x)
+
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [uniform("E4M3"), uniform("E3M4", storage="grid", norm_weight="E4M3"), uniform("E4M3", scaling="delayed")],
+    ids=["master", "grid", "delayed"],
+)
+def test_restore_undoes_it_bit_for_bit(recipe):
+    model = Model()
+    classes = {name: type(m) for name, m in model.named_modules()}
+    parameters, before, hooks = dict(model.named_parameters()), bits(model), []
+    model.blocks[0].up.register_forward_hook(lambda *_: hooks.append(1))
+    plain = model(TOKENS)
+    quantize_model(model, recipe)
+    assert {name for name, p in model.named_parameters() if p is parameters[name]} == set(parameters)
+    assert model.lm_head.weight is model.embedding.weight
+    assert not torch.equal(model(TOKENS), plain)
+    assert isinstance(model.blocks[0].up, nn.Linear)
+    restore_model(model)
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(TOKENS), plain)
+    assert not any(key.startswith("_altgrad") for m in model.modules() for key in m.__dict__)
+    assert declared_grid(model.lm_head.weight) is None
+    assert len(hooks) == 3
+    restore_model(model)  # nothing left to undo
+
+
+def test_manifest_says_what_was_swapped_and_why_not():
+    model = Model(tied=False)
+    manifest = quantize_model(model, uniform("E4M3", grad="E5M2"), exclude=["lm_head", "blocks.1"])
+    assert set(manifest.swapped) == {"embedding", "blocks.0.up", "blocks.0.down"}
+    assert manifest.skipped["lm_head"] == "excluded by 'lm_head'"
+    assert manifest.skipped["blocks.1.up"] == "excluded by 'blocks.1'"
+    assert manifest.skipped["blocks.0.norm"] == "norm weights stay unquantized in this recipe"
+    assert "not registered" in manifest.skipped[""]  # the model itself owns a parameter
+    assert [(p.module, p.call) for p in manifest.unseen] == [("", "einsum")]
+    text = str(manifest)
+    assert "blocks.0.up (Linear)  x:E4M3 w:E4M3 dy:E5M2" in text
+    assert "(root): einsum (source)" in text
+    shown = str(model)
+    assert "QuantizedLinear(in_features=32, out_features=64, bias=True, x:E4M3 w:E4M3 dy:E5M2)" in shown
+    assert "QuantizedEmbedding(40, 32, w:E4M3)" in shown
+
+
+def test_traced_manifest_lists_only_calls_that_no_layer_makes():
+    manifest = quantize_model(Model(), uniform("E4M3"), example=TOKENS)
+    assert manifest.traced
+    assert [(p.module, p.call) for p in manifest.unseen] == [("", "einsum")]
+
+
+def test_tracing_leaves_modes_and_hooks_alone():
+    model = Model()
+    model.blocks[0].eval()
+    quantize_model(model, uniform("E4M3"), example=(TOKENS,))
+    assert model.training
+    assert not model.blocks[0].training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_overrides_by_name_type_and_position():
+    fed = layer_recipe("E4M3", activation="E3M4")
+    recipe = Recipe(
+        layer_recipe("E4M3"),
+        (
+            Override(layer_recipe("E5M2"), name="*.down"),
+            Override(None, type="Embedding"),
+            Override(fed, type="Linear", position="after_norm"),
+        ),
+    )
+    model = Model(tied=False)
+    manifest = quantize_model(model, recipe, example=TOKENS)
+    assert manifest.swapped["blocks.0.down"].recipe == layer_recipe("E5M2")
+    assert manifest.swapped["blocks.1.up"].recipe == fed
+    assert manifest.swapped["lm_head"].recipe == layer_recipe("E4M3")  # its input is scaled after the norm
+    assert manifest.skipped["embedding"] == "left unquantized by the recipe"
+
+
+def test_embedding_and_norm_weights_are_quantized_at_use():
+    model = Model(tied=False)
+    quantize_model(model, uniform("E3M4", scaling="none", norm_weight="E2M1"))
+    table = quantize(model.embedding.weight.detach(), "E3M4", overflow="saturate")
+    assert torch.equal(model.embedding(TOKENS), table[TOKENS])
+    model.embedding(TOKENS).sum().backward()
+    assert torch.equal(model.embedding.weight.grad[:24], torch.ones(24, 32))
+    with torch.no_grad():
+        model.rms.weight.copy_(torch.linspace(0.1, 1.7, 32))
+    x = torch.randn(4, 32)
+    weight = model.rms.weight.detach()
+    rounded = quantize(weight, "E2M1", amax_scale(weight, get_format("E2M1")), clamp=True)
+    expected = nn.functional.rms_norm(x, (32,), rounded, None)
+    assert torch.equal(model.rms(x), expected)
+    model.rms(x).sum().backward()
+    assert model.rms.weight.grad is not None
+    assert model.rms._parameters["weight"] is model.rms.weight
+
+
+class Scaled(nn.Module):
+    """A foreign linear layer whose weight is stored [in, out]."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(n, m)), None
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+def test_foreign_classes_are_swapped_once_registered():
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(8, 12), Doubled(12, 6), Renamed(6, 6))
+    manifest = quantize_model(copy.deepcopy(model), uniform("E4M3"))
+    assert set(manifest.swapped) == {"2"}  # inherits nn.Linear's forward
+    assert "not registered" in manifest.skipped["0"]
+    assert "has a forward of its own (not Linear's)" in manifest.skipped["1"]
+    register_layer(Scaled, "linear", transposed=True)
+    twin = nn.Linear(8, 12, bias=False)
+    with torch.no_grad():
+        twin.weight.copy_(model[0].weight.t())
+    quantize_model(model, uniform("E4M3", grad="E5M2"))
+    quantize_model(twin, uniform("E4M3", grad="E5M2"))
+    x = torch.randn(5, 8)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    dy = torch.randn(5, 12)
+    model[0](a).backward(dy)
+    twin(b).backward(dy)
+    torch.testing.assert_close(model[0](x), twin(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[0].weight.grad.t(), twin.weight.grad, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RecipeError, match="registered as"):
+        register_layer(Scaled, "linear")
+    with pytest.raises(RecipeError, match="'dense' is not one of linear, conv"):
+        register_layer(Scaled, "dense")
+
+
+def test_attention_that_reads_its_weights_directly_is_skipped_with_the_reason():
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    manifest = quantize_model(model, uniform("E4M3"))
+    assert "nn.MultiheadAttention multiplies its weights by a function call" in manifest.skipped["1.out_proj"]
+    assert ("1", "multi_head_attention_forward") in {(p.module, p.call) for p in manifest.unseen}
+
+
+ERRORS = {
+    "no match": (
+        lambda m: quantize_model(m, "E4M3", exclude=["lm_haed"]),
+        r"'lm_haed' matches no module; closest names: lm_head",
+    ),
+    "include": (lambda m: quantize_model(m, "E4M3", include=["blocks.7*"]), r"closest names: blocks\.\d"),
+    "nothing left": (lambda m: quantize_model(m, "FP32"), "no layer of Model is left to quantize"),
+    "too wide": (
+        lambda m: quantize_model(m.bfloat16(), "FP16"),
+        r"FP16 has 10 mantissa bits.*torch.bfloat16 parameters with 7",
+    ),
+    "grid in bf16": (lambda m: quantize_model(m.bfloat16(), uniform("E4M3", storage="grid")), "use float32 parameters"),
+    "blocks": (
+        lambda m: quantize_model(m, "MXFP8"),
+        r"'lm_head': out_features 40 is not a multiple of MXFP8's block 32; exclude the layer, pad it to 64, or use",
+    ),
+    "position": (
+        lambda m: quantize_model(m, Recipe(None, (Override(layer_recipe("E4M3"), position="after_norm"),))),
+        "pass example",
+    ),
+    "two overrides": (
+        lambda m: quantize_model(
+            m, Recipe(None, (Override(layer_recipe("E4M3"), name="*up"), Override(layer_recipe("E5M2"), type="Linear")))
+        ),
+        "two recipes claim layer 'blocks.0.up'",
+    ),
+    "twice": (
+        lambda m: (quantize_model(m, "E4M3", include=["blocks.0"]), quantize_model(m, "E5M2")),
+        "two recipes claim layer 'blocks.0.up': it is quantized",
+    ),
+    "tied": (
+        lambda m: quantize_model(m, uniform("E4M3", storage="grid"), exclude=["lm_head"]),
+        "'embedding' and 'lm_head' share one weight but store it differently",
+    ),
+    "format": (lambda m: quantize_model(m, "E4M3x"), "E4M3x"),
+}
+
+
+@pytest.mark.parametrize(("act", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors_name_the_value_the_limit_and_the_remedy_and_change_nothing(act, message):
+    model = Model()
+    with pytest.raises(AltGradError, match=message):
+        act(model)
+    swapped = [name for name, m in model.named_modules() if "_altgrad" in m.__dict__]
+    assert swapped == [] or swapped == ["blocks.0.up", "blocks.0.down"]
+
+
+def test_two_calls_on_disjoint_layers():
+    model = Model()
+    quantize_model(model, "E4M3", include=["blocks.0"])
+    quantize_model(model, "E5M2", include=["blocks.1"])
+    assert str(model.blocks[0].up.quantization.recipe) == "x:E4M3 w:E4M3 dy:E4M3"
+    assert str(model.blocks[1].up.quantization.recipe) == "x:E5M2 w:E5M2 dy:E5M2"
+
+
+def test_block_sizes_that_do_not_divide_the_tokens_are_refused_at_the_backward():
+    layer = nn.Linear(32, 32)
+    quantize_model(layer, "MXFP8")
+    with pytest.raises(AltGradError, match="32"):
+        layer(torch.randn(20, 32)).sum().backward()
+
+
+def test_global_settings_are_left_as_found():
+    from torch.backends import mkldnn
+
+    before = (
+        mkldnn.matmul.fp32_precision,
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.random.get_rng_state(),
+    )
+    model = Model()
+    quantize_model(model, uniform("E4M3", rounding="stochastic"))
+    state = torch.random.get_rng_state()
+    model(TOKENS).sum().backward()
+    assert torch.equal(state, torch.random.get_rng_state())  # no global generator is drawn from
+    assert before[:3] == (mkldnn.matmul.fp32_precision, torch.get_num_threads(), torch.is_grad_enabled())
