@@ -21,6 +21,7 @@ import yaml
 from altgrad.errors import ReportError
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "env.json", "metrics.jsonl", "result.json"
+CRASHES = "crashes.json"  # a sweep's record of a run whose process died
 FAILURE_REPORTS = "failure_reports"
 
 _NON_FINITE = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "+inf": np.inf, "infinity": np.inf, "-infinity": -np.inf}
@@ -110,8 +111,11 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "completed", "collapsed", "interrupted" as recorded, else "unfinished" (running, or killed)."""
-        return str(self.result.get("status") or "unfinished")
+        """ "completed", "collapsed", "interrupted" as recorded; else "failed" when a sweep gave the run up after its process
+        died, else "unfinished" (running, or killed)."""
+        if recorded := self.result.get("status"):
+            return str(recorded)
+        return "failed" if _read_json(self.path / CRASHES)[0].get("state") == "failed" else "unfinished"
 
     @property
     def run_id(self) -> str:
@@ -212,7 +216,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (METRICS, RESULT)) or (
+    return any((path / name).is_file() for name in (METRICS, RESULT, CRASHES)) or (
         (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()
     )
 

@@ -45,21 +45,29 @@ class Cell:
 def heat_table(
     rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Cell]], *, caption: str, corner: str = ""
 ) -> Markup:
-    """An HTML table whose cells are coloured by value; the number stays readable in each."""
-    values = np.array([c.value for line in cells for c in line if c.value is not None and np.isfinite(c.value)])
-    ramp = Ramp(float(values.min()), float(values.max())) if len(values) else Ramp(0.0, 1.0)
+    """An HTML table whose cells are shaded by the order of their values (one outlier would swallow a ramp of values); the
+    number stays readable in each."""
+    values = np.unique([c.value for line in cells for c in line if c.value is not None and np.isfinite(c.value)])
     head = el("tr", el("th", corner, scope="col"), *(el("th", c, scope="col") for c in columns))
     body = []
     for name, line in zip(rows, cells, strict=True):
         tds = []
         for cell in line:
-            level = -1 if cell.value is None else int(ramp.level(cell.value))
+            level = _rank_level(cell.value, values)
             kind = "failed" if cell.failed else f"h{level}" if level >= 0 else "none"
             note = el("small", cell.note) if cell.note else None
             tds.append(el("td", el("span", cell.text), note, class_=f"cell {kind}"))
         body.append(el("tr", el("th", name, scope="row"), *tds))
     table = el("table", el("caption", caption), el("thead", head), el("tbody", *body), class_="heat-table")
     return el("div", table, class_="table-scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def _rank_level(value: float | None, ascending: np.ndarray) -> int:
+    """Level of a value by its place among the table's distinct values; -1 for none."""
+    if value is None or not np.isfinite(value):
+        return -1
+    place = int(np.searchsorted(ascending, value))
+    return round(place / max(1, len(ascending) - 1) * (HEAT_LEVELS - 2))
 
 
 def heat_strips(

@@ -9,10 +9,10 @@ import numpy as np
 from markupsafe import Markup
 
 from altgrad.report.axes import axis_over
-from altgrad.report.svg import el, framing
+from altgrad.report.svg import el, framing, text_width
 from altgrad.report.theme import Style
 
-ROW = 30
+ROW = 34
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def interval_chart(
         class_="chart intervals",
         role="img",
         aria_label=f"{title}. {description}",
-        style=framing(24, height),
+        style=framing(
+            24, height, left=18 + text_width(r.name for r in rows), right=18 + text_width((r.text for r in rows), 11.5)
+        ),
     )
 
 

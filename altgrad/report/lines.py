@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from altgrad.report.axes import Axis, axis_over
 from altgrad.report.numbers import number
-from altgrad.report.svg import band_data, dots_data, el, framing, path_data, stretched
+from altgrad.report.svg import band_data, dots_data, el, framing, path_data, stretched, text_width
 from altgrad.report.theme import BASELINE, Style
 
 MARK_ROW, LABEL_ROW = 16, 15  # px per stacked line of text
@@ -94,7 +94,7 @@ def line_chart(
         class_="chart line-chart",
         role="img",
         aria_label=f"{title}. {description}",
-        style=framing(top, plot_height),
+        style=framing(top, plot_height, right=34 + min(170, text_width(s.group for s in series if s.end_label))),
         data_scale="log" if log_y else "linear",
     )
 

@@ -8,6 +8,7 @@ that is stretched to fill it (`preserveAspectRatio="none"`), their strokes kept 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,18 @@ def stretched(*children: Any, **attributes: Any) -> Markup:
     )
 
 
-def framing(top: int, plot_height: int, bottom: int = 42) -> str:
-    """Inline style of a chart's `<svg>`: the height of its plot and the room above and below it, in px. The room at the
-    sides is the style sheet's, as it depends on the page's width."""
-    return f"--top:{top}px;--bottom:{bottom}px;height:{top + plot_height + bottom}px"
+def framing(top: int, plot_height: int, bottom: int = 42, **room: float) -> str:
+    """Inline style of a chart's `<svg>`: the height of its plot and the room above and below it, in px.
+
+    `room` ("left", "right") is the room at the sides on a wide page; narrow pages have less, by the style sheet.
+    """
+    sides = "".join(f"--wide-{side}:{px:.0f}px;" for side, px in room.items())
+    return f"{sides}--top:{top}px;--bottom:{bottom}px;height:{top + plot_height + bottom}px"
+
+
+def text_width(texts: Iterable[str], font_px: float = 12.5) -> float:
+    """About how wide the longest of `texts` is in a bold sans serif, in px."""
+    return max((0.6 * font_px * len(text) for text in texts), default=0.0)
 
 
 def path_data(x: np.ndarray, y: np.ndarray) -> str:

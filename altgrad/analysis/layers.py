@@ -1,0 +1,89 @@
+"""Per layer and role over time: what the monitor recorded, reduced to a few buckets and averaged over runs.
+
+Also what follows from it: where in the pass a setting loses its numbers (forward, gradient, update), and which format
+suits which type of layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from altgrad.analysis.runs import as_number
+
+STATISTICS = ("stall", "overflow", "underflow", "sqnr_db")
+BUCKETS = 24
+
+LayerHistory = Mapping[tuple[str, str, str], np.ndarray]
+"""(statistic, role, layer) -> float32 [BUCKETS], NaN where nothing was measured."""
+
+
+def layer_history(records: Sequence[Mapping[str, Any]], max_steps: int) -> LayerHistory:
+    """Means per bucket of steps of the monitor's records."""
+    sums: dict[tuple[str, str, str], np.ndarray] = {}
+    for record in records:
+        layer, role = str(record.get("layer")), str(record.get("role"))
+        bucket = min(BUCKETS - 1, max(int(record["step"]) - 1, 0) * BUCKETS // max_steps)
+        for statistic in STATISTICS:
+            value = as_number(record.get(statistic))
+            if value is not None and np.isfinite(value):
+                held = sums.setdefault((statistic, role, layer), np.zeros((2, BUCKETS)))
+                held[:, bucket] += (value, 1)
+    with np.errstate(invalid="ignore"):
+        return {key: (total / np.where(n > 0, n, np.nan)).astype(np.float32) for key, (total, n) in sums.items()}
+
+
+def mean_history(histories: Sequence[LayerHistory]) -> LayerHistory:
+    """Mean over runs, bucket by bucket, of the runs that measured it."""
+    keys = dict.fromkeys(key for history in histories for key in history)
+    return {key: nan_mean(np.stack([h[key] for h in histories if key in h])) for key in keys}
+
+
+def nan_mean(rows: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of the values that are not NaN, without a warning where there are none."""
+    known = ~np.isnan(rows)
+    n = known.sum(axis=0)
+    total = np.where(known, rows, 0).sum(axis=0)
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
+
+
+def panel(history: LayerHistory, statistic: str, role: str) -> tuple[list[str], np.ndarray]:
+    """(layers, values [layers, BUCKETS]) of one statistic and role, layers in the order they were recorded."""
+    rows = [(layer, values) for (s, r, layer), values in history.items() if (s, r) == (statistic, role)]
+    return [layer for layer, _ in rows], np.stack([v for _, v in rows]) if rows else np.empty((0, BUCKETS))
+
+
+PASSES = {
+    "forward": (("overflow", "underflow"), ("input", "weight")),
+    "gradient": (("overflow", "underflow"), ("grad_output",)),
+    "update": (("stall",), ("update", "weight")),
+}
+"""Where a number can be lost -> (statistics, roles) that show it."""
+
+
+def worst_loss(history: LayerHistory, where: str) -> tuple[float, str, str, str] | None:
+    """(rate, statistic, role, layer) of the largest loss in a pass, each averaged over the run; None if unmeasured."""
+    statistics, roles = PASSES[where]
+    found = [
+        (float(np.nanmean(values)), statistic, role, layer)
+        for (statistic, role, layer), values in history.items()
+        if statistic in statistics and role in roles and not np.isnan(values).all()
+    ]
+    return max(found, default=None)
+
+
+def layer_type(layer: str) -> str:
+    """Names of like layers made equal: "blocks.3.attn.qkv" -> "blocks.*.attn.qkv"."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer)
+
+
+def sqnr_by_type(history: LayerHistory, role: str) -> dict[str, float]:
+    """Layer type -> mean SQNR in dB of its tensors in `role`, over layers and steps."""
+    by_type: dict[str, list[float]] = {}
+    for (statistic, r, layer), values in history.items():
+        if statistic == "sqnr_db" and r == role and not np.isnan(values).all():
+            by_type.setdefault(layer_type(layer), []).append(float(np.nanmean(values)))
+    return {name: float(np.mean(values)) for name, values in by_type.items()}

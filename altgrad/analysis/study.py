@@ -1,0 +1,231 @@
+"""Loads a folder of runs as a study: settings (runs that differ in nothing but the seed), their losses and baselines.
+
+A study may hold thousands of runs, so each run is read once, reduced to a summary of a few kilobytes, and let go.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from altgrad.analysis.comparability import require_comparable
+from altgrad.analysis.comparison import IGNORED_KEYS, flatten, table_row
+from altgrad.analysis.layers import LayerHistory, layer_history
+from altgrad.analysis.outcome import Outcome
+from altgrad.analysis.ranking import Contender
+from altgrad.analysis.runs import Curve, Run, as_number, find_runs
+from altgrad.errors import ReportError
+
+CURVE_BUCKETS = 100
+MONITORED_STEPS = 24
+
+FORMAT, OPTIMIZER, STORAGE = "fp8_format", "optimizer.name", "weight_storage"
+_AXIS_ORDER = (FORMAT, OPTIMIZER, STORAGE, "rounding", "scaling")
+_NO_AXIS = IGNORED_KEYS | {"seed", "distributed", "checkpoint_interval"}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a study keeps of one run."""
+
+    path: Path
+    seed: Hashable
+    row: Mapping[str, Any]
+    """The run's row of the comparison table."""
+    collapsed: bool
+    kind: str | None
+    onset: int | None
+    train: np.ndarray
+    """Mean training loss per bucket of steps, float32 [CURVE_BUCKETS], NaN where the run has none."""
+    validation: Curve
+    layers: LayerHistory
+    shifts: tuple[int, ...]
+    torn: int
+    failure_reports: tuple[Path, ...]
+
+    @property
+    def finished(self) -> bool:
+        return self.row["status"] in ("completed", "collapsed")
+
+    @property
+    def final(self) -> float | None:
+        """The loss that settings are compared by: the final validation loss, else the final training loss."""
+        value = self.row["final_val_loss"]
+        value = self.row["final_loss"] if value is None else value
+        return value if value is not None and np.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed only. `values` are the study's axes, in the study's order."""
+
+    label: str
+    format: str
+    values: Mapping[str, Any]
+    runs: Sequence[RunSummary]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.format.upper() == "FP32"
+
+    @cached_property
+    def contender(self) -> Contender:
+        """For the ranking: final losses of the completed runs, by seed."""
+        ended = [run for run in self.runs if run.finished]
+        losses = {r.seed: r.final for r in ended if not r.collapsed and r.final is not None}
+        return Contender(self.label, losses, sum(run.collapsed for run in ended), len(ended))
+
+
+@dataclass(frozen=True)
+class Study:
+    """All settings of a folder, in the order of their first run."""
+
+    folder: Path
+    settings: Sequence[Setting]
+    axes: Sequence[str]
+    """Configuration keys that differ between settings."""
+    max_steps: int
+    warnings: Sequence[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[RunSummary]:
+        return [run for setting in self.settings for run in setting.runs]
+
+    @property
+    def quantized(self) -> list[Setting]:
+        return [setting for setting in self.settings if not setting.is_baseline]
+
+    def baseline_of(self, setting: Setting) -> Setting | None:
+        """The unquantized setting with the same values on most axes (the optimizer's name before all others)."""
+        candidates = [s for s in self.settings if s.is_baseline]
+        same = [s for s in candidates if s.values.get(OPTIMIZER) == setting.values.get(OPTIMIZER)]
+        pool = same or (candidates if len(candidates) == 1 else [])
+        return max(pool, key=lambda s: sum(s.values[a] == setting.values[a] for a in self.axes), default=None)
+
+    @property
+    def seeds(self) -> list[Hashable]:
+        return sorted({run.seed for run in self.runs if run.seed is not None}, key=str)
+
+
+def load_study(folder: str | Path, *, force: bool = False) -> Study:
+    """Read every run at or below `folder`.
+
+    Raises ReportError when there is none, or when the runs are of different corpora or code versions (unless `force`,
+    which has the report marked).
+    """
+    folder = Path(folder)
+    paths = find_runs(folder)
+    if not paths:
+        raise ReportError(f"no run folders in {folder}; run a sweep first, or name the folder that holds the runs")
+    runs = [Run(path) for path in paths]
+    warnings = require_comparable(runs, force=force)
+    keys, axes = _axes([run.config for run in runs], [run.format for run in runs])
+    max_steps = max([run.max_steps or 0 for run in runs] + [1])
+    grouped: dict[Hashable, list[RunSummary]] = {}
+    formats: dict[Hashable, tuple[str, dict[str, Any]]] = {}
+    for run, key in zip(runs, keys, strict=True):
+        grouped.setdefault(key, []).append(summarize(run, max_steps))
+        formats[key] = (run.format, dict(zip(axes, key, strict=True)))
+    settings = [Setting(_label(*formats[key], axes), *formats[key], members) for key, members in grouped.items()]
+    return Study(folder, settings, axes, max_steps, [*warnings, *_damage(settings)])
+
+
+def summarize(run: Run, max_steps: int) -> RunSummary:
+    """Read one run and keep its summary."""
+    outcome = Outcome(run, run.format)
+    metrics = run.metrics(monitor_steps=MONITORED_STEPS)
+    outcome.__dict__["metrics"] = metrics  # read once, with the monitor's lines
+    validation = metrics.validation
+    return RunSummary(
+        path=run.path,
+        seed=run.seed,
+        row=table_row(outcome, None),
+        collapsed=outcome.collapsed,
+        kind=outcome.kind,
+        onset=outcome.onset if outcome.collapsed else None,
+        train=bucket_means(metrics.train, max_steps, CURVE_BUCKETS),
+        validation=Curve(validation.steps.astype(np.int32), validation.values.astype(np.float32)),
+        layers=layer_history(metrics.monitor, max_steps),
+        shifts=_shifts(run),
+        torn=len(metrics.torn),
+        failure_reports=tuple(run.failure_reports),
+    )
+
+
+def bucket_means(curve: Curve, max_steps: int, buckets: int) -> np.ndarray:
+    """Mean of the finite values in each of `buckets` equal stretches of steps; NaN where there are none."""
+    finite = np.isfinite(curve.values)
+    index = np.clip((np.maximum(curve.steps[finite], 1) - 1) * buckets // max_steps, 0, buckets - 1)
+    counts = np.bincount(index, minlength=buckets)
+    sums = np.bincount(index, weights=curve.values[finite], minlength=buckets)
+    with np.errstate(invalid="ignore"):
+        return (sums / np.where(counts > 0, counts, np.nan)).astype(np.float32)
+
+
+def _axes(configs: Sequence[Mapping[str, Any]], formats: Sequence[str]) -> tuple[list[tuple], list[str]]:
+    """(key of each run, axes): the fewest configuration keys that tell apart what is not told apart by the seed."""
+    flats = []
+    for config, fmt in zip(configs, formats, strict=True):
+        flat = {k: _hashable(v) for k, v in flatten(config).items() if k.split(".")[0] not in _NO_AXIS}
+        flats.append({**flat, FORMAT: fmt})
+    known = dict.fromkeys(key for flat in flats for key in flat)
+    varying = [key for key in known if len({flat.get(key) for flat in flats}) > 1]
+    ordered = [key for key in _AXIS_ORDER if key in varying] + [key for key in varying if key not in _AXIS_ORDER]
+    axes = [FORMAT]
+    keys = [(flat[FORMAT],) for flat in flats]
+    for axis in ordered:
+        if axis == FORMAT:
+            continue
+        finer = [(*key, flat.get(axis)) for key, flat in zip(keys, flats, strict=True)]
+        if len(set(finer)) > len(set(keys)):
+            keys, axes = finer, [*axes, axis]
+    return keys, axes
+
+
+def _hashable(value: Any) -> Hashable:
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def _label(fmt: str, values: Mapping[str, Any], axes: Sequence[str]) -> str:
+    parts = [fmt]
+    for axis in axes:
+        if axis == FORMAT or values[axis] is None:
+            continue
+        value = f"{values[axis]:g}" if isinstance(values[axis], float) else str(values[axis]).replace("_", " ")
+        parts.append(value if axis in _AXIS_ORDER else f"{axis.rsplit('.', 1)[-1]} {value}")
+    return " ".join(parts)
+
+
+def _shifts(run: Run) -> tuple[int, ...]:
+    items = run.result.get("interventions") or []
+    steps = [as_number(i.get("step")) for i in items if isinstance(i, dict) and i.get("kind") == "shift"]
+    return tuple(int(step) for step in steps if step is not None)
+
+
+def _damage(settings: Sequence[Setting]) -> list[str]:
+    runs = [run for setting in settings for run in setting.runs]
+    found = []
+    torn = [run for run in runs if run.torn]
+    if torn:
+        lines = sum(run.torn for run in torn)
+        found.append(
+            f"{lines} unreadable lines of metrics.jsonl in {len(torn)} runs were skipped, such as in {torn[0].path.name}."
+        )
+    unfinished = Counter(run.row["status"] for run in runs if not run.finished)
+    found += [
+        f"{n} {'run is' if n == 1 else 'runs are'} {status} and left out of the statistics."
+        for status, n in unfinished.items()
+    ]
+    for setting in settings:
+        seeds = Counter(run.seed for run in setting.runs)
+        if twice := [seed for seed, n in seeds.items() if n > 1]:
+            found.append(
+                f"{setting.label}: seed {twice[0]} was run more than once; the later folder counts in its statistics."
+            )
+    return found
