@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import RandomKeyError, RecipeError
-from altgrad.nn.layer_state import LayerState
+from altgrad.nn.layer_state import LINEAR_REDUCED, LayerState
 from altgrad.nn.linear import linear_forward, output_dtype
 from altgrad.nn.products import product, ready_and_saved, restored, stash, unstash
 from altgrad.nn.recipe import LayerRecipe
@@ -94,7 +94,7 @@ def _stateless(recipe: LayerRecipe, matmul: bool) -> LayerState:
     if matmul and any(getattr(s, "axis", None) is not None for s in scalings):
         raise RecipeError("matmul takes one scale per tensor or a block format; drop the scaling's axis")
     name = "functional.matmul" if matmul else "functional.linear"
-    return LayerState(recipe, Session(), name, **({"reduced": MATMUL_REDUCED} if matmul else {}))
+    return LayerState(recipe, Session(), name, reduced=MATMUL_REDUCED if matmul else LINEAR_REDUCED)
 
 
 class _Matmul(torch.autograd.Function):

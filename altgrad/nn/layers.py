@@ -97,7 +97,7 @@ def quantized_class(base: type[nn.Module]) -> type[nn.Module]:
 def _empty(base: type[nn.Module]) -> nn.Module:
     """An uninitialised quantized module, for copy and pickle to fill."""
     cls = quantized_class(base)
-    return cls.__new__(cls)
+    return nn.Module.__new__(cls)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ seen: a maximum is idempotent, so a forward that activation checkpointing recomp
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from altgrad.quantization import amax, blocks, ops
 from altgrad.quantization.blocks import QuantizedTensor
 from altgrad.quantization.rounding import Rounding
 from altgrad.quantization.scaling import DelayedState
+
+if TYPE_CHECKING:
+    from altgrad.nn.storage import GridStorage
 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
 
@@ -37,10 +42,10 @@ class Operand:
         self.spec, self.session = spec, session
         self.layer, self.role, self.gemm = layer, role, gemm
         self.axis, self.block_axis = axis, block_axis
-        self.fmt = spec.resolved
+        self.fmt: Any = spec.resolved  # a FloatFormat, a BlockFormat, or None
         self.block = is_block(self.fmt)
         self.saves_codes = self.fmt is not None and (self.block or self.fmt.bits <= 8)
-        self.storage = None  # the GridStorage whose scale a stored weight has
+        self.storage: GridStorage | None = None  # the GridStorage whose scale a stored weight has
         self.window: Tensor | None = None
         self.pending: Tensor | None = None
         self.key: Tensor | None = None

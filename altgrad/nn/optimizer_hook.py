@@ -72,13 +72,13 @@ class OptimizerHandle:
     def _before(self, optimizer: Optimizer, args, kwargs) -> None:
         self._entries = self._grid_entries(optimizer)
         for _, module, storage in self._entries:
-            storage.resync(module()._parameters["weight"])
+            storage.resync(_weight(module))
 
     def _after(self, optimizer: Optimizer, args, kwargs) -> None:
         rows = []
         own_counts = getattr(optimizer, "grid_step_counts", None)  # of an optimizer that rounds to the grid itself
         for name, module, storage in self._entries or ():
-            weight = module()._parameters["weight"]
+            weight = _weight(module)
             counted = None if own_counts is None else own_counts(weight)
             rows.append(storage.round_back(weight, storage.session.observer, name, counted))
         self.counts = torch.stack(rows) if rows else None
@@ -93,7 +93,7 @@ class OptimizerHandle:
             return {}
         stats = {}
         for row, (_, module, storage) in zip(self.counts.tolist(), self._entries or (), strict=True):
-            stats[storage.name] = UpdateCounts(module()._parameters["weight"].numel(), *row)
+            stats[storage.name] = UpdateCounts(_weight(module).numel(), *row)
         return stats
 
     def totals(self) -> UpdateCounts | None:
@@ -110,6 +110,14 @@ class OptimizerHandle:
             return None
         total = self.counts.sum(0).double()
         return total[2] / total[0]
+
+
+def _weight(module: ref) -> nn.Parameter:
+    owner = module()
+    assert owner is not None
+    weight = owner._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def _claim(session: Session, optimizer: Optimizer) -> bool:

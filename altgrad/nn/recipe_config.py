@@ -74,7 +74,7 @@ def layer_from_dict(data, where: str = "layer recipe") -> LayerRecipe | None:
         raise RecipeError(f"{where} is {data!r}; write a format name or a mapping")
     data = dict(data)
     if "uniform" in data:
-        known = list(layer_recipe.__kwdefaults__)
+        known = list(layer_recipe.__kwdefaults__ or ())
         _check_keys({k: v for k, v in data.items() if k != "uniform"}, known, where)
         if isinstance(data.get("storage"), dict):
             data["storage"] = _storage_from_dict(data["storage"], where)

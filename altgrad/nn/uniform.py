@@ -56,7 +56,7 @@ def layer_recipe(
             name if isinstance(name, str) else name.name,
             rounding,  # type: ignore[arg-type]
             overflow,  # type: ignore[arg-type]
-            choice,
+            choice,  # type: ignore[arg-type]
             subnormals or is_block(get_format(name)),
             masked and not is_block(get_format(name)),
             random_bits,

@@ -45,7 +45,7 @@ def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) ->
         return F.embedding(index, w, *rest)
     record = state.records(module.training)
     scale = operand.scale_of(w, record)
-    per_row = isinstance(scale, Tensor) and scale.numel() > 1
+    per_row = isinstance(scale, Tensor) and scale.numel() > 1  # pyright: ignore[reportAttributeAccessIssue]
     if per_row or operand.stochastic:
         return F.embedding(index, quantized_weight(state, operand, w, scale, record), *rest)
     rows = F.embedding(index, w, *rest)
