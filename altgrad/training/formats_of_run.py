@@ -41,7 +41,7 @@ def recipe_of(config: ExperimentConfig, fmt: str | None = None):
             scale=1.0 if fixed else None,
             refresh_every=0 if fixed else config.storage_refresh_interval,
         )
-    gradient = {"grad": config.gradient_format} if config.gradient_format else {}
+    gradient: dict[str, Any] = {"grad": config.gradient_format} if config.gradient_format else {}
     return uniform(
         name,
         rounding=config.rounding,
@@ -64,7 +64,8 @@ class StorageFigures:
 class FormatsOfRun:
     """A model's quantization, as the trainer needs it."""
 
-    def __init__(self, model: nn.Module, config: ExperimentConfig) -> None:
+    def __init__(self, model: nn.Module, config: ExperimentConfig, example: Tensor) -> None:
+        """`example` is an input of the model: overrides by position are found by watching it run."""
         self.model, self.config = model, config
         self.format = config.fp8_format  # changes with an emergency shift
         self.manifest = None
@@ -76,7 +77,12 @@ class FormatsOfRun:
         from altgrad.nn import quantize_model
 
         self.manifest = quantize_model(
-            model, recipe, include=config.include, exclude=config.exclude or None, seed=config.seed
+            model,
+            recipe,
+            include=config.include,
+            exclude=config.exclude or None,
+            seed=config.seed,
+            example=(example,) if recipe.needs_positions else None,
         )
 
     @property
@@ -135,7 +141,10 @@ class FormatsOfRun:
 
         if self.config.recipe is not None:
             raise ConfigError("an emergency shift needs fp8_format, not a recipe; set fp8_format=...")
-        change_format(self.model, recipe_of(self.config, fmt))
+        recipe = recipe_of(self.config, fmt)
+        if recipe is None:
+            raise ConfigError(f"an emergency shift to {fmt} would leave the model unquantized; end the chain before it")
+        change_format(self.model, recipe)
         self.format = fmt
 
     def storage_figures(self) -> StorageFigures:

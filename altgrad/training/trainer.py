@@ -107,11 +107,11 @@ class Trainer:
         self.device = usable_device(self.ranks.device(str(device or config.device)))
         self.corpus = resolve_corpus(data_dir, config.data, config.model.vocab_size)
         if model is None:
-            model = build_model(config, self.corpus.vocab_size)
-            self.corpus.check(config.model.block_size, model.config.vocab_size)
-        self.model = model.to(self.device).train()
+            gpt = build_model(config, self.corpus.vocab_size)
+            self.corpus.check(config.model.block_size, gpt.config.vocab_size)
+        self.model: nn.Module = (gpt if model is None else model).to(self.device).train()
         self.loss = loss
-        self.formats = FormatsOfRun(self.model, config)
+        self.formats = FormatsOfRun(self.model, config, self.batch(1)[0][:1])
         self.ranks.prepare(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.formats.attach(self.optimizer)
