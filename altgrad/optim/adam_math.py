@@ -23,6 +23,7 @@ from torch import Tensor
 
 from altgrad.optim import moments
 from altgrad.optim.grid import spacing
+from altgrad.optim.kernels import fused
 from altgrad.optim.streams import step_key
 
 PRECONDITIONS = ("none", "update", "both", "gradient")
@@ -95,6 +96,34 @@ def adam_attempt(
             torch._foreach_mul_(weights, [1 - rate for rate in rates])
         torch._foreach_addcdiv_(weights, numerators, denominators, sizes)
     return first, second, denominators
+
+
+def fused_adam(
+    group: dict[str, Any], slot: Any, precondition: str, landing: dict[str, Any], extra: Tensor | None = None
+) -> Tensor | None:
+    """The whole step of one parameter in one pass, landing included; returns the landing's counts."""
+    (beta1, beta2), lr, kind = group["betas"], float(group["lr"]), landing["landing"]
+    adam_state([slot], None)
+    rate = _decay_rate(slot, lr * group["weight_decay"], precondition)
+    return fused.run(
+        slot,
+        slot.state["exp_avg"],
+        slot.state["exp_avg_sq"],
+        extra,
+        rule=fused.ADAM,
+        spacing=precondition != "none",
+        on_gradient=precondition in ("both", "gradient"),
+        on_step=in_grid_steps(precondition),
+        **landing,
+        keep=1 - beta1,
+        beta2=beta2,
+        rest2=1 - beta2,
+        root=(1 - beta2**slot.step) ** 0.5,
+        eps=group["eps"],
+        size=-lr / (1 - beta1**slot.step),
+        decayed=rate if kind == fused.KAHAN else 1 - rate,
+        share=(1 - beta1**slot.step) / lr * (1 - 1 / beta1) if kind == fused.ECO and lr > 0 else 0.0,
+    )
 
 
 def _decay_rate(slot, rate: float, precondition: str) -> float:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from altgrad.errors import DtypeError, OptionError
 from altgrad.optim.adam_math import adam_attempt
 from altgrad.optim.grid import scalar_format
+from altgrad.optim.kernels import fused
 from altgrad.optim.moments import MOMENT_ROUNDINGS, moment_formats
 from altgrad.optim.streams import step_key
 from altgrad.quantization import FORMAT_REGISTRY, amax_scale, quantize
@@ -187,6 +188,8 @@ class GridOptimizer(Optimizer):
         if grid is not None or group["format"] is None:
             return grid
         fmt, scale = scalar_format(group["format"]), group["scale"]
+        if isinstance(scale, int | float) and parameter.dtype != torch.float64:
+            scale = float(torch.tensor(scale, dtype=torch.float32))  # as the kernels compute with it
         if scale == "amax":
             if "grid_scale" not in state:
                 state["grid_scale"] = amax_scale(parameter, fmt, power_of_two=True)
@@ -209,7 +212,38 @@ class GridOptimizer(Optimizer):
         adam_attempt(plain, slots, precondition="none")
 
     def _step_group(self, group: dict[str, Any], slots: list[Slot]) -> None:
-        """Attempt and land all slots of a group."""
+        """Step all slots of a group: in one fused pass each where that can be, the others together."""
+        rest = []
+        for slot in slots:
+            if self._fuses(group, slot) and fused.takes_fused(slot, group):
+                counts = self._fused(group, slot)
+                if counts is not None:
+                    self._counts[slot.parameter] = counts
+            else:
+                rest.append(slot)
+        if rest and group["fused"]:
+            raise OptionError(f"fused=True, but {type(self).__name__} has no fused step for these options; use None")
+        if rest:
+            self._plain(group, rest)
+
+    def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
+        """Whether there is a fused step for the options."""
+        return True
+
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        """The whole step of one parameter in one pass over its memory; returns the landing's counts."""
+        raise NotImplementedError
+
+    def _fused_landing(self, group: dict[str, Any], slot: Slot) -> dict[str, Any]:
+        """Landing options of a fused step."""
+        if not self._lands(group, slot):
+            return {"landing": fused.NONE}
+        rounding = group["rounding"] or "nearest_even"
+        key = step_key(group["seed"], slot.index, slot.step, "weight") if rounding == "stochastic" else None
+        return {"landing": fused.ROUND, "rounding": rounding, "key": key}
+
+    def _plain(self, group: dict[str, Any], slots: list[Slot]) -> None:
+        """Attempt and land in plain torch operations, for any device and dtype."""
         before = [slot.weight.clone() if self._lands(group, slot) else None for slot in slots]
         self._attempt(group, slots)
         for slot, old in zip(slots, before):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from altgrad.errors import OptionError
 from altgrad.optim import moments
-from altgrad.optim.adam_math import adam_attempt, keep_moments
+from altgrad.optim.adam_math import adam_attempt, fused_adam, keep_moments
 from altgrad.optim.base import GridOptimizer, Slot, portable_format
+from altgrad.optim.kernels import fused
 from altgrad.optim.manifold_adamw import check_adam
 
 
@@ -93,7 +94,15 @@ class KahanAdamW(_AdamWOnGrid):
         super()._check(group)
         group["compensation_format"] = portable_format(group["compensation_format"])
 
-    def _step_group(self, group: dict[str, Any], slots: list[Slot]) -> None:
+    def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
+        return slot.grid is not None and group["compensation_format"] == "BF16"
+
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        moments.create(slot.state, "compensation", slot.weight, moments.moment_format("BF16"))
+        landing = {**self._fused_landing(group, slot), "landing": fused.KAHAN}
+        return fused_adam(group, slot, "none", landing, slot.state["compensation"])
+
+    def _plain(self, group: dict[str, Any], slots: list[Slot]) -> None:
         fmt = moments.moment_format(group["compensation_format"])
         updates = [torch.zeros_like(slot.weight) for slot in slots]
         adam_attempt(group, slots, bases=updates)
@@ -125,7 +134,13 @@ class ECO(_AdamWOnGrid):
         if not group["betas"][0] > 0:
             raise OptionError(f"betas {group['betas']}: ECO keeps the error in the momentum, so beta1 must be above 0")
 
-    def _step_group(self, group: dict[str, Any], slots: list[Slot]) -> None:
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        landing = self._fused_landing(group, slot)
+        if slot.grid is not None:
+            landing["landing"] = fused.ECO
+        return fused_adam(group, slot, "none", landing)
+
+    def _plain(self, group: dict[str, Any], slots: list[Slot]) -> None:
         beta1, lr = group["betas"][0], float(group["lr"])
         before = [slot.weight.clone() for slot in slots]
         first, second, denominators = adam_attempt(group, slots, keep=False)

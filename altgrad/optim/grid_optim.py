@@ -18,6 +18,7 @@ from altgrad.errors import OptionError
 from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.grid import position, spacing, value_at
+from altgrad.optim.kernels import fused
 from altgrad.optim.streams import step_key
 from altgrad.quantization import quantize
 from altgrad.quantization.checks import check_key
@@ -94,9 +95,29 @@ class GridOptim(GridOptimizer):
         if group["unbiased"] == "code" and (group["master"] or group["rounding"] is None):
             raise OptionError('unbiased="code" rounds codes: it needs a rounding, and no master')
 
-    def _step_group(self, group: dict[str, Any], slots: list[Slot]) -> None:
+    def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
+        simple = group["unbiased"] == "value" and group["normalize"] is None
+        return simple and group["momentum"] > 0 and not group["nesterov"] and not group["master"]
+
+    def _plain(self, group: dict[str, Any], slots: list[Slot]) -> None:
         for slot, pull in zip(slots, self._pulls(group, slots)):
             self._move(group, slot, pull)
+
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        assert slot.grid is not None
+        moments.create(slot.state, "momentum", slot.weight, None)
+        lr = float(group["lr"])
+        return fused.run(
+            slot,
+            slot.state["momentum"],
+            rule=fused.RUNGS,
+            spacing=True,
+            **self._fused_landing(group, slot),
+            keep=group["momentum"],
+            size=-lr,
+            decayed=lr * group["weight_decay"] * 2.0**-slot.grid.format.mantissa_bits,
+            clip=float("inf") if group["rung_clip"] is None else group["rung_clip"],
+        )
 
     @staticmethod
     def _pulls(group: dict[str, Any], slots: list[Slot]) -> list[Tensor]:

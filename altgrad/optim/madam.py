@@ -15,6 +15,7 @@ from torch import Tensor
 from altgrad.errors import FormatError
 from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
+from altgrad.optim.kernels import fused
 from altgrad.optim.streams import step_key
 from altgrad.quantization.checks import check_key
 from altgrad.quantization.kernels.counter_rng import random_bits as draw_bits
@@ -82,6 +83,25 @@ class Madam(GridOptimizer):
         check_range(group, "p_scale", 0)
         check_range(group, "g_bound", 0)
 
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        return self._fuse(group, slot, fused.MADAM)
+
+    def _fuse(self, group: dict[str, Any], slot: Slot, rule: int) -> Tensor | None:
+        moments.create(slot.state, "exp_avg_sq", slot.weight, None)
+        beta, bound = group["beta"], _bound(group, slot)
+        return fused.run(
+            slot,
+            slot.state["exp_avg_sq"],
+            rule=rule,
+            **self._fused_landing(group, slot),
+            beta2=beta,
+            rest2=1 - beta,
+            root=1 - beta**slot.step,
+            size=-float(group["lr"]),
+            clip=group["g_bound"],
+            bound=float(bound),
+        )
+
     def _attempt(self, group: dict[str, Any], slots: list[Slot]) -> None:
         bounds = [_bound(group, slot) for slot in slots]
         for slot, pull, bound in zip(slots, _normalised(group, slots), bounds):
@@ -122,6 +142,15 @@ class LNSMadam(Madam):
             fmt = slot.grid.format if slot.grid is not None else None
             if fmt is None or fmt.mantissa_bits or fmt.bias is None:
                 raise FormatError(f"LNSMadam steps along powers of two; parameter {slot.index} is on {fmt}: use E7M0")
+        super()._step_group(group, slots)
+
+    def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
+        return group["rounding"] is not None
+
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        return self._fuse(group, slot, fused.LNS)
+
+    def _plain(self, group: dict[str, Any], slots: list[Slot]) -> None:
         bounds = [_bound(group, slot) for slot in slots]
         for slot, pull, bound in zip(slots, _normalised(group, slots), bounds):
             self._move(group, slot, pull, bound)
@@ -137,7 +166,8 @@ class LNSMadam(Madam):
         target = torch.copysign(torch.exp2(exponent) * scale, before.double())
         landed = torch.where(before == 0, before.double(), target).to(before.dtype)
         if group["rounding"] is not None:
-            self._count(slot, before, torch.copysign(torch.exp2(aim) * scale, before.double()), landed)
+            attempted = torch.copysign(torch.exp2(aim) * scale, before.double())
+            self._count(slot, before, torch.where(aim == start, before.double(), attempted), landed)
         slot.weight.copy_(landed)
 
     @staticmethod

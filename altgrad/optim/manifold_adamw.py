@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import OptionError
-from altgrad.optim.adam_math import PRECONDITIONS, adam_attempt, in_grid_steps
+from altgrad.optim.adam_math import PRECONDITIONS, adam_attempt, fused_adam, in_grid_steps
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.grid import position, spacing
 
@@ -83,6 +83,12 @@ class ManifoldAdamW(GridOptimizer):
 
     def _splits(self, group: dict[str, Any]) -> bool:
         return in_grid_steps(group["precondition"]) or group["precondition"] == "gradient" or super()._splits(group)
+
+    def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
+        return not group["track_movement"]
+
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        return fused_adam(group, slot, group["precondition"], self._fused_landing(group, slot))
 
     def _attempt(self, group: dict[str, Any], slots: list[Slot]) -> None:
         tracked = group["track_movement"]

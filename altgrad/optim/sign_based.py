@@ -10,12 +10,21 @@ from torch import Tensor
 
 from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
+from altgrad.optim.kernels import fused
 from altgrad.optim.manifold_adamw import check_adam
 from altgrad.optim.streams import step_key
 
 
 class _SignBased(GridOptimizer):
     """One moment, a sign, decoupled decay."""
+
+    def _fuse(self, group: dict[str, Any], slot: Slot, rule: int, keep: float, rest2: float) -> Tensor | None:
+        moments.create(slot.state, "exp_avg", slot.weight, None)
+        lr = float(group["lr"])
+        decayed = 1 - lr * group["weight_decay"]
+        average = slot.state["exp_avg"]
+        landing = self._fused_landing(group, slot)
+        return fused.run(slot, average, rule=rule, **landing, keep=keep, rest2=rest2, size=-lr, decayed=decayed)
 
     @staticmethod
     def _averages(group: dict[str, Any], slots: list[Slot]) -> list[Tensor]:
@@ -60,6 +69,9 @@ class Lion(_SignBased):
     def _check(self, group: dict[str, Any]) -> None:
         check_adam({**group, "eps": 0.0})
 
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        return self._fuse(group, slot, fused.LION, 1 - group["betas"][0], 1 - group["betas"][1])
+
     def _attempt(self, group: dict[str, Any], slots: list[Slot]) -> None:
         (beta1, beta2), grads = group["betas"], [slot.grad for slot in slots]
         averages = self._averages(group, slots)
@@ -92,6 +104,12 @@ class SignSGD(_SignBased):
     def _check(self, group: dict[str, Any]) -> None:
         check_range(group, "momentum", 0, 1)
         check_range(group, "weight_decay", 0)
+
+    def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
+        return group["momentum"] > 0
+
+    def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
+        return self._fuse(group, slot, fused.SIGN, 1 - group["momentum"], 0.0)
 
     def _attempt(self, group: dict[str, Any], slots: list[Slot]) -> None:
         grads = [slot.grad for slot in slots]

@@ -101,24 +101,28 @@ def test_a_master_keeps_what_nearest_rounding_swallows():
     assert b.last_step_stats()["stall_rate"] == 1.0
 
 
-def test_sign_flips_are_reported_and_small_steps_cannot_flip_e7m0():
-    """A step of less than one rung of E7M0 is smaller than the weight itself: it halves the weight at most."""
-    flips = {}
-    for name in ("E0M7", "E7M0"):
-        generator = torch.Generator().manual_seed(0)
-        p = Parameter(quantize(torch.randn(2000, generator=generator) * 0.02, name))
-        optimizer = GridOptim([p], name, lr=0.7, momentum=0.0, rung_clip=0.9)
-        flips[name] = 0.0
-        for _ in range(30):
-            before = p.detach().clone()
-            p.grad = torch.randn(2000, generator=generator)
-            optimizer.step()
-            flips[name] += optimizer.last_step_stats()["sign_flips"]
-            assert optimizer.last_step_stats()["sign_flips"] == int((before * p < 0).sum())
-        signs = torch.sign(p.detach())
-    assert flips["E0M7"] > 100
-    assert flips["E7M0"] == 0
-    assert (signs != 0).all()
+@pytest.mark.parametrize(("name", "crosses"), [("E0M7", True), ("E7M0", False)])
+def test_steps_below_one_rung_cannot_cross_zero_on_e7m0(name, crosses):
+    """One rung of E7M0 is the weight itself: a smaller step halves the weight at most. Uniform grids walk through zero."""
+    generator = torch.Generator().manual_seed(0)
+    p = Parameter(quantize(torch.randn(2000, generator=generator) * 0.02, name))
+    optimizer = GridOptim([p], name, lr=0.7, momentum=0.0, rung_clip=0.9)
+    start = p.detach().clone()
+    for _ in range(30):
+        p.grad = torch.randn(2000, generator=generator)
+        optimizer.step()
+    changed = int((start * p.detach() < 0).sum())
+    assert (changed > 100) if crosses else (changed == 0)
+
+
+def test_sign_flips_are_reported():
+    generator = torch.Generator().manual_seed(0)
+    p = Parameter(quantize(torch.randn(2000, generator=generator), "E7M0"))
+    optimizer = GridOptim([p], "E7M0", lr=2.0, momentum=0.0)
+    before = p.detach().clone()
+    p.grad = torch.randn(2000, generator=generator)
+    optimizer.step()
+    assert optimizer.last_step_stats()["sign_flips"] == int((before * p.detach() < 0).sum()) > 300
 
 
 def test_saturation_is_counted():

@@ -1,0 +1,1 @@
+"""Fused optimizer steps for the CPU, and the rule of which parameters take them."""

@@ -1,0 +1,149 @@
+"""What the fused CPU steps are made of: the table of a step's numbers, small arithmetic, counting, and binding.
+
+A step is a template whose constants (`Variant`) and parts are bound to its globals before it is compiled; its name, by
+which Numba keeps the result on disk, carries them with a stamp of the sources.
+"""
+
+# ruff: noqa: F821  (names are bound to the templates, and Numba compiles what is plain)
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+from pathlib import Path
+from types import FunctionType
+from typing import NamedTuple
+
+import numpy as np
+from numba.extending import intrinsic
+
+from altgrad.quantization.kernels import cpu_bits, cpu_llvm, cpu_loops
+from altgrad.quantization.kernels.cpu_llvm import FLOAT32, add, band, below, bits_of, float_of, load, low_word
+
+TILE = 2048  # elements whose temporaries stay in the first-level cache
+COUNT_TILE = cpu_loops.STATS_TILE  # elements per row of counts; the driver's chunk borders are multiples of it
+COUNT_FIELDS = 6  # attempted, flips, stalled, sign flips, clipped, saturated
+
+
+class Rule(IntEnum):
+    """How weights are moved."""
+
+    ADAM = 0
+    RUNGS = 1
+    LION = 2
+    SIGN = 3
+    MADAM = 4
+    LNS = 5
+
+
+class Landing(IntEnum):
+    """What becomes of the attempted weights."""
+
+    NONE = 0  # they are written as they are
+    ROUND = 1  # rounded to the grid, and counted
+    KAHAN = 2  # rounded; the error goes to a bfloat16 buffer
+    ECO = 3  # rounded; the error goes to the first moment
+
+
+class Field(IntEnum):
+    """Words of a step's table: addresses, bit patterns, then float64 numbers."""
+
+    SECOND = 0  # address: second moment
+    EXTRA = 1  # address: Kahan's buffer
+    ROUND_LOOP = 2  # address: the quantization loop
+    ROUND_TABLE = 3  # address: its table
+    EMIN_BITS = 4  # float32 bits of 2^emin
+    EMIN_FIELD = 5  # float64 exponent field of 2^emin
+    MANTISSA = 6  # mantissa bits of the format
+    RELATIVE = 7  # 2^-M
+    LIMIT = 8  # the format's max
+    KEEP = 9  # share of the new value in the first moment; momentum (rungs)
+    BETA2 = 10
+    REST2 = 11  # 1 - beta2; share of the new value in Lion's average
+    ROOT = 12  # sqrt(1 - beta2^t) (Adam); 1 - beta^t (Madam)
+    EPS = 13
+    SIZE = 14  # -lr / (1 - beta1^t) (Adam), -lr
+    DECAYED = 15  # 1 - rate of decay; rate (rungs, Kahan)
+    CLIP = 16  # largest |rungs|; largest normalised gradient (Madam)
+    SHARE = 17  # ECO: (1 - beta1^t) / lr * (1 - 1 / beta1)
+    BOUND = 18  # Madam: largest |w|
+
+
+class Variant(NamedTuple):
+    """What one compiled step does: the constants of its template."""
+
+    RULE: int
+    LANDING: int = Landing.NONE
+    SPACING: int = 0  # 0 none, 1 by exponent, 2 uniform
+    ON_GRADIENT: bool = False  # spacing times gradient goes into the moments
+    ON_STEP: bool = False  # spacing times the step
+    STOCHASTIC: bool = False  # of rules that round by themselves
+    FMA: bool = False  # fused multiply-add where torch's kernels have it
+
+
+@intrinsic
+def llvm_fma(typing_context, a, b, c):
+    """a * b + c, rounded once."""
+
+    def generate(context, builder, signature, args):
+        return builder.fma(*args)
+
+    return a(a, a, a), generate
+
+
+def _multiply_add(a, b, c):
+    """a * b + c, rounded once where torch's kernels do so."""
+    return fma(a, b, c) if FMA else a * b + c
+
+
+def _lerp(start, end, share):
+    """start + share * (end - start) for share < 0.5, else end - (end - start) * (1 - share), as torch's lerp."""
+    half = np.float32(0.5)
+    base = start if share < half else end
+    part = share if share < half else share - np.float32(1)
+    return multiply_add(part, end - start, base)
+
+
+def _spacing(w, s, emin_bits, relative):
+    """scale * 2^(max(floor(log2|w / s|), emin) - M)."""
+    if SPACING == 2:
+        return s * relative
+    bits = band(bits_of(w / s), low_word(emin_bits, np.uint64(0x7F800000)))
+    bits = emin_bits if below(bits, emin_bits) else bits
+    return float_of(bits) * relative * s
+
+
+def _tally(before, aim, landed, limit, count):
+    """(attempted, flips, stalled, sign flips, saturated) of a tile, in 32-bit lanes."""
+    zero, one = np.uint32(0), np.uint32(1)
+    attempted, flips, stalled, crossed, beyond = zero, zero, zero, zero, zero
+    for i in range(count):
+        x = load(before, i, FLOAT32)
+        y = load(landed, i, FLOAT32)
+        target = load(aim, i, FLOAT32)
+        tried = target != x
+        moved = y != x
+        attempted = add(attempted, one if tried else zero)
+        flips = add(flips, one if moved else zero)
+        stalled = add(stalled, one if tried and not moved else zero)
+        crossed = add(crossed, one if x * y < np.float32(0) else zero)
+        beyond = add(beyond, one if abs(target) > limit else zero)
+    return np.int64(attempted), np.int64(flips), np.int64(stalled), np.int64(crossed), np.int64(beyond)
+
+
+_SOURCES = [Path(module.__file__) for module in (cpu_bits, cpu_llvm, cpu_loops)]
+
+
+def stamp(*files: str) -> str:
+    """A hash of the sources that a compiled step depends on."""
+    paths = [*_SOURCES, Path(__file__), *map(Path, files)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def bind(template, variant: Variant, mark: str, **constants):
+    """A copy of `template` that sees the variant's fields and `constants` as globals, under a name of its own."""
+    bound = {**variant._asdict(), **constants}
+    label = "_".join(f"{k}{int(v)}" for k, v in variant._asdict().items()).lower()
+    name = f"{template.__name__}_{label}_{mark}"
+    function = FunctionType(template.__code__, {**template.__globals__, **bound}, name)
+    function.__qualname__ = name
+    return function

@@ -1,0 +1,169 @@
+"""The torch side of the fused CPU steps: which parameters can take one, and the call.
+
+Rule, by capability alone and never by timing: a CPU parameter in float32 with a dense contiguous gradient, moments kept
+in full, one scale or one per contiguous row, and a grid whose exponents float32 has as normal numbers. All others take
+the plain torch path, which gives the same results (to an ulp of the attempted weight, where a compiler's fused
+multiply-add differs).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from altgrad.errors import OptionError
+from altgrad.optim import moments
+from altgrad.optim.grid import scale_as_rows
+from altgrad.quantization import FP32, FloatFormat, Overflow, Rounding
+from altgrad.quantization.kernels.grid_facts import family_of, float32_arithmetic_suffices, grid_table
+from altgrad.quantization.parameter_grid import ParameterGrid
+
+SHORTEST_ROW = 16
+RANDOM_BITS = 24  # of stochastic landings, as `quantize` has it
+_REALS = ParameterGrid(FP32)
+ADAM, RUNGS, LION, SIGN, MADAM, LNS = range(6)  # as cpu_parts.Rule, which imports Numba and is loaded on first use
+NONE, ROUND, KAHAN, ECO = range(4)  # as cpu_parts.Landing
+
+
+def why_not(slot: Any, group: dict[str, Any]) -> str | None:
+    """Why a parameter cannot take a fused step, or None if it can."""
+    weight, grid = slot.weight, slot.grid
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or slot.parameter.dtype != torch.float32:
+        return f"it is {slot.parameter.dtype} on {weight.device}, not float32 on a CPU"
+    if not (weight.is_contiguous() and slot.grad.is_contiguous()):
+        return "weight or gradient is not contiguous"
+    if any(moments.moment_formats(group["moment_format"])):
+        return "its moments have a format"
+    if grid is None:
+        return None
+    if not float32_arithmetic_suffices(grid.format):
+        return f"{grid.format} reaches into float32's subnormal numbers"
+    if not grid.format.has_subnormals and grid.format.mantissa_bits:
+        return f"{grid.format} has a gap around zero"
+    rows = scale_as_rows(grid.scale, weight)
+    if rows is None or (rows[0].numel() > 1 and rows[1] < SHORTEST_ROW):
+        return "its scales do not cover contiguous rows"
+    return None
+
+
+def takes_fused(slot: Any, group: dict[str, Any]) -> bool:
+    """Whether the fused step runs.
+
+    Raises:
+        OptionError: `fused=True` was asked for and cannot be had.
+    """
+    if group["fused"] is False:
+        return False
+    reason = why_not(slot, group)
+    if reason is not None and group["fused"]:
+        raise OptionError(f"fused=True, but parameter {slot.index} cannot take a fused step: {reason}; use fused=None")
+    return reason is None
+
+
+@cache
+def _has_fma() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch's own kernels fuse there
+
+
+@cache
+def _step(rule: int, landing: int, spacing: int, on_gradient: bool, on_step: bool, stochastic: bool) -> int:
+    from altgrad.optim.kernels import cpu_parts, cpu_steps
+
+    variant = cpu_parts.Variant(rule, landing, spacing, on_gradient, on_step, stochastic, _has_fma())
+    return cpu_steps.compiled(variant)
+
+
+@cache
+def _rounding_loop(fmt: FloatFormat, rounding: str) -> tuple[int, int]:
+    """(address of the quantization loop, address of its table) for float32 values and saturation."""
+    from altgrad.quantization.kernels import cpu_llvm, cpu_loops
+
+    mode = Rounding(rounding)
+    family = family_of(fmt, mode, Overflow.SATURATE, RANDOM_BITS, False)
+    loop = cpu_loops.compiled(cpu_loops.Variant(cpu_llvm.FLOAT32, int(family)))
+    return loop, grid_table(fmt, mode, Overflow.SATURATE, False, RANDOM_BITS, False).ctypes.data
+
+
+def run(
+    slot: Any,
+    first: Tensor,
+    second: Tensor | None = None,
+    extra: Tensor | None = None,
+    *,
+    rule: int,
+    landing: int = NONE,
+    rounding: str | None = None,
+    key: tuple[int, int] | None = None,
+    spacing: bool = False,
+    on_gradient: bool = False,
+    on_step: bool = False,
+    **numbers: float,
+) -> Tensor | None:
+    """One fused step of one parameter, in place.
+
+    Args:
+        first, second, extra: the state that the rule updates.
+        rule, landing: `cpu_parts.Rule` and `cpu_parts.Landing`.
+        rounding, key: of the landing.
+        spacing, on_gradient, on_step: whether the grid spacing is used, and on what.
+        numbers: hyperparameters by `cpu_parts.Field` name, in lower case.
+
+    Returns:
+        float64 [6], the counts of the landing; None without one.
+    """
+    from altgrad.optim.kernels.cpu_parts import COUNT_FIELDS, COUNT_TILE, Field
+    from altgrad.quantization.kernels import cpu_threads
+
+    grid = slot.grid or _REALS
+    fmt, count = grid.format, slot.weight.numel()
+    kind = 0 if not spacing else (2 if fmt.bias is None else 1)
+    by_itself = rule in (RUNGS, LNS) and rounding == "stochastic"
+    loop = _step(rule, landing, kind, on_gradient, on_step, by_itself)
+    table = np.zeros(len(Field), np.uint64)
+    values = table.view(np.float64)
+    table[Field.SECOND] = 0 if second is None else second.data_ptr()
+    table[Field.EXTRA] = 0 if extra is None else extra.data_ptr()
+    if landing and rule not in (RUNGS, LNS):
+        assert rounding is not None
+        table[Field.ROUND_LOOP], table[Field.ROUND_TABLE] = _rounding_loop(fmt, rounding)
+    table[Field.EMIN_BITS] = max(fmt.emin + 127, 0) << 23
+    table[Field.EMIN_FIELD] = fmt.emin + 1023
+    table[Field.MANTISSA] = fmt.mantissa_bits
+    values[Field.RELATIVE] = 2.0**-fmt.mantissa_bits
+    values[Field.LIMIT] = fmt.max
+    for name, number in numbers.items():
+        values[Field[name.upper()]] = number
+    rows = scale_as_rows(grid.scale, slot.weight)
+    assert rows is not None
+    scales, inner = rows
+    partials = torch.empty(-(-count // COUNT_TILE), COUNT_FIELDS, dtype=torch.float64) if landing else None
+    seed, stream = signed(key or (0, 0))
+    cpu_threads.run(
+        loop,
+        count,
+        table.ctypes.data,
+        slot.weight.data_ptr(),
+        slot.grad.data_ptr(),
+        first.data_ptr(),
+        scales.data_ptr() if scales.numel() > 1 else 0,
+        float(scales[0]),
+        inner,
+        scales.numel(),
+        seed,
+        stream,
+        0 if partials is None else partials.data_ptr(),
+    )
+    for written in (slot.parameter, first, second, extra):
+        if written is not None:
+            torch.autograd.graph.increment_version(written)
+    return None if partials is None else partials.sum(dim=0)
+
+
+def signed(key: tuple[int, int]) -> tuple[int, int]:
+    """Both words as signed 64-bit integers."""
+    seed, stream = ((word + 2**63) % 2**64 - 2**63 for word in key)
+    return seed, stream
