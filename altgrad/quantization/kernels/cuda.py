@@ -6,8 +6,6 @@ tensors. Division is IEEE division (`div_rn`) and fused multiply-add is switched
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +20,14 @@ from altgrad.quantization.kernels.cuda_bits import (
     count,
     device_table,
     float_of,
+    key_tensor,
+    narrow,
+    on_device,
     read_grid,
     round_element,
     store_counts,
     total,
+    widen,
 )
 from altgrad.quantization.kernels.grid_facts import addition_rounds, float32_arithmetic_suffices
 from altgrad.quantization.kernels.result import Outputs
@@ -61,8 +63,7 @@ def _process(
     index = program.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     valid = index < size
     grid = read_grid(table, WIDE)
-    v = tl.load(x + index, mask=valid, other=0.0)
-    v = v.to(tl.float64) if DOUBLE else v.to(tl.float32)
+    v = widen(tl.load(x + index, mask=valid, other=0.0))
     scale = tl.load(scales) if ONE_SCALE else tl.load(scales + (index // inner) % channels, mask=valid, other=1.0)
     y = v / scale if DOUBLE else tl.math.div_rn(v, scale + tl.zeros_like(v))
     wide_v = v.to(tl.float64) if WIDE else v
@@ -70,13 +71,13 @@ def _process(
     payload, over = round_element(wide_v, wide_y, index, key, random_bits, grid, MODE, WIDE)
     result = float_of(payload, WIDE).to(v.dtype) * scale
     if VALUES:
-        tl.store(out + index, result.to(out.dtype.element_ty), mask=valid)
+        tl.store(out + index, narrow(result, out.dtype.element_ty), mask=valid)
     if CODES:
         code, problem = code_of(payload, grid, WIDE)
         tl.store(codes + index, code.to(codes.dtype.element_ty), mask=valid)
         tl.store(problems + program, tl.max(tl.where(valid, problem, problem * 0).to(tl.int32)))
     if STATS:
-        kept = result.to(x.dtype.element_ty)
+        kept = widen(narrow(result, x.dtype.element_ty))
         amax, overflows, underflows, nonfinites, errors, squares = count(v, kept, over, valid, over & False)
         store_counts(partials, program, amax, overflows, underflows, nonfinites, errors, squares)
 
@@ -97,12 +98,7 @@ def _decode(
     valid = index < size
     code = tl.load(codes + index, mask=valid, other=0).to(tl.int64)
     scale = tl.load(scales) if ONE_SCALE else tl.load(scales + (index // inner) % channels, mask=valid, other=1.0)
-    tl.store(out + index, (tl.load(values + code) * scale).to(out.dtype.element_ty), mask=valid)
-
-
-def on_device(x: Tensor):
-    """Context in which kernels launch on x's GPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    tl.store(out + index, narrow(tl.load(values + code) * scale, out.dtype.element_ty), mask=valid)
 
 
 def _scales(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tensor, int, int]:
@@ -179,13 +175,6 @@ def process(
         target = out.copy_(target)
     found = 0 if problems is None or not programs else problems.amax()
     return Outputs(target, coded, total(partials, size) if stats else None, found)
-
-
-def key_tensor(key: tuple[int, int] | Tensor | None, device: torch.device) -> Tensor | None:
-    """(seed, stream) as an int64 tensor on the device."""
-    if key is None or isinstance(key, Tensor):
-        return None if key is None else key.to(device)
-    return torch.tensor(key, dtype=torch.int64).to(device)
 
 
 def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:

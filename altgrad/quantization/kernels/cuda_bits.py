@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -124,6 +125,31 @@ def bits_of(x, WIDE: tl.constexpr):
 def float_of(bits, WIDE: tl.constexpr):
     """Floats of bit patterns."""
     return bits.to(tl.float64, bitcast=True) if WIDE else bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def widen(v):
+    """Loaded elements as float32 (float64 stays); bf16 by its bits, so that subnormals come through everywhere."""
+    if v.dtype == tl.bfloat16:
+        wide = (v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif v.dtype == tl.float64:
+        wide = v
+    else:
+        wide = v.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def narrow(r, dtype: tl.constexpr):
+    """Results in the stored dtype, rounded once to nearest even."""
+    if dtype == tl.bfloat16:
+        bits = r.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        kept = tl.where(r == r, rounded, bits | 0x400000)
+        stored = (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        stored = r.to(dtype)
+    return stored
 
 
 @triton.jit
@@ -277,3 +303,15 @@ def total(partials: torch.Tensor, elements: int) -> torch.Tensor:
     sums = partials[:, 1:].sum(dim=0)
     amax = partials[:, :1].amax(dim=0) if len(partials) else partials.new_zeros(1)
     return torch.cat([amax, partials.new_full((1,), float(elements)), sums])
+
+
+def on_device(x: torch.Tensor):
+    """Context in which kernels launch on x's GPU."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def key_tensor(key: tuple[int, int] | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """(seed, stream) as an int64 tensor on the device."""
+    if key is None or isinstance(key, torch.Tensor):
+        return None if key is None else key.to(device)
+    return torch.tensor(key, dtype=torch.int64).to(device)
