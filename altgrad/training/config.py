@@ -135,12 +135,14 @@ class VerdictSection(_Section):
     """Bad: above the first loss by this fraction. 5% is beyond the batch noise of an untrained model."""
     divergence_ratio: Annotated[float, Field(gt=1.0)] = 2.0
     """Bad as well: above the best smoothed loss by this factor."""
-    freeze_window: Annotated[int, Field(ge=2)] = 50
+    freeze_window: Positive = 50
     """Consecutive steps, after warmup, over which a freeze must show."""
     freeze_stall_rate: Fraction = 0.95
     """Of the attempted weight updates, the fraction lost to rounding in every step of the window."""
+    freeze_smoothing: Positive = 25
+    """The loss is smoothed by the mean over so many steps: a batch's noise of 3% becomes 0.6%."""
     freeze_improvement: NonNegativeFloat = 0.001
-    """Smallest relative fall of the mean loss from the window's first to its second half that counts as learning."""
+    """A smoothed loss lower than its best by this fraction counts as learning."""
 
 
 class ClippingSection(_Section):

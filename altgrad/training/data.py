@@ -213,7 +213,7 @@ def _spread(tokens: np.ndarray) -> Iterator[np.ndarray]:
 def _fingerprint(tokens: np.ndarray) -> str:
     digest = hashlib.sha256(str(tokens.nbytes).encode())
     for block in _spread(tokens):
-        digest.update(np.ascontiguousarray(block))
+        digest.update(block.tobytes())
     return digest.hexdigest()
 
 

@@ -151,7 +151,7 @@ class FormatExperimentRunner:
             self.trackers = make_trackers(self.config, self.run_dir, self.plan.run_id, self.listener.said)
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.trackers.log)
         self._stopping = self.ranks.any(bool(self.stop))
-        trainer.measuring.sink = lambda records: [self.metrics.write(record) for record in records]
+        trainer.measuring.sink = self._log_all
         self._since = time.monotonic() - self.tally.elapsed_s
         try:
             if resumed:
@@ -208,13 +208,19 @@ class FormatExperimentRunner:
         if last or trainer.step % config.checkpoint_interval == 0 or self._stopping:
             self._checkpoint()
 
+    def _log_all(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self.metrics.write(record)
+
     def _log_step(self, record: StepRecord, tokens_per_s: float, *, new_verdict: bool) -> None:
         facts = {name: value for name, value in vars(record).items() if name not in ("events", "verdict")}
         self.metrics.write({"kind": "step", **facts, "tokens_per_s": tokens_per_s, "elapsed_s": self.tally.elapsed_s})
         for event in record.events:
             self.metrics.write({"kind": "event", "step": record.step, **event})
         if new_verdict:
-            self.metrics.write({"kind": "event", "step": record.step, "event": "verdict", **(self.tally.verdict or {})})
+            self.metrics.write(
+                {"kind": "event", "step": record.step, "event": "verdict", "verdict": self.tally.verdict}
+            )
 
     def _evaluate(self) -> None:
         assert self.trainer is not None

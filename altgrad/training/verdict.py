@@ -3,7 +3,7 @@
 nonfinite   loss or gradients were NaN or inf in `nonfinite_patience` consecutive steps, and no format is left to shift to
 divergence  for `divergence_window` consecutive steps the loss was above where it started, or far above its best
 freeze      for `freeze_window` consecutive steps nearly all attempted weight updates were lost to rounding while the
-            gradients were nonzero, and the mean loss did not fall from the window's first half to its second
+            gradients were nonzero, and the smoothed loss set no new best (so noise alone does not make one)
 
 A run that merely ends worse than another has not collapsed. The judge's state is plain data, so it is checkpointed and
 replayed with the rest of the run.
@@ -65,7 +65,10 @@ class Judge:
     above_start_since: int | None = None
     above_best_since: int | None = None
     stalled_since: int | None = None
-    losses: list[float] = field(default_factory=list)  # the last ones, finite only, as many as a freeze needs
+    best_smoothed: float | None = None  # of the loss smoothed over `freeze_smoothing` steps
+    best_at: int = 0  # the step of that best
+    improved_at: int = 0  # the same, but 0 while it is the first, which improved on nothing
+    losses: list[float] = field(default_factory=list)  # the last ones, finite only, as many as smoothing needs
 
     def see(self, facts: StepFacts, *, can_shift: bool = False) -> Verdict | None:
         """Take a step into account.
@@ -78,7 +81,7 @@ class Judge:
         self.nonfinite_since = None
         if self.first_loss is None:
             self.first_loss = facts.loss
-        self.losses = [*self.losses, facts.loss][-self.limits.freeze_window :]
+        self.losses = [*self.losses, facts.loss][-max(SMOOTHING_STEPS, self.limits.freeze_smoothing) :]
         return self._see_divergence(facts) or self._see_freeze(facts)
 
     def forget(self) -> None:
@@ -115,7 +118,8 @@ class Judge:
         return None
 
     def _see_freeze(self, facts: StepFacts) -> Verdict | None:
-        limits, window = self.limits, self.limits.freeze_window
+        limits = self.limits
+        self._note_improvement(facts.step)
         stalled = (
             facts.stall_rate is not None
             and facts.stall_rate >= limits.freeze_stall_rate
@@ -123,28 +127,29 @@ class Judge:
             and not facts.warmup
         )
         self.stalled_since = _streak(self.stalled_since, facts.step, stalled)
-        if self.stalled_since is None or facts.step - self.stalled_since + 1 < window or len(self.losses) < window:
+        if self.stalled_since is None or self.best_smoothed is None:
             return None
-        half = window // 2
-        early, late = sum(self.losses[:half]) / half, sum(self.losses[-half:]) / half
-        improvement = (early - late) / abs(early) if early else 0.0
-        if improvement >= limits.freeze_improvement:
+        if facts.step - max(self.stalled_since - 1, self.best_at) < limits.freeze_window:
             return None
-        reason = (
-            f"at least {limits.freeze_stall_rate:.0%} of the attempted weight updates were lost to rounding in each of "
-            f"{window} steps with nonzero gradients, and the mean loss changed from {early:.4f} to {late:.4f} "
-            f"(an improvement of {improvement:.2%}, less than {limits.freeze_improvement:.2%})"
-        )
+        onset = max(self.stalled_since, self.improved_at + 1)
         assert facts.stall_rate is not None
-        return Verdict(
-            "freeze",
-            facts.step - window + 1,
-            facts.step,
-            "stall_rate",
-            facts.stall_rate,
-            limits.freeze_stall_rate,
-            reason,
+        reason = (
+            f"for {limits.freeze_window} steps with nonzero gradients at least {limits.freeze_stall_rate:.0%} of the "
+            f"attempted weight updates were lost to rounding, and the loss (mean of {limits.freeze_smoothing} steps) did "
+            f"not come {limits.freeze_improvement:.2%} below its best, {self.best_smoothed:.4f}"
         )
+        return Verdict("freeze", onset, facts.step, "stall_rate", facts.stall_rate, limits.freeze_stall_rate, reason)
+
+    def _note_improvement(self, step: int) -> None:
+        """Compare the smoothed loss with its best; the first one has nothing to improve on."""
+        recent = self.losses[-self.limits.freeze_smoothing :]
+        if len(recent) < self.limits.freeze_smoothing:
+            return
+        smoothed = sum(recent) / len(recent)
+        if self.best_smoothed is None:
+            self.best_smoothed, self.best_at = smoothed, step
+        elif smoothed < self.best_smoothed * (1 - self.limits.freeze_improvement):
+            self.best_smoothed, self.best_at, self.improved_at = smoothed, step, step
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the limits, as plain values."""

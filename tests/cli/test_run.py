@@ -138,7 +138,14 @@ def test_exit_codes():
 
 def test_a_collapse_fails_the_command_only_when_asked(config):
     freeze = ["fp8_format=E7M0", "weight_storage=grid", "optimizer.lr=1e-9", "max_steps=30", "verdict.freeze_window=4"]
-    arguments = ["run", config, *freeze, "verdict.freeze_improvement=1.0", "optimizer.warmup_steps=1"]
+    arguments = [
+        "run",
+        config,
+        *freeze,
+        "verdict.freeze_improvement=1.0",
+        "verdict.freeze_smoothing=2",
+        "optimizer.warmup_steps=1",
+    ]
     assert invoke(*arguments).exit_code == 0
     failed = invoke(*arguments, "--fail-on-collapse")
     assert failed.exit_code == 1

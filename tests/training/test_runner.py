@@ -226,19 +226,19 @@ FREEZE = {
     "weight_storage": "grid",
     "max_steps": 60,
     "optimizer": {"lr": 1e-9, "warmup_steps": 1},
-    "verdict": {"freeze_window": 10, "divergence_window": 10, "freeze_improvement": 1.0},
+    "verdict": {"freeze_window": 10, "divergence_window": 10, "freeze_improvement": 1.0, "freeze_smoothing": 4},
 }
 
 
 def test_a_collapse_stops_the_run_with_its_evidence_and_both_states(tmp_path):
     result = run(tmp_path, **FREEZE)
-    assert (result.status, result.steps) == ("collapsed", 11)
+    assert (result.status, result.steps) == ("collapsed", 14)
     assert result.verdict["kind"] == "freeze"
-    assert (result.verdict["onset_step"], result.verdict["detected_step"]) == (2, 11)
+    assert (result.verdict["onset_step"], result.verdict["detected_step"]) == (2, 14)
     events = [e for e in metrics(result.run_dir, "event") if e["event"] == "verdict"]
-    assert [e["step"] for e in events] == [11]
+    assert [e["step"] for e in events] == [14]
     kept = result.run_dir / "checkpoints"
-    assert (kept / "collapsed-00000011").is_dir()
+    assert (kept / "collapsed-00000014").is_dir()
     assert (kept / "last-good-00000000").is_dir()
     reports = list((kept / "failure_reports").iterdir())
     assert {p.suffix for p in reports} >= {".md", ".html"}
@@ -249,7 +249,7 @@ def test_a_collapse_stops_the_run_with_its_evidence_and_both_states(tmp_path):
 def test_a_collapse_can_be_trained_through(tmp_path):
     result = run(tmp_path, "verdict.stop=false", **{**FREEZE, "max_steps": 20})
     assert (result.status, result.steps) == ("collapsed", 20)
-    assert result.verdict["detected_step"] == 11
+    assert result.verdict["detected_step"] == 14
 
 
 def test_the_last_good_checkpoint_is_finite_and_before_the_onset(tmp_path):

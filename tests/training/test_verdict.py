@@ -1,6 +1,7 @@
 """Verdicts: the exact onset and detection steps, and what is not a collapse."""
 
 import math
+import random
 
 import pytest
 
@@ -73,38 +74,63 @@ def test_divergence_far_above_the_best():
     assert verdict.threshold == pytest.approx(2 * 1.11)
 
 
+STUCK = {"loss": 4.8, "stall_rate": 0.97}
+
+
 def test_freeze_needs_stall_and_no_progress_and_gradients():
-    stuck = [{"loss": 4.8, "stall_rate": 0.97}] * 60
-    verdict = judge([*falling(20), *stuck])
+    verdict = judge([{**STUCK, "warmup": step < 20} for step in range(80)])
     assert verdict is not None
-    assert (verdict.kind, verdict.onset_step, verdict.detected_step) == ("freeze", 21, 70)
+    assert (verdict.kind, verdict.onset_step, verdict.detected_step) == ("freeze", 21, 75)
     assert (verdict.metric, verdict.value, verdict.threshold) == ("stall_rate", 0.97, 0.95)
-    assert judge([{**s, "stall_rate": 0.94} for s in stuck]) is None
-    assert judge([{**s, "grad_norm": 0.0} for s in stuck]) is None
-    assert judge([{**s, "warmup": True} for s in stuck]) is None
-    assert judge([{**s, "stall_rate": None} for s in stuck]) is None
+    assert judge([STUCK] * 80).onset_step == 1
+    assert judge([{**STUCK, "stall_rate": 0.94}] * 200) is None
+    assert judge([{**STUCK, "grad_norm": 0.0}] * 200) is None
+    assert judge([{**STUCK, "stall_rate": None}] * 200) is None
     assert judge([{"loss": 5 - 0.01 * i, "stall_rate": 0.99} for i in range(200)]) is None
 
 
+def test_one_step_that_moves_weights_starts_the_stretch_anew():
+    verdict = judge([*[STUCK] * 49, {**STUCK, "stall_rate": 0.5}, *[STUCK] * 60])
+    assert verdict is not None
+    assert (verdict.onset_step, verdict.detected_step) == (51, 100)
+
+
 def test_a_freeze_begins_where_progress_ends():
-    steps = [{"loss": 5 - 0.01 * min(i, 100), "stall_rate": 0.99} for i in range(200)]
+    steps = [{"loss": 5 - 0.01 * min(i, 100), "stall_rate": 0.99} for i in range(300)]
     verdict = judge(steps)
     assert verdict is not None
     assert verdict.kind == "freeze"
-    assert 80 <= verdict.onset_step <= 101
+    assert 101 <= verdict.onset_step <= 101 + LIMITS.freeze_smoothing
     assert verdict.detected_step == verdict.onset_step + LIMITS.freeze_window - 1
 
 
+def test_a_run_frozen_from_the_start_has_its_onset_there():
+    verdict = judge([STUCK] * 100)
+    assert verdict is not None
+    assert (verdict.onset_step, verdict.detected_step) == (1, LIMITS.freeze_smoothing + LIMITS.freeze_window)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_slow_learning_in_noisy_batches_is_not_called_a_freeze(seed):
+    noise = random.Random(seed)
+    slow = [{"loss": (5 - 0.002 * i) * (1 + noise.gauss(0, 0.03)), "stall_rate": 0.99} for i in range(500)]
+    assert judge(slow) is None
+    frozen = [{"loss": 5 * (1 + noise.gauss(0, 0.03)), "stall_rate": 0.99} for _ in range(500)]
+    verdict = judge(frozen)
+    assert verdict is not None
+    assert verdict.detected_step <= 200
+
+
 def test_thresholds_come_from_the_config():
-    limits = VerdictSection(freeze_window=10, freeze_stall_rate=0.5)
+    limits = VerdictSection(freeze_window=10, freeze_smoothing=5, freeze_stall_rate=0.5)
     verdict = judge([{"stall_rate": 0.6}] * 20, limits=limits)
     assert verdict is not None
-    assert (verdict.detected_step, verdict.threshold) == (10, 0.5)
+    assert (verdict.detected_step, verdict.threshold) == (15, 0.5)
 
 
-@pytest.mark.parametrize("state_at", [1, 15, 40, 69, 70])
+@pytest.mark.parametrize("state_at", [1, 15, 40, 69, 92])
 def test_the_state_carries_every_stretch(state_at):
-    steps = [*falling(20), *[{"loss": 4.8, "stall_rate": 0.97}] * 60]
+    steps = [*falling(20), *[STUCK] * 100]
     assert judge(steps, state_at=state_at) == judge(steps)
     steps = [*falling(20), *[{"loss": 5.3}] * 60]
     assert judge(steps, state_at=state_at) == judge(steps)
@@ -116,4 +142,4 @@ def test_a_shift_starts_every_stretch_anew():
         assert watching.see(StepFacts(step, 4.8, True, 1.0, 0.99)) is None
     watching.forget()
     verdicts = [watching.see(StepFacts(step, 4.8, True, 1.0, 0.99)) for step in range(40, 91)]
-    assert [v.onset_step for v in verdicts if v] == [40, 41]
+    assert [v.onset_step for v in verdicts if v] == [40, 40]
