@@ -80,6 +80,7 @@ class Monitor:
         named = dict(model.named_parameters() if parameters is None else parameters)
         self._names = {id(p): _layer_name(name) for name, p in named.items() if p.requires_grad}
         self._parameters = {id(p): p for p in named.values() if p.requires_grad}
+        self._embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._own_counts = getattr(
             optimizer, "grid_step_counts", None
         )  # of an optimizer that rounds to the grid itself
@@ -234,7 +235,13 @@ class Monitor:
         if counted is not None:
             vector = vector.clone()
             vector[[FIELD["attempted"], FIELD["flips"], FIELD["stalled"]]] = counted[:3].to(vector)
-        self._add(key, vector, found, Watched(self._names[key], due, str(fmt), stored=True), rounding)
+        self._add(
+            key,
+            vector,
+            found,
+            Watched(self._names[key], due, str(fmt), stored=True, shape=tuple(parameter.shape)),
+            rounding,
+        )
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -273,7 +280,8 @@ class Monitor:
         name = self._names.get(key)
         if name is None or not self._fused:
             return frozenset()
-        return frozenset(group for group in self._fused if self.schedule.groups[group].covers(name))
+        groups = frozenset(group for group in self._fused if self.schedule.groups[group].covers(name))
+        return groups - {"units"} if name in self._embeddings else groups  # a token that did not occur is not dead
 
     @torch.no_grad()
     def _before_update(self) -> None:
@@ -319,7 +327,9 @@ class Monitor:
         found = measure_update(
             before, after, gradient=parameter.grad, format=fmt, scale=scale, near_zero=self.near_zero
         )
-        watched = Watched(self._names[key], self._due_for(key), None if fmt is None else str(fmt))
+        watched = Watched(
+            self._names[key], self._due_for(key), None if fmt is None else str(fmt), shape=tuple(parameter.shape)
+        )
         self._add(key, found.vector, found, watched, Rounding.NEAREST_EVEN)
 
     def _add(self, key: int, vector: Tensor, found, watched: Watched, rounding: Rounding) -> None:
@@ -416,13 +426,14 @@ class _Step:
         total[:, :7].index_add_(0, where, rows)
         total[:, 0] = rows.new_zeros(len(index)).scatter_reduce_(0, where, rows[:, 0], "amax", include_self=True)
         last = {entry[0]: entry[2] for entry in entries}
-        scales = [s if not isinstance(s, Tensor) or s.numel() == 1 else torch.nan for s in last.values()]
-        total[:, 7] = torch.stack([_scalar(s, rows) for s in scales])
+        total[:, 7] = torch.stack([_one_scale(scale, rows) for scale in last.values()])
         self.slots, self.operands = list(index), total
 
 
-def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
+def _one_scale(scale: Any, like: Tensor) -> Tensor:
+    """A number or tensor as a 0-d tensor like `like`; NaN for a tensor of several."""
+    one = torch.as_tensor(scale).reshape(-1)
+    return (one[0] if one.numel() == 1 else torch.tensor(torch.nan)).to(like)
 
 
 def _to_records(steps: list[_Step]) -> list[Record]:

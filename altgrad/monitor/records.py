@@ -102,12 +102,14 @@ class Watched:
         format: the grid that it was measured on; None: the carrier's own.
         stored: it lives on that grid, so that an update without a new code is a stall. Otherwise (a float32 master copy
             quantized at use) it is called `code_unchanged`.
+        shape: of a matrix, to make its dead outputs (rows) and inputs (columns) fractions.
     """
 
     layer: str
     due: frozenset[str]
     format: str | None = None
     stored: bool = False
+    shape: tuple[int, ...] = ()
 
 
 def update_records(step: int, watched: Sequence[Watched], raw: np.ndarray, predicted: np.ndarray) -> list[Record]:
@@ -118,6 +120,9 @@ def update_records(step: int, watched: Sequence[Watched], raw: np.ndarray, predi
         columns = [(name, group, values.tolist()) for name, (group, values) in named.items()]
         for i, one in enumerate(watched):
             found = {name: v[i] for name, group, v in columns if group in one.due and v[i] == v[i]}
+            for name, size in zip(("dead_outputs", "dead_inputs"), one.shape, strict=False):
+                if name in found:
+                    found[name] /= size
             if not one.stored and "stall" in found:
                 found["code_unchanged"] = found.pop("stall")
             if not found:

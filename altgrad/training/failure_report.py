@@ -157,7 +157,7 @@ def gather(
         ),
         loss=loss_around(steps, verdict.get("onset_step")),
         loss_steps=list(steps) or None,
-        loss_values=[_number(s["loss"]) for s in steps.values()] or None,  # type: ignore[arg-type]
+        loss_values=[_loss(s) for s in steps.values()] or None,
         gradient=gradient,
         zero_update_layers=[r["layer"] for r in updates if r["flips"] == 0] if updates else None,
         layers_measured=len(updates) or None,
@@ -178,9 +178,9 @@ def loss_around(steps: Mapping[int, Record], onset: int | None) -> LossAround | 
     """Loss at the step before the onset, at it, at the last step, and the best finite one."""
     if not steps or onset is None:
         return None
-    losses = {step: _number(record["loss"]) for step, record in steps.items()}
+    losses = {step: _loss(record) for step, record in steps.items()}
     before = [step for step in losses if step < onset]
-    finite = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+    finite = [(loss, step) for step, loss in losses.items() if math.isfinite(loss)]
     at = lambda step: (step, losses[step]) if step in losses else None  # noqa: E731
     best = min(finite) if finite else None
     return LossAround(
@@ -209,6 +209,7 @@ def gradient_facts(records: Iterable[Record]) -> GradientFacts | None:
 
 
 _SPARSITY = ("zero_frac", "near_zero_frac", "nonfinite_frac")
+_OPERANDS = ("input", "weight", "grad_output")
 _EXTRA = ("sqnr_db", "amax", "nonfinite_frac", "effective_rank")
 
 
@@ -218,10 +219,11 @@ def layer_rows(records: Iterable[Record]) -> list[LayerRow]:
     stall = {r["layer"]: r.get("stall") for r in records if r["role"] == "update"}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for r in records:
-        if r["role"] in ("input", "weight", "grad_output"):
+        if r["role"] in _OPERANDS:
             rows.setdefault((r["layer"], r["role"]), {}).update(r)
     found = []
-    for (layer, role), r in rows.items():
+    places = {layer: i for i, layer in enumerate(dict.fromkeys(layer for layer, _ in rows))}
+    for (layer, role), r in sorted(rows.items(), key=lambda row: (places[row[0][0]], _OPERANDS.index(row[0][1]))):
         lost = stall.get(layer) if role == "weight" else None
         if "overflow" in r or lost is not None:
             extra = {name: _number(r[name]) for name in _EXTRA if name in r}
@@ -374,6 +376,11 @@ def _number(value: Any) -> float | None:
     if isinstance(value, int | float):
         return float(value)
     return float(value) if value in ("nan", "inf", "-inf") else None
+
+
+def _loss(record: Record) -> float:
+    loss = _number(record["loss"])
+    return math.nan if loss is None else loss
 
 
 def _mean(values: Sequence[float]) -> float:
