@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from altgrad.nn import attach_optimizer, quantize_model, uniform
 from altgrad.nn.gemm import CPU_BF16_UNITS
+from altgrad.nn.layers import is_quantized
 from altgrad.training.model import GPT, GPTConfig
 
 MODELS = {
@@ -71,6 +72,14 @@ class Variant:
         loss.backward()
         self.optimizer.step()
 
+    def standing_bytes(self) -> int:
+        """Bytes of parameters, buffers, optimizer state and the codes of weights on a grid: what lives between steps."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        stores = {id(m.quantization.storage): m.quantization.storage for m in self.model.modules() if is_quantized(m)}
+        tensors += [store.codes for store in stores.values() if store is not None and store.codes is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def timed(self) -> None:
         """One step, its wall time kept."""
         start = time.perf_counter()
@@ -81,18 +90,21 @@ class Variant:
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:
-    """Largest sum of torch allocations during a step, in bytes, what lived before included."""
+    """Largest sum of torch's allocations during a step, in bytes, above what lived before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return max(int(e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]")
+    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    start = int(memory[0]["args"]["Total Allocated"]) - int(memory[0]["args"]["Bytes"])
+    return max(int(e["args"]["Total Allocated"]) for e in memory) - start
 
 
 GROUPS = (
@@ -169,9 +181,8 @@ def bench(name: str, recipes: list[str], rounds: int, device: str) -> dict:
     for variant in variants:
         median = statistics.median(variant.times)
         ratios = sorted(t / b for t, b in zip(variant.times, variants[0].times, strict=True))
-        peak = peak_bytes(variant.step, device)
-        others = sum(_bytes(v) for v in variants if v is not variant) if device == "cuda" else 0
-        peak -= others
+        variant.optimizer.zero_grad(set_to_none=True)
+        peak = peak_bytes(variant.step, device) + variant.standing_bytes()
         base_peak = base_peak or peak
         row = {
             "model": name,
@@ -200,14 +211,6 @@ def bench(name: str, recipes: list[str], rounds: int, device: str) -> dict:
         for group, ms in tables[variant.name]:
             print(f"    {group:32} {ms:8.1f} ms {100 * ms / total:5.1f}%")
     return {"model": name, "rows": rows, "profiles": tables}
-
-
-def _bytes(variant: Variant) -> int:
-    tensors = list(variant.model.parameters()) + [
-        t for s in variant.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)
-    ]
-    tensors += [p.grad for p in variant.model.parameters() if p.grad is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ seen: a maximum is idempotent, so a forward that activation checkpointing recomp
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +18,15 @@ from altgrad.nn.scaling_choice import CurrentScaling, DelayedScaling, StaticScal
 from altgrad.nn.session import Session, as_key_tensor, stream_base
 from altgrad.quantization import amax, blocks, ops
 from altgrad.quantization.blocks import QuantizedTensor
+from altgrad.quantization.checks import traced
 from altgrad.quantization.rounding import Rounding
 from altgrad.quantization.scaling import DelayedState
 
 if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
+
+_FLOAT = struct.Struct("f")
+_TINY = 2.0**-126  # the smallest normal float32
 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
 
@@ -83,6 +89,8 @@ class Operand:
         """The scale for this use of x, a constant of the backward; `record` lets a delayed scale remember the amax."""
         policy = self.spec.scaling
         if isinstance(policy, CurrentScaling):
+            if self._on_host(x):
+                return host_scale(float(amax(x)), self.fmt.max, policy.power_of_two)
             return policy.update(self._amax(x), (), self.fmt)[0]
         if isinstance(policy, StaticScaling):
             return policy.scale
@@ -97,6 +105,16 @@ class Operand:
         if record:
             self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
         return policy.update(seen, DelayedState(self.window), self.fmt)[0]
+
+    def _on_host(self, x: Tensor) -> bool:
+        """Whether the one scale of x may be a Python number: it costs less than a tensor, where none has to be waited for."""
+        return (
+            self.axis is None
+            and x.device.type == "cpu"
+            and x.dtype != torch.float64
+            and (self.session.reduce_amax is None or self.role == "weight")
+            and not traced(x)
+        )
 
     def _amax(self, x: Tensor) -> Tensor:
         largest = amax(x, self.axis)
@@ -173,6 +191,24 @@ class Operand:
         self.session.observer.observe(
             layer=self.layer, role=self.role, gemm=self.gemm, stats=stats, scale=scale, fmt=self.fmt
         )
+
+
+def as_float32(number: float) -> float:
+    """The float32 nearest to a number; inf beyond float32's range."""
+    try:
+        return _FLOAT.unpack(_FLOAT.pack(number))[0]
+    except OverflowError:
+        return math.inf
+
+
+def host_scale(largest: float, top: float, power_of_two: bool) -> float:
+    """`scale_from_amax` of one float32 amax in Python: the same number, without a tensor for each step of it."""
+    # A float64 quotient of two float32 numbers rounds to the float32 quotient.
+    scale = max(as_float32((largest if largest > 0 else 1.0) / top), _TINY)
+    if not power_of_two or scale == math.inf:
+        return scale
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(1.0, min(exponent - (mantissa == 0.5), 127))
 
 
 def _parts(packed: QuantizedTensor) -> Saved:

@@ -193,3 +193,20 @@ def test_layer_recipe_is_a_whole_recipe():
     w = on_grid(layer.weight, "E4M3")
     expected = x.double().numpy() @ w.T + layer.bias.detach().double().numpy()
     close(layer(x), expected, np.abs(x.numpy()) @ np.abs(w.T) + 1)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_scale_found_on_the_host_is_that_of_the_tensor(power_of_two):
+    from altgrad.nn.operand import host_scale
+    from altgrad.quantization import FORMAT_REGISTRY, scale_from_amax
+
+    generator = np.random.default_rng(0)
+    amaxes = np.concatenate(
+        [2.0 ** generator.uniform(-149, 127, 300), 2.0 ** np.arange(-149.0, 128.0), [0.0, 448.0, 3.4028234663852886e38]]
+    ).astype(np.float32)
+    for fmt in FORMAT_REGISTRY.values():
+        if fmt.has_zero:
+            expected = scale_from_amax(torch.from_numpy(amaxes), fmt, power_of_two=power_of_two).double().numpy()
+            got = np.array([host_scale(float(a), fmt.max, power_of_two) for a in amaxes])
+            fits = amaxes.astype(np.float64) / fmt.max < 2.0**127  # beyond it no float32 scale is finite, and quantizing raises
+            assert np.array_equal(got[fits], expected[fits]), fmt
