@@ -10,11 +10,14 @@ import io
 import os
 import tarfile
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from altgrad.errors import SweepError
 from altgrad.sweep.job import Job, Outcome
@@ -78,7 +81,7 @@ class RayExecutor:
         try:
             while waiting or running:
                 while waiting and (self.jobs is None or len(running) < self.jobs):
-                    job = waiting.pop(0)
+                    job = replace(waiting.pop(0), directory=os.getcwd())
                     options = {"num_cpus": job.threads, "num_gpus": job.gpus, "max_retries": self.retries}
                     reference = task.options(name=job.name, **options).remote(
                         job, str(marker.resolve()), self.shared, self.retries
@@ -89,6 +92,8 @@ class RayExecutor:
                 for reference in done:
                     job = running.pop(reference)
                     outcomes[job.name] = outcome = self._fetch(ray, reference, job)
+                    if outcome.crash:
+                        observe(Event("crashed", job, outcome, outcome.crash))
                     observe(Event(outcome.status, job, outcome))
                 observe(None)
         except KeyboardInterrupt:
@@ -115,26 +120,22 @@ def _make_run(job: Job, marker: str, shared: bool | None, retries: int) -> tuple
     """On the worker: make the run in place, or aside with the folder's files as an archive."""
     if shared or (shared is None and Path(marker).exists()):
         runs = Path(marker).parent  # absolute: the worker's own working directory is another
-        return _until_free(replace(job, runs_dir=str(runs)), retries), None
+        return _until_free(_moved(job, str(runs)), retries), None
     with tempfile.TemporaryDirectory(prefix="altgrad-run-") as scratch:
         outcome = execute(_moved(job, scratch), retries=retries, dies_with_parent=True)
         return outcome, _pack(Path(scratch) / job.name)
 
 
 def _until_free(job: Job, retries: int) -> Outcome:
-    import time
-
     while (outcome := execute(job, retries=retries, dies_with_parent=True)).status == "busy":
         time.sleep(1.0)
     return outcome
 
 
-def _moved(job: Job, scratch: str) -> Job:
-    """The job with its runs under `scratch`; where a run lives is no part of what it is."""
-    import yaml
-
-    config = yaml.safe_load(job.config)
-    return replace(job, runs_dir=scratch, config=yaml.safe_dump({**config, "runs_dir": scratch}))
+def _moved(job: Job, runs: str) -> Job:
+    """The job with its run folder under `runs`; where a run lives is no part of what it is."""
+    config = {**yaml.safe_load(job.config), "runs_dir": runs}
+    return replace(job, runs_dir=runs, config=yaml.safe_dump(config))
 
 
 def _pack(folder: Path) -> bytes:

@@ -43,6 +43,7 @@ class Job:
         command: program and arguments that make the run, "{config}" standing for the config's file; empty for
             `altgrad run`.
         environment: variables on top of the process's own.
+        directory: working directory, where it exists; paths of corpora may be relative to it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Job:
     gpus: int = 0
     command: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    directory: str = ""
 
     @property
     def folder(self) -> Path:

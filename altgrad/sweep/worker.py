@@ -102,7 +102,8 @@ def _run_process(job: Job, lock: RunLock, stop: Stop, dies_with_parent: bool) ->
     with (job.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=descriptors,
-            env={**job.variables(), **held}, start_new_session=True,
+            env={**job.variables(), **held}, cwd=job.directory if os.path.isdir(job.directory) else None,
+            start_new_session=True,
         )  # fmt: skip  # a session of its own: Ctrl-C reaches this process only, which then ends the run in order
     _offer_to_the_oom_killer(process.pid)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +28,10 @@ def cluster() -> Iterator[None]:
         object_store_memory=80 << 20, _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"PYTHONPATH": root}},
     )  # fmt: skip
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():  # Ray leaves process objects behind that complain when they are collected
+        warnings.simplefilter("ignore")
+        ray.shutdown()
+        gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own warnings are not this project's

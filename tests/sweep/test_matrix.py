@@ -148,3 +148,21 @@ def test_bad_files_and_overrides_are_refused(tmp_path: Path) -> None:
         m.with_overrides(["max_steps"])
     with pytest.raises(ConfigError, match="did you mean 'max_steps'"):
         m.with_overrides(["max_stps=3"])
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "experiments" / "matrix").glob("*.yaml")), ids=str)
+def test_the_project_s_own_matrices_expand(file: Path) -> None:
+    variants = read_matrix(file).expand()
+    assert len({variant.config.name for variant in variants}) > 1
+    assert any(not variant.config.quantized for variant in variants), (
+        "without a baseline there is nothing to compare with"
+    )
+
+
+def test_the_formats_matrix_is_what_its_first_lines_say() -> None:
+    variants = read_matrix(Path(__file__).parents[2] / "experiments" / "matrix" / "formats.yaml").expand()
+    assert len(variants) == 51
+    names = [variant.config.name for variant in variants[:17]]
+    assert names[0:2] == ["formats-e0m7", "formats-e0m7-grid"]
+    assert names[-1] == "formats"
+    assert {variant.config.seed for variant in variants} == {42, 43, 44}
