@@ -326,21 +326,27 @@ _max._dynamo_marked_constant = True
 
 
 class _StraightThrough(torch.autograd.Function):
+    """The values of `quantized`, the gradient of `x` where `kept` says so (None: everywhere)."""
+
     @staticmethod
-    def forward(ctx, x, scale, fmt, mask_saturated, options):
-        if mask_saturated and _is_block_format(fmt):
-            fmt = get_format(fmt)
-            where = {name: options[name] for name in ("axis", "pad") if name in options}
-            ctx.save_for_backward(~blocks.saturated(x, fmt, scale, **where))
-        elif mask_saturated:
-            work = x if x.dtype == torch.float64 else x.float()
-            ctx.save_for_backward((work / scale).abs() <= _max(fmt))
-        ctx.masked = mask_saturated
-        return quantize(x, fmt, scale, **options)
+    def forward(ctx, x, quantized, kept):
+        ctx.masked = kept is not None
+        if kept is not None:
+            ctx.save_for_backward(kept)
+        return quantized.view_as(quantized)
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad * ctx.saved_tensors[0] if ctx.masked else grad), None, None, None, None
+        return (grad * ctx.saved_tensors[0] if ctx.masked else grad), None, None
+
+
+def _unsaturated(x: Tensor, fmt: FloatFormat | str, scale: Tensor | float, options: dict) -> Tensor:
+    """Where |x / scale| <= max."""
+    if _is_block_format(fmt):
+        where = {name: options[name] for name in ("axis", "pad") if name in options}
+        return ~blocks.saturated(x, get_format(fmt), scale, **where)
+    work = x if x.dtype == torch.float64 else x.float()
+    return (work / scale).abs() <= _max(fmt)
 
 
 def fake_quantize(
@@ -352,4 +358,6 @@ def fake_quantize(
         mask_saturated: let no gradient through where |x / scale| > max.
         options: as for `quantize`, without `out`.
     """
-    return _StraightThrough.apply(x, scale, fmt, mask_saturated, options)
+    values = quantize(x, fmt, scale, **options)
+    kept = _unsaturated(x.detach(), fmt, scale, options) if mask_saturated else None
+    return _StraightThrough.apply(x, values, kept)

@@ -27,22 +27,29 @@ def key_words(seed: int, stream: int, block: int = 0) -> tuple[int, int]:
     return mixed & MASK32, mixed >> 32
 
 
-def random_bits(key: Tensor, count: int, bits: int) -> Tensor:
-    """`bits` random bits (1..32) for element indices 0 .. count - 1, as an int64 tensor of shape [count].
+def random_bits(key: Tensor, count: int, bits: int, *, first: int = 0) -> Tensor:
+    """`bits` random bits (1..32) for element indices first .. first + count - 1, as an int64 tensor of shape [count].
 
     Args:
         key: int64 tensor of shape [2]: seed and stream, taken modulo 2^64.
     """
+    return random_words(key, count, first=first) >> (32 - bits)
+
+
+def random_words(key: Tensor, count: int, *, first: int = 0) -> Tensor:
+    """The 32-bit words that `random_bits` takes its upper bits from, as an int64 tensor of shape [count]."""
     seed, stream = (int(word) for word in key.tolist())
-    index = torch.arange(count, dtype=torch.int64, device=key.device)
-    out = torch.empty_like(index)
-    for block in range((count >> 32) + 1):
-        part = slice(block << 32, min(count, (block + 1) << 32))
-        before, between = key_words(seed, stream, block)
-        x = (index[part] & MASK32) ^ before
-        x = (x * 0x7FEB352D) & MASK32
-        x = x ^ (x >> 15) ^ between
-        x = (x * 0x846CA68B) & MASK32
-        x = x ^ (x >> 16)
-        out[part] = x >> (32 - bits)
-    return out
+    index = torch.arange(first, first + count, dtype=torch.int64, device=key.device)
+    parts = []
+    for block in range(first >> 32, (first + max(count, 1) - 1 >> 32) + 1):
+        part = index[max(0, (block << 32) - first) : max(0, (block + 1 << 32) - first)] & MASK32
+        parts.append(_mixed(part, *key_words(seed, stream, block)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _mixed(x: Tensor, before: int, between: int) -> Tensor:
+    """Two multiplications modulo 2^32, a key word before each."""
+    x = ((x ^ before) * 0x7FEB352D) & MASK32
+    x = x ^ (x >> 15) ^ between
+    x = (x * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)

@@ -30,6 +30,14 @@ def _serial(function, table, x, out, codes, scales, scale, inner, channels, seed
     return call_loop(function, (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, 0, count))
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def run_range(function, table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
+    """Elements start .. stop - 1 on this thread; the addresses are those of element 0."""
+    return call_loop(
+        function, (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop)
+    )
+
+
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def _parallel(function, table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, count, threads):
     """The loop in one chunk per thread."""
