@@ -6,8 +6,10 @@ suits which type of layer.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,36 @@ LayerHistory = Mapping[tuple[str, str, str], np.ndarray]
 
 
 def layer_history(records: Sequence[Mapping[str, Any]], max_steps: int) -> LayerHistory:
-    """Means per bucket of steps of the monitor's records."""
-    sums: dict[tuple[str, str, str], np.ndarray] = {}
+    """Means per bucket of steps of the monitor's records. Between two measurements the earlier one holds."""
+    sums: dict[tuple[str, str, str], tuple[list[float], list[int]]] = {}
     for record in records:
         layer, role = str(record.get("layer")), str(record.get("role"))
         bucket = min(BUCKETS - 1, max(int(record["step"]) - 1, 0) * BUCKETS // max_steps)
         for statistic in STATISTICS:
             value = as_number(record.get(statistic))
-            if value is not None and np.isfinite(value):
-                held = sums.setdefault((statistic, role, layer), np.zeros((2, BUCKETS)))
-                held[:, bucket] += (value, 1)
-    with np.errstate(invalid="ignore"):
-        return {key: (total / np.where(n > 0, n, np.nan)).astype(np.float32) for key, (total, n) in sums.items()}
+            if value is not None and math.isfinite(value):
+                key = statistic, role, layer
+                if key not in sums:
+                    sums[key] = [0.0] * BUCKETS, [0] * BUCKETS
+                total, n = sums[key]
+                total[bucket] += value
+                n[bucket] += 1
+    return {key: _held(np.array(total) / _or_nan(n)).astype(np.float32) for key, (total, n) in sums.items()}
+
+
+def _or_nan(n: list[int]) -> np.ndarray:
+    counts = np.array(n, dtype=np.float64)
+    counts[counts == 0] = np.nan
+    return counts
+
+
+def _held(values: np.ndarray) -> np.ndarray:
+    """Gaps between measured buckets take the value before them; what lies outside the first and last stays NaN."""
+    known = np.flatnonzero(~np.isnan(values))
+    held = values.copy()
+    for start, stop in pairwise(known):
+        held[start:stop] = values[start]
+    return held
 
 
 def mean_history(histories: Sequence[LayerHistory]) -> LayerHistory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,13 +181,14 @@ class Run:
             folders.append(Path(str(configured)))
         return sorted({page for folder in folders for page in (folder / FAILURE_REPORTS).glob("*.html")})
 
-    def metrics(self, *, monitor_steps: int | None = 0) -> Metrics:
+    def metrics(self, *, monitor_steps: int | None = 0, columns: Collection[str] | None = None) -> Metrics:
         """The records. `monitor_steps`: how many of the monitored steps to parse, evenly thinned (None: all, 0: none).
+        `columns`: the fields of step and evaluation records to keep (None: all that are numbers).
 
         Monitor lines outnumber all others by layers x roles, and most reports draw few of them, so the lines of the
         steps that are thinned out are never parsed.
         """
-        return _read_metrics(self.path / METRICS, monitor_steps)
+        return _read_metrics(self.path / METRICS, monitor_steps, columns)
 
     @cached_property
     def problems(self) -> list[str]:
@@ -261,7 +262,7 @@ def _read_json(path: Path) -> tuple[Mapping[str, Any], str | None]:
     return (loaded, None) if isinstance(loaded, dict) else ({}, f"{path.name} holds no JSON object")
 
 
-def _read_metrics(path: Path, monitor_steps: int | None) -> Metrics:
+def _read_metrics(path: Path, monitor_steps: int | None, keep: Collection[str] | None) -> Metrics:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError:
@@ -288,8 +289,8 @@ def _read_metrics(path: Path, monitor_steps: int | None) -> Metrics:
             continue
         if kind in ("step", "eval"):
             target = columns if kind == "step" else evaluations
-            for key, value in record.items():
-                if key not in ("kind", "step") and (as_float := as_number(value)) is not None:
+            for key in record if keep is None else keep:
+                if key not in ("kind", "step") and (as_float := as_number(record.get(key))) is not None:
                     target.setdefault(key, []).append((step, as_float))
         elif kind == "event":
             events.append(record)

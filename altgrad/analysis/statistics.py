@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -94,19 +95,31 @@ def bootstrap_interval(
 
     BCa's acceleration needs at least three values; with two, all it could say is their range.
     """
-    from scipy import stats
-
     x = _finite(values)
     if len(x) < 2:
         raise ReportError(f"a bootstrap interval needs at least 2 values, got {len(x)}; run more seeds")
     if np.ptp(x) == 0:
         return float(x[0]), float(x[0]), "constant"
     method = "BCa" if len(x) >= 3 else "percentile"
+    return *_bootstrap(tuple(x.tolist()), confidence, resamples, method, rng), method
+
+
+@lru_cache(maxsize=4096)
+def _bootstrap(
+    values: tuple[float, ...], confidence: float, resamples: int, method: str, rng: int
+) -> tuple[float, float]:
+    """A report asks for the same interval in several places; the bootstrap is its slowest part."""
+    from scipy import stats
+
     result = stats.bootstrap(
-        (x,), np.mean, confidence_level=confidence, n_resamples=resamples, method=method, rng=np.random.default_rng(rng)
+        (np.array(values),),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        method=method,
+        rng=np.random.default_rng(rng),
     )
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
-    return low, high, method
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def paired(

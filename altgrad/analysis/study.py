@@ -139,7 +139,7 @@ def load_study(folder: str | Path, *, force: bool = False) -> Study:
 def summarize(run: Run, max_steps: int) -> RunSummary:
     """Read one run and keep its summary."""
     outcome = Outcome(run, run.format)
-    metrics = run.metrics(monitor_steps=MONITORED_STEPS)
+    metrics = run.metrics(monitor_steps=MONITORED_STEPS, columns=("loss", "val_loss"))
     outcome.__dict__["metrics"] = metrics  # read once, with the monitor's lines
     validation = metrics.validation
     return RunSummary(

@@ -323,9 +323,10 @@ def _ramp(histories, statistic: str) -> Ramp:
     return Ramp(low, high if high > low else low + 1.0)
 
 
-def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) -> list[Markup]:
+def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) -> list[list[Markup]]:
+    """One row of panels per statistic, one panel per role."""
     roles = list(dict.fromkeys(role for _, role, _ in history))
-    panels = []
+    panels: dict[str, list[Markup]] = {}
     for statistic, role in product(STATISTICS, roles):
         layers, values = panel(history, statistic, role)
         if not len(layers):
@@ -339,6 +340,7 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
             title=f"{NAMES[statistic]} of {role}",
             description=f"{UNITS[statistic]} per layer over training; worst layer {layers[int(np.argmax(nan_mean(values.T)))]}.",
             x_ends=("step 1", f"step {count(max_steps)}"),
+            words=show,
         )
         head = el(
             "div",
@@ -346,11 +348,11 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
             ramp_legend(show(ramp.lo), show(ramp.hi)),
             class_="cellhead",
         )
-        panels.append(el("div", head, strips, class_="multiple"))
-    return panels
+        panels.setdefault(statistic, []).append(el("div", head, strips, class_="multiple"))
+    return list(panels.values())
 
 
-def _short(layer: str, most: int = 17) -> str:
+def _short(layer: str, most: int = 18) -> str:
     return layer if len(layer) <= most else "…" + layer[-(most - 1) :]
 
 

@@ -6,12 +6,13 @@ cell where there is room, and read out on hover where there is none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
 
+from altgrad.report.numbers import number
 from altgrad.report.svg import UNIT, el, framing, stretched
 from altgrad.report.theme import HEAT_LEVELS
 
@@ -79,8 +80,10 @@ def heat_strips(
     description: str,
     x_ends: tuple[str, str],
     row_height: int = 13,
+    words: Callable[[float], str] = number,
 ) -> Markup:
-    """Rows over time: `values` is [rows, buckets]; NaN leaves the paper showing. Equal neighbours share one rectangle."""
+    """Rows over time: `values` is [rows, buckets]; NaN leaves the paper showing. Equal neighbours share one rectangle.
+    `words` prints a value; pointing at a cell shows the range of its level."""
     rows, buckets = values.shape
     levels = ramp.level(values)
     width, height = UNIT / max(buckets, 1), UNIT / max(rows, 1)
@@ -93,7 +96,9 @@ def heat_strips(
                     f"M{start * width:.1f} {r * height:.1f}H{stop * width:.1f}v{height:.2f}H{start * width:.1f}Z"
                 )
         if parts:
-            paths.append(el("path", class_=f"h{level}", d="".join(parts)))
+            low, high = (ramp.lo + (level + i) * (ramp.hi - ramp.lo) / HEAT_LEVELS for i in (0, 1))
+            said = el("title", f"{words(low)} to {words(high)}")
+            paths.append(el("path", said, class_=f"h{level}", d="".join(parts)))
     labels = [
         el("text", name, class_="row-name", x="0", y=(i + 0.5) * row_height, dx="-8", dy="3.5", text_anchor="end")
         for i, name in enumerate(names)
@@ -125,8 +130,8 @@ def heat_strips(
 
 def ramp_legend(low: str, high: str) -> Markup:
     """The ramp with its end values."""
-    cells = [el("rect", class_=f"h{i}", x=i * 14, y=0, width=14, height=10) for i in range(HEAT_LEVELS)]
-    bar = el("svg", *cells, width=14 * HEAT_LEVELS, height=10, viewBox=f"0 0 {14 * HEAT_LEVELS} 10", aria_hidden="true")
+    cells = [el("rect", class_=f"h{i}", x=i * 8, y=0, width=8, height=10) for i in range(HEAT_LEVELS)]
+    bar = el("svg", *cells, width=8 * HEAT_LEVELS, height=10, viewBox=f"0 0 {8 * HEAT_LEVELS} 10", aria_hidden="true")
     return el("span", el("span", low), bar, el("span", high), class_="ramp")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from altgrad.analysis import write_report
+from altgrad.analysis import write_report, write_study
 from altgrad.report.failure import render_failure
 from tests.browser import browser
 from tests.report.failure_samples import frozen_run
@@ -10,6 +10,9 @@ from tests.run_folders import demo_runs, make_run
 
 pytestmark = pytest.mark.browser
 
+TEXT_OFF_THE_PAGE = """const w = document.documentElement.clientWidth;
+    return [...document.querySelectorAll('svg.chart text')].map((t) => [t.textContent, t.getBoundingClientRect()])
+        .filter(([, r]) => r.width && (r.left < -0.5 || r.right > w + 0.5)).map(([text, r]) => [text, r.left, r.right])"""
 LABELS = ["FP32", "E5M2", "E3M4", "E1M6", "E0M7", "E7M0"]
 
 
@@ -41,9 +44,7 @@ def test_the_page_fits_is_quiet_and_asks_the_network_for_nothing(page, report, w
     assert page.requests() == [report.resolve().as_uri()]
     paper = page.run("return getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(17, 23, 29)")
-    cut = page.run("""const w = innerWidth; return [...document.querySelectorAll('svg.chart text')].filter((t) => {
-        const r = t.getBoundingClientRect(); return r.width && (r.left < 0 || r.right > w + 0.5); }).map((t) => t.textContent)""")
-    assert cut == []
+    assert page.run(TEXT_OFF_THE_PAGE) == []
 
 
 def test_the_outcome_stands_first_and_large(page, report):
@@ -177,3 +178,65 @@ def test_the_failure_report_fits_and_is_quiet(page, tmp_path):
         assert page.complaints() == []
         assert page.requests() == [path.resolve().as_uri()]
     assert page.one("h1").text == "E7M0 froze at step 410 of 500."
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    for optimizer in ("adamw", "manifold_adamw"):
+        for fmt in ("FP32", "E3M4", "E7M0"):
+            for seed in range(3):
+                frozen = fmt == "E7M0" and optimizer == "adamw"
+                make_run(
+                    root,
+                    fmt,
+                    seed=seed,
+                    steps=100,
+                    optimizer=optimizer,
+                    monitor_interval=20,
+                    collapse="freeze" if frozen else None,
+                    onset=30,
+                )
+    return write_study(root)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+def test_the_study_fits_and_is_quiet(page, study, width, scheme):
+    page.open(study, width=width, scheme=scheme)
+    assert page.overflow() <= 0
+    assert page.complaints() == []
+    assert page.requests() == [study.resolve().as_uri()]
+    assert page.run(TEXT_OFF_THE_PAGE) == []
+
+
+def test_the_study_filters_its_runs(page, study):
+    page.open(study)
+    box = page.one("#runs .filter")
+    box.send_keys("e7m0 adamw froze")
+    assert page.one("#runs .filter-count").text == "3 of 18 rows"
+    shown = [row for row in page.all("#runs tbody tr") if row.is_displayed()]
+    assert len(shown) == 3
+    assert all("froze, step 30" in row.text for row in shown)
+    box.clear()
+    box.send_keys("x")
+    box.send_keys("\ue003")  # backspace
+    assert page.one("#runs .filter-count").text == "18 rows"
+
+
+def test_the_study_reads_bands(page, study):
+    page.open(study)
+    page.point_at("#curves .hit", 0.999)
+    text = page.one("#curves .readout").text
+    assert "step 100" in text
+    assert "[" in text.split("E3M4")[1]
+
+
+def test_the_study_prints_without_controls(page, study):
+    page.open(study)
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert not page.one(".switches").is_displayed()
+        assert not page.one("#runs .filter").is_displayed()
+        assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -179,8 +179,8 @@ def test_ramp_levels():
 def test_heat_strips_draw_each_cell_once_and_leave_gaps():
     values = np.array([[0.0, 0.0, 1.0, np.nan], [1.0, 1.0, 1.0, 1.0]])
     markup = str(heat_strips(["a", "b"], values, ramp=Ramp(0, 1), title="T", description="D", x_ends=("1", "9")))
-    assert 'class="h0" d="M0.0 0.0H500.0v500.00H0.0Z"' in markup
-    assert 'class="h9" d="M500.0 0.0H750.0v500.00H500.0ZM0.0 500.0H1000.0v500.00H0.0Z"' in markup
+    assert 'class="h0" d="M0.0 0.0H500.0v500.00H0.0Z"><title>0 to 0.1<' in markup
+    assert 'class="h9" d="M500.0 0.0H750.0v500.00H500.0ZM0.0 500.0H1000.0v500.00H0.0Z"><title>0.9 to 1<' in markup
 
 
 def test_heat_table_shows_failures_as_words():
