@@ -80,7 +80,7 @@ def adam_attempt(
     denominators = torch._foreach_sqrt(second)
     torch._foreach_div_(denominators, [(1 - beta2**slot.step) ** 0.5 for slot in slots])
     torch._foreach_add_(denominators, torch._foreach_mul(steps, eps) if precondition == "both" else eps)
-    if eps == 0:  # no gradient yet: no direction, rather than 0 / 0
+    if eps == 0 or precondition == "both":  # eps * S can underflow. No gradient yet: no direction, rather than 0 / 0
         for denominator in denominators:
             denominator.masked_fill_(denominator == 0, torch.inf)
     numerators = torch._foreach_mul(first, steps) if in_grid_steps(precondition) else first

@@ -58,7 +58,9 @@ def stepped(name, options, fused, n=5000, steps=4, shape=None, grid=None):
 def assert_same(name, options, **more):
     (p, a), (q, b) = (stepped(name, options, fused, **more) for fused in (True, False))
     lands = a.grid_step_counts(p) is not None
-    if lands:
+    if lands and options.get("format") == "BF16":  # grid steps are no longer far above an ulp of the attempted weight
+        assert (p != q).double().mean() < 1e-3
+    elif lands:
         assert torch.equal(p, q)
         assert torch.equal(a.grid_step_counts(p), b.grid_step_counts(q))
     else:
@@ -115,6 +117,7 @@ def test_nan_reaches_the_weight(name):
         p = Parameter(torch.ones(40))
         optimizer = make_optimizer(name, [p], format=fmt, rounding="stochastic", lr=0.1, fused=fused)
         p.grad = torch.ones(40)
+        optimizer.step()
         p.data[3] = float("nan")
         if name != "lion":  # the sign of NaN is 0, in torch as here
             p.grad[7] = float("nan")

@@ -14,6 +14,8 @@ from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
 
 from altgrad.quantization.kernels import cpu_bits, cpu_llvm, cpu_loops
@@ -88,6 +90,58 @@ def llvm_fma(typing_context, a, b, c):
         return builder.fma(*args)
 
     return a(a, a, a), generate
+
+
+@intrinsic
+def floor(typing_context, x):
+    """Largest whole number <= x, as one vector instruction."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FloatType() if x == types.float32 else ir.DoubleType()
+        function = builder.module.declare_intrinsic("llvm.floor", [kind])
+        return builder.call(function, args)
+
+    return x(x), generate
+
+
+@intrinsic
+def double_of_word(typing_context, x):
+    """A uint32 as float64, by placing it in the significand of 2^52 (x86 has no unsigned conversion)."""
+
+    def generate(context, builder, signature, args):
+        wide = builder.zext(args[0], ir.IntType(64))
+        high = builder.or_(wide, ir.Constant(ir.IntType(64), 0x4330000000000000))
+        return builder.fsub(builder.bitcast(high, ir.DoubleType()), ir.Constant(ir.DoubleType(), 2.0**52))
+
+    return types.float64(types.uint32), generate
+
+
+@intrinsic
+def exponent_as_double(typing_context, bits):
+    """The exponent field (a uint64 below 2^52) of float64 bits, as float64."""
+
+    def generate(context, builder, signature, args):
+        i64 = ir.IntType(64)
+        field = builder.lshr(args[0], ir.Constant(i64, 52))
+        high = builder.or_(field, ir.Constant(i64, 0x4330000000000000))
+        return builder.fsub(builder.bitcast(high, ir.DoubleType()), ir.Constant(ir.DoubleType(), 2.0**52))
+
+    return types.float64(types.uint64), generate
+
+
+@intrinsic
+def power_of_two(typing_context, exponent):
+    """2^exponent for a whole float64 exponent of a normal float64, by its bits; NaN gives garbage."""
+
+    def generate(context, builder, signature, args):
+        i64, double = ir.IntType(64), ir.DoubleType()
+        shifted = builder.fadd(
+            args[0], ir.Constant(double, 1023.0 + 1.5 * 2.0**52)
+        )  # low bits hold the biased exponent
+        bits = builder.shl(builder.bitcast(shifted, i64), ir.Constant(i64, 52))
+        return builder.bitcast(bits, double)
+
+    return types.float64(types.float64), generate
 
 
 def _multiply_add(a, b, c):

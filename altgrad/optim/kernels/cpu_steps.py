@@ -20,7 +20,19 @@ import numpy as np
 from numba import cfunc, njit, types
 
 from altgrad.optim.kernels import cpu_parts
-from altgrad.optim.kernels.cpu_parts import COUNT_FIELDS, COUNT_TILE, TILE, Field, Landing, Rule, Variant
+from altgrad.optim.kernels.cpu_parts import (
+    COUNT_FIELDS,
+    COUNT_TILE,
+    TILE,
+    Field,
+    Landing,
+    Rule,
+    Variant,
+    double_of_word,
+    exponent_as_double,
+    floor,
+    power_of_two,
+)
 from altgrad.quantization.kernels import cpu_loops
 from altgrad.quantization.kernels.cpu_bits import key_words, random_word
 from altgrad.quantization.kernels.cpu_llvm import (
@@ -31,6 +43,7 @@ from altgrad.quantization.kernels.cpu_llvm import (
     band,
     below,
     bits_of,
+    bor,
     call_loop,
     float_of,
     load,
@@ -137,6 +150,14 @@ def _madam(w, g, v, before, aim, count, beta2, rest2, root, size, clip, bound):
             store(aim, i, target, FLOAT32)
 
 
+def _off_exponents(w, count, s):
+    """Whether a weight of the tile is neither zero nor a power of two of its scale."""
+    found = np.uint64(0)
+    for i in range(count):
+        found = bor(found, band(bits_of(np.float64(load(w, i, FLOAT32)) / np.float64(s)), np.uint64(0xFFFFFFFFFFFFF)))
+    return found != np.uint64(0)
+
+
 def _lns(w, g, v, count, s, n, size, emin, top, bound, index, before, between):
     """Move `count` weights by exponents and round those: LNS-Madam; (attempted, flips, stalled, 0, 0, saturated)."""
     beta2, rest2, root, clip = n
@@ -149,32 +170,29 @@ def _lns(w, g, v, count, s, n, size, emin, top, bound, index, before, between):
         second = multiply_add(rest2 * pull, pull, load(v, i, FLOAT32) * beta2)
         store(v, i, second, FLOAT32)
         pull = normalised(pull, second, root, clip)
-        if x == np.float32(0):
-            continue
         y = abs(np.float64(x) / scale)
-        bits = bits_of(y)
-        exact = band(bits, np.uint64(0xFFFFFFFFFFFFF)) == np.uint64(0)
-        start = np.float64(np.int64(shr(bits, np.uint64(52)))) - 1023.0 if exact else np.log2(y)
+        start = exponent_as_double(bits_of(y)) - 1023.0 if EXACT else np.log2(y)
         step = size * np.float64(pull)
         aim = start - step if x > np.float32(0) else start + step
-        if aim > start:
-            aim = max(min(aim, roof), start)
-        whole = np.floor(aim)
+        limited = roof if aim > roof else aim
+        limited = start if limited < start else limited
+        aim = limited if aim > start else aim
         if STOCHASTIC:
-            drawn = np.float64(random_word(add(index, low_word(index, i)), before, between))
-            whole += 1.0 if np.floor((aim - whole) * 4294967296.0) + drawn >= 4294967296.0 else 0.0
+            whole = floor(aim)
+            drawn = double_of_word(random_word(add(index, low_word(index, i)), before, between))
+            whole += 1.0 if floor((aim - whole) * 4294967296.0) + drawn >= 4294967296.0 else 0.0
         else:
-            whole = np.rint(aim)
+            whole = aim + 6755399441055744.0 - 6755399441055744.0  # to the nearest whole number, ties to even
+        beyond += 1 if x != np.float32(0) and aim > high else 0
         whole = low if whole < low else (high if whole > high else whole)
-        value = np.float32(np.nan)
-        if whole == whole:
-            value = np.float32(float_of(shl(np.uint64(np.int64(whole) + 1023), np.uint64(52))) * scale)
-            value = value if x > np.float32(0) else -value
-        tried, moved = aim != start, value != x
-        attempted += tried
-        flips += moved
-        stalled += tried and not moved
-        beyond += aim > high
+        value = np.float32(power_of_two(whole) * scale)
+        value = value if x > np.float32(0) else -value
+        value = np.float32(aim) if aim != aim else value  # NaN
+        value = x if x == np.float32(0) else value
+        tried, moved = x != np.float32(0) and aim != start, value != x
+        attempted += 1 if tried else 0
+        flips += 1 if moved else 0
+        stalled += 1 if tried and not moved else 0
         store(w, i, value, FLOAT32)
     return attempted, flips, stalled, 0, 0, beyond
 
@@ -209,17 +227,18 @@ def _rungs(w, g, m, count, s, n, emin, mantissa, top, index, before, between):
             field = emin if below(field, emin) or SPACING == 2 else field
             finest = sub(field, mantissa)
             steps = magnitude * float_of(shl(sub(np.uint64(2046), finest), np.uint64(52)))
-            whole = np.floor(steps)
+            whole = floor(steps)
             rest = steps - whole
             if STOCHASTIC:
-                drawn = np.float64(random_word(add(index, low_word(index, i)), before, between))
-                away = np.floor(rest * 4294967296.0) + drawn >= 4294967296.0
+                drawn = double_of_word(random_word(add(index, low_word(index, i)), before, between))
+                away = floor(rest * 4294967296.0) + drawn >= 4294967296.0
             else:
                 half = whole * 0.5
-                away = rest > 0.5 or (rest == 0.5 and np.floor(half) != half)
+                away = rest > 0.5 or (rest == 0.5 and floor(half) != half)
             landed = (whole + (1.0 if away else 0.0)) * float_of(shl(finest, np.uint64(52)))
             landed = top if landed > top else landed
-            value = np.float32(np.copysign(landed, y) * np.float64(s))
+            landed = float_of(bor(bits_of(landed), band(bits_of(y), np.uint64(1 << 63))))
+            value = np.float32(landed * np.float64(s))
             attempted += 1 if target != here else 0
             flips += 1 if value != x else 0
             stalled += 1 if (target != here) and (value == x) else 0
@@ -271,7 +290,11 @@ def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials
                 found = rungs(w + at, g + at, m + at, count, s, numbers, emin, mantissa, top, index, one, two)
             else:
                 numbers = (beta2, rest2, root, clip)
-                found = lns(w + at, g + at, m + at, count, s, numbers, -exact_size, emin, top, bound, index, one, two)
+                rest = (-exact_size, emin, top, bound, index, one, two)
+                if off_exponents(w + at, count, s):
+                    found = lns_anywhere(w + at, g + at, m + at, count, s, numbers, *rest)
+                else:
+                    found = lns(w + at, g + at, m + at, count, s, numbers, *rest)
         else:
             if RULE == ADAM:
                 numbers = (emin_bits, relative, keep, beta2, rest2, root, eps, size, decayed)
@@ -325,8 +348,11 @@ def compiled(variant: Variant) -> int:
         "spacing": part(cpu_parts._spacing),
         "normalised": part(_normalised),
     }
-    rules = {"adam": _adam, "rungs": _rungs, "signs": _signs, "madam": _madam, "lns": _lns}
+    rules = {"adam": _adam, "rungs": _rungs, "signs": _signs, "madam": _madam}
     loops = {name: part(template, **small) for name, template in rules.items()}
+    loops["lns"] = part(_lns, EXACT=True, **small)
+    loops["lns_anywhere"] = part(_lns, EXACT=False, **small)
+    loops["off_exponents"] = part(_off_exponents)
     whole = {"tally": part(cpu_parts._tally), "feed_back": part(_feed_back), **loops}
     step = cpu_parts.bind(_step, variant, _MARK, **_CONSTANTS, **whole)
     entry = cfunc(_SIGNATURE, cache=True, error_model="numpy")(step)
