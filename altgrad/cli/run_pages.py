@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,7 @@ def train(
     config: Path, overrides: list[str], device: str | None, *, dry_run: bool, print_config: bool
 ) -> ExperimentResult | None:
     """`altgrad run`: one experiment, its result and its report; None if nothing was to run."""
-    console = Console()
+    console = _console()
     loaded = load_config(config, [*overrides, *([f"device={device}"] if device else [])])
     if print_config:
         console.print(dump_config(loaded), end="", highlight=False, markup=False, soft_wrap=True)
@@ -115,7 +116,7 @@ def train(
 
 def compare(arguments: Sequence[str], device: str | None) -> list[ExperimentResult]:
     """`altgrad compare`: run (or look up) several experiments and set them side by side."""
-    console = Console()
+    console = _console()
     files = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a] + ([f"device={device}"] if device else [])
     if len(files) < 2:
@@ -130,7 +131,7 @@ def demo(runs_dir: str, steps: int | None, device: str) -> list[ExperimentResult
     """`altgrad demo`: the baseline and five formats, the table, and the report."""
     from altgrad.training.demo import demo_configs
 
-    console = Console()
+    console = _console()
     configs = demo_configs(runs_dir, steps, device)
     results = _run_all(console, configs, [None] * len(configs))
     _print_comparison(console, results, Path(runs_dir) / "report.html")
@@ -141,7 +142,7 @@ def report(runs: Sequence[Path], out: Path | None, force: bool) -> None:
     """`altgrad report`: one HTML file over existing run folders."""
     from altgrad.analysis import find_runs
 
-    console = Console()
+    console = _console()
     folders = [found for run in runs for found in ([run] if (run / "config.yaml").exists() else find_runs(run))]
     if not folders:
         raise ConfigError(f"no run folders in {', '.join(map(str, runs))}; give folders that hold a config.yaml")
@@ -156,6 +157,11 @@ def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: b
             return INTERRUPTED + int(result.figures.get("signal", 2))
     collapsed = any(result is not None and result.status == "collapsed" for result in results)
     return 1 if collapsed and fail_on_collapse else 0
+
+
+def _console() -> Console:
+    """Standard output; of several processes under torchrun only the first talks and writes reports."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _run_all(
@@ -191,6 +197,8 @@ def _print_plan(console: Console, config: ExperimentConfig) -> None:
 
 
 def _print_result(console: Console, result: ExperimentResult) -> None:
+    if console.quiet:
+        return
     if result.already_finished:
         console.print(f"{result.run_id} was finished before; this is its result", highlight=False)
     _print_table(console, [result])
@@ -200,6 +208,8 @@ def _print_result(console: Console, result: ExperimentResult) -> None:
 
 
 def _print_comparison(console: Console, results: list[ExperimentResult], target: Path) -> None:
+    if console.quiet:
+        return
     _print_table(console, results)
     if all(result.finished for result in results):
         written = write_report([result.run_dir for result in results], target)
