@@ -19,7 +19,7 @@ from altgrad.monitor.reference import compare, reference_gradients
 from altgrad.monitor.schedule import FUSED, Schedule, make_schedule
 from altgrad.monitor.shadow import watch_layers
 from altgrad.monitor.summary import summary_table
-from altgrad.quantization import FP32, QuantStats, amax_scale, get_format
+from altgrad.quantization import QuantStats, amax_scale, get_format
 from altgrad.quantization.diagnostics import FIELD, NEAR_ZERO, UPDATE_FIELDS, measure_update, predict_stall
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.rounding import Rounding
@@ -253,11 +253,10 @@ class Monitor:
         if self._quantized:
             set_observer(self._model, self)
         else:
-            fmt = self._format or FP32
             self._hooks += watch_layers(
                 self._model,
-                fmt,
-                lambda layer, role, stats, scale: self.observe(
+                self._format,
+                lambda layer, role, stats, scale, fmt: self.observe(
                     layer=layer, role=role, gemm="forward", stats=stats, scale=scale, fmt=fmt
                 ),
             )

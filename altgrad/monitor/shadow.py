@@ -1,7 +1,7 @@
 """Hooks on layers that are not quantized: what a format would do to their operands, and how large these are.
 
 Each operand is quantized aside, at its current amax scale, and only the statistics are kept: the model computes what it
-computed before. Without a format the same statistics are taken on the float32 grid, so amax is left of them.
+computed before. Without a format the same statistics are taken on the grid of the dtype itself, so amax is left of them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from altgrad.quantization import QuantStats, amax_scale, quantize_with_stats
+from altgrad.quantization.diagnostics import carrier_format
 from altgrad.quantization.formats import FloatFormat
 
-Publish = Callable[[str, str, QuantStats, Tensor], None]
+Publish = Callable[[str, str, QuantStats, Tensor, FloatFormat], None]
 
 
-def watch_layers(model: nn.Module, fmt: FloatFormat, publish: Publish) -> list[RemovableHandle]:
-    """Hook every Linear and convolution; `publish(layer, role, stats, scale)` in training mode with gradients on."""
+def watch_layers(model: nn.Module, fmt: FloatFormat | None, publish: Publish) -> list[RemovableHandle]:
+    """Hook every Linear and convolution; `publish(layer, role, stats, scale, format)` in training mode with gradients on."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [
         module.register_forward_hook(_forward_hook(name, fmt, publish))
@@ -29,12 +30,14 @@ def watch_layers(model: nn.Module, fmt: FloatFormat, publish: Publish) -> list[R
     ]
 
 
-def _forward_hook(name: str, fmt: FloatFormat, publish: Publish):
+def _forward_hook(name: str, given: FloatFormat | None, publish: Publish):
     def send(role: str, tensor: Tensor) -> None:
         with torch.no_grad():
             x = tensor.detach()
+            fmt = given or carrier_format(x.dtype)
             scale = amax_scale(x, fmt) if fmt.emax < 127 else torch.ones((), device=x.device)
-            publish(name, role, quantize_with_stats(x, fmt, scale, overflow="saturate", clamp=True)[1], scale)
+            stats = quantize_with_stats(x, fmt, scale, overflow="saturate", clamp=True)[1]
+            publish(name, role, stats, scale, fmt)
 
     def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):

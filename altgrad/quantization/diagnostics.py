@@ -17,7 +17,7 @@ from torch import Tensor
 
 from altgrad.errors import KernelError, OptionError
 from altgrad.quantization.advanced_diagnostics import compute_stiffness_field, compute_ulp_distance, grid_index
-from altgrad.quantization.catalog import FP32, get_format
+from altgrad.quantization.catalog import BF16, FP16, FP32, get_format
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.ops import quantize
 from altgrad.quantization.rounding import Overflow, Rounding, as_option
@@ -112,7 +112,8 @@ def measure_update(
         before, after: the parameter at the start of the step and after it (optimizer and storage rounding).
         gradient: its gradient; None leaves those fields 0 (extremes and dead units NaN).
         attempted: the parameter as the optimizer computed it, before storage rounding; None: that is `after`.
-        format: grid on which stiffness, alignment and code movement are measured; None: that of float32.
+        format: grid on which stiffness, alignment and code movement are measured; None: the dtype's own
+            (`carrier_format`).
         scale: of the grid at the start of the step; a number, or a tensor that broadcasts.
         near_zero: gradients below it count as near zero.
         kernel: "cpu" or "eager"; None: the fused CPU kernel for contiguous float32 on the CPU and formats that it
@@ -127,7 +128,7 @@ def measure_update(
     for name, other in (("after", after), ("gradient", gradient), ("attempted", attempted)):
         if other is not None and other.shape != before.shape:
             raise OptionError(f"{name} has shape {list(other.shape)}, before {list(before.shape)}; pass one parameter")
-    fmt = FP32 if format is None else get_format(format)
+    fmt = carrier_format(before.dtype) if format is None else get_format(format)
     attempted = after if attempted is None else attempted
     tensors = [None if t is None else t.detach() for t in (before, gradient, attempted, after)]
     if kernel not in (None, "cpu", "eager"):
@@ -144,6 +145,11 @@ def measure_update(
             f"format {fmt}; use kernel=None"
         )
     return _measure_in_torch(fmt, scale, near_zero, *tensors)
+
+
+def carrier_format(dtype: torch.dtype) -> FloatFormat:
+    """The format whose grid a dtype's values are on; float64, which no format describes, counts as FP32."""
+    return {torch.bfloat16: BF16, torch.float16: FP16}.get(dtype, FP32)
 
 
 def _measure_in_torch(fmt, scale, near_zero, before, gradient, attempted, after) -> UpdateMeasurement:
