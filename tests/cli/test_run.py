@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -179,13 +180,10 @@ def test_help_is_fast_and_free_of_torch():
     ).stderr
     packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in loaded.splitlines()}
     assert not packages & {"torch", "numba", "pydantic", "omegaconf", "scipy", "numpy"}
-    times = []
+    seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         altgrad("--help")
-        times.append(time.perf_counter() - begun)
-    python = subprocess.run
-    begun = time.perf_counter()
-    python([sys.executable, "-c", "pass"], check=True)
-    bare = time.perf_counter() - begun
-    assert min(times) < max(0.5, 10 * bare)  # a machine on which bare Python takes long is busy
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5  # processor time: the clock would measure what else the machine does

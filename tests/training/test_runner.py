@@ -258,3 +258,38 @@ def test_the_last_good_checkpoint_is_finite_and_before_the_onset(tmp_path):
         checkpoint_module.save_checkpoint(tmp_path, step, state)
     assert last_good_checkpoint(tmp_path, 12).name == "step-00000005"
     assert last_good_checkpoint(tmp_path, 0) is None
+
+
+def test_e0m7_and_e1m6_are_one_grid_under_amax_scaling(tmp_path):
+    results = [run(tmp_path, fp8_format=f, weight_storage="grid", max_steps=25) for f in ("E0M7", "E1M6")]
+    one, other = (losses(r.run_dir) for r in results)
+    assert one == other
+    assert results[0].final_val_loss == results[1].final_val_loss
+    assert len(one) == 25
+
+
+def test_the_monitors_records_go_into_the_metrics_and_change_no_loss(tmp_path):
+    options = {"fp8_format": "E3M4", "weight_storage": "grid", "max_steps": 8, "checkpoint_interval": 4}
+    plain = run(tmp_path / "plain", **options)
+    watched = run(tmp_path, "monitor.enabled=true", "monitor.interval=2", **options)
+    assert losses(watched.run_dir) == losses(plain.run_dir)
+    records = metrics(watched.run_dir, "monitor")
+    assert {"weight", "input", "grad_output"} <= {r["role"] for r in records}
+    assert max(r["step"] for r in records) >= 7
+    assert all(isinstance(r["layer"], str) for r in records)
+
+
+def test_an_emergency_shift_is_recorded_and_survives_a_resume(tmp_path):
+    options = {
+        "fp8_format": "E7M0",
+        "weight_storage": "grid",
+        "enable_emergency_shift": True,
+        "shift": {"stall_patience": 2, "stall_threshold": 0.3},
+        "max_steps": 16,
+    }
+    whole = run(tmp_path / "whole", **options)
+    shifts = [e for e in metrics(whole.run_dir, "event") if e["event"] == "shift"]
+    assert [(e["step"], e["from_format"], e["to_format"]) for e in shifts] == [(4, "E7M0", "E5M2")]
+    assert whole.interventions[0]["kind"] == "shift"
+    run(tmp_path, listener=StopAt(9), **options)
+    assert losses(run(tmp_path, **options).run_dir) == losses(whole.run_dir)
