@@ -167,7 +167,7 @@ def round_magnitude(magnitude, negative, word, random_bits, grid, MODE: tl.const
     own = tl.where(field == 0, one, field)
     quantum = tl.where(own > grid.emin_field, own, grid.emin_field)
     shift = quantum - own + grid.dropped_bits
-    shift = tl.where(own < grid.emin_field, shift + grid.lost_below_normal, shift)
+    shift = tl.where(field < grid.emin_field, shift + grid.lost_below_normal, shift)
     capped = tl.where(shift < W + 2, shift, one * (W + 2))
     full = one << capped
     rest = significand & (full - 1)
