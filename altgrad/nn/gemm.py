@@ -70,6 +70,7 @@ def cpu_has_bf16_units() -> bool:
     return bool(facts.get("amx_bf16") or facts.get("avx512_bf16"))
 
 
+_CPU_MATMUL = torch.backends.mkldnn.matmul
 CPU_BF16_UNITS = cpu_has_bf16_units()
 # Below this many multiplications the conversion to bf16 and back outweighs the faster unit.
 CPU_BF16_MIN_PRODUCTS = 2**21
@@ -154,6 +155,8 @@ def _mm(a: Tensor, b: Tensor, route: Route) -> Tensor:
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     if route is Route.BF16 and a.device.type == "cuda":
         return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    if route is Route.FLOAT32 and a.device.type == "cpu" and _CPU_MATMUL.fp32_precision in ("none", "ieee"):
+        return torch.matmul(a, b)
     with matmul_precision(a.device.type, "ieee" if route is Route.FLOAT32 else route.value):
         return torch.matmul(a, b)
 

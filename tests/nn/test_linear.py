@@ -208,5 +208,7 @@ def test_a_scale_found_on_the_host_is_that_of_the_tensor(power_of_two):
         if fmt.has_zero:
             expected = scale_from_amax(torch.from_numpy(amaxes), fmt, power_of_two=power_of_two).double().numpy()
             got = np.array([host_scale(float(a), fmt.max, power_of_two) for a in amaxes])
-            fits = amaxes.astype(np.float64) / fmt.max < 2.0**127  # beyond it no float32 scale is finite, and quantizing raises
+            fits = (
+                amaxes.astype(np.float64) / fmt.max < 2.0**127
+            )  # beyond it no float32 scale is finite, and quantizing raises
             assert np.array_equal(got[fits], expected[fits]), fmt
