@@ -3,6 +3,17 @@
 from altgrad.analysis.comparison import comparison_table
 from altgrad.analysis.comparison_report import write_report
 from altgrad.analysis.runs import Curve, Metrics, Run, find_runs, read_run
+from altgrad.analysis.study import is_study
 from altgrad.analysis.study_report import write_study
 
-__all__ = ["Curve", "Metrics", "Run", "comparison_table", "find_runs", "read_run", "write_report", "write_study"]
+__all__ = [
+    "Curve",
+    "Metrics",
+    "Run",
+    "comparison_table",
+    "find_runs",
+    "is_study",
+    "read_run",
+    "write_report",
+    "write_study",
+]

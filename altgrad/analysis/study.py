@@ -19,11 +19,13 @@ from altgrad.analysis.comparison import IGNORED_KEYS, flatten, table_row
 from altgrad.analysis.layers import LayerHistory, layer_history
 from altgrad.analysis.outcome import Outcome
 from altgrad.analysis.ranking import Contender
-from altgrad.analysis.runs import Curve, Run, as_number, find_runs
+from altgrad.analysis.runs import Curve, Run, as_number, find_runs, read_run
 from altgrad.errors import ReportError
 
 CURVE_BUCKETS = 100
 MONITORED_STEPS = 24
+MOST_COMPARED = 16
+"""More runs than this are told as a study."""
 
 FORMAT, OPTIMIZER, STORAGE = "fp8_format", "optimizer.name", "weight_storage"
 _AXIS_ORDER = (FORMAT, OPTIMIZER, STORAGE, "rounding", "scaling")
@@ -113,17 +115,29 @@ class Study:
         return sorted({run.seed for run in self.runs if run.seed is not None}, key=str)
 
 
-def load_study(folder: str | Path, *, force: bool = False) -> Study:
-    """Read every run at or below `folder`.
+def is_study(run_dirs: Sequence[str | Path]) -> bool:
+    """Whether runs are better told as a study than run by run: they repeat a setting over seeds, or are many."""
+    runs = [Run(Path(path)) for path in run_dirs]
+    if len(runs) > MOST_COMPARED:
+        return True
+    keys, _ = _axes([run.config for run in runs], [run.format for run in runs])
+    return len(set(keys)) < len(runs)
+
+
+def load_study(source: str | Path | Sequence[str | Path], *, force: bool = False) -> Study:
+    """Read every run at or below a folder, or the run folders given one by one.
 
     Raises ReportError when there is none, or when the runs are of different corpora or code versions (unless `force`,
     which has the report marked).
     """
-    folder = Path(folder)
-    paths = find_runs(folder)
+    if isinstance(source, str | Path):
+        folder, paths = Path(source), find_runs(source)
+    else:
+        paths = list(dict.fromkeys(Path(path) for path in source))
+        folder = paths[0].parent if paths else Path()
     if not paths:
         raise ReportError(f"no run folders in {folder}; run a sweep first, or name the folder that holds the runs")
-    runs = [Run(path) for path in paths]
+    runs = [read_run(path) for path in paths]
     warnings = require_comparable(runs, force=force)
     keys, axes = _axes([run.config for run in runs], [run.format for run in runs])
     max_steps = max([run.max_steps or 0 for run in runs] + [1])

@@ -38,21 +38,24 @@ _AXIS_NAMES = {FORMAT: "format", OPTIMIZER: "optimizer", STORAGE: "weight storag
 
 
 def write_study(
-    folder: str | Path, out: str | Path | None = None, *, title: str | None = None, force: bool = False
+    source: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    title: str | None = None,
+    force: bool = False,
 ) -> Path:
-    """Report on all runs at or below `folder`; returns the page's path.
+    """Report on all runs at or below a folder (or on the run folders given one by one); returns the page's path.
 
-    `out` names the page (.html) or a folder for it; by default it is `folder`/study.html. Beside the page go the same as
+    `out` names the page (.html) or a folder for it; by default it is study.html in the folder of the runs. Beside the page go the same as
     Markdown, and `<name>-runs` and `<name>-settings` as CSV, and as Parquet where pyarrow is installed. Raises ReportError
     for no runs and for runs that are no fair comparison, unless `force`, which marks the page instead.
     """
-    folder = Path(folder)
-    page = Path(out) if out is not None else folder / "study.html"
+    study = load_study(source, force=force)
+    page = Path(out) if out is not None else study.folder / "study.html"
     if page.suffix.lower() not in (".html", ".htm"):
         if page.suffix:
             raise ReportError(f"the report's path {page} does not end in .html; name the page, or a folder for it")
         page = page / "study.html"
-    study = load_study(folder, force=force)
     ranked = rank_study(study)
     page.parent.mkdir(parents=True, exist_ok=True)
     exported = export(study, ranked, page)
