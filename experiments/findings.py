@@ -1,0 +1,145 @@
+"""Prints the tables of docs/findings/custom-formats.md from the committed records: `python -m experiments.findings`."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from altgrad.analysis.runs import Run, find_runs, read_run
+from altgrad.analysis.statistics import estimate, noise_floor, paired
+
+RESULTS = Path(__file__).parent / "results" / "custom-formats"
+
+
+def group(name: str) -> list[Run]:
+    """The records of one experiment."""
+    return [read_run(path) for path in find_runs(RESULTS / name)]
+
+
+def events(run: Run) -> list[dict[str, Any]]:
+    """The run's event records in file order."""
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == "event"]
+
+
+def by_name(runs: list[Run]) -> dict[str, dict[int, Run]]:
+    """{name: {seed: run}}, names sorted."""
+    table: dict[str, dict[int, Run]] = defaultdict(dict)
+    for run in runs:
+        table[run.name][run.result["seed"]] = run
+    return dict(sorted(table.items()))
+
+
+def verdict_words(run: Run) -> str:
+    """The verdict with its steps, or "trained"."""
+    verdict = run.result["verdict"]
+    return f"{verdict['kind']} from step {verdict['onset_step']}" if verdict else "no collapse"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def interval(found) -> str:
+    """mean [low, high], n."""
+    if found.low is None:
+        return f"{found.mean:+.4f} (n = {found.n})"
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}] (n = {found.n}, {found.method})"
+
+
+def print_runs(name: str) -> None:
+    """One row a run: how it ended."""
+    print(
+        f"\n### {name}\n\n| run | seed | steps | final train loss | final val loss | best val loss | stall | verdict | shift |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for runs in by_name(group(name)).values():
+        for seed, run in sorted(runs.items()):
+            r = run.result
+            shifts = "; ".join(
+                f"step {e['step']}: {e['from_format']} to {e['to_format']} ({e['reason']})"
+                for e in events(run)
+                if e["event"] == "shift"
+            )
+            print(
+                f"| {run.name} | {seed} | {r['steps']} | {number(r['final_loss'])} | {number(r['final_val_loss'])} "
+                f"| {number(r['best_val_loss'])} | {number(r['stall_rate'])} | {verdict_words(run)} | {shifts or '-'} |"
+            )
+
+
+def print_paired() -> None:
+    """E3M4 minus E5M2 in final validation loss, per storage, and the seed-to-seed spread of FP32."""
+    runs = by_name(group("a"))
+    losses = {name: {s: r.result["final_val_loss"] for s, r in found.items()} for name, found in runs.items()}
+    pairs = [
+        ("E3M4 - E5M2, grid", "a", "a-e5m2"),
+        ("E3M4 - E5M2, master", "a-master", "a-e5m2-master"),
+        ("E3M4 - FP32, grid", "a", "a-fp32-master"),
+        ("E5M2 - FP32, grid", "a-e5m2", "a-fp32-master"),
+        ("E3M4 - FP32, master", "a-master", "a-fp32-master"),
+        ("E5M2 - FP32, master", "a-e5m2-master", "a-fp32-master"),
+    ]
+    print(
+        "\n### a: paired differences in final validation loss (nats per byte)\n\n| pair | difference, 95% interval | Hedges' g |"
+    )
+    print("|---|---|---|")
+    for label, first, second in pairs:
+        found = paired(losses.get(first, {}), losses.get(second, {}))
+        if found:
+            print(f"| {label} | {interval(found.difference)} | {number(found.effect, 1)} |")
+    if len(losses.get("a-fp32-master", {})) > 1:
+        floor = noise_floor(losses["a-fp32-master"])
+        print(f"\nFP32 varies from seed to seed with a standard deviation of {floor.sd:.4f}.")
+        print(f"FP32 final validation loss: {interval(estimate(list(losses['a-fp32-master'].values())))}")
+
+
+def print_overflow() -> None:
+    """Overflow rate per layer and role at the last monitored step, one seed of each variant of b."""
+    print(
+        "\n### b: overflow at the last recorded step, first seed\n\n| run | layer | role | overflow | underflow | amax |"
+    )
+    print("|---|---|---|---|---|---|")
+    for runs in by_name(group("b")).values():
+        run = runs[min(runs)]
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+        records = [r for r in map(json.loads, lines) if r["kind"] == "monitor" and r.get("overflow") is not None]
+        last = max((r["step"] for r in records), default=0)
+        for r in records:
+            if r["step"] == last and r["role"] in ("input", "weight", "grad_output"):
+                print(
+                    f"| {run.name} | {r['layer']} | {r['role']} | {r['overflow']:.2%} | {r['underflow']:.2%} | {r['amax']:.3g} |"
+                )
+
+
+def print_identity() -> None:
+    """Whether E0M7 and E1M6 recorded the same losses to the bit."""
+    runs = by_name(group("e"))
+    print("\n### e: E0M7 and E1M6 under amax scaling\n")
+    for storage, first, second in (("grid", "e", "e-e1m6"), ("master", "e-master", "e-e1m6-master")):
+        if first in runs and second in runs:
+            a, b = (losses_of(next(iter(runs[name].values()))) for name in (first, second))
+            same = sum(a[step] == b.get(step) for step in a)
+            print(f"{storage}: {same} of {len(a)} recorded losses (training and validation) are equal to the bit")
+
+
+def losses_of(run: Run) -> dict[tuple[str, int], float]:
+    """{(kind, step): loss} of every recorded training and validation loss."""
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["kind"] in ("step", "eval")]
+    return {(r["kind"], r["step"]): r["loss"] if r["kind"] == "step" else r["val_loss"] for r in records}
+
+
+def main() -> None:
+    """Print every table."""
+    print_paired()
+    for name in "abcde":
+        print_runs(name)
+    print_overflow()
+    print_identity()
+
+
+if __name__ == "__main__":
+    main()
