@@ -27,7 +27,7 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def kept_records(lines: list[str]) -> list[str]:
+def kept_records(lines: list[str], every: int) -> list[str]:
     """The lines of a metrics file that a record keeps."""
     records = [json.loads(line) for line in lines if line.strip()]
     monitored = sorted({r["step"] for r in records if r["kind"] == "monitor"})
@@ -38,7 +38,7 @@ def kept_records(lines: list[str]) -> list[str]:
         r
         for r in records
         if r["kind"] in ("eval", "event")
-        or (r["kind"] == "step" and (r["step"] % STEP_EVERY in (0, 1) or r["step"] == last or not r["finite"]))
+        or (r["kind"] == "step" and (r["step"] % every in (0, 1 % every) or r["step"] == last or not r["finite"]))
         or (r["kind"] == "monitor" and r["step"] in shown)
     ]
     return [json.dumps(rounded(r)) for r in kept]
@@ -51,7 +51,7 @@ def rounded(record: dict[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
 
 
-def collect(runs: Path, destination: Path) -> int:
+def collect(runs: Path, destination: Path, every: int = STEP_EVERY) -> int:
     """Write the record of every finished run below `runs`; returns how many there were."""
     count = 0
     for run in find_runs(runs):
@@ -65,7 +65,7 @@ def collect(runs: Path, destination: Path) -> int:
         config = without_paths(yaml.safe_load((run / "config.yaml").read_text()))
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         lines = (run / "metrics.jsonl").read_text().splitlines()
-        (folder / "metrics.jsonl").write_text("\n".join(kept_records(lines)) + "\n")
+        (folder / "metrics.jsonl").write_text("\n".join(kept_records(lines, every)) + "\n")
         count += 1
     return count
 
@@ -75,8 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", type=Path)
     parser.add_argument("destination", type=Path)
+    parser.add_argument("--every", type=int, default=STEP_EVERY, help="keep every n-th training step")
     arguments = parser.parse_args()
-    print(f"{collect(arguments.runs, arguments.destination)} runs recorded in {arguments.destination}")
+    print(f"{collect(arguments.runs, arguments.destination, arguments.every)} runs recorded in {arguments.destination}")
 
 
 if __name__ == "__main__":
