@@ -218,3 +218,135 @@ def test_stab06_state_goes_through_a_checkpoint_at_every_point():
         head = run(first, "E7M0", steps[:cut])
         second.load_state_dict(first.state_dict())
         assert head + run(second, "E7M0", steps[cut:]) == whole
+
+
+# -- both, in the training step ---------------------------------------------------------------------------------------
+
+SMALL = [
+    *("model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "data.batch_size=8"),
+    *("optimizer.warmup_steps=0", "max_steps=200", "optimizer.lr=0.003", "monitor.enabled=true", "monitor.interval=1"),
+]
+
+
+def trainer_of(*overrides, name="e7m0_uniform"):
+    from altgrad.training.config_loading import load_config
+    from altgrad.training.trainer import Trainer
+
+    trainer = Trainer(load_config(f"experiments/configs/{name}.yaml", [*SMALL, *overrides]))
+    trainer.measuring.sink = (records := []).extend
+    return trainer, records
+
+
+def steps_of(trainer, n):
+    return [trainer.train_step(*trainer.batch(trainer.step + 1)) for _ in range(n)]
+
+
+def events(records, kind):
+    return [event for record in records for event in record.events if event["event"] == kind]
+
+
+# An unscaled E4M3 whose overflow is NaN: one large weight ends every step.
+NAN_RUN = ["fp8_format=E4M3", "scaling=none", "overflow=nan", "weight_storage=master", "optimizer.lr=0.01"]
+
+
+def with_one_large_weight(trainer):
+    """A weight beyond E4M3's largest value, 448, in the embedding of the space."""
+    with torch.no_grad():
+        trainer.model.embedding.weight[32, 0] = 600.0
+    return trainer
+
+
+def test_stab06_a_run_that_would_be_nan_comes_back_and_learns():
+    lost = with_one_large_weight(trainer_of(*NAN_RUN)[0])
+    assert not any(record.finite for record in steps_of(lost, 6))
+
+    options = ["enable_emergency_shift=true", "shift.chain={E4M3: E5M2}", "shift.nan_patience=3"]
+    saved = with_one_large_weight(trainer_of(*NAN_RUN, *options)[0])
+    records = steps_of(saved, 30)
+    (shift,) = events(records, "shift")
+    assert (shift["from_format"], shift["to_format"], shift["reason"]) == ("E4M3", "E5M2", "nan")
+    assert [r.finite for r in records[:3]] == [False] * 3
+    finite = [r.loss for r in records if r.finite]
+    assert len(finite) == 27
+    assert min(finite[-5:]) < finite[0] - 0.5  # below where it was when it came back
+    assert all(torch.isfinite(p).all() for p in saved.model.parameters())
+
+
+def test_stab06_a_stalled_run_shifts_once_per_window_and_learns_again():
+    options = ["enable_emergency_shift=true", "shift.stall_patience=5", "shift.nan_patience=3", "optimizer.lr=0.0003"]
+    trainer, _ = trainer_of(*options)
+    records = steps_of(trainer, 30)
+    (shift,) = events(records, "shift")
+    assert (shift["from_format"], shift["to_format"], shift["reason"]) == ("E7M0", "E5M2", "stall")
+    assert trainer.step == 30
+    assert shift["stall_rate"] > 0.5
+    at = next(i for i, r in enumerate(records) if r.events and any(e["event"] == "shift" for e in r.events))
+    assert records[-1].loss < records[at].loss
+    assert records[-1].stall_rate < records[at].stall_rate
+
+
+CLIPPED = [
+    "fp8_format=E1M6",
+    "gradient_format=BF16",
+    "scaling=none",
+    "weight_storage=master",
+    "optimizer.grad_clip=0",
+    "optimizer.name=sgd",
+]
+
+
+def test_stab05_the_clip_changes_the_weights_of_that_very_step():
+    free, _ = trainer_of(*CLIPPED)
+    held, _ = trainer_of(
+        *CLIPPED, "enable_partition_clipping=true", "clipping.overflow_threshold=1e-9", "clipping.base_clip=1"
+    )
+    for trainer in (free, held):
+        with torch.no_grad():
+            trainer.model.norm.weight.mul_(8.0)  # the head's input overflows E1M6
+    before = [p.detach().clone() for p in held.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, free.model.parameters(), strict=True))
+    record, unclipped = steps_of(held, 1)[0], steps_of(free, 1)[0]
+    assert record.loss == unclipped.loss
+    (clip,) = events([record], "clip")
+    threshold = 3.96875 / 57344
+    assert clip["clip_threshold"] == pytest.approx(threshold)
+    assert clip["overflow_rate"] > 0
+    moved = [
+        float(torch.cat([(a - b).detach().flatten() for a, b in zip(t.model.parameters(), before, strict=True)]).norm())
+        for t in (held, free)
+    ]
+    assert moved[0] == pytest.approx(moved[1] * threshold / clip["grad_norm"], rel=1e-2)
+    assert moved[0] < 0.01 * moved[1]
+
+
+@pytest.mark.parametrize(("scaling", "overflows"), [("amax", False), ("none", True)])
+def test_stab05_overflow_is_measured_without_scaling_and_absent_under_amax(scaling, overflows):
+    trainer, _ = trainer_of(
+        *CLIPPED, f"scaling={scaling}", "enable_partition_clipping=true", "clipping.overflow_threshold=1e-9"
+    )
+    with torch.no_grad():
+        trainer.model.norm.weight.mul_(8.0)
+    records = steps_of(trainer, 3)
+    assert all((r.overflow_rate > 0) is overflows for r in records)
+    assert (len(events(records, "clip")) == 3) is overflows
+
+
+def test_stab05_stab06_interventions_survive_a_fork_bit_for_bit():
+    options = ["enable_emergency_shift=true", "shift.stall_patience=4", "optimizer.lr=0.0003"]
+    whole, _ = trainer_of(*options)
+    losses = [r.loss for r in steps_of(whole, 10)]
+    part, _ = trainer_of(*options)
+    steps_of(part, 2)  # in the middle of the patience
+    fork, _ = trainer_of(*options)
+    fork.restore(part.capture())
+    assert [r.loss for r in steps_of(fork, 8)] == losses[2:]
+    assert fork.formats.format == whole.formats.format
+
+
+def test_stab05_stab06_the_scheduled_reference_goes_with_the_step():
+    trainer, records = trainer_of("fp8_format=E3M4", "monitor.schedule={default: 0, reference: 2}")
+    plain, _ = trainer_of("fp8_format=E3M4", "monitor.enabled=false")
+    assert [r.loss for r in steps_of(trainer, 3)] == [r.loss for r in steps_of(plain, 3)]
+    trainer.measuring.close()
+    assert {r["step"] for r in records} == {1, 3}
+    assert all(0.5 < r["reference_cosine"] <= 1 for r in records if r["layer"].endswith("mlp.up"))

@@ -78,6 +78,11 @@ class Measuring:
         source = self.monitor.overflow_rate() if self.monitor is not None else None
         return self.meter.rate() if self.meter is not None else source
 
+    def reference(self, backward: Callable[[], Any]) -> None:
+        """After the backward pass: compare the gradients with FP32 ones, which `backward()` computes, when due."""
+        if self.monitor is not None and self.monitor.reference_due:
+            self.monitor.measure_reference(backward)
+
     def end_step(self) -> None:
         """After the optimizer's step, or in its place when the step was skipped."""
         if self.monitor is not None:

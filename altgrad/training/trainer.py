@@ -138,6 +138,8 @@ class Trainer:
         before = self.formats.snapshot()
         self.measuring.begin_step(step)
         loss = self._forward_backward(step, x, y)
+        if self.ranks.alone:
+            self.measuring.reference(lambda: self._forward_backward(step, x, y))
         grads = gradients(self.parameters)
         norm = self.ranks.norm(gradient_norm(grads))
         loss_value, norm_value = on_host([loss, norm])
