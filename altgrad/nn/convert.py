@@ -16,13 +16,15 @@ from altgrad.nn.layer_state import LayerState
 from altgrad.nn.layers import is_quantized, shown_recipe, swap, swap_back
 from altgrad.nn.manifest import Manifest, Swapped
 from altgrad.nn.optimizer_hook import watch_optimizers
-from altgrad.nn.probe import read_source, trace
+from altgrad.nn.probe import Traced, read_source, trace
 from altgrad.nn.recipe import LayerRecipe, Recipe, name_matches
 from altgrad.nn.recipe_checks import check_layer, check_ties
 from altgrad.nn.registry import LayerKind, kind_of, overrides_forward
 from altgrad.nn.session import STATE, Session
 from altgrad.nn.storage import GridStorage
 from altgrad.quantization.parameter_grid import declare_grid
+
+_FAST_PATH = "_altgrad_fast_path"  # what an encoder layer's `activation_relu_or_gelu` was
 
 
 def quantize_model(
@@ -58,7 +60,8 @@ def quantize_model(
     included, excluded = _matched(include, modules, "include"), _matched(exclude, modules, "exclude")
     if recipe.needs_positions and example is None:
         raise RecipeError("an override by position needs to see the model run; pass example=(inputs of the model,)")
-    unseen, positions = (read_source(model), {}) if example is None else trace(model, example)
+    seen = Traced(read_source(model), {}, set(modules)) if example is None else trace(model, example)
+    positions = seen.positions
 
     plan: dict[str, tuple[nn.Module, LayerRecipe, LayerKind]] = {}
     skipped: dict[str, str] = {}
@@ -86,10 +89,12 @@ def quantize_model(
         base = type(module).__name__
         swap(module, chosen, session, name, kind)
         swapped[name] = Swapped(base, chosen, shown_recipe(module))
+    _close_fast_paths(model)
     store_on_grid(model, keep_original=True)
     if any(one.needs_steps for _, one, _ in plan.values()):
         watch_optimizers()
-    return Manifest(swapped, skipped, unseen, traced=example is not None)
+    uncalled = tuple(name for name in swapped if name not in seen.called)
+    return Manifest(swapped, skipped, seen.unseen, uncalled, traced=example is not None)
 
 
 def restore_model(model: nn.Module) -> nn.Module:
@@ -99,6 +104,8 @@ def restore_model(model: nn.Module) -> nn.Module:
     keep their trained grid values. A model without quantized layers is returned as it is.
     """
     for module in model.modules():
+        if _FAST_PATH in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
         if not is_quantized(module):
             continue
         storage, weight = module.__dict__[STATE].storage, module._parameters["weight"]
@@ -142,6 +149,14 @@ def store_on_grid(
                 stores[id(weight)].snap(weight, keep_original=keep_original)
         state.set_storage(stores[id(weight)])
     return len(stores)
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    """Keep `nn.TransformerEncoderLayer` from reading its layers' weights in evaluation: it then calls the layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(is_quantized(m) for m in module.modules()):
+            module.__dict__.setdefault(_FAST_PATH, module.activation_relu_or_gelu)
+            module.activation_relu_or_gelu = 0
 
 
 def _stores(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from altgrad.errors import RecipeError
 from altgrad.nn.conv import CONV_REDUCED, conv_forward
 from altgrad.nn.layer_state import LINEAR_REDUCED, LayerState
 from altgrad.nn.linear import linear_forward
@@ -90,7 +91,8 @@ _MIXINS = {"linear": QuantizedLinear, "conv": QuantizedConv, "embedding": Quanti
 def quantized_class(base: type[nn.Module]) -> type[nn.Module]:
     """The quantized subclass of a supported class."""
     kind = kind_of(base)
-    assert kind is not None, base
+    if kind is None:
+        raise RecipeError(f"{base.__name__} is not registered in this process; call register_layer for it first")
     return type(f"Quantized{base.__name__}", (_MIXINS[kind.kind], base), {"_base": base, "__module__": __name__})
 
 

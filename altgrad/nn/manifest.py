@@ -35,12 +35,14 @@ class Manifest:
     swapped: by module name. skipped: module name to reason. unseen: matrix products that stay unquantized because they
     are function calls (attention, einsum, ...). With an example input they are traced and the list is exact for that
     input; without one they are read from the source of the classes' forward methods: calls made further down (in
-    functions that forward calls) are not found, and branches not taken are.
+    functions that forward calls) are not found, and branches not taken are. uncalled: swapped layers that the example
+    did not call; a model that reads such a layer's weight directly gets the unquantized weight.
     """
 
     swapped: dict[str, Swapped] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unseen: tuple[UnseenProduct, ...] = ()
+    uncalled: tuple[str, ...] = ()
     traced: bool = False
 
     def __str__(self) -> str:
@@ -50,4 +52,7 @@ class Manifest:
         lines += [f"  {name or '(root)'}: {reason}" for name, reason in self.skipped.items()]
         how = "traced with the example" if self.traced else "read from the classes' source; pass example= to trace"
         lines.append(f"matrix products not seen by any layer, {how}: {len(self.unseen)}")
-        return "\n".join(lines + [f"  {product}" for product in self.unseen])
+        lines += [f"  {product}" for product in self.unseen]
+        if self.uncalled:
+            lines.append(f"swapped, but not called by the example: {', '.join(self.uncalled)}")
+        return "\n".join(lines)

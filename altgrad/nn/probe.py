@@ -11,6 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.stack: list[tuple[str, bool]] = [("", False)]  # (module name, is a layer that could be swapped)
         self.found: dict[tuple[str, str], None] = {}
+        self.entered: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -75,8 +77,16 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace(model: nn.Module, example) -> tuple[tuple[UnseenProduct, ...], dict[str, frozenset[str]]]:
-    """(products outside the swappable layers, positions by module name) from one run of the model.
+class Traced(NamedTuple):
+    """What one run showed: products outside the swappable layers, positions by module name, and the modules called."""
+
+    unseen: tuple[UnseenProduct, ...]
+    positions: dict[str, frozenset[str]]
+    called: set[str]
+
+
+def trace(model: nn.Module, example) -> Traced:
+    """What a run of the model shows.
 
     Args:
         example: a tensor, a tuple of arguments, a mapping of keyword arguments, or a callable that takes the model.
@@ -87,6 +97,7 @@ def trace(model: nn.Module, example) -> tuple[tuple[UnseenProduct, ...], dict[st
     names = {module: name for name, module in model.named_modules()}
 
     def enter(module, args):
+        calls.entered.add(names[module])
         calls.stack.append((names[module], kind_of(type(module)) is not None))
         first = next((a for a in args if isinstance(a, Tensor)), None)
         if first is not None and any(_same_memory(first, out) for out in norm_outputs):
@@ -108,7 +119,7 @@ def trace(model: nn.Module, example) -> tuple[tuple[UnseenProduct, ...], dict[st
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return tuple(UnseenProduct(module, call, "traced") for module, call in calls.found), positions
+    return Traced(tuple(UnseenProduct(*place, "traced") for place in calls.found), positions, calls.entered)
 
 
 def _call(model: nn.Module, example) -> None:

@@ -107,6 +107,22 @@ def test_traced_manifest_lists_only_calls_that_no_layer_makes():
     assert [(p.module, p.call) for p in manifest.unseen] == [("", "einsum")]
 
 
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions, self.head = nn.Embedding(12, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(x + self.positions.weight)
+
+
+def test_a_layer_whose_weight_is_read_without_calling_it_is_named():
+    manifest = quantize_model(Positions(), uniform("E4M3"), example=torch.randn(2, 12, 8))
+    assert manifest.uncalled == ("positions",)
+    assert "swapped, but not called by the example" in str(manifest)
+    assert "positions" in str(manifest)
+
+
 def test_tracing_leaves_modes_and_hooks_alone():
     model = Model()
     model.blocks[0].eval()
@@ -205,6 +221,20 @@ def test_attention_that_reads_its_weights_directly_is_skipped_with_the_reason():
     manifest = quantize_model(model, uniform("E4M3"))
     assert "nn.MultiheadAttention multiplies its weights by a function call" in manifest.skipped["1.out_proj"]
     assert ("1", "multi_head_attention_forward") in {(p.module, p.call) for p in manifest.unseen}
+
+
+def test_encoder_layers_do_not_bypass_their_quantized_layers_in_evaluation():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 4, 16)
+    with torch.no_grad():
+        plain = model.eval()(x)
+        quantize_model(model, uniform("E2M1"))
+        evaluated = model(x)
+        torch.testing.assert_close(evaluated, model.train()(x), rtol=1e-4, atol=1e-4)
+        assert (evaluated - plain).abs().max() > 1e-2
+        restore_model(model)
+        assert torch.equal(model.eval()(x), plain)
 
 
 ERRORS = {
