@@ -127,7 +127,14 @@ class FormatExperimentRunner:
         remove_leftovers(self.run_dir)
         record = self.run_dir / "env.json"
         if record.exists():
-            threads = int(json.loads(record.read_text())["threads"])
+            begun, now = json.loads(record.read_text()), environment(self.plan, device, 0)
+            for name in ("device", "torch", "numba", "altgrad"):
+                if begun[name] != now[name]:
+                    self.listener.said(
+                        f"this run began with {name} {begun[name]} and goes on with {now[name]}: "
+                        "its losses may differ in the last bits from those of an unbroken run"
+                    )
+            threads = int(begun["threads"])
             wanted = self.config.threads
             if wanted not in (None, threads):
                 self.listener.said(f"this run began with {threads} CPU threads and keeps them (threads={wanted} asked)")

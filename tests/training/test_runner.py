@@ -122,6 +122,17 @@ def test_threads_are_recorded_and_restored(tmp_path):
     assert json.loads((stopped.run_dir / "env.json").read_text())["threads"] == 2
 
 
+def test_a_resume_in_another_environment_is_announced(tmp_path):
+    stopped = run(tmp_path, listener=StopAt(4))
+    record = stopped.run_dir / "env.json"
+    record.write_text(record.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    notes = Notes()
+    run(tmp_path, listener=notes)
+    told = [line for line in notes.lines if "began with" in line]
+    assert len(told) == 1
+    assert f"torch 1.0 and goes on with {torch.__version__}" in told[0]
+
+
 class Killed(BaseException):
     """Stands in for SIGKILL at a file operation: nothing after it happens."""
 
