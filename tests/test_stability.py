@@ -292,6 +292,7 @@ CLIPPED = [
     "weight_storage=master",
     "optimizer.grad_clip=0",
     "optimizer.name=sgd",
+    "optimizer.weight_decay=0",
 ]
 
 
@@ -315,7 +316,7 @@ def test_stab05_the_clip_changes_the_weights_of_that_very_step():
         float(torch.cat([(a - b).detach().flatten() for a, b in zip(t.model.parameters(), before, strict=True)]).norm())
         for t in (held, free)
     ]
-    assert moved[0] == pytest.approx(moved[1] * threshold / clip["grad_norm"], rel=1e-2)
+    assert moved[0] == pytest.approx(moved[1] * threshold / clip["grad_norm"], rel=5e-2)
     assert moved[0] < 0.01 * moved[1]
 
 
