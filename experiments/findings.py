@@ -38,9 +38,9 @@ def verdict_words(run: Run) -> str:
     return f"{verdict['kind']} from step {verdict['onset_step']}" if verdict else "no collapse"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure, or a dash where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
+def number(value: float | str | None, digits: int = 3) -> str:
+    """A figure ("nan" and "inf" are recorded as words), or a dash where there is none."""
+    return "-" if value is None else f"{float(value):.{digits}f}"
 
 
 def interval(found) -> str:
