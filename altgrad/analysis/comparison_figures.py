@@ -94,7 +94,7 @@ def gap_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup |
         title="Distance from FP32",
         description="Loss of each run minus the loss of the FP32 run of the same seed at the same step.",
         caption="Zero is the FP32 run of the same seed, which sees the same batches; below zero is better than FP32. "
-        f"Thin lines: training loss, mean of every {plural(per_bucket, 'step')}.",
+        + (f"Thin lines: training loss, mean of every {per_bucket} steps." if per_bucket > 1 else ""),
         y_label="nats above FP32",
         height=340,
         y_scales=("linear",),

@@ -88,9 +88,9 @@ class Outcome:
         if self.run.status == "interrupted":
             return f"Interrupted at step {count(self.steps)}{of}; the same command goes on from there."
         if self.run.status == "failed":
-            return (
-                f"Its process died (last step written: {count(self.metrics.last_step)}{of}); see log.txt in its folder."
-            )
+            why = f" ({self.run.crash})" if self.run.crash else ""
+            last = f"last step written: {count(self.metrics.last_step)}{of}"
+            return f"Its process died{why}; {last}. See log.txt in its folder."
         return f"No result recorded: the last step written is {count(self.metrics.last_step)}{of} (still running, or killed)."
 
     def evidence(self) -> list[tuple[str, str]]:

@@ -118,6 +118,13 @@ class Run:
         return "failed" if _read_json(self.path / CRASHES)[0].get("state") == "failed" else "unfinished"
 
     @property
+    def crash(self) -> str | None:
+        """Why the run's process died, as a sweep recorded it last; None when it did not."""
+        crashes = _read_json(self.path / CRASHES)[0].get("crashes")
+        last = crashes[-1] if isinstance(crashes, list) and crashes else None
+        return _text(last.get("reason")) if isinstance(last, dict) else None
+
+    @property
     def run_id(self) -> str:
         return str(self.result.get("run_id") or self.path.name)
 

@@ -140,14 +140,15 @@ def demo(runs_dir: str, steps: int | None, device: str) -> list[ExperimentResult
 
 def report(runs: Sequence[Path], out: Path | None, force: bool) -> None:
     """`altgrad report`: one HTML file over existing run folders."""
-    from altgrad.analysis import find_runs
+    from altgrad.analysis import find_runs, is_study, write_study
 
     console = _console()
     folders = [found for run in runs for found in ([run] if (run / "config.yaml").exists() else find_runs(run))]
     if not folders:
         raise ConfigError(f"no run folders in {', '.join(map(str, runs))}; give folders that hold a config.yaml")
     target = out or (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
-    console.print(f"report: {write_report(folders, target, force=force)}", highlight=False, soft_wrap=True)
+    write = write_study if is_study(folders) else write_report
+    console.print(f"report: {write(folders, target, force=force)}", highlight=False, soft_wrap=True)
 
 
 def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: bool) -> int:

@@ -64,6 +64,14 @@ def test_unfinished_runs_are_shown_for_what_they_are(tmp_path):
     assert "E3M4 has no result yet" in headline(outcomes_of(runs))
 
 
+def test_a_run_whose_process_died_says_why(tmp_path):
+    run = make_run(tmp_path, "E3M4", steps=100, finished=False)
+    (run / "crashes.json").write_text(json.dumps({"state": "failed", "crashes": [{"reason": "killed by signal 9"}]}))
+    (outcome,) = outcomes_of([run])
+    assert outcome.said.startswith("Its process died (killed by signal 9); last step written: 42 of 100.")
+    assert outcome.short_verdict == "failed"
+
+
 @pytest.mark.parametrize(
     ("kind", "words"), [("freeze", "froze"), ("divergence", "diverged"), ("nonfinite", "went non-finite")]
 )

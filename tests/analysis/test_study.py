@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from altgrad.analysis import write_study
+from altgrad.analysis import is_study, write_study
 from altgrad.analysis.layers import BUCKETS, layer_history, layer_type, mean_history, nan_mean, worst_loss
 from altgrad.analysis.runs import Curve
 from altgrad.analysis.study import bucket_means, load_study
@@ -209,6 +209,15 @@ def test_bad_requests_are_refused(tmp_path):
     with pytest.raises(ReportError, match="html"):
         write_study(tmp_path, tmp_path / "study.pdf")
     assert write_study(tmp_path, tmp_path / "out").name == "study.html"
+
+
+def test_what_is_a_study(tmp_path):
+    runs = [make_run(tmp_path, fmt, seed=seed, steps=5) for fmt in ("FP32", "E3M4") for seed in (1, 2)]
+    assert is_study(runs)
+    assert not is_study([runs[0], runs[2]])
+    assert not is_study(runs[:1])
+    page = write_study(runs, tmp_path / "out" / "report.html").read_text()
+    assert "4 runs" in page
 
 
 def test_bucket_means():
