@@ -11,6 +11,7 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
+from altgrad.quantization.kernels.counter_rng import MULTIPLIERS
 from altgrad.quantization.kernels.cpu_llvm import (
     add,
     band,
@@ -197,10 +198,12 @@ def code_of(payload, grid):
 @_inline
 def random_word(index, before, between):
     """32 random bits of element `index` (modulo 2^32) under two key words; all uint32. `counter_rng` says why."""
-    x = mul(bxor(index, before), np.uint32(0x7FEB352D))
-    x = bxor(bxor(x, shr(x, np.uint32(15))), between)
-    x = mul(x, np.uint32(0x846CA68B))
-    return bxor(x, shr(x, np.uint32(16)))
+    x = mul(bxor(index, before), np.uint32(MULTIPLIERS[0]))
+    x = bxor(bxor(x, shr(x, np.uint32(11))), between)
+    x = mul(x, np.uint32(MULTIPLIERS[1]))
+    x = bxor(x, shr(x, np.uint32(15)))
+    x = mul(x, np.uint32(MULTIPLIERS[2]))
+    return bxor(x, shr(x, np.uint32(14)))
 
 
 @_inline

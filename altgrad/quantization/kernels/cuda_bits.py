@@ -247,10 +247,10 @@ def random_words(index, key):
     stream = tl.load(key + 1).to(tl.uint64, bitcast=True)
     mixed = mixed64(mixed64(mixed64(seed) ^ stream) ^ (index >> 32).to(tl.uint64))
     before, between = mixed.to(tl.uint32), (mixed >> 32).to(tl.uint32)
-    x = (index.to(tl.uint32) ^ before) * 0x7FEB352D
-    x = x ^ (x >> 15) ^ between
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
+    x = (index.to(tl.uint32) ^ before) * 0xED5AD4BB
+    x = (x ^ (x >> 11) ^ between) * 0xAC4C1B51
+    x = (x ^ (x >> 15)) * 0x31848BAB
+    return x ^ (x >> 14)
 
 
 @triton.jit
