@@ -86,6 +86,12 @@ class BlockFormat:
             raise FormatError(f"{self.name}: {self.scale_format} cannot hold a scale; use E8M0, E4M3 or FP32")
         if self.tensor_scale and (self.power_of_two or self.has_float_scale):
             raise FormatError(f"{self.name}: a tensor scale above {self.scale_format} scales has no use; leave it out")
+        _ = (
+            self.spec,
+            self.element_emax,
+            self.element.max,
+            self.scale_format.max,
+        )  # computed now: compilers trace users
 
     # -- derived facts --------------------------------------------------------------------------------------------
 

@@ -271,3 +271,32 @@ def decode(
 @decode.register_fake
 def _(codes, scales, upper, spec, axis, dtype, kernel):
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+
+
+@partial(_Operator, "altgrad::block_scales", ())
+def scales(x: Tensor, upper: Tensor | None, spec: str, axis: int, pad: bool) -> Tensor:
+    """The float32 multiplier of each block."""
+    fmt = block_format_from_spec(spec)
+    layout = block_layout(x.shape, fmt, axis, pad=pad)
+    return eager_blocks.multipliers(x, fmt, layout, upper).reshape(layout.scale_shape)
+
+
+@scales.register_fake
+def _(x, upper, spec, axis, pad):
+    shape = block_layout(x.shape, block_format_from_spec(spec), axis, pad=True).scale_shape
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+@partial(_Operator, "altgrad::saturated_blocks", ())
+def saturated(x: Tensor, upper: Tensor | None, spec: str, axis: int, pad: bool) -> Tensor:
+    """Mask of x's shape: |x / scale| is beyond the element's max (or NaN)."""
+    fmt = block_format_from_spec(spec)
+    layout = block_layout(x.shape, fmt, axis, pad=pad)
+    each = eager_blocks.spread(eager_blocks.multipliers(x, fmt, layout, upper), layout).reshape(x.shape)
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return ~((wide / each).abs() <= fmt.element.max)
+
+
+@saturated.register_fake
+def _(x, upper, spec, axis, pad):
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device)

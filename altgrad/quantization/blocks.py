@@ -259,12 +259,7 @@ def block_scales(
 ) -> Tensor:
     """The multiplier of each block of x as float32 (a tensor scale included), of `QuantizedTensor.scales`' shape."""
     fmt = _block_format(fmt)
-    layout = block_layout(x.shape, fmt, axis, pad=pad)
-    view = x.detach().reshape(layout.outer, layout.rows, layout.columns)
-    view = view.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    upper = _upper_scale(x, fmt, scale)
-    raw = eager_blocks.raw_scales(*eager_blocks.tile_amax(view, layout), fmt, upper)
-    return eager_blocks.scale_values(raw, fmt, upper).reshape(layout.scale_shape)
+    return block_ops.scales(x.detach(), _upper_scale(x, fmt, scale), fmt.spec, axis, pad)
 
 
 def saturated(
@@ -272,11 +267,7 @@ def saturated(
 ) -> Tensor:
     """Mask of x's shape: |x / X| > element max, where a masked straight-through gradient stops."""
     fmt = _block_format(fmt)
-    layout = block_layout(x.shape, fmt, axis, pad=pad)
-    scales = block_scales(x, fmt, scale, axis=axis, pad=pad).reshape(layout.grid)
-    spread = eager_blocks.spread(scales, layout).reshape(x.shape)
-    wide = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return ~((wide / spread).abs() <= fmt.element.max)
+    return block_ops.saturated(x.detach(), _upper_scale(x, fmt, scale), fmt.spec, axis, pad)
 
 
 def _block_format(fmt: BlockFormat | str) -> BlockFormat:

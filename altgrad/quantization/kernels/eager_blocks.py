@@ -68,6 +68,12 @@ def scale_values(raw: Tensor, fmt: BlockFormat, upper: Tensor | None) -> Tensor:
     return values if upper is None else upper * values
 
 
+def multipliers(x: Tensor, fmt: BlockFormat, layout: BlockLayout, upper: Tensor | None) -> Tensor:
+    """The float32 multiplier of each tile, of shape `layout.grid`."""
+    view = x.reshape(layout.outer, layout.rows, layout.columns).to(eager.compute_dtype(x.dtype))
+    return scale_values(raw_scales(*tile_amax(view, layout), fmt, upper), fmt, upper)
+
+
 def spread(scales: Tensor, layout: BlockLayout) -> Tensor:
     """Scales of shape `layout.grid` repeated over their tiles, of the 3-D view's shape."""
     full = scales.repeat_interleave(layout.tile_rows, 1)[:, : layout.rows]

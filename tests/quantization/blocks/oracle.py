@@ -12,12 +12,8 @@ FLOOR, CEIL, NEAREST, EVEN = ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.NEAREST,
 
 
 def floor_log2(x: Fraction) -> int:
-    exponent = 0
-    while Fraction(2) ** exponent > x:
-        exponent -= 1
-    while Fraction(2) ** (exponent + 1) <= x:
-        exponent += 1
-    return exponent
+    exponent = x.numerator.bit_length() - x.denominator.bit_length()
+    return exponent if Fraction(2) ** exponent <= x else exponent - 1
 
 
 def power_of_two_exponent(amax: float, fmt: BlockFormat) -> int:

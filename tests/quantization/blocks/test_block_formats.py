@@ -10,6 +10,7 @@ from altgrad.quantization.block_formats import block_format_from_spec
 from tests.quantization.blocks.oracle import power_of_two_exponent
 
 RULES = ("floor", "ceil", "nearest", "even")
+TURNS = (0, 64, 96, 112, 120, 124, 126, 127, 128, 160, 192, 224, 240, 248, 252, 254, 255)  # of 256
 ELEMENTS = ("E4M3", "E5M2", "E2M3", "E3M2", "E2M1", "INT8", "E3M4", "E0M7", "E7M0", "binary8p3")
 
 
@@ -73,9 +74,9 @@ def test_rule_as_one_comparison_equals_its_definition(element, rule):
     """`round_up_from` against exact fractions, at every significand where a rule could turn, with its neighbours."""
     fmt = block_format(element, 32, "E8M0", rule)
     for bits in (23, 52):
-        for sixteenth in range(16 * 16):
+        for eighth in TURNS:
             for nudge in (-1, 0, 1):
-                fraction = (sixteenth << (bits - 8)) + nudge
+                fraction = (eighth << (bits - 8)) + nudge
                 if 0 <= fraction < 2**bits:
                     up = fraction >= fmt.round_up_from(bits)
                     amax = 1 + fraction / 2**bits
