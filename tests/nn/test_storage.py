@@ -257,3 +257,24 @@ def test_a_wider_grid_than_8_bits():
     attach_optimizer(model, optimizer)
     step(model, optimizer)
     assert torch.equal(model[0].weight.bfloat16().float(), model[0].weight)
+
+
+def test_scale_grows_at_once_and_shrinks_only_on_schedule():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.5]]))
+    quantize_model(model, layer_recipe("E2M1", storage=StorageSpec("E2M1", refresh_every=3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = attach_optimizer(model, optimizer)
+    scales, overflows = [float(storage_of(model[0]).scale)], []
+    for target in (5.0, 0.75, 0.75):
+        model[0].weight.grad = torch.tensor([[float(model[0].weight[0, 0].detach()) - target, 0.0]])
+        optimizer.step()
+        scales.append(float(storage_of(model[0]).scale))
+        overflows.append(handle.totals().overflow)
+        assert on_grid(model[0])
+    assert scales == [0.25, 1.0, 1.0, 0.125]
+    assert overflows == [1, 0, 0]
+    # Under the scale at the start of the step 0.75 stalled at 1.0; the finer grid then holds it.
+    assert (handle.totals().stalled, handle.totals().regridded) == (1, 1)
+    assert model[0].weight[0, 0].item() == 0.75
