@@ -234,7 +234,8 @@ class FloatFormat:
 
     def values(self) -> np.ndarray:
         """All distinct finite values, sorted ascending, float64; +0 and -0 count once."""
-        return np.unique(np.concatenate([-self._magnitudes, self._magnitudes]) if self.signed else self._magnitudes)
+        both = np.concatenate([-self._magnitudes, self._magnitudes]) if self.signed else self._magnitudes
+        return np.unique(both) + 0.0  # the one zero is +0
 
     @property
     def number_of_values(self) -> int:

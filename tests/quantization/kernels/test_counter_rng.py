@@ -79,7 +79,7 @@ def _sticky(seed, stream, first, count):
 
 def _biased(seed, stream, first, count):
     words = hash_words(seed, stream, first, count)
-    return words | np.where(words % 128 == 0, np.uint32(1 << 31), np.uint32(0))
+    return words | np.where(words % 32 == 0, np.uint32(1 << 31), np.uint32(0))
 
 
 @pytest.mark.parametrize(
