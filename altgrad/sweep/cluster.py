@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import tarfile
 import tempfile
-import time
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ import yaml
 
 from altgrad.errors import SweepError
 from altgrad.sweep.job import Job, Outcome
-from altgrad.sweep.local import Event, Observer
-from altgrad.sweep.worker import execute
+from altgrad.sweep.local import Event, Observer, stop_on_signals
+from altgrad.sweep.worker import Stop, execute
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _FETCHED_AT_MOST = 64 << 20  # bytes per file; larger ones (checkpoints) stay on the worker
@@ -44,7 +45,7 @@ class RayExecutor:
         self.address, self.jobs, self.retries, self.shared = address, jobs, retries, shared
 
     def run(self, jobs: Sequence[Job], observe: Observer = lambda event: None) -> dict[str, Outcome]:
-        """Outcome per job name. Ctrl-C cancels the tasks, which end their runs in order.
+        """Outcome per job name. Ctrl-C ends the runs in order where the folder is shared, a second one by force.
 
         Raises:
             SweepError: Ray is not installed, no cluster answers at the address, or no node can hold a run.
@@ -62,6 +63,8 @@ class RayExecutor:
 
     def _connect(self, ray: Any, jobs: Sequence[Job]) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
+        if self.address:
+            _knock(self.address)
         here = {} if self.address else {"include_dashboard": False, "num_cpus": _cores_for(jobs, self.jobs)}
         try:
             ray.init(address=self.address or "local", log_to_driver=False, logging_level="error", **here)
@@ -77,38 +80,44 @@ class RayExecutor:
         marker = out / f".sweep-{uuid.uuid4().hex}"
         marker.touch()
         task = ray.remote(_make_run)
-        waiting, running, outcomes = list(jobs), {}, {}
+        stop, waiting, running, outcomes = Stop(), list(jobs), {}, {}
         try:
-            while waiting or running:
-                while waiting and (self.jobs is None or len(running) < self.jobs):
-                    job = replace(waiting.pop(0), directory=os.getcwd())
-                    options = {"num_cpus": job.threads, "num_gpus": job.gpus, "max_retries": self.retries}
-                    reference = task.options(name=job.name, **options).remote(
-                        job, str(marker.resolve()), self.shared, self.retries
-                    )
-                    running[reference] = job
-                    observe(Event("started", job))
-                done, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
-                for reference in done:
-                    job = running.pop(reference)
-                    outcomes[job.name] = outcome = self._fetch(ray, reference, job)
-                    if outcome.crash:
-                        observe(Event("crashed", job, outcome, outcome.crash))
-                    observe(Event(outcome.status, job, outcome))
-                observe(None)
-        except KeyboardInterrupt:
-            for reference in running:
-                ray.cancel(reference)  # a KeyboardInterrupt in the task, which interrupts its run
-            ray.wait(list(running), num_returns=len(running), timeout=120)
-            for job in [*running.values(), *waiting]:
-                outcomes[job.name] = Outcome("stopped")
+            with stop_on_signals(stop):
+                while running or (waiting and not stop.requested.is_set()):
+                    while waiting and not stop.requested.is_set() and (self.jobs is None or len(running) < self.jobs):
+                        job = replace(waiting.pop(0), directory=os.getcwd())
+                        running[self._submit(task, job, marker)] = job
+                        observe(Event("started", job))
+                    if stop.requested.is_set():
+                        self._end(ray, running, marker, stop)
+                    done, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+                    for reference in done:
+                        job = running.pop(reference)
+                        outcomes[job.name] = outcome = self._fetch(ray, reference, job)
+                        if outcome.crash:
+                            observe(Event("crashed", job, outcome, outcome.crash))
+                        observe(Event(outcome.status, job, outcome))
+                    observe(None)
         finally:
             marker.unlink(missing_ok=True)
-        return outcomes
+        return {**outcomes, **{job.name: Outcome("stopped") for job in waiting}}
+
+    def _submit(self, task: Any, job: Job, marker: Path) -> Any:
+        options = {"num_cpus": job.threads, "num_gpus": job.gpus, "max_retries": self.retries}
+        return task.options(name=job.name, **options).remote(job, str(marker.resolve()), self.shared, self.retries)
+
+    def _end(self, ray: Any, running: Mapping[Any, Job], marker: Path, stop: Stop) -> None:
+        """The marker's disappearance ends runs in order; runs that cannot see it, and all on a second Ctrl-C, at once."""
+        marker.unlink(missing_ok=True)
+        if self.shared is False or stop.forced.is_set():
+            for reference in running:
+                ray.cancel(reference, force=True)
 
     def _fetch(self, ray: Any, reference: Any, job: Job) -> Outcome:
         try:
             outcome, archive = ray.get(reference)
+        except ray.exceptions.TaskCancelledError:
+            return Outcome("stopped")
         except ray.exceptions.RayError as error:
             return Outcome("failed", crash={"reason": f"{type(error).__name__}: its worker died", "exit_code": None})
         if archive is not None:
@@ -119,17 +128,30 @@ class RayExecutor:
 def _make_run(job: Job, marker: str, shared: bool | None, retries: int) -> tuple[Outcome, bytes | None]:
     """On the worker: make the run in place, or aside with the folder's files as an archive."""
     if shared or (shared is None and Path(marker).exists()):
-        runs = Path(marker).parent  # absolute: the worker's own working directory is another
-        return _until_free(_moved(job, str(runs)), retries), None
+        runs = Path(marker).parent  # absolute: the worker's own working directory may be another
+        return _in_place(_moved(job, str(runs)), Path(marker), retries), None
     with tempfile.TemporaryDirectory(prefix="altgrad-run-") as scratch:
         outcome = execute(_moved(job, scratch), retries=retries, dies_with_parent=True)
         return outcome, _pack(Path(scratch) / job.name)
 
 
-def _until_free(job: Job, retries: int) -> Outcome:
-    while (outcome := execute(job, retries=retries, dies_with_parent=True)).status == "busy":
-        time.sleep(1.0)
-    return outcome
+def _in_place(job: Job, marker: Path, retries: int) -> Outcome:
+    """Make the run where it belongs, once nobody else does, and for as long as the sweep's marker is there."""
+    stop, over = Stop(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if not marker.exists():
+                stop.requested.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        while (outcome := execute(job, stop, retries=retries, dies_with_parent=True)).status == "busy":
+            if stop.requested.wait(1.0):
+                return Outcome("stopped")
+        return outcome
+    finally:
+        over.set()
 
 
 def _moved(job: Job, runs: str) -> Job:
@@ -153,6 +175,20 @@ def _unpack(archive: bytes, folder: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
         for member in sorted(packed.getmembers(), key=lambda member: member.name == "result.json"):
             packed.extract(member, folder, filter="data")
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds that nobody listens at host:port; Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto" and the like
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise SweepError(
+            f"nothing listens at {address!r} ({error.strerror or error}); start a cluster with `ray start --head`, or use "
+            "--executor local"
+        ) from None
 
 
 def _check_room(ray: Any, jobs: Sequence[Job]) -> None:

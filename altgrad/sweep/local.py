@@ -74,7 +74,7 @@ class LocalExecutor:
         stop = Stop(self.grace_s)
         slots = _Devices(self.devices)
         outcomes: dict[str, Outcome] = {}
-        with ThreadPoolExecutor(self.jobs, thread_name_prefix="run") as pool, _signals_request(stop):
+        with ThreadPoolExecutor(self.jobs, thread_name_prefix="run") as pool, stop_on_signals(stop):
             try:
                 futures = {pool.submit(self._one, job, slots, stop, observe): job for job in jobs}
                 while futures:
@@ -140,7 +140,7 @@ class _Devices:
 
 
 @contextlib.contextmanager
-def _signals_request(stop: Stop) -> Iterator[None]:
+def stop_on_signals(stop: Stop) -> Iterator[None]:
     """Ctrl-C and SIGTERM request the stop, a second one forces it; where handlers can be set (the main thread)."""
     if threading.current_thread() is not threading.main_thread():
         yield
