@@ -32,8 +32,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Every figure of DESIGN's budgets; each file also runs by itself, such as `.venv/bin/python -m benchmarks.bench_step`.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_quantize
+	$(BIN)/python -m benchmarks.bench_blocks
+	$(BIN)/python -m benchmarks.bench_step
+	$(BIN)/python -m benchmarks.bench_monitor
+	$(BIN)/python -m benchmarks.bench_optim
+	$(BIN)/python -m benchmarks.bench_study
 
 exhaustive: $(READY)
 	$(BIN)/python -m benchmarks.exhaustive

@@ -41,7 +41,8 @@ def round_payload(
 ) -> tuple[Tensor, Tensor]:
     """x / scale rounded to the grid of `fmt`, as float64 of x's shape, and the mask of overflowed elements."""
     work = x.to(compute_dtype(x.dtype))
-    y = (work / scale).double()
+    divisor = torch.as_tensor(scale, dtype=work.dtype, device=x.device)  # CUDA multiplies by a number's reciprocal
+    y = (work / divisor).double()
     finite_input = torch.isfinite(work)
     if clamp:
         y = torch.where(finite_input, y.clamp(-fmt.max, fmt.max), y)
