@@ -4,7 +4,7 @@ A step is a template whose constants (`Variant`) and parts are bound to its glob
 which Numba keeps the result on disk, carries them with a stamp of the sources.
 """
 
-# ruff: noqa: F821  (names are bound to the templates, and Numba compiles what is plain)
+# ruff: noqa: F821, SIM109  (names are bound to the templates, and Numba compiles what is plain)
 from __future__ import annotations
 
 import hashlib
@@ -19,7 +19,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from altgrad.quantization.kernels import cpu_bits, cpu_llvm, cpu_loops
-from altgrad.quantization.kernels.cpu_llvm import FLOAT32, add, band, below, bits_of, float_of, load, low_word
+from altgrad.quantization.kernels.cpu_llvm import FLOAT32, add, band, below, bits_of, float_of, load, low_word, shl
 
 TILE = 2048  # elements whose temporaries stay in the first-level cache
 COUNT_TILE = cpu_loops.STATS_TILE  # elements per row of counts; the driver's chunk borders are multiples of it
@@ -55,19 +55,18 @@ class Field(IntEnum):
     ROUND_TABLE = 3  # address: its table
     EMIN_BITS = 4  # float32 bits of 2^emin
     EMIN_FIELD = 5  # float64 exponent field of 2^emin
-    MANTISSA = 6  # mantissa bits of the format
-    RELATIVE = 7  # 2^-M
-    LIMIT = 8  # the format's max
-    KEEP = 9  # share of the new value in the first moment; momentum (rungs)
-    BETA2 = 10
-    REST2 = 11  # 1 - beta2; share of the new value in Lion's average
-    ROOT = 12  # sqrt(1 - beta2^t) (Adam); 1 - beta^t (Madam)
-    EPS = 13
-    SIZE = 14  # -lr / (1 - beta1^t) (Adam), -lr
-    DECAYED = 15  # 1 - rate of decay; rate (rungs, Kahan)
-    CLIP = 16  # largest |rungs|; largest normalised gradient (Madam)
-    SHARE = 17  # ECO: (1 - beta1^t) / lr * (1 - 1 / beta1)
-    BOUND = 18  # Madam: largest |w|
+    RELATIVE = 6  # 2^-M
+    LIMIT = 7  # the format's max
+    KEEP = 8  # share of the new value in the first moment; momentum (rungs)
+    BETA2 = 9
+    REST2 = 10  # 1 - beta2; share of the new value in Lion's average
+    ROOT = 11  # sqrt(1 - beta2^t) (Adam); 1 - beta^t (Madam)
+    EPS = 12
+    SIZE = 13  # -lr / (1 - beta1^t) (Adam), -lr
+    DECAYED = 14  # 1 - rate of decay; rate (rungs, Kahan)
+    CLIP = 15  # largest |rungs|; largest normalised gradient (Madam)
+    SHARE = 16  # ECO: (1 - beta1^t) / lr * (1 - 1 / beta1)
+    BOUND = 17  # Madam: largest |w|
 
 
 class Variant(NamedTuple):
@@ -79,6 +78,7 @@ class Variant(NamedTuple):
     ON_GRADIENT: bool = False  # spacing times gradient goes into the moments
     ON_STEP: bool = False  # spacing times the step
     STOCHASTIC: bool = False  # of rules that round by themselves
+    POWER: bool = False  # every scale is a power of two: divide by multiplying
     FMA: bool = False  # fused multiply-add where torch's kernels have it
 
 
@@ -105,13 +105,14 @@ def floor(typing_context, x):
 
 
 @intrinsic
-def double_of_word(typing_context, x):
-    """A uint32 as float64, by placing it in the significand of 2^52 (x86 has no unsigned conversion)."""
+def threshold(typing_context, word):
+    """1 - word / 2^32 as float64, exactly: a fraction f goes up iff f >= it, that is floor(f * 2^32) + word >= 2^32."""
 
     def generate(context, builder, signature, args):
-        wide = builder.zext(args[0], ir.IntType(64))
-        high = builder.or_(wide, ir.Constant(ir.IntType(64), 0x4330000000000000))
-        return builder.fsub(builder.bitcast(high, ir.DoubleType()), ir.Constant(ir.DoubleType(), 2.0**52))
+        i64, double = ir.IntType(64), ir.DoubleType()
+        placed = builder.shl(builder.zext(args[0], i64), ir.Constant(i64, 20))
+        above_one = builder.bitcast(builder.or_(placed, ir.Constant(i64, 0x3FF0000000000000)), double)
+        return builder.fsub(ir.Constant(double, 2.0), above_one)
 
     return types.float64(types.uint32), generate
 
@@ -161,20 +162,40 @@ def _spacing(w, s, emin_bits, relative):
     """scale * 2^(max(floor(log2|w / s|), emin) - M)."""
     if SPACING == 2:
         return s * relative
-    bits = band(bits_of(w / s), low_word(emin_bits, np.uint64(0x7F800000)))
+    bits = band(bits_of(w * (np.float32(1) / s) if POWER else w / s), low_word(emin_bits, np.uint64(0x7F800000)))
     bits = emin_bits if below(bits, emin_bits) else bits
     return float_of(bits) * relative * s
 
 
+def _exponential(x):
+    """e^x to about an ulp, in vector lanes: 2^n * e^r with |r| <= log(2) / 2; coefficients of Cephes' expf (Moshier)."""
+    y = np.float32(88) if x > np.float32(88) else (np.float32(-87) if x < np.float32(-87) else x)
+    n = floor(y * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = y - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    series = np.float32(1.9875691500e-4)
+    series = series * r + np.float32(1.3981999507e-3)
+    series = series * r + np.float32(8.3334519073e-3)
+    series = series * r + np.float32(4.1665795894e-2)
+    series = series * r + np.float32(1.6666665459e-1)
+    series = series * r + np.float32(5.0000001201e-1)
+    series = series * r * r + r + np.float32(1)
+    placed = bits_of(n + np.float32(127 + 1.5 * 2**23))  # the low bits hold the biased exponent
+    value = series * float_of(shl(placed, np.uint32(23)))
+    return value if x == x else x
+
+
 def _tally(before, aim, landed, limit, count):
-    """(attempted, flips, stalled, sign flips, saturated) of a tile, in 32-bit lanes."""
+    """(attempted, flips, stalled, sign flips, saturated) of a tile, in 32-bit lanes.
+
+    `aim` holds targets; for rules that round by themselves, steps (then the last count is theirs to make).
+    """
     zero, one = np.uint32(0), np.uint32(1)
     attempted, flips, stalled, crossed, beyond = zero, zero, zero, zero, zero
     for i in range(count):
         x = load(before, i, FLOAT32)
         y = load(landed, i, FLOAT32)
         target = load(aim, i, FLOAT32)
-        tried = target != x
+        tried = target != (np.float32(0) if RULE == RUNGS or RULE == LNS else x)
         moved = y != x
         attempted = add(attempted, one if tried else zero)
         flips = add(flips, one if moved else zero)

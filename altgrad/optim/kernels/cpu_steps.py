@@ -28,10 +28,10 @@ from altgrad.optim.kernels.cpu_parts import (
     Landing,
     Rule,
     Variant,
-    double_of_word,
     exponent_as_double,
     floor,
     power_of_two,
+    threshold,
 )
 from altgrad.quantization.kernels import cpu_loops
 from altgrad.quantization.kernels.cpu_bits import key_words, random_word
@@ -41,7 +41,6 @@ from altgrad.quantization.kernels.cpu_llvm import (
     FLOAT64,
     add,
     band,
-    below,
     bits_of,
     bor,
     call_loop,
@@ -51,7 +50,6 @@ from altgrad.quantization.kernels.cpu_llvm import (
     low_word,
     scratch,
     shl,
-    shr,
     store,
     store_double,
     sub,
@@ -140,7 +138,7 @@ def _madam(w, g, v, before, aim, count, beta2, rest2, root, size, clip, bound):
         store(v, i, second, FLOAT32)
         pull = normalised(pull, second, root, clip)
         pull = pull if x > zero else (-pull if x < zero else pull * zero)
-        target = x * np.exp(pull * size)
+        target = x * exponential(pull * size)
         target = -bound if target < -bound else target
         target = bound if target > bound else target
         if LANDING == NONE:
@@ -150,101 +148,109 @@ def _madam(w, g, v, before, aim, count, beta2, rest2, root, size, clip, bound):
             store(aim, i, target, FLOAT32)
 
 
-def _off_exponents(w, count, s):
-    """Whether a weight of the tile is neither zero nor a power of two of its scale."""
-    found = np.uint64(0)
-    for i in range(count):
-        found = bor(found, band(bits_of(np.float64(load(w, i, FLOAT32)) / np.float64(s)), np.uint64(0xFFFFFFFFFFFFF)))
-    return found != np.uint64(0)
-
-
-def _lns(w, g, v, count, s, n, size, emin, top, bound, index, before, between):
-    """Move `count` weights by exponents and round those: LNS-Madam; (attempted, flips, stalled, 0, 0, saturated)."""
+def _pulls(w, g, v, before, aim, kept, count, s, n, index, one, two):
+    """First half of LNS-Madam: weights, normalised gradients, random words; whether a weight is off the exponents."""
     beta2, rest2, root, clip = n
-    attempted, flips, stalled, beyond = 0, 0, 0, 0
-    scale, low, high = np.float64(s), np.float64(np.int64(emin)) - 1023.0, np.log2(top)
-    roof = np.log2(bound / scale)
+    off = np.uint32(0)
     for i in range(count):
         x = load(w, i, FLOAT32)
         pull = load(g, i, FLOAT32)
         second = multiply_add(rest2 * pull, pull, load(v, i, FLOAT32) * beta2)
         store(v, i, second, FLOAT32)
-        pull = normalised(pull, second, root, clip)
-        y = abs(np.float64(x) / scale)
-        start = exponent_as_double(bits_of(y)) - 1023.0 if EXACT else np.log2(y)
-        step = size * np.float64(pull)
-        aim = start - step if x > np.float32(0) else start + step
-        limited = roof if aim > roof else aim
-        limited = start if limited < start else limited
-        aim = limited if aim > start else aim
+        store(before, i, x, FLOAT32)
+        store(aim, i, normalised(pull, second, root, clip), FLOAT32)
         if STOCHASTIC:
-            whole = floor(aim)
-            drawn = double_of_word(random_word(add(index, low_word(index, i)), before, between))
-            whole += 1.0 if floor((aim - whole) * 4294967296.0) + drawn >= 4294967296.0 else 0.0
+            store(kept, i, float_of(random_word(add(index, low_word(index, i)), one, two)), FLOAT32)
+        off = bor(off, band(bits_of(x * (np.float32(1) / s) if POWER else x / s), np.uint32(0x7FFFFF)))
+    return off != np.uint32(0)
+
+
+def _lns(w, before, aim, kept, count, s, size, low, high, roof):
+    """Second half: move by exponents and round those; returns the weights that aimed beyond max.
+
+    `aim` gets the difference that a count of attempted updates looks at.
+    """
+    beyond = 0
+    scale = np.float64(s)
+    for i in range(count):
+        x = load(before, i, FLOAT32)
+        y = abs(np.float64(x)) * (1.0 / scale) if POWER else abs(np.float64(x)) / scale
+        start = exponent_as_double(bits_of(y)) - 1023.0 if EXACT else np.log2(y)
+        step = size * np.float64(load(aim, i, FLOAT32))
+        goal = start - step if x > np.float32(0) else start + step
+        limited = roof if goal > roof else goal
+        limited = start if limited < start else limited
+        goal = limited if goal > start else goal
+        if STOCHASTIC:
+            whole = floor(goal)
+            whole += 1.0 if goal - whole >= threshold(bits_of(load(kept, i, FLOAT32))) else 0.0
         else:
-            whole = aim + 6755399441055744.0 - 6755399441055744.0  # to the nearest whole number, ties to even
-        beyond += 1 if x != np.float32(0) and aim > high else 0
+            whole = goal + 6755399441055744.0 - 6755399441055744.0  # to the nearest whole number, ties to even
+        there = x != np.float32(0)
+        beyond += 1 if there and goal > high else 0
         whole = low if whole < low else (high if whole > high else whole)
         value = np.float32(power_of_two(whole) * scale)
         value = value if x > np.float32(0) else -value
-        value = np.float32(aim) if aim != aim else value  # NaN
-        value = x if x == np.float32(0) else value
-        tried, moved = x != np.float32(0) and aim != start, value != x
-        attempted += 1 if tried else 0
-        flips += 1 if moved else 0
-        stalled += 1 if tried and not moved else 0
-        store(w, i, value, FLOAT32)
-    return attempted, flips, stalled, 0, 0, beyond
+        value = np.float32(goal) if goal != goal else value  # NaN
+        store(w, i, value if there else x, FLOAT32)
+        store(aim, i, np.float32(1) if there and goal != start else np.float32(0), FLOAT32)
+    return beyond
 
 
-def _rungs(w, g, m, count, s, n, emin, mantissa, top, index, before, between):
-    """Move `count` weights by momentum SGD in rungs, land the float64 targets, and count what became of them.
-
-    Landing: a magnitude between neighbours k * ulp and (k + 1) * ulp goes up iff floor(frac * 2^32) + random >= 2^32
-    (stochastic), or to nearest, ties to even k: as the quantization kernels do it on float64, saturating at max.
-    """
+def _rungs(w, g, m, before, aim, kept, count, s, n, index, one, two):
+    """First half of GridOptim: momentum, steps, random words; returns how many steps were clipped."""
     emin_bits, relative, keep, size, decayed, clip = n
-    attempted, flips, stalled, crossed, clipped, beyond = 0, 0, 0, 0, 0, 0
+    clipped = np.uint32(0)
     for i in range(count):
         x = load(w, i, FLOAT32)
         pull = load(m, i, FLOAT32) * keep + load(g, i, FLOAT32)
         store(m, i, pull, FLOAT32)
         rungs = pull * size
-        clipped += 1 if abs(rungs) > clip else 0
+        clipped = add(clipped, np.uint32(1) if abs(rungs) > clip else np.uint32(0))
         rungs = clip if rungs > clip else rungs
         rungs = -clip if rungs < -clip else rungs
         step = rungs * spacing(x, s, emin_bits, relative) - x * decayed
-        here = np.float64(x)
-        target = here + np.float64(step)
         if LANDING == NONE:
-            store(w, i, np.float32(target), FLOAT32)
+            store(w, i, np.float32(np.float64(x) + np.float64(step)), FLOAT32)
         else:
-            y = target / np.float64(s)
-            magnitude = abs(y)
-            beyond += 1 if magnitude > top else 0
-            magnitude = top if magnitude > top else magnitude
-            field = shr(bits_of(magnitude), np.uint64(52))
-            field = emin if below(field, emin) or SPACING == 2 else field
-            finest = sub(field, mantissa)
-            steps = magnitude * float_of(shl(sub(np.uint64(2046), finest), np.uint64(52)))
-            whole = floor(steps)
-            rest = steps - whole
+            store(before, i, x, FLOAT32)
+            store(aim, i, step, FLOAT32)
             if STOCHASTIC:
-                drawn = double_of_word(random_word(add(index, low_word(index, i)), before, between))
-                away = floor(rest * 4294967296.0) + drawn >= 4294967296.0
-            else:
-                half = whole * 0.5
-                away = rest > 0.5 or (rest == 0.5 and floor(half) != half)
-            landed = (whole + (1.0 if away else 0.0)) * float_of(shl(finest, np.uint64(52)))
-            landed = top if landed > top else landed
-            landed = float_of(bor(bits_of(landed), band(bits_of(y), np.uint64(1 << 63))))
-            value = np.float32(landed * np.float64(s))
-            attempted += 1 if target != here else 0
-            flips += 1 if value != x else 0
-            stalled += 1 if (target != here) and (value == x) else 0
-            crossed += 1 if x * value < np.float32(0) else 0
-            store(w, i, value, FLOAT32)
-    return attempted, flips, stalled, crossed, clipped, beyond
+                store(kept, i, float_of(random_word(add(index, low_word(index, i)), one, two)), FLOAT32)
+    return np.int64(clipped)
+
+
+def _land_rungs(w, before, aim, kept, count, s, emin, relative, top):
+    """Second half: round w + step, a float64, to its neighbours; returns the weights that aimed beyond max.
+
+    A magnitude between k * ulp and (k + 1) * ulp goes up iff floor(frac * 2^32) + random >= 2^32 (stochastic), or to
+    nearest, ties to even k: as the quantization kernels do it on float64, saturating at max.
+    """
+    beyond = 0
+    scale = np.float64(s)
+    up = 1.0 / relative
+    least = float_of(shl(emin, np.uint64(52)))
+    for i in range(count):
+        target = np.float64(load(before, i, FLOAT32)) + np.float64(load(aim, i, FLOAT32))
+        y = target * (1.0 / scale) if POWER else target / scale
+        magnitude = abs(y)
+        beyond += 1 if magnitude > top else 0
+        magnitude = top if magnitude > top else magnitude
+        binade = float_of(band(bits_of(magnitude), np.uint64(0x7FF0000000000000)))
+        binade = least if binade < least or SPACING == 2 else binade
+        inverse = float_of(sub(np.uint64(2046 << 52), bits_of(binade)))
+        steps = magnitude * (inverse * up)
+        whole = floor(steps)
+        if STOCHASTIC:
+            away = steps - whole >= threshold(bits_of(load(kept, i, FLOAT32)))
+        else:
+            half = whole * 0.5
+            rest = steps - whole
+            away = rest > 0.5 or (rest == 0.5 and floor(half) != half)
+        landed = (whole + (1.0 if away else 0.0)) * (binade * relative)
+        landed = float_of(bor(bits_of(landed), band(bits_of(y), np.uint64(1 << 63))))
+        store(w, i, np.float32(landed * scale), FLOAT32)
+    return beyond
 
 
 def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials, start, stop):
@@ -256,7 +262,6 @@ def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials
     round_table = np.int64(load_word(word, table, ROUND_TABLE))
     emin_bits = load_word(np.uint32(0), table, EMIN_BITS)
     emin = load_word(word, table, EMIN_FIELD)
-    mantissa = load_word(word, table, MANTISSA)
     relative = np.float32(load_word(0.0, table, RELATIVE))
     top = load_word(0.0, table, LIMIT)
     keep = np.float32(load_word(0.0, table, KEEP))
@@ -281,37 +286,41 @@ def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials
             count = min(count, inner - position % inner)
             s = load(scales, position // inner, FLOAT32)
         at = position * 4
-        found = (0, 0, 0, 0, 0, 0)
+        clipped, beyond = 0, 0
         if RULE == RUNGS or RULE == LNS:
             one, two = key_words(np.uint64(seed), np.uint64(stream), np.uint64(position >> 32))
             index = low_word(np.uint32(0), position)
-            if RULE == RUNGS:
-                numbers = (emin_bits, relative, keep, size, decayed, clip)
-                found = rungs(w + at, g + at, m + at, count, s, numbers, emin, mantissa, top, index, one, two)
-            else:
-                numbers = (beta2, rest2, root, clip)
-                rest = (-exact_size, emin, top, bound, index, one, two)
-                if off_exponents(w + at, count, s):
-                    found = lns_anywhere(w + at, g + at, m + at, count, s, numbers, *rest)
-                else:
-                    found = lns(w + at, g + at, m + at, count, s, numbers, *rest)
-        else:
-            if RULE == ADAM:
-                numbers = (emin_bits, relative, keep, beta2, rest2, root, eps, size, decayed)
-                adam(w + at, g + at, m + at, v + at, extra + position * 2, before, aim, kept, count, s, numbers)
-            elif RULE == MADAM:
-                roof = np.float32(bound)
-                madam(w + at, g + at, m + at, before, aim, count, beta2, rest2, root, size, clip, roof)
-            else:
-                signs(w + at, g + at, m + at, before, aim, count, keep, rest2, size, decayed)
+        if RULE == RUNGS:
+            numbers = (emin_bits, relative, keep, size, decayed, clip)
+            clipped = rungs(w + at, g + at, m + at, before, aim, kept, count, s, numbers, index, one, two)
             if LANDING != NONE:
+                beyond = land_rungs(w + at, before, aim, kept, count, s, emin, np.float64(relative), top)
+        elif RULE == LNS:
+            numbers = (beta2, rest2, root, clip)
+            ends = (np.float64(np.int64(emin)) - 1023.0, np.log2(top), np.log2(bound / np.float64(s)))
+            if pulls(w + at, g + at, m + at, before, aim, kept, count, s, numbers, index, one, two):
+                beyond = lns_anywhere(w + at, before, aim, kept, count, s, -exact_size, *ends)
+            else:
+                beyond = lns(w + at, before, aim, kept, count, s, -exact_size, *ends)
+        elif RULE == ADAM:
+            numbers = (emin_bits, relative, keep, beta2, rest2, root, eps, size, decayed)
+            adam(w + at, g + at, m + at, v + at, extra + position * 2, before, aim, kept, count, s, numbers)
+        elif RULE == MADAM:
+            roof = np.float32(bound)
+            madam(w + at, g + at, m + at, before, aim, count, beta2, rest2, root, size, clip, roof)
+        else:
+            signs(w + at, g + at, m + at, before, aim, count, keep, rest2, size, decayed)
+        if LANDING != NONE:
+            limit = np.float32(top * np.float64(s))
+            if RULE != RUNGS and RULE != LNS:
                 span = (round_table, aim - at, w, 0, 0, np.float64(s), inner, 1, seed, stream, 0)
                 call_loop(round_loop, span + (position, position + count))  # noqa: RUF005
-                limit = np.float32(top * np.float64(s))
-                attempted, flips, stalled, crossed, beyond = tally(before, aim, w + at, limit, count)
-                found = (attempted, flips, stalled, crossed, 0, beyond)
-                if LANDING == KAHAN or LANDING == ECO:
-                    feed_back(m + at, extra + position * 2, before, aim, w + at, kept, limit, share, count)
+            attempted, flips, stalled, crossed, over = tally(before, aim, w + at, limit, count)
+            if RULE != RUNGS and RULE != LNS:
+                beyond = over
+            found = (attempted, flips, stalled, crossed, clipped, beyond)
+            if LANDING == KAHAN or LANDING == ECO:
+                feed_back(m + at, extra + position * 2, before, aim, w + at, kept, limit, share, count)
         if LANDING != NONE:
             place = partials + (position // COUNT_TILE) * (COUNT_FIELDS * 8)
             fresh = position % COUNT_TILE == 0
@@ -347,12 +356,11 @@ def compiled(variant: Variant) -> int:
         "lerp": part(cpu_parts._lerp, multiply_add=multiply_add),
         "spacing": part(cpu_parts._spacing),
         "normalised": part(_normalised),
+        "exponential": part(cpu_parts._exponential),
     }
-    rules = {"adam": _adam, "rungs": _rungs, "signs": _signs, "madam": _madam}
+    rules = {"adam": _adam, "rungs": _rungs, "signs": _signs, "madam": _madam, "pulls": _pulls}
     loops = {name: part(template, **small) for name, template in rules.items()}
-    loops["lns"] = part(_lns, EXACT=True, **small)
-    loops["lns_anywhere"] = part(_lns, EXACT=False, **small)
-    loops["off_exponents"] = part(_off_exponents)
+    loops |= {"lns": part(_lns, EXACT=True), "lns_anywhere": part(_lns, EXACT=False), "land_rungs": part(_land_rungs)}
     whole = {"tally": part(cpu_parts._tally), "feed_back": part(_feed_back), **loops}
     step = cpu_parts.bind(_step, variant, _MARK, **_CONSTANTS, **whole)
     entry = cfunc(_SIGNATURE, cache=True, error_model="numpy")(step)

@@ -70,10 +70,12 @@ def _has_fma() -> bool:
 
 
 @cache
-def _step(rule: int, landing: int, spacing: int, on_gradient: bool, on_step: bool, stochastic: bool) -> int:
+def _step(
+    rule: int, landing: int, spacing: int, on_gradient: bool, on_step: bool, stochastic: bool, power: bool
+) -> int:
     from altgrad.optim.kernels import cpu_parts, cpu_steps
 
-    variant = cpu_parts.Variant(rule, landing, spacing, on_gradient, on_step, stochastic, _has_fma())
+    variant = cpu_parts.Variant(rule, landing, spacing, on_gradient, on_step, stochastic, power, _has_fma())
     return cpu_steps.compiled(variant)
 
 
@@ -122,7 +124,10 @@ def run(
     fmt, count = grid.format, slot.weight.numel()
     kind = 0 if not spacing else (2 if fmt.bias is None else 1)
     by_itself = rule in (RUNGS, LNS) and rounding == "stochastic"
-    loop = _step(rule, landing, kind, on_gradient, on_step, by_itself)
+    rows = scale_as_rows(grid.scale, slot.weight)
+    assert rows is not None
+    scales, inner = rows
+    loop = _step(rule, landing, kind, on_gradient, on_step, by_itself, _powers_of_two(scales))
     table = np.zeros(len(Field), np.uint64)
     values = table.view(np.float64)
     table[Field.SECOND] = 0 if second is None else second.data_ptr()
@@ -132,14 +137,10 @@ def run(
         table[Field.ROUND_LOOP], table[Field.ROUND_TABLE] = _rounding_loop(fmt, rounding)
     table[Field.EMIN_BITS] = max(fmt.emin + 127, 0) << 23
     table[Field.EMIN_FIELD] = fmt.emin + 1023
-    table[Field.MANTISSA] = fmt.mantissa_bits
     values[Field.RELATIVE] = 2.0**-fmt.mantissa_bits
     values[Field.LIMIT] = fmt.max
     for name, number in numbers.items():
         values[Field[name.upper()]] = number
-    rows = scale_as_rows(grid.scale, slot.weight)
-    assert rows is not None
-    scales, inner = rows
     partials = torch.empty(-(-count // COUNT_TILE), COUNT_FIELDS, dtype=torch.float64) if landing else None
     seed, stream = signed(key or (0, 0))
     cpu_threads.run(
@@ -161,6 +162,12 @@ def run(
         if written is not None:
             torch.autograd.graph.increment_version(written)
     return None if partials is None else partials.sum(dim=0)
+
+
+def _powers_of_two(scales: Tensor) -> bool:
+    """Whether dividing by any of the scales is the same as multiplying by its inverse."""
+    fractions = scales.view(torch.int32) & 0x7FFFFF
+    return not bool(fractions.any()) and float(scales.min()) >= 2.0**-100 and float(scales.max()) <= 2.0**100
 
 
 def signed(key: tuple[int, int]) -> tuple[int, int]:
