@@ -87,6 +87,7 @@ class Monitor:
         self._paused = 0
         self._pending: list[_Step] = []
         self._before: dict[int, Tensor] = {}
+        self._due_cache: dict[tuple[frozenset[str], int], frozenset[str]] = {}
         self._published: set[int] = set()  # parameters whose updates a storage handle publishes
         self._last_updates: dict[int, Tensor] = {}  # histogram of each parameter's last measured update
         self._first_ranks: dict[str, float] = {}
@@ -276,11 +277,15 @@ class Monitor:
 
     def _due_for(self, key: int) -> frozenset[str]:
         """The fused groups that this step measures on a parameter."""
-        name = self._names.get(key)
-        if name is None or not self._fused:
-            return frozenset()
-        groups = frozenset(group for group in self._fused if self.schedule.groups[group].covers(name))
-        return groups - {"units"} if name in self._embeddings else groups  # a token that did not occur is not dead
+        cached = self._due_cache.get((self._fused, key))
+        if cached is None:
+            name = self._names.get(key)
+            covered = () if name is None else [g for g in self._fused if self.schedule.groups[g].covers(name)]
+            groups = frozenset(covered)
+            # A token that did not occur is not a dead unit.
+            cached = groups - {"units"} if name in self._embeddings else groups
+            self._due_cache[self._fused, key] = cached
+        return cached
 
     @torch.no_grad()
     def _before_update(self) -> None:

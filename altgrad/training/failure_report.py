@@ -129,6 +129,9 @@ def gather(
             f"The tables per layer were measured on one more step from the collapsed state (step {records[0]['step']}), "
             "which was then undone."
         )
+    events = [m for m in metrics if m["kind"] == "event"]
+    shifts = [e for e in events if e.get("event") == "shift" and e["step"] < (verdict.get("onset_step") or math.inf)]
+    notes += [f"Shifted from {e['from_format']} to {e['to_format']} at step {e['step']}." for e in shifts]
     gradient = gradient_facts(last)
     if gradient is not None and gradient.all_nonfinite:
         notes.append("Every gradient element is NaN or infinite: no sparsity, norm or update follows from them.")
@@ -139,7 +142,7 @@ def gather(
             name=result["name"],
             run_id=result["run_id"],
             seed=result.get("seed"),
-            format=result.get("format"),
+            format=shifts[-1]["to_format"] if shifts else result.get("format"),  # in force at the onset
             storage=result.get("storage"),
             rounding=result.get("rounding"),
             step=result.get("steps"),
@@ -164,7 +167,7 @@ def gather(
         layers=layers or None,
         layers_step=last[0]["step"] if last else None,
         trends=trends(steps, monitored) or None,
-        interventions=interventions([m for m in metrics if m["kind"] == "event"], steps),
+        interventions=interventions(events, steps),
         checkpoint_good=_checkpoint(last_good),
         checkpoint_collapsed=_checkpoint(collapsed),
         reproduce=command,
@@ -293,7 +296,8 @@ def interventions(events: Sequence[Record], steps: Mapping[int, Record]) -> list
             detail = f"{first['from_format']} to {first['to_format']}, because of {first['reason']}"
             if first.get("rewound_to") is not None:
                 detail += f"; weights from step {first['rewound_to']}"
-            found.append(Intervention(first["step"], "shift", detail, _effect(first["step"], steps)))
+            effect = _effect(first["step"], steps)
+            found.append(Intervention(first["step"], "shift", detail, effect, to_format=first["to_format"]))
             continue
         span = f"{len(group)} steps, {first['step']} to {last['step']}" if len(group) > 1 else "one step"
         if first["event"] == "clip":

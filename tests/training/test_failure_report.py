@@ -243,3 +243,11 @@ def test_a_cut_off_last_line_is_left_out(tmp_path):
     path.write_text(json.dumps(step(1)) + "\n" + '{"kind": "st')
     assert [r["step"] for r in read_metrics(path)] == [1]
     assert read_metrics(tmp_path / "none") == []
+
+
+def test_the_format_named_is_the_one_in_force_at_the_onset():
+    shift = {"kind": "event", "event": "shift", "step": 2, "from_format": "E7M0", "to_format": "E5M2", "reason": "nan"}
+    data = gathered([step(1), step(2), shift, step(3)])
+    assert data.run.format == "E5M2"
+    assert "Shifted from E7M0 to E5M2 at step 2." in data.notes
+    assert gathered([step(1), {**shift, "step": 4}]).run.format is None  # after the onset, at step 3
