@@ -30,6 +30,7 @@ def test_compiles_without_a_graph_break(x, name):
     assert torch.equal(vector, quantize_with_stats(x, name)[1].vector)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
 def test_gradient_through_a_compiled_graph(x):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(x):
