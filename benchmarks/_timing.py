@@ -1,0 +1,49 @@
+"""Interleaved timing: medians of many rounds in one process, reported as ratios against a baseline of the same rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+WARM_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of each variant, and the median over rounds of baseline time / variant time."""
+
+    seconds: dict[str, float]
+    ratios: dict[str, float]
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], *, baseline: str, rounds: int = 15, budget_s: float = 3.0
+) -> Timing:
+    """Time every variant once per round, in alternating order, so that a drift of the machine's speed meets them all.
+
+    Args:
+        variants: what to call, by name.
+        baseline: the variant that the ratios are against; a ratio above 1 is faster than it.
+        rounds: rounds at least (an odd number keeps the median one of the values); more are run while the budget lasts.
+        budget_s: seconds to spend on rounds beyond that.
+    """
+    for _ in range(WARM_ROUNDS):
+        for call in variants.values():
+            call()
+    names = list(variants)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    done = 0
+    while done < rounds or (time.perf_counter() - began < budget_s and done < 100 * rounds):
+        for name in names if done % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            variants[name]()
+            taken[name].append(time.perf_counter() - start)
+        done += 1
+    base = taken[baseline]
+    return Timing(
+        {name: statistics.median(times) for name, times in taken.items()},
+        {name: statistics.median(b / t for b, t in zip(base, times, strict=True)) for name, times in taken.items()},
+    )
