@@ -130,8 +130,6 @@ def gather(
             "which was then undone."
         )
     events = [m for m in metrics if m["kind"] == "event"]
-    shifts = [e for e in events if e.get("event") == "shift" and e["step"] < (verdict.get("onset_step") or math.inf)]
-    notes += [f"Shifted from {e['from_format']} to {e['to_format']} at step {e['step']}." for e in shifts]
     gradient = gradient_facts(last)
     if gradient is not None and gradient.all_nonfinite:
         notes.append("Every gradient element is NaN or infinite: no sparsity, norm or update follows from them.")
@@ -142,7 +140,7 @@ def gather(
             name=result["name"],
             run_id=result["run_id"],
             seed=result.get("seed"),
-            format=shifts[-1]["to_format"] if shifts else result.get("format"),  # in force at the onset
+            format=result.get("format"),
             storage=result.get("storage"),
             rounding=result.get("rounding"),
             step=result.get("steps"),

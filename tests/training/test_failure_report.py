@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from altgrad.report.failure import headline
 from altgrad.training.config_loading import load_config
 from altgrad.training.failure_report import (
     diagnose_collapse,
@@ -245,9 +246,9 @@ def test_a_cut_off_last_line_is_left_out(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 
 
-def test_the_format_named_is_the_one_in_force_at_the_onset():
+def test_the_headline_names_the_format_in_force_at_the_onset():
     shift = {"kind": "event", "event": "shift", "step": 2, "from_format": "E7M0", "to_format": "E5M2", "reason": "nan"}
     data = gathered([step(1), step(2), shift, step(3)])
-    assert data.run.format == "E5M2"
-    assert "Shifted from E7M0 to E5M2 at step 2." in data.notes
-    assert gathered([step(1), {**shift, "step": 4}]).run.format is None  # after the onset, at step 3
+    assert data.interventions[0].to_format == "E5M2"
+    assert "shifted to E5M2 at step 2" in headline(data)
+    assert "shifted" not in headline(gathered([step(1), {**shift, "step": 4}]))  # after the onset, at step 3
