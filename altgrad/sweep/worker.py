@@ -25,9 +25,11 @@ from altgrad.training.run_lock import RunLock
 USAGE = 2  # the exit code of a person's mistake: the same command would make it again
 _LOG_TAIL_LINES = 15
 _DIES_WITH_ITS_PARENT = (
-    "import ctypes, os, sys\n"
+    "import ctypes, os, signal, sys\n"
     "with __import__('contextlib').suppress(AttributeError, OSError):\n"
     "    ctypes.CDLL(None).prctl(1, 9)\n"  # PR_SET_PDEATHSIG, SIGKILL; Linux only
+    "signal.pthread_sigmask(signal.SIG_SETMASK, [])\n"  # a Ray worker blocks SIGINT, and children inherit that
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
     "os.execvp(sys.argv[1], sys.argv[1:])\n"
 )
 

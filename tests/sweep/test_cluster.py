@@ -20,21 +20,32 @@ from altgrad.sweep.job import Outcome, position
 from altgrad.training.run_lock import is_locked
 from tests.sweep.fakes import fake_job, wait_until
 
+os.environ |= {  # before Ray is imported
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # it would put a token into the home directory
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine is slow, not broken
+}
 ray = pytest.importorskip("ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray with two CPU slots; its workers find this repository as the tests do."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # no reports, no token in the home
-    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # a busy machine is slow, not broken
     root = str(Path(__file__).parents[2])
-    ray.init(
-        "local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="error",
-        object_store_memory=80 << 20, _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"PYTHONPATH": root}},
-    )  # fmt: skip
-    yield
     with warnings.catch_warnings():  # Ray leaves process objects behind that complain when they are collected
+        warnings.simplefilter("ignore")
+        try:
+            ray.init(
+                "local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="error",
+                object_store_memory=80 << 20, _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"PYTHONPATH": root}},
+            )  # fmt: skip
+        except Exception as error:
+            gc.collect()
+            if "timed out during startup" not in str(error):
+                raise
+            pytest.skip(f"this machine is too busy to start Ray: {error}")
+    yield
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.shutdown()
         gc.collect()
@@ -99,11 +110,12 @@ def test_an_address_where_nobody_listens_is_refused_at_once(tmp_path: Path) -> N
 
 
 def test_a_task_ends_its_run_in_order_when_the_sweep_s_marker_goes(tmp_path: Path) -> None:
-    """What a worker does, without a worker."""
+    """What a worker does, without a worker; with SIGINT blocked, as Ray's workers have it."""
     marker = tmp_path / ".sweep-test"
     marker.touch()
     job = fake_job(tmp_path, "slow", steps=4000, environment={"FAKE_STEP_S": "0.02"})
     with ThreadPoolExecutor(1) as pool:
+        pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
         future = pool.submit(_make_run, job, str(marker), None, 1)
         wait_until(lambda: position(job.folder).step >= 3)
         marker.unlink()
