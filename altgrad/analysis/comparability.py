@@ -35,7 +35,8 @@ class Disagreement:
     values: dict[str, list[str]]
 
     def sentence(self) -> str:
-        parts = [f"{value} ({_some(names)})" for value, names in self.values.items()]
+        parts = [f"{_short(value)} ({_some(names)})" for value, names in list(self.values.items())[:3]]
+        parts += [f"{len(self.values) - 3} more"] if len(self.values) > 3 else []
         return f"{self.words[:1].upper()}{self.words[1:]} differs: {listing(parts)}."
 
 
@@ -53,7 +54,7 @@ def disagreements(runs: Sequence[Run], facts: dict[str, str]) -> list[Disagreeme
 
 
 def require_comparable(runs: Sequence[Run], *, force: bool = False) -> list[str]:
-    """Sentences that a report of `runs` must carry. Raises ReportError when they are no fair comparison, unless `force`."""
+    """Warnings that a report of `runs` must carry. Raises ReportError when they are no fair comparison, unless `force`."""
     broken = disagreements(runs, IDENTITY)
     if broken and not force:
         raise ReportError(
@@ -61,10 +62,17 @@ def require_comparable(runs: Sequence[Run], *, force: bool = False) -> list[str]
             + " Such losses are different quantities; compare runs that agree, or force the comparison"
             " (force=True, --force) to have it marked instead of refused."
         )
-    marked = [
-        f"{d.sentence()} These runs are compared by force; their losses are different quantities." for d in broken
-    ]
-    return marked + [d.sentence() for d in disagreements(runs, CIRCUMSTANCES)]
+    return [f"{d.sentence()} These runs are compared by force; their losses are different quantities." for d in broken]
+
+
+def circumstances(runs: Sequence[Run]) -> list[str]:
+    """Remarks on what differs between the runs and may, but need not, matter."""
+    return [d.sentence() for d in disagreements(runs, CIRCUMSTANCES)]
+
+
+def _short(value: str) -> str:
+    """Long hashes by their first digits."""
+    return f"{value[:10]}..." if len(value) >= 40 and " " not in value else value
 
 
 def _some(names: list[str]) -> str:

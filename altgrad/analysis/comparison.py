@@ -131,7 +131,8 @@ def _collapse_clauses(outcomes: Sequence[Outcome]) -> list[str]:
         if len(group) <= 3:
             named = [f"{o.label} at step {count(o.onset)}" if o.onset is not None else o.label for o in group]
             if len(group) == 1 and group[0].onset is not None:
-                clauses.append(f"{group[0].label} {verb} at step {count(group[0].onset)}")
+                shifted = f", shifted to {group[0].shifted_to}," if group[0].shifted_to else ""
+                clauses.append(f"{group[0].label}{shifted} {verb} at step {count(group[0].onset)}")
             else:
                 clauses.append(f"{listing(named)} {verb}")
         else:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from altgrad.analysis.comparability import require_comparable
+from altgrad.analysis.comparability import circumstances, require_comparable
 from altgrad.analysis.comparison import IGNORED_KEYS, baseline_of, headline, split_facts, table_row, twins
 from altgrad.analysis.comparison_figures import gap_figure, loss_figure, rug_figure, stall_figure
 from altgrad.analysis.outcome import Outcome, label_runs
@@ -59,7 +59,7 @@ def write_report(
 def report_content(outcomes: Sequence[Outcome], folder: Path, *, title: str | None, force: bool) -> dict[str, Any]:
     """Everything the templates show. `folder` is where the report will lie: links are relative to it."""
     runs = [outcome.run for outcome in outcomes]
-    warnings = require_comparable(runs, force=force) + _damage(outcomes)
+    warnings = require_comparable(runs, force=force)
     styles = styles_for([run.format for run in runs])
     same = twins(outcomes)
     said = headline(outcomes)
@@ -71,6 +71,7 @@ def report_content(outcomes: Sequence[Outcome], folder: Path, *, title: str | No
         "headline": title or said,
         "lede": ([said] if title else []) + _lede(outcomes, same),
         "warnings": warnings,
+        "remarks": circumstances(runs) + _damage(outcomes),
         "loss_figure": loss_figure(outcomes, styles, same),
         "gap_figure": gap_figure(outcomes, styles),
         "stall_figure": stall_figure(outcomes, styles),

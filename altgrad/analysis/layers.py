@@ -70,9 +70,16 @@ def nan_mean(rows: np.ndarray) -> np.ndarray:
     return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
-def panel(history: LayerHistory, statistic: str, role: str) -> tuple[list[str], np.ndarray]:
-    """(layers, values [layers, BUCKETS]) of one statistic and role, layers in the order they were recorded."""
-    rows = [(layer, values) for (s, r, layer), values in history.items() if (s, r) == (statistic, role)]
+def forward_order(history: LayerHistory) -> list[str]:
+    """All layers, in the order of the forward pass as far as it shows: the backward pass records them in reverse."""
+    places = {"input": 0, "weight": 1, "grad_output": 3}
+    by_role = sorted(history, key=lambda key: places.get(key[1], 2))
+    return list(dict.fromkeys(layer for _, _, layer in by_role))
+
+
+def panel(history: LayerHistory, statistic: str, role: str, order: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """(layers, values [layers, BUCKETS]) of one statistic and role, layers in `order`."""
+    rows = [(layer, history[key]) for layer in order if (key := (statistic, role, layer)) in history]
     return [layer for layer, _ in rows], np.stack([v for _, v in rows]) if rows else np.empty((0, BUCKETS))
 
 

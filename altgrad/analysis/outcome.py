@@ -45,6 +45,17 @@ class Outcome:
         return None if step is None else int(step)
 
     @property
+    def shifted_to(self) -> str | None:
+        """The format in force at the collapse, when an emergency shift before it had left the run's own."""
+        found = None
+        for item in self.run.result.get("interventions") or []:
+            if isinstance(item, dict) and item.get("kind") == "shift" and isinstance(item.get("detail"), dict):
+                step = as_number(item.get("step"))
+                if step is not None and self.onset is not None and step < self.onset:
+                    found = item["detail"].get("to_format")
+        return found
+
+    @property
     def steps(self) -> int | None:
         steps = self.run.number("steps")
         return int(steps) if steps is not None else self.metrics.last_step
@@ -80,6 +91,7 @@ class Outcome:
         if self.collapsed:
             verb = PAST_TENSE.get(self.kind or "", "collapsed")
             at = f" at step {count(self.onset)}{of}" if self.onset is not None else ""
+            at += f", after the shift to {self.shifted_to}" if self.shifted_to else ""
             detected = as_number((self.run.verdict or {}).get("detected_step"))
             seen = f"; detected at step {count(detected)}" if detected is not None and detected != self.onset else ""
             return f"{verb[:1].upper()}{verb[1:]}{at}{seen}."
@@ -143,6 +155,9 @@ class Outcome:
 def words(detail: Any) -> str:
     """A free-form detail (text, or an object) as text."""
     if isinstance(detail, dict):
+        if "from_format" in detail and "to_format" in detail:
+            because = f", because of {detail['reason']}" if detail.get("reason") else ""
+            return f"{detail['from_format']} to {detail['to_format']}{because}"
         return ", ".join(f"{key} {value}" for key, value in detail.items())
     return str(detail)
 

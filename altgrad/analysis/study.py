@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from altgrad.analysis.comparability import require_comparable
+from altgrad.analysis.comparability import circumstances, require_comparable
 from altgrad.analysis.comparison import IGNORED_KEYS, flatten, table_row
 from altgrad.analysis.layers import LayerHistory, layer_history
 from altgrad.analysis.outcome import Outcome
@@ -93,7 +93,8 @@ class Study:
     axes: Sequence[str]
     """Configuration keys that differ between settings."""
     max_steps: int
-    warnings: Sequence[str] = field(default_factory=list)
+    warnings: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     @property
     def runs(self) -> list[RunSummary]:
@@ -147,7 +148,7 @@ def load_study(source: str | Path | Sequence[str | Path], *, force: bool = False
         grouped.setdefault(key, []).append(summarize(run, max_steps))
         formats[key] = (run.format, dict(zip(axes, key, strict=True)))
     settings = [Setting(_label(*formats[key], axes), *formats[key], members) for key, members in grouped.items()]
-    return Study(folder, settings, axes, max_steps, [*warnings, *_damage(settings)])
+    return Study(folder, settings, axes, max_steps, warnings, [*circumstances(runs), *_damage(settings)])
 
 
 def summarize(run: Run, max_steps: int) -> RunSummary:
@@ -210,6 +211,10 @@ def _label(fmt: str, values: Mapping[str, Any], axes: Sequence[str]) -> str:
     parts = [fmt]
     for axis in axes:
         if axis == FORMAT or values[axis] is None:
+            continue
+        if isinstance(values[axis], bool):
+            switch = axis.rsplit(".", 1)[-1].removeprefix("enable_").replace("_", " ")
+            parts.append(f"{switch} {'on' if values[axis] else 'off'}")
             continue
         value = f"{values[axis]:g}" if isinstance(values[axis], float) else str(values[axis]).replace("_", " ")
         parts.append(value if axis in _AXIS_ORDER else f"{axis.rsplit('.', 1)[-1]} {value}")

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 from markupsafe import Markup
 
-from altgrad.analysis.layers import STATISTICS, LayerHistory, mean_history, nan_mean, panel
+from altgrad.analysis.layers import STATISTICS, LayerHistory, forward_order, mean_history, nan_mean, panel
 from altgrad.analysis.outcome import PAST_TENSE
 from altgrad.analysis.ranking import Ranked
 from altgrad.analysis.statistics import Estimate, NoiseFloor
@@ -326,9 +326,10 @@ def _ramp(histories, statistic: str) -> Ramp:
 def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) -> list[list[Markup]]:
     """One row of panels per statistic, one panel per role."""
     roles = list(dict.fromkeys(role for _, role, _ in history))
+    order = forward_order(history)
     panels: dict[str, list[Markup]] = {}
     for statistic, role in product(STATISTICS, roles):
-        layers, values = panel(history, statistic, role)
+        layers, values = panel(history, statistic, role, order)
         if not len(layers):
             continue
         ramp = ramps[statistic]
@@ -352,7 +353,7 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
     return list(panels.values())
 
 
-def _short(layer: str, most: int = 18) -> str:
+def _short(layer: str, most: int = 24) -> str:
     return layer if len(layer) <= most else "…" + layer[-(most - 1) :]
 
 

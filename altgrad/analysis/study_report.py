@@ -118,6 +118,8 @@ def study_headline(study: Study, ranked: Sequence[Ranked]) -> str:
         away = f", {difference(gap)} from FP32" if gap is not None else ""
         if first.estimate and first.estimate.n < 2:
             parts.append(f"{first.name} ended lowest{away}, with one seed, which ranks nothing")
+        elif len(standing) == 1:
+            parts.append(f"{first.name} {'alone did not collapse' if len(ranked) > 1 else 'did not collapse'}{away}")
         elif not tied:
             parts.append(f"{first.name} is best{away}")
         elif len(tied) < 4:
@@ -169,6 +171,7 @@ def study_content(
         ],
         "lede": ([said] if title else []) + [_lede(axes, floor)],
         "warnings": list(study.warnings),
+        "remarks": list(study.remarks),
         "contents": [entry for entry in contents if entry],
         "ranking_figure": ranking_figure(study, ranked, floor),
         "ranking": ranking_table(study, ranked),

@@ -17,7 +17,7 @@ from altgrad.analysis.statistics import Comparison, estimate, holm, paired
 from altgrad.analysis.study import OPTIMIZER, RunSummary, Setting, Study
 from altgrad.analysis.study_figures import interval_words, seeds_short, styles_of
 from altgrad.report.glyphs import bit_strip, line_sample
-from altgrad.report.numbers import count, difference, duration, loss, number, percent
+from altgrad.report.numbers import count, difference, duration, loss, number, percent, plural
 from altgrad.report.svg import el
 from altgrad.report.tables import Column, Table, TableCell
 
@@ -137,6 +137,8 @@ def sweet_spot_table(study: Study) -> Table | None:
     scores: dict[tuple[str, str], dict[str, dict[Hashable, float]]] = {}
     for setting in study.quantized:
         for run in setting.runs:
+            if run.shifts:  # measured in more than one format
+                continue
             for role in ROLES:
                 for kind, value in sqnr_by_type(run.layers, role).items():
                     scores.setdefault((kind, role), {}).setdefault(setting.format, {})[run.path.name] = value
@@ -337,9 +339,10 @@ def collapse_words(study: Study) -> list[str]:
     out = []
     for setting in study.settings:
         kinds: dict[str, int] = {}
-        for run in setting.runs:
+        ended = [run for run in setting.runs if run.finished or run.collapsed]
+        for run in ended:
             if run.collapsed:
                 verb = PAST_TENSE.get(run.kind or "", "collapsed")
                 kinds[verb] = kinds.get(verb, 0) + 1
-        out += [f"{setting.label} {verb} in {n} of {len(setting.runs)} runs" for verb, n in kinds.items()]
+        out += [f"{setting.label} {verb} in {n} of {plural(len(ended), 'run')}" for verb, n in kinds.items()]
     return out

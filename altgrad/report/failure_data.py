@@ -98,6 +98,8 @@ class Intervention:
     kind: str
     detail: str = ""
     effect: str | None = None
+    to_format: str | None = None
+    """Of a shift: the format in force afterwards."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from altgrad.report.numbers import number
-from altgrad.report.svg import UNIT, el, framing, stretched
+from altgrad.report.svg import UNIT, el, framing, stretched, text_width
 from altgrad.report.theme import HEAT_LEVELS
 
 
@@ -124,7 +124,7 @@ def heat_strips(
         class_="chart strips",
         role="img",
         aria_label=f"{title}. {description}",
-        style=framing(2, total, 22),
+        style=framing(2, total, 22, left=12 + text_width(names, 10.5)),
     )
 
 

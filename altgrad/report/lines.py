@@ -210,6 +210,7 @@ def _end_labels(series: Sequence[Series], x_axis: Axis, y_axis: Axis, plot_heigh
     another, each with a line to its curve; a curve that ends early carries its name where it ends."""
     parts: list[Markup] = []
     margin: list[tuple[float, Series]] = []
+    early: list[tuple[float, float]] = []
     named = set()
     for s in series:
         finite = np.flatnonzero(np.isfinite(s.y))
@@ -221,7 +222,11 @@ def _end_labels(series: Sequence[Series], x_axis: Axis, y_axis: Axis, plot_heigh
         if end > 0.93:
             margin.append((min(max(height, 0.0), 1.0) * plot_height, s))
         elif 0 <= height <= 1:
-            text = el("text", s.group, x=f"{100 * end:.2f}%", y=f"{100 * height:.2f}%", dx="9", dy="4")
+            y = height * plot_height
+            while any(abs(end - other) < 0.25 and abs(y - taken) < LABEL_ROW for other, taken in early):
+                y -= LABEL_ROW
+            early.append((end, y))
+            text = el("text", s.group, x=f"{100 * end:.2f}%", y=f"{y:.1f}", dx="9", dy="4")
             parts.append(el("g", text, class_=f"end-label early {s.style.css}", data_group=s.group))
     margin.sort(key=lambda pair: pair[0])
     if len(margin) * LABEL_ROW > plot_height:

@@ -44,12 +44,12 @@ def _asset(name: str) -> Markup:
 
 def render_page(template: str, **content: Any) -> str:
     """The page of `template` (a name in templates/). `content` needs title, kind, headline; see base.html.j2."""
-    defaults = {"facts": [], "lede": [], "warnings": [], "contents": [], "footer": ""}
+    defaults = {"facts": [], "lede": [], "warnings": [], "remarks": [], "contents": [], "footer": ""}
     assets = {"palette": Markup(palette_css()), "css": _asset("report.css"), "js": _asset("report.js")}
     return _environment(True).get_template(template).render({**defaults, **content, **assets})
 
 
 def render_markdown(template: str, **content: Any) -> str:
     """The Markdown document of `template`."""
-    defaults = {"facts": [], "lede": [], "warnings": [], "footer": ""}
+    defaults = {"facts": [], "lede": [], "warnings": [], "remarks": [], "footer": ""}
     return _environment(False).get_template(template).render({**defaults, **content})

@@ -90,6 +90,15 @@ def test_any_other_key_can_be_an_axis(tmp_path):
     assert sorted(s.label for s in study.settings) == ["E3M4 lr 0.0003", "E3M4 lr 0.001"]
 
 
+def test_a_switch_that_differs_is_named_on_or_off(tmp_path):
+    for on in (True, False):
+        make_run(tmp_path, "E7M0", steps=5, name=f"shift-{on}", config={"enable_emergency_shift": on})
+    assert sorted(s.label for s in load_study(tmp_path).settings) == [
+        "E7M0 emergency shift off",
+        "E7M0 emergency shift on",
+    ]
+
+
 def test_each_setting_has_the_baseline_of_its_optimizer(study):
     for setting in study.quantized:
         baseline = study.baseline_of(setting)
@@ -188,9 +197,9 @@ def test_unfinished_failed_and_torn_runs_are_told_and_left_out(tmp_path):
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')
     study = load_study(tmp_path)
-    assert any("1 unreadable lines" in w for w in study.warnings)
-    assert any("1 run is unfinished" in w for w in study.warnings)
-    assert any("1 run is failed" in w for w in study.warnings)
+    assert any("1 unreadable lines" in w for w in study.remarks)
+    assert any("1 run is unfinished" in w for w in study.remarks)
+    assert any("1 run is failed" in w for w in study.remarks)
     (setting,) = study.quantized
     assert set(setting.contender.losses) == {*SEEDS, 97}
 
@@ -198,7 +207,7 @@ def test_unfinished_failed_and_torn_runs_are_told_and_left_out(tmp_path):
 def test_a_study_of_one_run_and_of_no_baseline(tmp_path):
     make_run(tmp_path, "E5M2", steps=20, collapse="nonfinite", onset=5)
     html = write_study(tmp_path).read_text()
-    assert "E5M2 went non-finite in 1 of 1 runs" in html
+    assert "E5M2 went non-finite in 1 of 1 run" in html
     assert "noise floor is not known" in html
 
 

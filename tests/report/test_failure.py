@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from altgrad.report.failure import FailureData, RunFacts, VerdictFacts, bars, headline, render_failure
+from altgrad.report.failure import FailureData, Intervention, RunFacts, VerdictFacts, bars, headline, render_failure
 from tests.report.failure_samples import all_nan_run, frozen_run, nothing_measured
 
 
@@ -82,6 +82,12 @@ def test_markup_in_names_is_escaped():
 def test_headline(kind, words):
     data = FailureData(RunFacts("n", "n-s1-x", format="E5M2", max_steps=1000), VerdictFacts(kind, 1000, 1000))
     assert headline(data) == f"E5M2 {words} at step 1\u202f000 of 1\u202f000."
+
+
+def test_the_headline_says_the_format_in_force_at_the_onset():
+    shift = [Intervention(30, "shift", to_format="E5M2"), Intervention(900, "shift", to_format="FP32")]
+    data = FailureData(RunFacts("n", "n-s1-x", format="E7M0"), VerdictFacts("freeze", 324, 373), interventions=shift)
+    assert headline(data) == "E7M0, shifted to E5M2 at step 30, froze at step 324."
 
 
 def test_bars():
