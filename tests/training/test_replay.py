@@ -91,3 +91,18 @@ def test_a_step_leaves_torchs_generators_alone():
 
 def test_different_seeds_differ():
     assert train(tiny_trainer(seed=1), 2) != train(tiny_trainer(seed=2), 2)
+
+
+def test_a_restored_run_rewinds_to_the_state_that_the_unbroken_one_did():
+    options = [*CASES["shift"], "shift.stall_threshold=1.0", "shift.snapshot_interval=4"]
+    unbroken, other = tiny_trainer(*options), tiny_trainer(*options)
+    train(unbroken, 6)
+    other.restore(unbroken.capture())
+    outcomes = []
+    for trainer in (unbroken, other):
+        trainer.model.head.weight.data[0, 0] = torch.nan
+        records = train(trainer, 6)
+        assert [e["rewound_to"] for r in records for e in r.events if e["event"] == "shift"] == [4]
+        outcomes.append(repr(records))  # NaN losses are equal as text
+    assert outcomes[0] == outcomes[1]
+    assert not differing(unbroken.capture(), other.capture())
