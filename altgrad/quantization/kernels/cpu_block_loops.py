@@ -21,7 +21,7 @@ from altgrad.quantization.kernels import cpu_bits, cpu_block_parts, cpu_llvm, gr
 from altgrad.quantization.kernels.cpu_bits import key_words, read_grid
 from altgrad.quantization.kernels.cpu_block_parts import (
     BY_ADDITION,
-    BY_CHANCE,
+    BY_SHORT_CHANCE,
     _element,
     _plain_span,
     _row_amax,
@@ -42,12 +42,14 @@ from altgrad.quantization.kernels.cpu_llvm import (
     scratch,
     store_code,
 )
+from altgrad.quantization.kernels.grid_facts import Family
 
+BY_CHANCE = int(Family.BY_CHANCE)
 STRIP = 256  # columns that a strip works on at once
 STRIP_BYTES = 4 * STRIP
 # Names in the templates below that `compiled` replaces; the values here only say what they are.
-BLOCK = CODE_BYTES = SCALE_BYTES = FAMILY = ITEM = KIND = 0
-PLAIN = STATS = False
+BLOCK = CODE_BYTES = SCALE_BYTES = ITEM = KIND = 0
+CHANCE = PLAIN = STATS = False
 plain_span = row_amax = scale_of = span = None
 
 PARTIAL_BYTES = 64  # amax, overflow, underflow, nonfinite, sse, sum_sq, two unused
@@ -109,7 +111,7 @@ def _tiles(table, start, stop):
                 count = width - done
                 if not BLOCK:  # key words change every 2^32 elements, a multiple of BLOCK
                     count = min(count, (here | 0xFFFFFFFF) + 1 - here)
-                if FAMILY == BY_CHANCE:
+                if CHANCE:
                     before, between = key_words(np.uint64(p.seed), np.uint64(p.stream), np.uint64(here >> 32))
                 index = low_word(zero, here)
                 x, out, codes = p.x + here * ITEM, p.out + here * ITEM, p.codes + here * CODE_BYTES
@@ -194,7 +196,7 @@ def _strips(table, start, stop):
             while done < count:
                 here = position + done
                 part = min(count - done, (here | 0xFFFFFFFF) + 1 - here)
-                if FAMILY == BY_CHANCE:
+                if CHANCE:
                     before, between = key_words(np.uint64(p.seed), np.uint64(p.stream), np.uint64(here >> 32))
                 x, out, codes = p.x + here * ITEM, p.out + here * ITEM, p.codes + here * CODE_BYTES
                 scales = (one, one, multipliers + 4 * done, reciprocals + 4 * done)
@@ -221,6 +223,7 @@ def compiled(variant: Variant, strips: bool) -> int:
     """Address of the loop of one variant, compiled or loaded from Numba's cache on first use."""
     simple = variant.FAMILY == BY_ADDITION and variant.VALUES and not variant.CODE_BYTES and not variant.STATS
     constants = {**variant._asdict(), "ITEM": ITEM_BYTES[variant.KIND], "PLAIN": simple, "EACH": strips}
+    constants["CHANCE"] = variant.FAMILY in (BY_CHANCE, BY_SHORT_CHANCE)
     label = "_".join(f"{name}{int(value)}" for name, value in sorted(constants.items())).lower()
 
     def bind(template, **parts):

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from altgrad.quantization.kernels.cpu_bits import (
     by_chance,
     by_rule,
+    by_short_chance,
     code_of,
     nearest_even,
     random_word,
@@ -40,8 +41,9 @@ from altgrad.quantization.kernels.cpu_llvm import (
     store_double,
     widened,
 )
+from altgrad.quantization.kernels.grid_facts import Family
 
-BY_ADDITION, BY_RULE, BY_CHANCE = 0, 1, 2  # rounding families
+BY_ADDITION, BY_RULE, BY_SHORT_CHANCE = int(Family.BY_ADDITION), int(Family.BY_RULE), int(Family.BY_SHORT_CHANCE)
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = 0, 1, 2  # kinds of scale
 
 # Names in the templates below that `cpu_block_loops.compiled` replaces; the values here only say what they are.
@@ -227,6 +229,8 @@ def _element(v, s, reciprocal, index, before, between, grid):
         rounded, _ = nearest_even(magnitude, grid)
     elif FAMILY == BY_RULE:
         rounded = by_rule(magnitude, sign != grid.zero, grid)
+    elif FAMILY == BY_SHORT_CHANCE:
+        rounded, _ = by_short_chance(magnitude, random_word(index, before, between), grid)
     else:
         rounded = by_chance(magnitude, random_word(index, before, between), grid)
     return settled(rounded, bits_of(v), sign, grid)

@@ -16,9 +16,6 @@ from altgrad.quantization.kernels import cpu_threads
 from altgrad.quantization.kernels.block_result import BlockResult
 from altgrad.quantization.kernels.cpu_block_loops import PARTIAL_BYTES, STRIP, Variant, compiled
 from altgrad.quantization.kernels.cpu_block_parts import (
-    BY_ADDITION,
-    BY_CHANCE,
-    BY_RULE,
     PARAMETERS,
     PLAIN_FLOAT,
     POWER_OF_TWO,
@@ -29,7 +26,7 @@ from altgrad.quantization.kernels.cpu_loops import total
 from altgrad.quantization.kernels.grid_facts import (
     GRID_FIELDS,
     INF_PROBLEM,
-    addition_rounds,
+    family_of,
     float32_arithmetic_suffices,
     grid_table,
 )
@@ -95,11 +92,7 @@ def run(
     code_kind, scale_kind = code_dtype(element), torch.float32 if fmt.has_float_scale else code_dtype(fmt.scale_format)
     code_tensor = torch.empty(x.shape, dtype=code_kind) if codes else None
     scales = torch.empty(layout.scale_shape, dtype=scale_kind)
-    if rounding is Rounding.STOCHASTIC:
-        family = BY_CHANCE
-    else:
-        by_addition = rounding is Rounding.NEAREST_EVEN and addition_rounds(element, False)
-        family = BY_ADDITION if by_addition else BY_RULE
+    family = int(family_of(element, rounding, overflow, random_bits, False))
     strips = layout.tile_columns == 1 and layout.columns > 1
     whole = layout.tile_columns in (16, 32) and layout.columns % layout.tile_columns == 0
     variant = Variant(

@@ -29,7 +29,7 @@ from altgrad.quantization.kernels.cuda_bits import (
     total,
     widen,
 )
-from altgrad.quantization.kernels.grid_facts import addition_rounds, float32_arithmetic_suffices
+from altgrad.quantization.kernels.grid_facts import Family, family_of, float32_arithmetic_suffices
 from altgrad.quantization.kernels.result import Outputs
 from altgrad.quantization.rounding import Overflow, Rounding
 
@@ -136,7 +136,7 @@ def process(
     """One pass: quantized values, codes and statistics, as asked for; arguments as `cpu.process`."""
     double = x.dtype == torch.float64
     wide = double or not float32_arithmetic_suffices(fmt)
-    by_addition = rounding is Rounding.NEAREST_EVEN and addition_rounds(fmt, wide)
+    by_addition = family_of(fmt, rounding, overflow, random_bits, wide) is Family.BY_ADDITION
     source = x.contiguous()
     fits = out is not None and out.is_contiguous()
     target = (out if fits else torch.empty_like(source)) if values else None

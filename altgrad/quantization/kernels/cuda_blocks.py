@@ -36,7 +36,7 @@ from altgrad.quantization.kernels.cuda_bits import (
     total,
     widen,
 )
-from altgrad.quantization.kernels.grid_facts import addition_rounds
+from altgrad.quantization.kernels.grid_facts import Family, family_of
 from altgrad.quantization.rounding import Overflow, Rounding
 
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -333,7 +333,7 @@ def run(
     problems = torch.zeros(programs, dtype=torch.int32, device=device) if codes else None
     partials = torch.empty((programs, 6), dtype=torch.float64, device=device) if stats else None
     native_inf = overflow is Overflow.NATIVE and element.has_inf
-    by_addition = rounding is Rounding.NEAREST_EVEN and addition_rounds(element, False)
+    by_addition = family_of(element, rounding, overflow, random_bits, False) is Family.BY_ADDITION
     rounded_scale = not (fmt.power_of_two or fmt.has_float_scale)
     scale_grid = fmt.scale_format if rounded_scale else fmt.element
     if x.numel():
