@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/altgrad demo-formats
+	$(BIN)/altgrad demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

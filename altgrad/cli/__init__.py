@@ -38,14 +38,6 @@ def formats(
         format_pages.print_format(name)
 
 
-@app.command("demo-formats", hidden=True)
-def demo_formats() -> None:
-    """Quantize one tensor of real weights-like data in every 8-bit format and print the error."""
-    from altgrad.cli import format_pages
-
-    format_pages.print_demo()
-
-
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as optimizer.lr=3e-4 seed=7.")]
 _Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")]
 _FailOnCollapse = Annotated[bool, typer.Option("--fail-on-collapse", help="Exit with 1 if a run collapsed.")]

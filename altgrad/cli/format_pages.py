@@ -74,28 +74,3 @@ def print_equivalent() -> None:
         first = members[0]
         ratios = ", ".join(f"{m.name} (x {number(m.max / first.max)})" for m in members[1:])
         console.print(f"  {first.name} = {ratios}", highlight=False)
-
-
-def print_demo() -> None:
-    """Quantize one bell-shaped tensor in every 8-bit format, unscaled and under amax scaling, and print the error."""
-    import torch
-
-    from altgrad.quantization import amax_scale, quantize_with_stats
-
-    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
-    table = Table(title="2^20 normal numbers through each 8-bit format", title_justify="left", header_style="bold")
-    table.add_column("format")
-    for column in ("SQNR, unscaled", "overflow", "underflow", "SQNR, amax scaling"):
-        table.add_column(column, justify="right")
-    for fmt in FORMAT_REGISTRY.values():
-        if fmt.bits == 8 and fmt.has_zero:
-            plain = quantize_with_stats(x, fmt)[1]
-            scaled = quantize_with_stats(x, fmt, amax_scale(x, fmt), clamp=True)[1]
-            table.add_row(
-                fmt.name,
-                f"{float(plain.sqnr_db):.1f} dB",
-                f"{float(plain.overflow_rate):.2%}",
-                f"{float(plain.underflow_rate):.2%}",
-                f"{float(scaled.sqnr_db):.1f} dB",
-            )
-    Console().print(table)
