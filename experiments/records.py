@@ -1,7 +1,8 @@
 """Thins finished run folders into records small enough to commit: `python -m experiments.records RUNS DESTINATION`.
 
 Of every run it keeps config.yaml, env.json and result.json, and of metrics.jsonl all evaluations and events, every n-th
-training step, and the monitor's records of a few steps. Paths of the machine that ran it are left out.
+training step, and the monitor's records of a few steps; of a collapse its report as Markdown. Paths of the machine that
+ran it are left out.
 """
 
 from __future__ import annotations
@@ -61,11 +62,15 @@ def collect(runs: Path, destination: Path, every: int = STEP_EVERY) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("env.json", "result.json"):
             data = without_paths(json.loads((run / name).read_text()))
+            if "platform" in data:
+                data["platform"] = data["platform"].split("-")[0]  # the kernel's build says nothing about the numbers
             (folder / name).write_text(json.dumps(data, indent=1) + "\n")
         config = without_paths(yaml.safe_load((run / "config.yaml").read_text()))
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         lines = (run / "metrics.jsonl").read_text().splitlines()
         (folder / "metrics.jsonl").write_text("\n".join(kept_records(lines, every)) + "\n")
+        for report in sorted((run / "checkpoints" / "failure_reports").glob("*.md")):
+            (folder / "failure.md").write_text(report.read_text().replace(str(run.parent.resolve()), "runs"))
         count += 1
     return count
 
