@@ -101,6 +101,8 @@ def headline(outcomes: Sequence[Outcome]) -> str:
             parts.append(
                 f"{best.label} ended lowest, at {'validation' if kind == 'val_loss' else 'training'} loss {loss(value)}"
             )
+    if not parts and (clause := _closest_of_the_collapsed(outcomes)):
+        return clause
     parts += _collapse_clauses(outcomes)
     unfinished = [o.label for o in outcomes if not o.run.finished]
     if unfinished:
@@ -117,6 +119,23 @@ def _headline_of_one(outcome: Outcome) -> str:
     said = outcome.said.rstrip(".")
     said = f"{outcome.label} {said[:1].lower()}{said[1:]}" if outcome.run.finished else f"{outcome.label}: {said}"
     return f"{said}; {kind} loss {loss(final)}." if final is not None and np.isfinite(final) else f"{said}."
+
+
+def _closest_of_the_collapsed(outcomes: Sequence[Outcome]) -> str | None:
+    """When every quantized run collapsed: which came closest to the baseline all the same."""
+    fallen = [o for o in outcomes if o.collapsed and not o.run.is_baseline]
+    known = [(g, o) for o in fallen if (g := against(o, baseline_of(o, outcomes))) is not None and np.isfinite(g)]
+    if len(fallen) < 2 or not known:
+        return None
+    gap, best = min(known, key=lambda pair: pair[0])
+    verbs = {PAST_TENSE.get(o.kind or "", "collapsed") for o in fallen}
+    verb = verbs.pop() if len(verbs) == 1 else "collapsed"
+    said = f"All {len(fallen)} quantized runs {verb}; {best.label} came closest to FP32, {difference(gap)}"
+    return (
+        f"{said}, and {PAST_TENSE.get(best.kind or '', 'collapsed')} at step {count(best.onset)}."
+        if best.onset
+        else f"{said}."
+    )
 
 
 def _collapse_clauses(outcomes: Sequence[Outcome]) -> list[str]:

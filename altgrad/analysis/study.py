@@ -56,6 +56,11 @@ class RunSummary:
         return self.row["status"] in ("completed", "collapsed")
 
     @property
+    def reached_the_end(self) -> bool:
+        """Whether it trained to its last step: a collapse may end a run, or (verdict.stop=false) only be recorded."""
+        return not self.collapsed or (self.row["steps"] is not None and self.row["steps"] == self.row["max_steps"])
+
+    @property
     def final(self) -> float | None:
         """The loss that settings are compared by: the final validation loss, else the final training loss."""
         value = self.row["final_val_loss"]
@@ -78,9 +83,9 @@ class Setting:
 
     @cached_property
     def contender(self) -> Contender:
-        """For the ranking: final losses of the completed runs, by seed."""
+        """For the ranking: final losses by seed of the runs that reached the last step, collapsed on the way or not."""
         ended = [run for run in self.runs if run.finished]
-        losses = {r.seed: r.final for r in ended if not r.collapsed and r.final is not None}
+        losses = {r.seed: r.final for r in ended if r.reached_the_end and r.final is not None}
         return Contender(self.label, losses, sum(run.collapsed for run in ended), len(ended))
 
 

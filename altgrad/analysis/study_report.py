@@ -212,7 +212,7 @@ def _notes(ranked: Sequence[Ranked]) -> list[str]:
         )
     if any(r.collapsed for r in ranked):
         notes.append(
-            "Settings of which a run collapsed are not ranked: the mean of the survivors would reward collapsing."
+            "Settings of which a run collapsed are not ranked: the mean of the runs that reached the last step would reward collapsing. Where it is given, it is over those runs."
         )
     return notes
 

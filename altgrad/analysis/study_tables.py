@@ -90,7 +90,7 @@ def ranking_table(study: Study, ranked: Sequence[Ranked]) -> Table:
                 TableCell(number(gap.effect, 2) if gap else "–", sort=_key(gap.effect) if gap else None),
                 TableCell(_p_text(r.p_adjusted), sort=_key(r.p_adjusted)),
                 TableCell(f"{r.collapsed} of {r.runs}", sort=r.collapsed, tone="bad" if r.collapsed else ""),
-                _seeds(r.estimate.seeds) if r.estimate else str(r.runs),
+                _seeds(gap.difference.seeds if gap else r.estimate.seeds) if r.estimate else str(r.runs),
             ]
         )
     return Table(columns, rows, filterable=len(rows) > 12)

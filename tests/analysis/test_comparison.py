@@ -103,6 +103,18 @@ def test_headline_names_the_closest_and_every_collapse(tmp_path):
     assert re.fullmatch(r"E3M4 ended closest to FP32, \+0\.0\d\d in validation loss; E7M0 froze at step 60\.", said)
 
 
+def test_headline_when_every_format_collapsed(tmp_path):
+    runs = [make_run(tmp_path, "FP32", steps=200)]
+    runs += [
+        make_run(tmp_path, fmt, steps=200, collapse="freeze", onset=90 + 10 * i)
+        for i, fmt in enumerate(("E5M2", "E3M4"))
+    ]
+    said = headline(outcomes_of(runs))
+    assert re.fullmatch(
+        r"All 2 quantized runs froze; E3M4 came closest to FP32, \+\d\.\d{3}, and froze at step 100\.", said
+    )
+
+
 def test_headline_without_a_baseline_names_the_lowest(tmp_path):
     said = headline(outcomes_of([make_run(tmp_path, fmt, steps=100) for fmt in ("E3M4", "E1M6")]))
     assert said.startswith("E3M4 ended lowest, at validation loss")

@@ -125,6 +125,17 @@ def test_the_headline_says_what_the_seeds_can_tell(study, tmp_path):
     assert "one seed, which ranks nothing" in study_headline(one, rank_study(one))
 
 
+def test_a_collapsed_run_that_trained_on_keeps_its_final_loss_and_is_not_ranked(tmp_path):
+    for seed in SEEDS:
+        make_run(tmp_path, "FP32", seed=seed, steps=100)
+        make_run(tmp_path, "E3M4", seed=seed, steps=100, collapse="freeze", onset=60)  # detected at the last step
+        make_run(tmp_path, "E5M2", seed=seed, steps=100, collapse="freeze", onset=30)  # ended there
+    ranked = {r.name: r for r in rank_study(load_study(tmp_path))}
+    assert ranked["E3M4"].best is None
+    assert ranked["E3M4"].against_baseline.difference.n == 4
+    assert ranked["E5M2"].estimate is None
+
+
 def test_grid_aware_optimizers_are_compared_with_standard_ones_all_else_equal(study):
     table = optimizer_table(study)
     rows = {row[0]: row for row in table.rows}
