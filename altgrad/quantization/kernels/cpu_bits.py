@@ -143,7 +143,7 @@ def settled_alike(rounded, x_bits, sign, grid):
     x_magnitude = band(x_bits, grid.magnitude_mask)
     special = below(grid.below_kept, x_magnitude)
     payload = bits_of(float_of(bor(magnitude, sign)) + float_of(grid.zero_addend))
-    counts = (over or x_magnitude == grid.inf_bits) and below(x_magnitude, grid.counted_below)
+    counts = (over | (x_magnitude == grid.inf_bits)) & below(x_magnitude, grid.counted_below)
     return x_bits if special else payload, counts
 
 
@@ -171,7 +171,7 @@ def settled(rounded, x_bits, sign, grid):
     x_magnitude = band(x_bits, grid.magnitude_mask)
     special = x_magnitude >= grid.kept_from
     payload = bor(x_bits, grid.kept_or) if special else bor(magnitude, kept_sign)
-    counts = (over or x_magnitude == grid.inf_bits) and x_magnitude < grid.counted_below
+    counts = (over | (x_magnitude == grid.inf_bits)) & below(x_magnitude, grid.counted_below)
     return payload, counts
 
 
@@ -186,7 +186,7 @@ def code_of(payload, grid):
     code = (grid.inf_code if magnitude == grid.inf_bits else grid.nan_code) if magnitude >= grid.inf_bits else code
     problem = grid.inf_problem if magnitude == grid.inf_bits else grid.zero
     problem = grid.nan_problem if magnitude > grid.inf_bits else problem
-    signed = sign != grid.zero and magnitude <= grid.inf_bits and problem == grid.zero
+    signed = (sign != grid.zero) & (magnitude <= grid.inf_bits) & (problem == grid.zero)
     flipped = (
         band(sub(grid.zero, code), grid.complement_mask)
         if grid.complement_mask != grid.zero

@@ -155,10 +155,10 @@ def _count(x, q, count):
     for i in range(count):
         v = band(bits_of(load(x, i, KIND)), mask)
         r = band(bits_of(load(q, i, KIND)), mask)
-        finite = v if v < inf else zero
-        largest = finite if finite > largest else largest
-        underflows = add(underflows, one if (v != zero and r == zero) else zero)
-        nonfinites = add(nonfinites, one if v >= inf else zero)
+        finite = v if below(v, inf) else zero
+        largest = finite if below(largest, finite) else largest
+        underflows = add(underflows, one if (v != zero) & (r == zero) else zero)
+        nonfinites = add(nonfinites, zero if below(v, inf) else one)
     return widened(float_of(largest), True), float(underflows), float(nonfinites)
 
 
@@ -167,11 +167,11 @@ def _square(x, q, count):
     errors, squares = 0.0, 0.0
     for i in range(count):
         v = widened(load(x, i, KIND), True)
-        r = widened(load(q, i, KIND), True)
-        both = abs(v) < np.inf and abs(r) < np.inf
+        error = v - widened(load(q, i, KIND), True)
+        both = abs(error) < np.inf
+        error = error if both else 0.0
         v = v if both else 0.0
-        e = v - r if both else 0.0
-        errors += e * e
+        errors += error * error
         squares += v * v
     return errors, squares
 
