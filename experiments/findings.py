@@ -97,21 +97,43 @@ def print_paired() -> None:
 
 
 def print_overflow() -> None:
-    """Overflow rate per layer and role at the last monitored step, one seed of each variant of b."""
+    """Overflow and underflow of E1M6 operands at the last recorded step: per layer where only a norm's outputs are in
+    E1M6, and the range over layers where everything is; first seed of each variant of b.
+    """
     print(
-        "\n### b: overflow at the last recorded step, first seed\n\n| run | layer | role | overflow | underflow | amax |"
+        "\n### b: E1M6 unscaled at the last recorded step, first seed\n\n| run | operand | overflow | underflow | amax |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|")
     for runs in by_name(group("b")).values():
         run = runs[min(runs)]
-        lines = (run.path / "metrics.jsonl").read_text().splitlines()
-        records = [r for r in map(json.loads, lines) if r["kind"] == "monitor" and r.get("overflow") is not None]
-        last = max((r["step"] for r in records), default=0)
-        for r in records:
-            if r["step"] == last and r["role"] in ("input", "weight", "grad_output"):
-                print(
-                    f"| {run.name} | {r['layer']} | {r['role']} | {r['overflow']:.2%} | {r['underflow']:.2%} | {r['amax']:.3g} |"
-                )
+        records = [r for r in monitored(run) if r.get("format") == "E1M6"]
+        if "recipe" in run.name:
+            rows = {r["layer"]: [r] for r in records}
+        else:
+            rows = {
+                f"every {role}": [r for r in records if r["role"] == role]
+                for role in ("input", "weight", "grad_output")
+            }
+        for operand, found in rows.items():
+            if found:
+                overflow, underflow, amax = (span(found, key) for key in ("overflow", "underflow", "amax"))
+                print(f"| {run.name} | {operand} | {overflow} | {underflow} | {amax} |")
+
+
+def monitored(run: Run) -> list[dict[str, Any]]:
+    """The operand records of the last step that has any."""
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["kind"] == "monitor" and r.get("overflow") is not None]
+    last = max((r["step"] for r in records), default=0)
+    return [r for r in records if r["step"] == last and r["role"] in ("input", "weight", "grad_output")]
+
+
+def span(records: list[dict[str, Any]], key: str) -> str:
+    """The value, or the smallest and the largest over layers."""
+    text = "{:.3g}" if key == "amax" else "{:.2%}"
+    values = sorted(r[key] for r in records)
+    low, high = text.format(values[0]), text.format(values[-1])
+    return low if low == high else f"{low} to {high}"
 
 
 def print_identity() -> None:
