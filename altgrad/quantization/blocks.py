@@ -82,14 +82,11 @@ def _upper_scale(x: Tensor, fmt: BlockFormat, scale: Tensor | float) -> Tensor |
         return None
     if not given:
         return two_level_scale(amax(x), fmt)
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ScaleError(
-                f"{fmt} takes one scale per tensor, not {list(scale.shape)}; pass a number or leave it out"
-            )
-        scale = scale.reshape(())
-    checked = check_scale(x, scale)
-    return torch.as_tensor(checked, dtype=torch.float32, device=x.device).reshape(())
+    number = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
+    if torch.numel(number) != 1:
+        raise ScaleError(f"{fmt} takes one scale per tensor, not {torch.numel(number)}; pass a number or leave it out")
+    checked = check_scale(x, torch.reshape(number, ()))
+    return torch.as_tensor(checked, dtype=torch.float32, device=x.device)
 
 
 def _check_dtype(x: Tensor, fmt: BlockFormat) -> None:

@@ -325,7 +325,7 @@ def test_gradient_goes_straight_through_and_can_be_masked():
         (lambda: quantize(torch.ones(4, 4), "E4M3/4x4:FP32", axis=0), BlockError, "leave axis at -1"),
         (lambda: quantize(torch.ones(32), "MXFP4", 2.0), ScaleError, "takes its scales from its blocks"),
         (lambda: quantize(torch.ones(32), "NVFP4", torch.ones(2)), ScaleError, "one scale per tensor"),
-        (lambda: quantize(torch.ones(32), "NVFP4", -2.0), ScaleError, "not positive"),
+        (lambda: quantize(torch.ones(32), "NVFP4", -2.0), ScaleError, "positive and finite"),
         (lambda: quantize(torch.ones(32, dtype=torch.int32), "MXFP4"), DtypeError, "int32"),
         (lambda: quantize(torch.ones(32).bfloat16(), "FP16/32"), DtypeError, "mantissa bits"),
         (lambda: quantize(torch.ones(32), "MXFP4", rounding="stochastic"), RandomKeyError, "key"),
