@@ -130,7 +130,7 @@ def monitored(run: Run) -> list[dict[str, Any]]:
 
 def span(records: list[dict[str, Any]], key: str) -> str:
     """The value, or the smallest and the largest over layers."""
-    text = "{:.3g}" if key == "amax" else "{:.2%}"
+    text = "{:.3g}" if key == "amax" else "{:.4%}"
     values = sorted(r[key] for r in records)
     low, high = text.format(values[0]), text.format(values[-1])
     return low if low == high else f"{low} to {high}"
