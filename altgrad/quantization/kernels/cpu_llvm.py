@@ -61,6 +61,17 @@ def below(typing_context, a, b):
 
 
 @intrinsic
+def pick(typing_context, condition, a, b):
+    """a where the condition holds, else b: one select, where `a if c else b` starts as a branch."""
+
+    def generate(context, builder, signature, args):
+        bit = builder.trunc(args[0], ir.IntType(1)) if args[0].type.width != 1 else args[0]
+        return builder.select(bit, args[1], args[2])
+
+    return a(condition, a, b), generate
+
+
+@intrinsic
 def small_integer(typing_context, like, x):
     """A uint32 or uint64 below 2^31 as the float whose bits are the unsigned type of `like`'s width."""
     result = _FLOATS[like]

@@ -45,6 +45,7 @@ from altgrad.quantization.kernels.cpu_llvm import (
     load_code,
     low_word,
     narrowed,
+    pick,
     scratch,
     store,
     store_code,
@@ -155,10 +156,10 @@ def _count(x, q, count):
     for i in range(count):
         v = band(bits_of(load(x, i, KIND)), mask)
         r = band(bits_of(load(q, i, KIND)), mask)
-        finite = v if below(v, inf) else zero
-        largest = finite if below(largest, finite) else largest
-        underflows = add(underflows, one if (v != zero) & (r == zero) else zero)
-        nonfinites = add(nonfinites, zero if below(v, inf) else one)
+        finite = pick(below(v, inf), v, zero)
+        largest = pick(below(largest, finite), finite, largest)
+        underflows = add(underflows, pick(below(zero, v) & (r == zero), one, zero))
+        nonfinites = add(nonfinites, pick(below(v, inf), zero, one))
     return widened(float_of(largest), True), float(underflows), float(nonfinites)
 
 
