@@ -135,7 +135,7 @@ def test_nan_reaches_the_weight(name):
         ({"format": get_format("E4M3").without_subnormals()}, lambda: torch.ones(4), "gap around zero"),
         ({"track_movement": True}, lambda: torch.ones(4), "no fused step"),
     ],
-    ids=str,
+    ids=["float64", "strided", "moments", "gap", "movement"],
 )
 def test_fused_true_says_why_not(options, make, reason):
     p = Parameter(make())
