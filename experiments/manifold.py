@@ -1,6 +1,6 @@
 """The study of updates by grid steps, from nothing to its table, as one command: `python -m experiments.manifold`.
 
-Two sweeps: every arm of `experiments/matrix/manifold.yaml` at each of its learning rates on the first seed, then every
+Two sweeps: every arm of `experiments/manifold.yaml` at each of its learning rates on the first seed, then every
 arm at its best rate with all seeds. The best rate is the one of lowest validation loss at the end; the first seed is
 tuned on, so comparisons are also given without it. Finished runs are kept, so the command can be repeated and extended.
 
@@ -23,7 +23,7 @@ from altgrad.analysis.statistics import estimate
 from altgrad.sweep import Plan, SweepOptions, describe_plan, describe_result, make_plan, matrix_from_mapping, run_sweep
 
 OFF_GRID_LR = 1e-3
-MATRIX = Path(__file__).parent / "matrix" / "manifold.yaml"
+MATRIX = Path(__file__).parent / "manifold.yaml"
 
 
 def read_study(path: Path, overrides: list[str]) -> dict[str, Any]:

@@ -221,16 +221,16 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
     """One row per run; losses are validation losses in nats per token."""
     baseline = next((r.final_val_loss for r in results if r.format == "FP32"), None)
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
-    for heading in ("format", "final loss", "best loss", "vs FP32", "steps", "verdict", "stall", "time"):
+    for heading in ("format", "final", "best", "vs FP32", "steps", "verdict", "stall", "time"):
         table.add_column(heading, justify="left" if heading in ("format", "verdict") else "right", no_wrap=True)
     for r in results:
-        against = "" if baseline is None or r.format == "FP32" else f"{r.final_val_loss - baseline:+.4f}"
+        against = "" if baseline is None or r.format == "FP32" else f"{r.final_val_loss - baseline:+.3f}"
         stall = "" if r.stall_rate is None else f"{r.stall_rate:.1%}"
-        cells = [r.format, f"{r.final_val_loss:.4f}", f"{r.best_val_loss:.4f}", against, f"{r.steps}/{r.max_steps}"]
-        table.add_row(*cells, _verdict(r), stall, f"{r.wall_s:.1f} s")
+        cells = [r.format, f"{r.final_val_loss:.3f}", f"{r.best_val_loss:.3f}", against, f"{r.steps}/{r.max_steps}"]
+        table.add_row(*cells, _verdict(r), stall, f"{r.wall_s:.0f} s")
     console.print(table)
     console.print(
-        "losses: validation, nats per token; stall: weight updates lost to rounding, after warmup", style="dim"
+        "validation losses, nats per token; verdict at its step; stall: updates lost to rounding", style="dim"
     )
     for r in results:
         if r.verdict and "failure_report" in r.figures:
@@ -242,5 +242,5 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
 
 def _verdict(result: ExperimentResult) -> str:
     if result.verdict:
-        return f"{result.verdict['kind']} at step {result.verdict['onset_step']}"
+        return f"{result.verdict['kind']} at {result.verdict['onset_step']}"
     return "trained" if result.status == "completed" else result.status

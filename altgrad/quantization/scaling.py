@@ -51,7 +51,9 @@ def scale_from_amax(amax: Tensor, fmt: FloatFormat, *, power_of_two: bool = Fals
 
     A quotient below float32's smallest normal number is raised to it, so that dividing by the scale stays exact enough.
     """
-    largest = torch.full_like(amax, fmt.max)  # CUDA turns division by a Python number into a product with its reciprocal
+    largest = torch.full_like(
+        amax, fmt.max
+    )  # CUDA turns division by a Python number into a product with its reciprocal
     scale = torch.where(amax > 0, amax, 1.0) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return round_up_to_power_of_two(scale) if power_of_two else scale

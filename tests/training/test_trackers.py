@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,9 @@ def test_wandb_keeps_an_offline_run_in_the_run_folder(tmp_path: Path, monkeypatc
     assert trackers.problems == []
     stored = list(tmp_path.rglob("run-*.wandb"))
     assert len(stored) == 1
+    deadline = time.monotonic() + 60  # its service writes on after finish() returns, seen on a busy machine
+    while b"tracked-s42" not in stored[0].read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.2)
     content = stored[0].read_bytes()
     for expected in (b"train/loss", b"eval/val_loss", b"event/clip", b"tracked-s42-00000000"):
         assert expected in content
