@@ -8,12 +8,21 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("analysis", "errors", "monitor", "nn", "optim", "quantization", "report", "sweep", "training")
-
-__all__ = ["__version__", *_SUBMODULES]
+__all__ = (
+    "__version__",
+    "analysis",
+    "errors",
+    "monitor",
+    "nn",
+    "optim",
+    "quantization",
+    "report",
+    "sweep",
+    "training",
+)
 
 
 def __getattr__(name: str):
-    if name in _SUBMODULES:
+    if name in __all__:
         return import_module(f"altgrad.{name}")
     raise AttributeError(f"module 'altgrad' has no attribute {name!r}")

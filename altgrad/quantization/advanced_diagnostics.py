@@ -6,6 +6,8 @@ until a caller reads one. A statistic over no elements is NaN: it was not measur
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,7 +118,7 @@ def grid_index(x: Tensor, format: FloatFormat | str, scale: Tensor | float = 1.0
     fmt = _scalar(format)
     x = x.detach()
     finite = torch.where(torch.isnan(x), 0.0, x)
-    magnitude = encode(finite.abs(), fmt, scale, overflow=Overflow.SATURATE)
+    magnitude: Any = encode(finite.abs(), fmt, scale, overflow=Overflow.SATURATE)
     return magnitude.to(torch.int64) * torch.sign(finite).to(torch.int64)
 
 
