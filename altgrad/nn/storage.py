@@ -163,17 +163,28 @@ class GridStorage:
             counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), stats.overflow]
         else:
             counts = [counted[0], counted[1], counted[2], counted[5]]
-        after, codes, regridded = self._refreshed(weight, after, codes, options)
+        hidden = None if counted is None else counted[5]
+        after, codes, regridded = self._refreshed(weight, after, codes, options, hidden)
         self._write(weight, after, codes)
         return torch.stack([count.to(torch.int64) for count in (*counts, regridded)])
 
-    def _refreshed(self, weight: Tensor, after: Tensor, codes: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """The values to write, under a fresh scale where one is due; and the number of values that it changed."""
+    def _refreshed(
+        self, weight: Tensor, after: Tensor, codes: Tensor, options: dict, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The values to write, under a fresh scale where one is due; and the number of values that it changed.
+
+        Args:
+            hidden: how many weights an optimizer that lands by itself aimed beyond max. It hands over the landed values,
+                so how far beyond is not known: grids with a weight at their edge grow by a binade.
+        """
         self.steps += 1
         none = torch.zeros((), dtype=torch.int64, device=weight.device)
         if not self.spec.refresh_every:
             return after, codes, none
         scale = self.fresh_scale(weight)  # of what was attempted: stored values could only shrink it
+        if hidden is not None:
+            largest = amax(weight, self.channel_axis if self.spec.per_channel else None)
+            scale = torch.where((hidden > 0) & (largest >= self.fmt.max * self.scale), 2 * scale, scale)
         if self.steps % self.spec.refresh_every:
             scale = torch.maximum(scale, self.scale)
         if torch.equal(scale, self.scale):

@@ -6,6 +6,7 @@ from torch import nn
 
 from altgrad.nn import StorageSpec, attach_optimizer, layer_recipe, quant_state, quantize_model, set_observer, uniform
 from altgrad.nn.session import STATE
+from altgrad.optim import make_optimizer
 from altgrad.quantization import FORMAT_REGISTRY, code_index, encode, get_format, quantize
 
 OPTIMIZERS = {
@@ -278,3 +279,28 @@ def test_scale_grows_at_once_and_shrinks_only_on_schedule():
     # Under the scale at the start of the step 0.75 stalled at 1.0; the finer grid then holds it.
     assert (handle.totals().stalled, handle.totals().regridded) == (1, 1)
     assert model[0].weight[0, 0].item() == 0.75
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("name", ["eco", "kahan_adamw", "sr_adamw"])
+def test_scale_grows_under_an_optimizer_that_lands_by_itself(name, per_channel):
+    """It hands over landed values, in which an aim beyond max is no longer to be seen; its count tells."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.5], [0.125, 0.25]]))
+    spec = StorageSpec("E4M3", refresh_every=1000, per_channel=per_channel)
+    quantize_model(model, layer_recipe("E4M3", storage=spec))
+    optimizer = make_optimizer(name, model.parameters(), lr=0.2, weight_decay=0.0, rounding="nearest_even")
+    handle = attach_optimizer(model, optimizer)
+    first = storage_of(model[0]).scale.clone()
+    regridded = 0
+    for _ in range(8):
+        model[0].weight.grad = torch.tensor([[-1.0, 0.0], [0.0, 0.0]])
+        optimizer.step()
+        regridded += handle.totals().regridded
+        assert on_grid(model[0])
+    assert model[0].weight[0, 0].item() > 2.0  # clipped at 1.75 without growth
+    grown = storage_of(model[0]).scale / first
+    assert grown.flatten().tolist() == ([2.0, 1.0] if per_channel else [2.0])
+    assert handle.totals().overflow == 0
+    assert regridded == 0  # twice the scale holds all values that there were
