@@ -22,7 +22,8 @@ from altgrad.analysis.runs import Run, read_run
 from altgrad.analysis.statistics import estimate
 from altgrad.sweep import Plan, SweepOptions, describe_plan, describe_result, make_plan, matrix_from_mapping, run_sweep
 
-OFF_GRID_LR = 1e-3
+OFF_GRID = {"format": None, "off_grid_lr": 1e-3}
+"""Options of every optimizer that steps weights on the grid: which follow the storage, the rest is trained by AdamW."""
 MATRIX = Path(__file__).parent / "manifold.yaml"
 
 
@@ -44,9 +45,11 @@ def cells(study: dict[str, Any]) -> list[tuple[str, str]]:
 def entry(study: dict[str, Any], arm: str, fmt: str, lrs: list[float]) -> dict[str, Any]:
     """A cell at some learning rates, as an `include` entry of a sweep."""
     facts = study["arms"][arm]
-    options = {"format": None, "off_grid_lr": OFF_GRID_LR, **facts["options"]}
+    on_grid = facts.get("weight_storage") is None
+    options = {**(OFF_GRID if on_grid else {}), **facts["options"]}
     return {
         "fp8_format": fmt,
+        "weight_storage": "grid" if on_grid else facts["weight_storage"],
         "storage_rounding": facts["storage_rounding"],
         "optimizer.name": facts["optimizer"],
         "optimizer.options": options,
@@ -79,7 +82,7 @@ def by_cell(study: dict[str, Any], out: Path, plan: Plan) -> dict[tuple[str, str
             continue
         run = read_run(folder)
         optimizer = run.config["optimizer"]
-        own = {k: v for k, v in optimizer["options"].items() if k not in ("format", "off_grid_lr")}
+        own = {k: v for k, v in optimizer["options"].items() if k not in OFF_GRID}
         arm = arms[(optimizer["name"], run.config["storage_rounding"], json.dumps(own, sort_keys=True))]
         found.setdefault((arm, run.config["fp8_format"]), []).append(run)
     return found

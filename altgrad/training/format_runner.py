@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from altgrad.errors import CheckpointError
+from altgrad.optim import state_bytes
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.training.checkpoint import (
     checkpoints,
@@ -256,7 +257,11 @@ class FormatExperimentRunner:
         assert self.trainer is not None
         config, tally, steps = self.config, self.tally, self.trainer.step
         interrupted = steps < config.max_steps and not (tally.verdict and config.verdict.stop)
-        figures: dict[str, Any] = {"skipped_steps": tally.skipped_steps, "checkpoint_dir": str(self.directory)}
+        figures: dict[str, Any] = {
+            "skipped_steps": tally.skipped_steps,
+            "optimizer_state_bytes": state_bytes(self.trainer.optimizer),
+            "checkpoint_dir": str(self.directory),
+        }
         result = ExperimentResult(
             name=config.name,
             run_id=self.plan.run_id,
