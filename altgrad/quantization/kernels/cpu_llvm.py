@@ -72,6 +72,27 @@ def pick(typing_context, condition, a, b):
 
 
 @intrinsic
+def counted(typing_context, total, condition):
+    """total + 1 if the condition holds, else total, for an unsigned total."""
+
+    def generate(context, builder, signature, args):
+        return builder.add(args[0], builder.zext(builder.trunc(args[1], ir.IntType(1)), args[0].type))
+
+    return total(total, condition), generate
+
+
+@intrinsic
+def plus_square(typing_context, total, x):
+    """total + x * x for floats; the sum may be fused with the product and taken in any order of a loop's lanes."""
+
+    def generate(context, builder, signature, args):
+        square = builder.fmul(args[1], args[1], flags=("contract",))
+        return builder.fadd(args[0], square, flags=("reassoc", "contract"))
+
+    return total(total, total), generate
+
+
+@intrinsic
 def small_integer(typing_context, like, x):
     """A uint32 or uint64 below 2^31 as the float whose bits are the unsigned type of `like`'s width."""
     result = _FLOATS[like]
@@ -167,9 +188,7 @@ def _element(builder, address, index, element):
     return builder.gep(builder.inttoptr(address, element.as_pointer()), [index], inbounds=True)
 
 
-@intrinsic(prefer_literal=True)
-def load(typing_context, address, index, kind):
-    """Element `index` of the input at `address`, of the constant storage kind, as float32 (float64 for FLOAT64)."""
+def _loader(address, index, kind, independent: bool):
     storage = kind.literal_value
     result = types.float64 if storage == FLOAT64 else types.float32
     element = {
@@ -181,15 +200,59 @@ def load(typing_context, address, index, kind):
 
     def generate(context, builder, signature, args):
         value = builder.load(_element(builder, args[0], args[1], element))
-        _mark(builder, value, "input", ("output", "codes"))
-        if storage == FLOAT16:
-            return builder.fpext(value, ir.FloatType())
-        if storage == BFLOAT16:
-            wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(wide, ir.FloatType())
-        return value
+        if independent:
+            _mark(builder, value, "input", ("output", "codes"))
+        return _from_storage(builder, value, storage)
 
     return result(types.int64, types.int64, kind), generate
+
+
+@intrinsic(prefer_literal=True)
+def load(typing_context, address, index, kind):
+    """Element `index` of the input at `address`, of the constant storage kind, as float32 (float64 for FLOAT64)."""
+    return _loader(address, index, kind, independent=True)
+
+
+@intrinsic(prefer_literal=True)
+def reload(typing_context, address, index, kind):
+    """As `load`, of memory that the same function has written."""
+    return _loader(address, index, kind, independent=False)
+
+
+def _to_storage(builder, value, storage: int):
+    """A float as it is stored: rounded once, ties to even."""
+    i32 = ir.IntType(32)
+    if storage == FLOAT16:
+        return builder.fptrunc(value, ir.HalfType())
+    if storage == BFLOAT16:
+        bits = builder.bitcast(value, i32)
+        last = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
+        rounded = builder.add(bits, builder.add(last, ir.Constant(i32, 0x7FFF)))
+        quiet = builder.or_(bits, ir.Constant(i32, 0x400000))
+        kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+        return builder.trunc(builder.lshr(kept, ir.Constant(i32, 16)), ir.IntType(16))
+    return value
+
+
+def _from_storage(builder, value, storage: int):
+    """A stored value as the float that arithmetic is done in."""
+    if storage == FLOAT16:
+        return builder.fpext(value, ir.FloatType())
+    if storage == BFLOAT16:
+        wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+    return value
+
+
+@intrinsic(prefer_literal=True)
+def stored(typing_context, value, kind):
+    """A float as it reads back from the constant storage kind."""
+    storage = kind.literal_value
+
+    def generate(context, builder, signature, args):
+        return _from_storage(builder, _to_storage(builder, args[0], storage), storage)
+
+    return value(value, kind), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -199,17 +262,7 @@ def store(typing_context, address, index, value, kind):
     given = types.float64 if storage == FLOAT64 else types.float32
 
     def generate(context, builder, signature, args):
-        value, i32 = args[2], ir.IntType(32)
-        if storage == FLOAT16:
-            value = builder.fptrunc(value, ir.HalfType())
-        elif storage == BFLOAT16:
-            bits = builder.bitcast(value, i32)
-            last = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
-            rounded = builder.add(bits, builder.add(last, ir.Constant(i32, 0x7FFF)))
-            quiet = builder.or_(bits, ir.Constant(i32, 0x400000))
-            is_nan = builder.fcmp_unordered("uno", value, value)
-            kept = builder.select(is_nan, quiet, rounded)
-            value = builder.trunc(builder.lshr(kept, ir.Constant(i32, 16)), ir.IntType(16))
+        value = _to_storage(builder, args[2], storage)
         target = _element(builder, args[0], args[1], value.type)
         _mark(builder, builder.store(value, target), "output", ("input", "codes"))
         return context.get_dummy_value()

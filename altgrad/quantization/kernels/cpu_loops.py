@@ -3,6 +3,9 @@
 A loop works on tiles that stay in the first-level cache. Each is a C function of addresses, so that one threaded driver
 (`cpu_threads.py`) serves all of them; constants such as KIND are bound to a template's globals before it is compiled,
 and the name of the result, by which Numba keeps it on disk, carries them with a stamp of the sources.
+
+Statistics are taken in the loop that rounds, as if all were finite and the squares neither too large nor too small for
+float32; where a tile's sums say that this may not hold, they are taken again with care, in float64.
 """
 
 from __future__ import annotations
@@ -40,16 +43,21 @@ from altgrad.quantization.kernels.cpu_llvm import (
     bits_of,
     bor,
     compute_zero,
+    counted,
     float_of,
     load,
     load_code,
     low_word,
     narrowed,
     pick,
+    plus_square,
+    reload,
     scratch,
     store,
     store_code,
     store_double,
+    stored,
+    sub,
     widened,
 )
 from altgrad.quantization.kernels.grid_facts import Family
@@ -57,6 +65,8 @@ from altgrad.quantization.kernels.grid_facts import Family
 BY_ADDITION, BY_RULE = int(Family.BY_ADDITION), int(Family.BY_RULE)
 BY_CHANCE, BY_SHORT_CHANCE = int(Family.BY_CHANCE), int(Family.BY_SHORT_CHANCE)
 TILE = 2048  # elements whose temporaries stay in the first-level cache
+SUM_TILE = 512  # elements that are squared and summed in float32: few, so that their rounding errors stay few
+LEAST_SUM, MOST_SUM = 2.0**-100, 2.0**120  # between them no float32 square in a sum can have been lost that counts
 STATS_TILE = 4 * TILE  # elements per partial sum, whatever the number of threads
 SCRATCH_BYTES = 8 * TILE
 SHORT_RUN = 512  # runs of one scale shorter than this go through a buffer of scales
@@ -70,6 +80,7 @@ KIND = COMPUTE_KIND = FAMILY = CODE_BYTES = 0
 WIDE = VALUES = STATS = DIVIDE = False
 ALIKE = False  # whether results settle alike for both signs
 DRAWS = False  # whether random words are drawn
+RUN = TILE  # elements per round of a loop
 ITEM = MAGNITUDE_MASK = INF_BITS = FRACTION_MASK = 0
 TINY = 0.0
 span_by_reciprocal = span_by_division = fill = count_tile = square_tile = None
@@ -104,9 +115,13 @@ def _bind(template, variant: NamedTuple, **constants):
 
 
 def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, between):
-    """Quantize `count` elements under one scale (by reciprocal) or one scale per element (DIVIDE)."""
-    problems = grid.zero
-    overflows = grid.zero
+    """Quantize `count` elements under one scale (by reciprocal) or one scale per element (DIVIDE).
+
+    Returns (problems, overflows, underflows, bits of the largest |x|, sum of squared errors, sum of squares); the last
+    three hold for finite x and results only.
+    """
+    problems, overflows, zeros_in, zeros_out, largest = grid.zero, grid.zero, grid.zero, grid.zero, grid.zero
+    errors, squares = compute_zero(KIND), compute_zero(KIND)
     for i in range(count):
         v = load(x, i, KIND)
         if DIVIDE:
@@ -136,39 +151,44 @@ def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, 
                 rounded = by_chance(magnitude, word, grid)
             payload, over = settled(rounded, x_bits, sign, grid)
             code, problem = code_of(payload, grid)
+        value = narrowed(s, float_of(payload)) * s
         if VALUES or STATS:
-            store(out, i, narrowed(s, float_of(payload)) * s, KIND)
+            store(out, i, value, KIND)
         if CODE_BYTES:
             problems = bor(problems, problem)
             store_code(codes, i, code, CODE_BYTES)
         if STATS:
-            overflows = add(overflows, grid.one if over else grid.zero)
-    return problems, overflows
+            q = stored(value, KIND)
+            mask = low_word(bits_of(v), np.uint64(MAGNITUDE_MASK))
+            size = band(bits_of(v), mask)
+            overflows = counted(overflows, over)
+            zeros_in = counted(zeros_in, size == 0)
+            zeros_out = counted(zeros_out, band(bits_of(q), mask) == 0)
+            largest = pick(below(largest, size), size, largest)
+            errors, squares = plus_square(errors, v - q), plus_square(squares, v)
+    return problems, overflows, sub(zeros_out, zeros_in), largest, errors, squares
 
 
-def _count(x, q, count):
-    """(amax bits, underflows, nonfinites) of a tile and its quantized values, by integer comparisons."""
+def _count(x, count):
+    """(amax, nonfinites) of a tile, by integer comparisons."""
     zero = bits_of(compute_zero(KIND))
-    one = low_word(zero, np.uint64(1))
     mask = low_word(zero, np.uint64(MAGNITUDE_MASK))
     inf = low_word(zero, np.uint64(INF_BITS))
-    largest, underflows, nonfinites = zero, zero, zero
+    largest, nonfinites = zero, zero
     for i in range(count):
         v = band(bits_of(load(x, i, KIND)), mask)
-        r = band(bits_of(load(q, i, KIND)), mask)
         finite = pick(below(v, inf), v, zero)
         largest = pick(below(largest, finite), finite, largest)
-        underflows = add(underflows, pick(below(zero, v) & (r == zero), one, zero))
-        nonfinites = add(nonfinites, pick(below(v, inf), zero, one))
-    return widened(float_of(largest), True), float(underflows), float(nonfinites)
+        nonfinites = counted(nonfinites, below(v, inf) == False)  # noqa: E712
+    return widened(float_of(largest), True), float(nonfinites)
 
 
 def _square(x, q, count):
-    """(sum of squared errors, sum of squares) over elements finite on both sides; summed in vector lanes."""
+    """(sum of squared errors, sum of squares) in float64 over elements finite on both sides; in vector lanes."""
     errors, squares = 0.0, 0.0
     for i in range(count):
         v = widened(load(x, i, KIND), True)
-        error = v - widened(load(q, i, KIND), True)
+        error = v - widened(reload(q, i, KIND), True)
         both = abs(error) < np.inf
         error = error if both else 0.0
         v = v if both else 0.0
@@ -220,7 +240,7 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
     problems = grid.zero
     position = start
     while position < stop:
-        count = min(stop - position, TILE - position % TILE)
+        count = min(stop - position, RUN - position % RUN)
         per_element = False
         if channels > 1:
             if inner >= SHORT_RUN:
@@ -228,37 +248,41 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
                 s = load(scales, (position // inner) % channels, COMPUTE_KIND)
             else:
                 per_element = True
-                if TILE % period != 0 or position == start or position % TILE != 0 or count < TILE:
+                if RUN % period != 0 or position == start or position % RUN != 0 or count < RUN:
                     fill(buffer, scales, position, inner, channels, count, s)
         if DRAWS:
             before, between = key_words(np.uint64(seed), np.uint64(stream), np.uint64(position >> 32))
         index = low_word(np.uint32(0), position)
         x_here = x + position * ITEM
-        out_here = values if STATS else out + position * ITEM
+        in_place = STATS and (out == x or not VALUES)
+        out_here = values if in_place else out + position * ITEM
         codes_here = codes + position * CODE_BYTES
         power_of_two = band(bits_of(s), low_word(bits_of(s), np.uint64(FRACTION_MASK))) == 0
         reciprocal = narrowed(nil, 1.0) / s
         tiny = narrowed(nil, TINY)
         if not per_element and power_of_two and s >= tiny and reciprocal >= tiny:
-            found, overflows = span_by_reciprocal(
+            found, overflows, underflows, top, errors, squares = span_by_reciprocal(
                 grid, x_here, out_here, codes_here, buffer, count, s, reciprocal, index, before, between
             )
         else:
             if not per_element and s != buffered:
-                for i in range(min(TILE, stop - start)):
+                for i in range(min(RUN, stop - start)):
                     store(buffer, i, s, COMPUTE_KIND)
                 buffered = s
-            found, overflows = span_by_division(
+            found, overflows, underflows, top, errors, squares = span_by_division(
                 grid, x_here, out_here, codes_here, buffer, count, s, reciprocal, index, before, between
             )
         problems = bor(problems, found)
         if STATS:
-            largest, underflows, nonfinites = count_tile(x_here, values, count)
-            errors, squares = square_tile(x_here, values, count)
-            record(partials, position, largest, float(overflows), underflows, nonfinites, errors, squares)
-            if VALUES:
+            largest, nonfinites = widened(float_of(top), True), 0.0
+            errors, squares = widened(errors, True), widened(squares, True)
+            if not (min(errors, squares) >= LEAST_SUM and max(errors, squares) <= MOST_SUM):
+                largest, nonfinites = count_tile(x_here, count)
+                errors, squares = square_tile(x_here, out_here, count)
+            record(partials, position, largest, float(overflows), float(underflows), nonfinites, errors, squares)
+            if VALUES and in_place:
                 for i in range(count):
-                    store(out + position * ITEM, i, load(values, i, KIND), KIND)
+                    store(out + position * ITEM, i, reload(values, i, KIND), KIND)
         position += count
     return np.int64(problems)
 
@@ -364,6 +388,7 @@ def compiled(variant: Variant) -> int:
     """Address of the loop of one variant, compiled or loaded from Numba's cache on first use."""
     constants = _constants(variant.KIND)
     constants["ALIKE"] = variant.FAMILY in (BY_ADDITION, BY_SHORT_CHANCE)
+    constants["RUN"] = SUM_TILE if variant.STATS else TILE
     constants["DRAWS"] = variant.FAMILY in (BY_CHANCE, BY_SHORT_CHANCE)
     parts = {
         "span_by_reciprocal": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=False, **constants)),
