@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad.errors import OptionError
+from altgrad.errors import FormatError, OptionError
+from altgrad.monitor.attaching import layer_name, plain_name, watch_steps
 from altgrad.monitor.rank import RankLimits, effective_rank, singular_values, stable_rank
 from altgrad.monitor.records import Record, Watched, operand_records, update_records
 from altgrad.monitor.reference import compare, reference_gradients
 from altgrad.monitor.schedule import FUSED, Schedule, make_schedule
 from altgrad.monitor.shadow import watch_layers
 from altgrad.monitor.summary import summary_table
-from altgrad.quantization import QuantStats, amax_scale, get_format
+from altgrad.quantization import FP32, QuantStats, amax_scale, get_format
 from altgrad.quantization.diagnostics import FIELD, NEAR_ZERO, UPDATE_FIELDS, measure_update, predict_stall
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.rounding import Rounding
@@ -39,13 +39,14 @@ class Monitor:
         monitor.close()
         print(monitor.summary())
 
-    Without `begin_step` and `end_step` a step ends with each `optimizer.step()`; attach grid storage
-    (`altgrad.nn.attach_optimizer`) before the monitor. A loop that skips steps calls the two itself.
+    Without `begin_step` and `end_step` a step ends with each `optimizer.step()`, after all that hangs on it (grid
+    storage). A loop that skips steps calls the two itself. Layers go by their names in the bare model, whether it is
+    handed over bare, compiled or wrapped for data parallelism.
 
     Args:
         model, optimizer: what is trained. Without an optimizer only operands and gradients are measured.
-        handle: the storage handle of `attach_optimizer`; passing it states that storage was attached first.
-        format: grid for layers that have none of their own.
+        handle: the storage handle of `attach_optimizer`, if there is one; nothing depends on it.
+        format: grid for the layers of a model that is not quantized, a scalar format; None and FP32: the dtype's own.
         schedule: see `altgrad.monitor.schedule.make_schedule`; None measures everything on every step but the rank
             (every 250 steps) and the FP32 reference.
         sink: called with a list of records once per interval; None keeps only the last ones, for the summary.
@@ -53,6 +54,10 @@ class Monitor:
         near_zero: gradients below this magnitude count as near zero (1e-8, the customary eps of Adam).
         rank_limits: when a fall of the effective rank is a collapse.
         parameters: name to parameter; None: all of the model's that require gradients.
+
+    Raises:
+        OptionError: `flush_every` below 1. ConfigError: a schedule that is none. FormatError: an unknown format, or one
+            without a grid of its own for a model that is not quantized.
     """
 
     def __init__(
@@ -77,10 +82,15 @@ class Monitor:
         self.warnings: list[str] = []
         self._sink = sink
         self._model, self._format = model, None if format is None else get_format(format)
-        named = dict(model.named_parameters() if parameters is None else parameters)
-        self._names = {id(p): _layer_name(name) for name, p in named.items() if p.requires_grad}
-        self._parameters = {id(p): p for p in named.values() if p.requires_grad}
-        self._embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        named = list(model.named_parameters(remove_duplicate=False) if parameters is None else parameters.items())
+        self._aliases: dict[int, list[str]] = {}  # all layers that share a parameter
+        for name, p in named:
+            if p.requires_grad:
+                self._aliases.setdefault(id(p), []).append(layer_name(name))
+        self._names = {key: names[0] for key, names in self._aliases.items()}
+        self._parameters = {id(p): p for _, p in named if p.requires_grad}
+        self._plain_names: dict[str, str] = {}
+        self._embeddings = {plain_name(n) for n, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._own_counts = getattr(
             optimizer, "grid_step_counts", None
         )  # of an optimizer that rounds to the grid itself
@@ -185,11 +195,10 @@ class Monitor:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._quantized:
-            from altgrad.nn import set_observer
-
-            set_observer(self._model, None)
-            self._quantized = False
+        for session, before in self._observed:
+            if session.observer is self:
+                session.observer = before
+        self._observed = []
 
     # -- what layers and storage publish ------------------------------------------------------------------------------
 
@@ -199,6 +208,10 @@ class Monitor:
         """An operand was quantized (`altgrad.quantization.Observer`)."""
         if self._paused:
             return
+        plain = self._plain_names.get(layer)
+        if plain is None:
+            plain = self._plain_names[layer] = plain_name(layer)
+        layer = plain
         self._operands.append(((layer, role, str(fmt)), stats.vector, scale))
         if role == "weight" and isinstance(fmt, FloatFormat):
             self._grids[layer] = fmt, scale
@@ -247,13 +260,22 @@ class Monitor:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _attach(self, optimizer: Optimizer | None) -> None:
-        from altgrad.nn import set_observer
         from altgrad.nn.layers import is_quantized
+        from altgrad.nn.session import sessions_of
 
         self._quantized = any(is_quantized(module) for module in self._model.modules())
+        self._observed: list[tuple[Any, Any]] = []  # sessions of quantized layers, with their observers before this one
         if self._quantized:
-            set_observer(self._model, self)
+            for session in sessions_of(self._model):
+                self._observed.append((session, session.observer))
+                session.observer = self
         else:
+            if self._format is not None and not (isinstance(self._format, FloatFormat) and self._format.has_zero):
+                raise FormatError(
+                    f"{self._format} has no grid of its own to measure weights on; name an element format such as "
+                    f"E4M3, or quantize the model with it and leave format out"
+                )
+            self._format = None if self._format is FP32 else self._format
             self._hooks += watch_layers(
                 self._model,
                 self._format,
@@ -262,9 +284,7 @@ class Monitor:
                 ),
             )
         if optimizer is not None:
-            me = weakref.proxy(self)
-            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: me._before_update()))
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: me._after_update()))
+            self._hooks += watch_steps(self, optimizer)
 
     def _begin(self, step: int) -> None:
         self.step = step
@@ -288,10 +308,13 @@ class Monitor:
         return cached
 
     @torch.no_grad()
-    def _before_update(self) -> None:
+    def _before_update(self, *, closure: bool = False) -> None:
+        """Copy the parameters that a step may change; which those are, a closure's gradients will tell."""
         if self._paused or not self._fused:
             return
-        wanted = [k for k, p in self._parameters.items() if k not in self._published and p.grad is not None]
+        wanted = [
+            k for k, p in self._parameters.items() if k not in self._published and (closure or p.grad is not None)
+        ]
         wanted = [k for k in wanted if self._due_for(k)]
         for key in wanted:
             if key not in self._before:
@@ -305,7 +328,7 @@ class Monitor:
         if not self._paused and self._fused:
             seen = {entry[0] for entry in self._measured}
             for key in getattr(self, "_copied", ()):
-                if key not in seen and key not in self._published:
+                if key not in seen and key not in self._published and self._parameters[key].grad is not None:
                     self._measure(key, self._before[key], self._parameters[key].detach())
             self._copied = []
         if not self._by_loop:
@@ -324,7 +347,8 @@ class Monitor:
 
     def _measure(self, key: int, before: Tensor, after: Tensor) -> None:
         parameter = self._parameters[key]
-        fmt, scale = self._grids.get(self._names[key], (None, 1.0)) if parameter.ndim > 1 else (None, 1.0)
+        own = (self._grids[name] for name in self._aliases[key] if name in self._grids)
+        fmt, scale = next(own, (None, 1.0)) if parameter.ndim > 1 else (None, 1.0)
         if fmt is None and self._format is not None and not self._quantized and parameter.ndim > 1:
             fmt = self._format
             scale = amax_scale(before, fmt) if fmt.emax < 127 else 1.0
@@ -383,7 +407,7 @@ class Monitor:
         when = self.schedule.groups["rank"]
         for key, p in self._parameters.items():
             name = self._names[key]
-            if p.ndim < 2 or not when.covers(name):
+            if p.ndim < 2 or not p.numel() or not when.covers(name):
                 continue
             started = time.perf_counter()
             values = singular_values(p)
@@ -460,8 +484,3 @@ def _to_records(steps: list[_Step]) -> list[Record]:
             at += size + n
         records += s.extra
     return records
-
-
-def _layer_name(parameter: str) -> str:
-    """The layer that a parameter's statistics are filed under: its module's name for a weight, else its own."""
-    return parameter.removesuffix(".weight")

@@ -121,7 +121,7 @@ def update_records(step: int, watched: Sequence[Watched], raw: np.ndarray, predi
         for i, one in enumerate(watched):
             found = {name: v[i] for name, group, v in columns if group in one.due and v[i] == v[i]}
             for name, size in zip(("dead_outputs", "dead_inputs"), one.shape, strict=False):
-                if name in found:
+                if name in found and size:
                     found[name] /= size
             if not one.stored and "stall" in found:
                 found["code_unchanged"] = found.pop("stall")

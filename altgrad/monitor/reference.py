@@ -40,7 +40,7 @@ def compare(gradient: Tensor, reference: Tensor) -> Tensor:
 
     The ratio is inf where both are equal; NaN for both where either is all zero or not finite.
     """
-    g, r = gradient.detach().double().flatten(), reference.detach().double().flatten()
+    g, r = (t.detach().to_dense().double().flatten() for t in (gradient, reference))
     signal, noise = (r * r).sum(), ((g - r) ** 2).sum()
     ratio = torch.where(signal > 0, 10 * torch.log10(signal / noise), torch.nan)
     return torch.stack([ratio, (g * r).sum() / (g.norm() * r.norm())])

@@ -21,13 +21,25 @@ Publish = Callable[[str, str, QuantStats, Tensor, FloatFormat], None]
 
 
 def watch_layers(model: nn.Module, fmt: FloatFormat | None, publish: Publish) -> list[RemovableHandle]:
-    """Hook every Linear and convolution; `publish(layer, role, stats, scale, format)` in training mode with gradients on."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    """Hook every linear layer and convolution; `publish(layer, role, stats, scale, format)` in training mode.
+
+    These are torch's, Hugging Face's and registered ones (`altgrad.nn.register_layer`), and their subclasses.
+    """
     return [
         module.register_forward_hook(_forward_hook(name, fmt, publish))
         for name, module in model.named_modules()
-        if isinstance(module, kinds)
+        if isinstance(module, _KINDS) or _is_product(module)
     ]
+
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _is_product(module: nn.Module) -> bool:
+    from altgrad.nn.registry import kind_of
+
+    kind = kind_of(type(module))
+    return kind is not None and kind.kind in ("linear", "conv")
 
 
 def _forward_hook(name: str, given: FloatFormat | None, publish: Publish):
@@ -42,6 +54,9 @@ def _forward_hook(name: str, given: FloatFormat | None, publish: Publish):
     def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
+        weight = getattr(module, "weight", None)
+        if given is not None and isinstance(weight, Tensor):  # its amax alone is among the weight's norms
+            send("weight", weight)
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
             send("input", inputs[0])
         if isinstance(output, Tensor) and output.requires_grad:

@@ -56,7 +56,7 @@ def summary_table(
     if len(layers) > rows:
         kept = set(sorted(layers, key=lambda layer: -_trouble(latest, layer))[:rows])
         shown = [layer for layer in layers if layer in kept]
-    table = Table(title=f"monitor, step {step}", box=None, pad_edge=False, title_justify="left")
+    table = Table(title=f"monitor, last measurements up to step {step}", box=None, pad_edge=False, title_justify="left")
     table.add_column("layer", no_wrap=True)
     for title, *_ in columns:
         table.add_column(title, justify="right", no_wrap=True)

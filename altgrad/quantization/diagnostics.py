@@ -110,7 +110,7 @@ def measure_update(
 
     Args:
         before, after: the parameter at the start of the step and after it (optimizer and storage rounding).
-        gradient: its gradient; None leaves those fields 0 (extremes and dead units NaN).
+        gradient: its gradient, dense or sparse; None leaves those fields 0 (extremes and dead units NaN).
         attempted: the parameter as the optimizer computed it, before storage rounding; None: that is `after`.
         format: grid on which stiffness, alignment and code movement are measured; None: the dtype's own
             (`carrier_format`).
@@ -130,6 +130,8 @@ def measure_update(
             raise OptionError(f"{name} has shape {list(other.shape)}, before {list(before.shape)}; pass one parameter")
     fmt = carrier_format(before.dtype) if format is None else get_format(format)
     attempted = after if attempted is None else attempted
+    if gradient is not None and gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
     tensors = [None if t is None else t.detach() for t in (before, gradient, attempted, after)]
     if kernel not in (None, "cpu", "eager"):
         raise OptionError(f"kernel {kernel!r} is not one of cpu, eager")

@@ -424,7 +424,7 @@ def test_summary_is_a_table_a_person_can_read():
     text = monitor.summary()
     monitor.close()
     lines = text.splitlines()
-    assert lines[0].startswith("monitor, step 3")
+    assert lines[0] == "monitor, last measurements up to step 3"
     assert lines[1].split()[0] == "layer"
     assert {"up", "head", "norm"} <= {line.split()[0] for line in lines[2:]}
     assert "stall" in lines[1]
