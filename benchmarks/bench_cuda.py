@@ -65,7 +65,7 @@ def device_seconds(call: Callable[[], object]) -> float:
 
 def main() -> None:
     """Measure and print; without a GPU, say so."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=28, help="log2 of the element count, even")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, default=None, help="also write the records to this file")

@@ -95,7 +95,7 @@ def check(name: str, log2: int, pool: ProcessPoolExecutor) -> int:
 
 def main() -> int:
     """Run the check; the exit status is 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--formats", nargs="+", default=EIGHT_BITS)
     parser.add_argument("--log2", type=int, default=32, help="how many patterns, as a power of two from 20 to 32")
     parser.add_argument("--workers", type=int, default=os.cpu_count())

@@ -171,7 +171,7 @@ def report(log2_draws: int, generators: tuple[str, ...] = ("hash",)) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--log2-draws", type=int, default=26)
     parser.add_argument("--generators", nargs="+", default=["hash", "philox"], choices=list(GENERATORS))
     options = parser.parse_args()

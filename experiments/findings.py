@@ -90,8 +90,7 @@ def print_paired() -> None:
         found = paired(losses.get(first, {}), losses.get(second, {}))
         if found:
             print(f"| {label} | {interval(found.difference)} | {number(found.effect, 1)} |")
-    if len(losses.get("a-fp32-master", {})) > 1:
-        floor = noise_floor(losses["a-fp32-master"])
+    if floor := noise_floor(losses.get("a-fp32-master", {})):
         print(f"\nFP32 varies from seed to seed with a standard deviation of {floor.sd:.4f}.")
         print(f"FP32 final validation loss: {interval(estimate(list(losses['a-fp32-master'].values())))}")
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from altgrad.analysis.runs import Run, read_run
+from altgrad.errors import AltGradError, ConfigError
 from altgrad.sweep import Plan, SweepOptions, describe_plan, describe_result, make_plan, matrix_from_mapping, run_sweep
 from experiments.manifold_results import Results, final_loss, main_table, run_record
 
@@ -33,7 +35,9 @@ def read_study(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The study's file with `key=value` settings: formats, seeds, arms, or any key of the base config."""
     study = OmegaConf.load(path)
     for setting in overrides:
-        key = setting.split("=", 1)[0]
+        key, equals, _ = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting!r} is not a setting; write key=value, as in max_steps=100")
         own = key.split(".", 1)[0] in ("formats", "seeds", "arms", "control", "base")
         study = OmegaConf.merge(study, OmegaConf.from_dotlist([setting if own else f"base.{setting}"]))
     return OmegaConf.to_container(study, resolve=True)  # type: ignore[return-value]
@@ -89,6 +93,14 @@ def best_rates(study: dict[str, Any], tuned: Cells) -> dict[tuple[str, str], flo
     return {cell: float(min(runs, key=final_loss).config["optimizer"]["lr"]) for cell, runs in tuned.items()}
 
 
+def make(sweep: Plan, jobs: int | None) -> None:
+    """Make the runs; the study ends here where some were stopped or failed, since what follows needs all of them."""
+    result = run_sweep(sweep, SweepOptions(jobs=jobs))
+    describe_result(result)
+    if result.count("stopped") or result.count("failed"):
+        sys.exit("the study is incomplete; the same command goes on with it")
+
+
 def results_of(study: dict[str, Any], tuned: Cells, final: Cells) -> dict[str, Any]:
     """Everything that the tables need, for `manifold.json`."""
     return {
@@ -100,7 +112,7 @@ def results_of(study: dict[str, Any], tuned: Cells, final: Cells) -> dict[str, A
 
 def main() -> None:
     """Tune, run, write `<out>/manifold.json` and print its main table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("settings", nargs="*", help="key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/manifold"))
     parser.add_argument("--jobs", type=int, default=None)
@@ -114,16 +126,17 @@ def main() -> None:
             f"then {len(cells(study)) * (len(study['seeds']) - 1)} more runs: every cell at its best rate, further seeds"
         )
         return
-    describe_result(run_sweep(tuning, SweepOptions(jobs=arguments.jobs)))
+    make(tuning, arguments.jobs)
     rates = best_rates(study, by_cell(study, out, tuning))
-    final = plan(
-        study, [entry(study, a, f, [rates[a, f]]) for a, f in cells(study) if (a, f) in rates], study["seeds"], out
-    )
-    describe_result(run_sweep(final, SweepOptions(jobs=arguments.jobs)))
+    final = plan(study, [entry(study, a, f, [rates[a, f]]) for a, f in cells(study)], study["seeds"], out)
+    make(final, arguments.jobs)
     results = results_of(study, by_cell(study, out, tuning), by_cell(study, out, final))
     (out / "manifold.json").write_text(json.dumps(results, indent=1) + "\n")
     print(main_table(Results(results)))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AltGradError as error:
+        sys.exit(str(error))

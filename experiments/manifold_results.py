@@ -271,7 +271,7 @@ def figure_page(results: Results) -> str:
 
 def main() -> None:
     """Print the tables, and write the figure where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="?", type=Path, default=COMMITTED, help="a study's manifold.json")
     parser.add_argument("--figure", type=Path, help="HTML page to write")
     arguments = parser.parse_args()

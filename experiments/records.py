@@ -77,7 +77,7 @@ def collect(runs: Path, destination: Path, every: int = STEP_EVERY) -> int:
 
 def main() -> None:
     """Parse the command line and collect."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path)
     parser.add_argument("destination", type=Path)
     parser.add_argument("--every", type=int, default=STEP_EVERY, help="keep every n-th training step")

@@ -123,7 +123,7 @@ def _bootstrap(
 
 
 def paired(
-    a: Mapping[Hashable, float], b: Mapping[Hashable, float], *, confidence: float = CONFIDENCE, rng: int = 0
+    a: Mapping[Any, float], b: Mapping[Any, float], *, confidence: float = CONFIDENCE, rng: int = 0
 ) -> Comparison | None:
     """a - b over the seeds that both have, in seed order; None when they share no seed.
 
@@ -190,7 +190,7 @@ class NoiseFloor:
         return _t_quantile(confidence, max(1, 2 * n - 2)) * self.sd * math.sqrt(2 / n)
 
 
-def noise_floor(values: Mapping[Hashable, float], confidence: float = CONFIDENCE) -> NoiseFloor | None:
+def noise_floor(values: Mapping[Any, float], confidence: float = CONFIDENCE) -> NoiseFloor | None:
     """From the baseline's final losses by seed; None with fewer than two seeds. The interval is the chi-square one."""
     from scipy import special
 
