@@ -109,7 +109,7 @@ class GridOptimizer(Optimizer):
 
     @staticmethod
     def _check_common(group: dict[str, Any]) -> None:
-        check_range(group, "lr", 0)
+        check_range(group, "lr", 0, float("inf"))
         if group["format"] is not None:
             group["format"] = portable_format(group["format"])
         scale = group["scale"]
@@ -304,15 +304,30 @@ class GridOptimizer(Optimizer):
     # -- state ----------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but every state tensor keeps the dtype that it was saved with (codes stay codes)."""
+        """As in torch, but codes stay codes: state of a number format keeps its dtype.
+
+        Moments kept in full take the parameter's compute dtype. A state of another optimizer, such as torch's AdamW, is
+        taken as far as its names are known; options that it lacks stay as they are.
+        """
+        own_groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        foreign = [number for number, group in enumerate(state_dict["param_groups"]) if "moment_format" not in group]
+        for number, (group, own) in enumerate(zip(self.param_groups, own_groups, strict=True)):
+            if number in foreign:
+                group.pop("fused", None)  # another optimizer's word for another thing
+            for name, value in own.items():
+                group.setdefault(name, value)
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        own = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        for number, parameter in zip(saved, own, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
+        held = [(p, number in foreign) for number, group in enumerate(self.param_groups) for p in group["params"]]
+        for key, (parameter, is_foreign) in zip(saved, held, strict=True):
+            compute = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            full = FLOAT_DTYPES if is_foreign else (torch.float32, torch.float64)
+            for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
                     device = value.device if name == "step" else parameter.device
-                    self.state[parameter][name] = value.detach().clone().to(device)
+                    dtype = compute if value.shape == parameter.shape and value.dtype in full else value.dtype
+                    dtype = torch.float32 if name == "step" else dtype
+                    self.state[parameter][name] = value.detach().clone().to(device, dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -333,7 +348,9 @@ def check_range(group: dict[str, Any], name: str, low: float, high: float | None
     """
     value = group[name]
     if not (isinstance(value, int | float | Tensor) and float(value) >= low and (high is None or float(value) < high)):
-        limit = f">= {low}" if high is None else f"in [{low}, {high})"
+        limit = (
+            f">= {low}" if high is None else f"finite and >= {low}" if high == float("inf") else f"in [{low}, {high})"
+        )
         raise OptionError(f"{name} {value!r} is out of range; it must be {limit}")
 
 

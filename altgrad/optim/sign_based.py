@@ -1,4 +1,7 @@
-"""Sign-like baselines: updates of one size for every weight, so in grid steps they are large for small weights."""
+"""Sign-like baselines: updates of one size for every weight, so in grid steps they are large for small weights.
+
+The sign of NaN is 0, as in torch: a weight whose average is NaN stands still. Check gradients before such a step.
+"""
 
 from __future__ import annotations
 
