@@ -48,6 +48,12 @@ def cells(study: dict[str, Any]) -> list[tuple[str, str]]:
     return [(a, f) for f in study["formats"] for a, arm in study["arms"].items() if f in arm.get("formats", [f])]
 
 
+def tried_rates(study: dict[str, Any], arm: str, fmt: str) -> list[float]:
+    """Learning rates that a cell is tuned over: the arm's, or those that it states for the format."""
+    facts = study["arms"][arm]
+    return facts.get("lr_on", {}).get(fmt, facts["lr"])
+
+
 def entry(study: dict[str, Any], arm: str, fmt: str, lrs: list[float]) -> dict[str, Any]:
     """A cell at some learning rates, as an `include` entry of a sweep."""
     facts = study["arms"][arm]
@@ -119,7 +125,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     study, out = read_study(MATRIX, arguments.settings), arguments.out
-    tuning = plan(study, [entry(study, a, f, study["arms"][a]["lr"]) for a, f in cells(study)], study["seeds"][:1], out)
+    tuned = [entry(study, a, f, tried_rates(study, a, f)) for a, f in cells(study)]
+    tuning = plan(study, tuned, study["seeds"][:1], out)
     if arguments.dry_run:
         describe_plan(tuning, SweepOptions(jobs=arguments.jobs))
         print(

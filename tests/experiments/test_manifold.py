@@ -24,14 +24,14 @@ def test_plans_hold_every_cell_once(study, tmp_path):
     cells = manifold.cells(study)
     assert ("lns_madam", "E7M0") in cells
     assert ("lns_madam", "E4M3") not in cells
-    entries = [manifold.entry(study, a, f, study["arms"][a]["lr"]) for a, f in cells]
+    entries = [manifold.entry(study, a, f, manifold.tried_rates(study, a, f)) for a, f in cells]
     tuning = manifold.plan(study, entries, [42], tmp_path)
     assert len({run.name for run in tuning.runs}) == len(tuning.runs) == 4 * len(cells)
 
 
 def test_best_rate_is_that_of_lowest_loss_and_the_table_pairs_seeds(study, tmp_path):
     cells = manifold.cells(study)
-    entries = [manifold.entry(study, a, f, [study["arms"][a]["lr"][k] for k in (0, 1)]) for a, f in cells]
+    entries = [manifold.entry(study, a, f, [manifold.tried_rates(study, a, f)[k] for k in (0, 1)]) for a, f in cells]
     tuning = manifold.plan(study, entries, [42, 43], tmp_path)
     for planned in tuning.runs:
         folder = tmp_path / planned.name
@@ -48,20 +48,21 @@ def test_best_rate_is_that_of_lowest_loss_and_the_table_pairs_seeds(study, tmp_p
     found = manifold.by_cell(study, tmp_path, tuning)
     assert set(found) == set(cells)
     rates = manifold.best_rates(study, found)
-    assert rates["manifold_update", "E4M3"] == 0.1
-    assert rates["eco", "E7M0"] == 1e-3
+    assert rates["manifold_update", "E4M3"] == 0.3
+    assert rates["manifold_update", "E7M0"] == 0.03
+    assert rates["eco", "E7M0"] == 3e-3
     chosen = {cell: [r for r in runs if r.config["optimizer"]["lr"] == rates[cell]] for cell, runs in found.items()}
     records = [results.run_record(run, arm, movement=False) for (arm, _), runs in chosen.items() for run in runs]
     tried = [results.run_record(run, arm, movement=False) for (arm, _), runs in found.items() for run in runs]
     outcome = results.Results({"study": study, "tuning": tried, "runs": records})
     assert difference(outcome, "manifold_update").n == 2
-    assert difference(outcome, "manifold_update").mean == pytest.approx(-0.5 - 0.1 + 1e-3)
+    assert difference(outcome, "manifold_update").mean == pytest.approx(-0.5 - 0.3 + 3e-3)
     assert difference(outcome, "adamw_nearest").mean == 0.0
     assert difference(outcome, "eco", without_tuning_seed=True).n == 1
     assert outcome.at_edge("manifold_update", "E4M3")
     table = results.main_table(outcome)
     assert len(table.splitlines()) == 2 + len(cells)
-    assert "| E4M3 | manifold_update | 0.1 (edge) |" in table
+    assert "| E4M3 | manifold_update | 0.3 (edge) |" in table
     assert len(results.tuning_table(outcome).splitlines()) == 2 + len(cells)
     page = results.figure_page(outcome)
     assert page.count("<svg") >= 2
