@@ -121,7 +121,7 @@ class Monitor:
     def overflow_rate(self) -> Tensor | None:
         """Largest overflow rate of this step over layers and roles, 0-d on the device; None if nothing was quantized."""
         rows = [stats for _, stats, _ in self._operands]
-        if not rows:
+        if not rows or not (self._quantized or self._format):
             return None
         raw = torch.stack(rows)
         return (raw[:, 2] / raw[:, 1].clamp(min=1)).amax()

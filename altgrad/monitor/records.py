@@ -143,18 +143,16 @@ def operand_records(step: int, slots: Iterable[tuple[str, str, str]], raw: np.nd
 
     Args:
         raw: float64 [operands, 8]: the fields of `QuantStats`, summed over the step's micro-batches (amax: largest), and
-            the last scale (NaN for several).
+            the last scale (NaN for several). NaN counts: the operand was not quantized.
     """
     records = []
     for (layer, role, fmt), row in zip(slots, raw.tolist(), strict=True):
         amax, count, overflow, underflow, nonfinite, sse, sum_sq, scale = row
         record: Record = {"kind": "monitor", "step": step, "layer": layer, "role": role, "format": fmt}
         if count:
-            record |= {
-                "overflow": overflow / count,
-                "underflow": underflow / count,
-                "nonfinite_frac": nonfinite / count,
-            }
+            record["nonfinite_frac"] = nonfinite / count
+            if overflow == overflow and (nonfinite < count or overflow):  # of NaN alone nothing over- or underflows
+                record |= {"overflow": overflow / count, "underflow": underflow / count}
             if nonfinite < count:
                 record["amax"] = amax
         if sum_sq > 0:

@@ -1,12 +1,13 @@
 """Hooks on layers that are not quantized: what a format would do to their operands, and how large these are.
 
 Each operand is quantized aside, at its current amax scale, and only the statistics are kept: the model computes what it
-computed before. Without a format the same statistics are taken on the grid of the dtype itself, so amax is left of them.
+computed before. Without a format nothing is quantized: what is left is amax and how much is finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from altgrad.quantization import QuantStats, amax_scale, quantize_with_stats
 from altgrad.quantization.diagnostics import carrier_format
 from altgrad.quantization.formats import FloatFormat
+from altgrad.quantization.stats import FIELDS
 
-Publish = Callable[[str, str, QuantStats, Tensor, FloatFormat], None]
+Publish = Callable[[str, str, QuantStats, Tensor | float, FloatFormat], None]
 
 
 def watch_layers(model: nn.Module, fmt: FloatFormat | None, publish: Publish) -> list[RemovableHandle]:
@@ -30,6 +32,12 @@ def watch_layers(model: nn.Module, fmt: FloatFormat | None, publish: Publish) ->
         for name, module in model.named_modules()
         if isinstance(module, _KINDS) or _is_product(module)
     ]
+
+
+@cache
+def _of_the_values(device: torch.device) -> Tensor:
+    """Mask of the fields of `QuantStats` that no quantization takes part in."""
+    return torch.tensor([name in ("amax", "count", "nonfinite") for name in FIELDS], device=device)
 
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,6 +57,8 @@ def _forward_hook(name: str, given: FloatFormat | None, publish: Publish):
             fmt = given or carrier_format(x.dtype)
             scale = amax_scale(x, fmt) if fmt.emax < 127 else torch.ones((), device=x.device)
             stats = quantize_with_stats(x, fmt, scale, overflow="saturate", clamp=True)[1]
+            if given is None:
+                stats, scale = QuantStats(torch.where(_of_the_values(x.device), stats.vector, torch.nan)), torch.nan
             publish(name, role, stats, scale, fmt)
 
     def hook(module: nn.Module, inputs: tuple, output: Any) -> None:

@@ -55,8 +55,8 @@ def render_failure(data: FailureData) -> tuple[str, str]:
         "kind": "failure report",
         "headline": headline(data),
         "facts": _facts(data),
-        "lede": [data.verdict.reason] if data.verdict.reason else [],
-        "warnings": list(data.notes),
+        "lede": [_sentence(data.verdict.reason)] if data.verdict.reason else [],
+        "remarks": list(data.notes),
         "verdict": _verdict(data.verdict),
         "losses": _losses(data.loss),
         "gradient": _gradient(data.gradient),
@@ -97,6 +97,10 @@ def headline(data: FailureData) -> str:
     return f"{who} {_VERBS.get(verdict.kind, 'collapsed')}{when}."
 
 
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
 def _facts(data: FailureData) -> list[str]:
     run = data.run
     named = [("seed", run.seed), ("storage", run.storage), ("rounding", run.rounding)]
@@ -111,7 +115,7 @@ def _verdict(verdict: VerdictFacts) -> list[tuple[str, str]]:
     ]
     if verdict.metric:
         limit = f", threshold {number(verdict.threshold)}" if verdict.threshold is not None else ""
-        pairs.append(("Evidence", f"{verdict.metric} = {number(verdict.value)}{limit}"))
+        pairs.append(("Evidence", f"{verdict.metric.replace('_', ' ')} = {number(verdict.value)}{limit}"))
     return pairs + list(verdict.evidence)
 
 
@@ -162,13 +166,25 @@ def _layer_table(rows: Sequence[LayerRow]) -> Table:
         Column("Underflow", True),
         Column("Stall", True),
     ]
-    columns += [Column(name, True) for name in extras]
+    columns += [Column(_EXTRA_NAMES.get(name, name), True) for name in extras]
     body = []
     for row in rows:
         rates = [_rate_cell(rate) for rate in (row.overflow, row.underflow, row.stall)]
-        more = [TableCell(number(row.extra.get(name)), sort=_key(row.extra.get(name))) for name in extras]
+        more = [_extra_cell(name, row.extra.get(name)) for name in extras]
         body.append([TableCell(row.layer, sort=row.layer), row.role, *rates, *more])
     return Table(columns, body)
+
+
+_EXTRA_NAMES = {
+    "sqnr_db": "SQNR, dB",
+    "amax": "Largest",
+    "nonfinite_frac": "NaN or inf",
+    "effective_rank": "Effective rank",
+}
+
+
+def _extra_cell(name: str, value: float | None) -> TableCell:
+    return TableCell((percent if name.endswith("_frac") else number)(value), sort=_key(value))
 
 
 def _rate_cell(rate: float | None) -> TableCell:

@@ -43,7 +43,7 @@ def write_failure_report(
     checkpoint_dir: Path,
     result: Record,
     config: Mapping[str, Any],
-    command: str,
+    command: str | None,
     last_good: Path | None,
     collapsed: Path | None,
     records: Sequence[Record] = (),
@@ -54,7 +54,7 @@ def write_failure_report(
         run_dir: with metrics.jsonl and env.json, as far as they exist.
         result: the run's result (the schema of result.json), with a verdict.
         config: the resolved configuration.
-        command: what reproduces the run.
+        command: what reproduces the run; None for a run of a model, data or loss that were handed over in Python.
         last_good, collapsed: checkpoints of the last finite state before the onset and of the collapsed state.
         records: monitor records of the collapsed state (`diagnose_collapse`).
     """
@@ -113,7 +113,7 @@ def gather(
     environment: Mapping[str, Any] | None,
     result: Record,
     config: Mapping[str, Any],
-    command: str,
+    command: str | None,
     last_good: Path | None,
     collapsed: Path | None,
     records: Sequence[Record] = (),
@@ -128,6 +128,12 @@ def gather(
         notes.append(
             f"The tables per layer were measured on one more step from the collapsed state (step {records[0]['step']}), "
             "which was then undone."
+        )
+    if command is None:
+        notes.append("The run was given its model, data or loss in Python: no command repeats it, the same call does.")
+    if not monitored:
+        notes.append(
+            "The monitor was off (monitor.enabled): the diagnostics per layer have no trend over the last steps."
         )
     events = [m for m in metrics if m["kind"] == "event"]
     gradient = gradient_facts(last)
@@ -226,7 +232,7 @@ def layer_rows(records: Iterable[Record]) -> list[LayerRow]:
     places = {layer: i for i, layer in enumerate(dict.fromkeys(layer for layer, _ in rows))}
     for (layer, role), r in sorted(rows.items(), key=lambda row: (places[row[0][0]], _OPERANDS.index(row[0][1]))):
         lost = stall.get(layer) if role == "weight" else None
-        if "overflow" in r or lost is not None:
+        if "overflow" in r or "nonfinite_frac" in r or lost is not None:
             extra = {name: _number(r[name]) for name in _EXTRA if name in r}
             found.append(LayerRow(layer, role, r.get("overflow"), r.get("underflow"), lost, extra))
     return found

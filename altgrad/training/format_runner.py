@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -90,6 +91,7 @@ class FormatExperimentRunner:
     ) -> None:
         self.config = config.model_copy(update={"device": device}) if device else config
         self.model, self.loss, self.command = model, loss, command
+        self.from_config = model is None and data_dir is None and loss is next_token_loss
         self.ranks = Ranks.from_environment(self.config)
         self.listener = (listener if self.ranks.is_main else None) or RunListener()
         self.plan = plan_run(self.config, data_dir, _fingerprint(model) if model is not None else "")
@@ -317,11 +319,19 @@ class FormatExperimentRunner:
             checkpoint_dir=self.directory,
             result=result.as_dict(),
             config=self.config.model_dump(mode="json"),
-            command=self.command or f"altgrad run {self.run_dir / 'config.yaml'}",
+            command=self._repeating_command(),
             last_good=good,
             collapsed=collapsed,
             records=diagnose_collapse(self.trainer),
         )
+
+    def _repeating_command(self) -> str | None:
+        """What repeats the run in a folder of its own; None where the config alone does not make it."""
+        if not self.from_config:
+            return None
+        command = self.command or shlex.join(["altgrad", "run", str(self.run_dir / "config.yaml")])
+        again = shlex.quote(str(Path(self.config.runs_dir) / "again"))
+        return f"{command} runs_dir={again}" + (" checkpoint_dir=null" if self.config.checkpoint_dir else "")
 
 
 class _NoLog:

@@ -248,3 +248,23 @@ def test_copies_of_a_watched_model_can_be_made():
     twin = copy.deepcopy(model)
     assert torch.equal(twin(X), model(X))
     monitor.close()
+
+
+def test_without_a_format_no_quantization_is_reported():
+    model = Net()
+    monitor = Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model(X).sum().backward()
+    assert monitor.overflow_rate() is None
+    monitor.close()
+    (record,) = [r for r in watched(model, 1) if (r["layer"], r["role"]) == ("up", "input")]
+    assert record["amax"] == float(X.abs().max())
+    assert record["nonfinite_frac"] == 0.0
+    assert not {"overflow", "underflow", "sqnr_db", "scale"} & set(record)
+
+
+def test_of_nan_alone_nothing_overflows():
+    model = Net()
+    records = watched(model, 1, torch.full_like(X, torch.nan), format="E4M3")
+    (record,) = [r for r in records if (r["layer"], r["role"]) == ("up", "input")]
+    assert record["nonfinite_frac"] == 1.0
+    assert not {"overflow", "underflow", "amax", "sqnr_db"} & set(record)

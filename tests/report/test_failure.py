@@ -20,7 +20,7 @@ def test_everything_issue_asks_for_is_in_both_forms():
         for said in (
             "E7M0 froze at step 410 of 500.",
             "Weights stopped moving",
-            "stall_rate = 0.985, threshold 0.95",
+            "stall rate = 0.985, threshold 0.95",
             "step 460",
             "3.210 (step 400)",
             "1.2%",
@@ -72,7 +72,7 @@ def test_markup_in_names_is_escaped():
     html, _ = render_failure(data)
     assert "<script>alert" not in html
     assert "<b>id" not in html
-    assert "a &lt; b &amp; c" in html
+    assert "A &lt; b &amp; c." in html
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from altgrad.training.failure_report import (
     trends,
 )
 from altgrad.training.format_runner import FormatExperimentRunner
-from altgrad.training.trainer import Trainer
+from altgrad.training.trainer import Trainer, build_model
 
 TINY = [
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "data.batch_size=4"),
@@ -104,6 +105,35 @@ def test_diagnosis_leaves_the_trainer_bit_for_bit_as_it_was(tmp_path):
     fresh = Trainer(config(tmp_path, "fp8_format=E3M4", "rounding=stochastic"))
     losses = [fresh.train_step(*fresh.batch(step)).loss for step in range(1, 5)]
     assert loss == losses[-1]
+
+
+def test_the_printed_command_makes_the_run_again(tmp_path):
+    """Not a look-up of the finished run, nor its continuation: the same losses in a folder of its own."""
+    short = ["max_steps=30", "optimizer.lr=1e-6", "verdict.freeze_window=5", "verdict.freeze_smoothing=2"]
+    result = FormatExperimentRunner(config(tmp_path, *short)).run()
+    assert result.status == "collapsed"
+    markdown = next((tmp_path / "checkpoints" / "failure_reports").glob("*.md")).read_text()
+    (line,) = [line for line in markdown.splitlines() if line.startswith("altgrad run ")]
+    _, _, path, *overrides = shlex.split(line)
+    again = FormatExperimentRunner(load_config(path, overrides))
+    assert again.run_dir != result.run_dir
+    assert not again.run_dir.exists()
+    assert again.run().verdict == result.verdict
+    losses = [
+        [m["loss"] for m in read_metrics(folder / "metrics.jsonl") if m["kind"] == "step"]
+        for folder in (result.run_dir, again.run_dir)
+    ]
+    assert losses[0] == losses[1] != []
+
+
+def test_a_model_of_ones_own_has_no_command(tmp_path):
+    short = config(
+        tmp_path, "max_steps=30", "optimizer.lr=1e-6", "verdict.freeze_window=5", "verdict.freeze_smoothing=2"
+    )
+    FormatExperimentRunner(short, build_model(short, 256)).run()
+    markdown = next((tmp_path / "checkpoints" / "failure_reports").glob("*.md")).read_text()
+    assert "altgrad run" not in markdown
+    assert "given its model, data or loss in Python" in markdown
 
 
 # -- gathering --------------------------------------------------------------------------------------------------------
