@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad.errors import FormatError, OptionError
+from altgrad.errors import ConfigError, FormatError, OptionError
 from altgrad.quantization import E3M4, E5M2, E7M0, FORMAT_REGISTRY, EmergencyMantissaShift, PartitionRelativeClipper
 from altgrad.quantization.stability import FALLBACK_CHAIN
 
@@ -77,6 +77,13 @@ def test_stab05_acts_from_the_overflow_threshold_on(rate, acts):
     assert clipper.clip_if_needed(model, rate) is acts
     assert (clipper.last_clip is not None) is acts
     assert global_norm(model) == pytest.approx(1.0 if acts else 100.0, rel=1e-4)
+
+
+def test_stab05_a_threshold_of_zero_means_any_overflow_not_none():
+    model = model_with_gradients(100.0)
+    clipper = PartitionRelativeClipper(E5M2, overflow_threshold=0.0)
+    assert clipper.clip_if_needed(model, 0.0) is False
+    assert clipper.clip_if_needed(model, 1e-12) is True
 
 
 def test_stab05_the_rate_may_be_a_tensor():
@@ -283,6 +290,12 @@ def test_stab06_a_stalled_run_shifts_once_per_window_and_learns_again():
     at = next(i for i, r in enumerate(records) if r.events and any(e["event"] == "shift" for e in r.events))
     assert records[-1].loss < records[at].loss
     assert records[-1].stall_rate < records[at].stall_rate
+
+
+@pytest.mark.parametrize(("target", "said"), [("FP32", "no quantization"), ("MXFP8", "grid storage in MXFP8")])
+def test_stab06_a_chain_that_the_run_cannot_follow_is_refused_at_the_start(target, said):
+    with pytest.raises(ConfigError, match=f"E5M2 to {target}.*{said}"):
+        trainer_of("enable_emergency_shift=true", f"shift.chain.E5M2={target}")
 
 
 CLIPPED = [

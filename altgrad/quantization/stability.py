@@ -41,7 +41,8 @@ class PartitionRelativeClipper:
     Args:
         format: the format that overflowed, or its name.
         base_clip: threshold for E5M2's range; 1.0, the norm at which GPT training customarily clips.
-        overflow_threshold: smallest overflow rate that clips; 0.01, one element in a hundred of some operand.
+        overflow_threshold: smallest overflow rate that clips; 0.01, one element in a hundred of some operand. 0: any
+            overflow at all.
 
     Raises:
         OptionError: `base_clip` is not positive, or `overflow_threshold` is outside [0, 1].
@@ -78,7 +79,7 @@ class PartitionRelativeClipper:
             Whether the clip acted (gradients below the threshold keep their values even then); see `last_clip`.
         """
         rate = float(overflow_rate)
-        if not rate >= self.overflow_threshold:
+        if not rate >= self.overflow_threshold or rate == 0:
             return False
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip_threshold)
         self.last_clip = ClipRecord(rate, self.clip_threshold, float(norm))

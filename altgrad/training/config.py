@@ -135,6 +135,8 @@ class VerdictSection(_Section):
     """Bad: above the first loss by this fraction. 5% is beyond the batch noise of an untrained model."""
     divergence_ratio: Annotated[float, Field(gt=1.0)] = 2.0
     """Bad as well: above the best smoothed loss by this factor."""
+    divergence_smoothing: Positive = 10
+    """The best loss is the lowest mean over so many consecutive steps: one lucky batch does not set it."""
     freeze_window: Positive = 50
     """Consecutive steps, after warmup, over which a freeze must show."""
     freeze_stall_rate: Fraction = 0.95
@@ -151,7 +153,7 @@ class ClippingSection(_Section):
     base_clip: PositiveFloat = 1.0
     """Clip norm of a format that reaches 57344 (E5M2); others get it in proportion to their max."""
     overflow_threshold: Fraction = 0.01
-    """Clip when a layer's measured overflow rate exceeds 1%: rarer overflow is what saturation is for."""
+    """Clip when a layer's measured overflow rate reaches 1%: rarer overflow is what saturation is for. 0: any overflow."""
 
 
 class ShiftSection(_Section):
@@ -174,9 +176,15 @@ class MonitorSection(_Section):
 
     enabled: bool = False
     interval: Positive = 10
-    """Steps between records, for every statistic that `schedule` does not name."""
+    """Steps between records, for every group of statistics that `schedule` does not name (rank: 250, reference: none)."""
     schedule: dict[str, Any] = Field(default_factory=dict)
-    """Per statistic: {every: n, window: [first, last], layers: pattern}."""
+    """Per group of statistics, or `default`: steps, or {every: n, window: [first, last], layers: pattern}."""
+    near_zero: PositiveFloat = 1e-8
+    """Gradients below it count as near zero: the customary eps of Adam, under which its update fades."""
+    rank_fraction: Fraction = 0.5
+    """A layer's rank collapsed when its effective rank is below this fraction of the first: half of its directions."""
+    rank_fraction_projections: Fraction = 0.7
+    """The same for heads and output projections: later layers cannot make up for directions that these lose."""
 
 
 class TrackersSection(_Section):
@@ -274,6 +282,14 @@ class ExperimentConfig(_Section):
         return self.recipe is not None or self.fp8_format != "FP32"
 
 
+ADDED_LATER = (
+    ("verdict", "divergence_smoothing"),
+    ("monitor", "near_zero"),
+    ("monitor", "rank_fraction"),
+    ("monitor", "rank_fraction_projections"),
+)
+"""Settings that runs before them did not have: at their defaults they are no part of a run's identity."""
+
 NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "threads", "distributed", "trackers")
 """Where and how a run is made, not what it computes."""
 
@@ -286,5 +302,8 @@ def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_ve
     """
     resolved = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
     del resolved["data"]["path"]  # the fingerprint stands for the content
+    for section, key in ADDED_LATER:
+        if resolved[section][key] == type(getattr(config, section)).model_fields[key].default:
+            del resolved[section][key]
     facts = {"config": resolved, "data": data_fingerprint, "numerics": numerics_version, "model": model}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

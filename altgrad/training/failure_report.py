@@ -25,6 +25,7 @@ from altgrad.report.failure import (
     render_failure,
 )
 from altgrad.training.files import write_text
+from altgrad.training.measuring import rank_limits
 
 if TYPE_CHECKING:
     from altgrad.training.trainer import Trainer
@@ -96,6 +97,8 @@ def diagnose_collapse(trainer: Trainer) -> list[dict[str, Any]]:
         format=None if fmt == "FP32" else fmt,
         schedule={"default": 1, "rank": 1},
         sink=records.extend,
+        near_zero=trainer.config.monitor.near_zero,
+        rank_limits=rank_limits(trainer.config.monitor),
     )
     trainer.measuring.monitor = monitor
     try:
@@ -136,7 +139,7 @@ def gather(
             "The monitor was off (monitor.enabled): the diagnostics per layer have no trend over the last steps."
         )
     events = [m for m in metrics if m["kind"] == "event"]
-    gradient = gradient_facts(last)
+    gradient = gradient_facts(last, config.get("monitor", {}).get("near_zero", NEAR_ZERO))
     if gradient is not None and gradient.all_nonfinite:
         notes.append("Every gradient element is NaN or infinite: no sparsity, norm or update follows from them.")
     updates = [r for r in last if r["role"] == "update" and "flips" in r and r.get("attempted")]
@@ -198,8 +201,8 @@ def loss_around(steps: Mapping[int, Record], onset: int | None) -> LossAround | 
     )
 
 
-def gradient_facts(records: Iterable[Record]) -> GradientFacts | None:
-    """Sparsity over the gradient elements of all parameters of one step."""
+def gradient_facts(records: Iterable[Record], near_zero: float = NEAR_ZERO) -> GradientFacts | None:
+    """Sparsity over the gradient elements of all parameters of one step, measured with that threshold."""
     found = [r for r in records if r["role"] == "gradient" and r.get("elements")]
     elements = sum(r["elements"] for r in found)
     if not elements:
@@ -209,7 +212,7 @@ def gradient_facts(records: Iterable[Record]) -> GradientFacts | None:
         step=found[0]["step"],
         zero_frac=total["zero_frac"],
         near_zero_frac=total["zero_frac"] + total["near_zero_frac"],
-        near_zero_threshold=NEAR_ZERO,
+        near_zero_threshold=near_zero,
         nonfinite_frac=total["nonfinite_frac"],
         elements=int(elements),
     )

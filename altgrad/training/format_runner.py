@@ -148,13 +148,13 @@ class FormatExperimentRunner:
         return threads
 
     def _train(self) -> ExperimentResult:
-        wanted = self.plan.wanted_checkpoint_dir
+        trainer = self.trainer = Trainer(self.config, self.model, self.plan.corpus, self.config.device, loss=self.loss)
+        wanted = self.plan.wanted_checkpoint_dir  # claimed only now: a config that cannot be trained claims nothing
         claimed = claim_directory(wanted, self.plan.hash) if self.ranks.is_main else None
         directory, said = self.ranks.broadcast(claimed)
         if said:
             self.listener.said(said)
         self.directory, self.tally = directory, Tally()
-        trainer = self.trainer = Trainer(self.config, self.model, self.plan.corpus, self.config.device, loss=self.loss)
         resumed = self._resume()
         self.metrics, self.trackers = _NoLog(), Trackers()
         if self.ranks.is_main:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altgrad.errors import ConfigError
+from altgrad.errors import AltGradError, ConfigError
 from altgrad.quantization.stability import EmergencyMantissaShift, PartitionRelativeClipper
 from altgrad.training.config import ExperimentConfig
-from altgrad.training.formats_of_run import FormatsOfRun, all_finite
+from altgrad.training.formats_of_run import FormatsOfRun, all_finite, recipe_of
 from altgrad.training.state_tree import (
     copy_tree,
     load_model_state,
@@ -49,7 +49,29 @@ class Interventions:
                 stall_patience=config.shift.stall_patience,
                 chain=config.shift.chain,
             )
+            self._check_chain(config)
             self._keep_if_finite()
+
+    def _check_chain(self, config: ExperimentConfig) -> None:
+        """Refuse now what a shift could not put the run into.
+
+        Raises:
+            ConfigError: a format down the chain makes no recipe with the run's other settings.
+        """
+        assert self.shift is not None
+        fmt = self.formats.format
+        while (target := self.shift.next_format(fmt)) is not None:
+            try:
+                recipe = recipe_of(config, target)
+            except AltGradError as error:
+                raise ConfigError(
+                    f"shift.chain leads from {fmt} to {target}, which this run cannot take: {error}"
+                ) from None
+            if recipe is None:
+                raise ConfigError(
+                    f"shift.chain leads from {fmt} to {target}, which is no quantization; end it with null"
+                )
+            fmt = target
 
     @property
     def can_shift(self) -> bool:

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.quantization.stats import QuantStats
-from altgrad.training.config import ExperimentConfig
+from altgrad.training.config import ExperimentConfig, MonitorSection
 from altgrad.training.formats_of_run import FormatsOfRun
+
+
+def rank_limits(plan: MonitorSection) -> Any:
+    """When a fall of the effective rank is a collapse, as the config says."""
+    from altgrad.monitor import RankLimits
+
+    return RankLimits(plan.rank_fraction, plan.rank_fraction_projections)
 
 
 class OverflowMeter:
@@ -52,13 +59,16 @@ class Measuring:
         if config.monitor.enabled:
             from altgrad.monitor import Monitor
 
+            plan = config.monitor
             self.monitor = Monitor(
                 model,
                 optimizer,
                 handle=formats.handle,
                 format=None if config.fp8_format == "FP32" else config.fp8_format,
-                schedule=config.monitor.schedule or config.monitor.interval,
+                schedule={"default": plan.interval, **plan.schedule},
                 sink=lambda records: self.sink(records),
+                near_zero=plan.near_zero,
+                rank_limits=rank_limits(plan),
             )
         elif config.enable_partition_clipping and formats.active:
             from altgrad.nn import set_observer

@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 from altgrad.training.config import VerdictSection
 
-SMOOTHING_STEPS = 10  # a loss is compared with the best mean over this many consecutive steps
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -81,7 +79,7 @@ class Judge:
         self.nonfinite_since = None
         if self.first_loss is None:
             self.first_loss = facts.loss
-        self.losses = [*self.losses, facts.loss][-max(SMOOTHING_STEPS, self.limits.freeze_smoothing) :]
+        self.losses = [*self.losses, facts.loss][-max(self.limits.divergence_smoothing, self.limits.freeze_smoothing) :]
         return self._see_divergence(facts) or self._see_freeze(facts)
 
     def forget(self) -> None:
@@ -101,13 +99,14 @@ class Judge:
 
     def _see_divergence(self, facts: StepFacts) -> Verdict | None:
         assert self.first_loss is not None
-        window, recent = self.limits.divergence_window, self.losses[-SMOOTHING_STEPS:]
+        window, smoothing = self.limits.divergence_window, self.limits.divergence_smoothing
+        recent = self.losses[-smoothing:]
         start_limit = self.first_loss * (1 + self.limits.divergence_margin)
         best_limit = self.best_mean * self.limits.divergence_ratio
         self.above_start_since = _streak(self.above_start_since, facts.step, facts.loss > start_limit)
         self.above_best_since = _streak(self.above_best_since, facts.step, facts.loss > best_limit)
-        if len(recent) == SMOOTHING_STEPS:
-            self.best_mean = min(self.best_mean, sum(recent) / SMOOTHING_STEPS)
+        if len(recent) == smoothing:
+            self.best_mean = min(self.best_mean, sum(recent) / smoothing)
         for since, limit, what in (
             (self.above_start_since, start_limit, f"its first value {self.first_loss:.4g}"),
             (self.above_best_since, best_limit, f"its best mean {self.best_mean:.4g}"),

@@ -1,10 +1,13 @@
 """Configs: overrides, and errors that name the nearest valid key or the limit."""
 
+import hashlib
+import json
+
 import pytest
 from pydantic import BaseModel
 
 from altgrad.errors import ConfigError
-from altgrad.training.config import NOT_IDENTITY, ExperimentConfig, experiment_hash
+from altgrad.training.config import ADDED_LATER, NOT_IDENTITY, ExperimentConfig, experiment_hash
 from altgrad.training.config_loading import dump_config, key_paths, load_config, nearest_key
 
 
@@ -134,6 +137,21 @@ def test_hash_ignores_exactly_paths_device_and_trackers():
     assert experiment_hash(config, "other data", "1") != digest
     assert experiment_hash(config, "data", "2") != digest
     assert experiment_hash(config, "data", "1", "a model") != digest
+
+
+def test_settings_that_came_later_leave_earlier_runs_their_names():
+    config = load_config({"name": "a"})
+    digest = experiment_hash(config, "data", "1")
+    resolved = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    del resolved["data"]["path"]
+    for section, key in ADDED_LATER:
+        del resolved[section][key]
+    facts = {"config": resolved, "data": "data", "numerics": "1", "model": ""}
+    assert digest == hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    for section, key in ADDED_LATER:
+        value = getattr(getattr(config, section), key)
+        changed = load_config(config, [f"{section}.{key}={value * 2 if isinstance(value, int) else value / 2}"])
+        assert experiment_hash(changed, "data", "1") != digest, key
 
 
 def test_every_section_forbids_extra_keys():
