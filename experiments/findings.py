@@ -119,6 +119,68 @@ def print_overflow() -> None:
                 print(f"| {run.name} | {operand} | {overflow} | {underflow} | {amax} |")
 
 
+def print_gradients() -> None:
+    """What is left of the output gradients where everything is in E1M6: the head's, and behind it; and the first loss."""
+    runs = by_name(group("b"))
+    print("\n### b: E1M6 on everything: output gradients at the last recorded step\n")
+    for name in ("b-e1m6-none", "b-e1m6-none-grid"):
+        run = runs[name][min(runs[name])]
+        gradients = [r for r in monitored(run) if r["role"] == "grad_output"]
+        for where, found in (
+            ("head", [r for r in gradients if r["layer"] == "head"]),
+            ("all other layers", [r for r in gradients if r["layer"] != "head"]),
+        ):
+            print(f"{name}, {where}: amax {span(found, 'amax')}, rounded to zero {span(found, 'underflow')}")
+        print(f"{name}: validation loss at step 0 {losses_of(run)['eval', 0]:.3f}")
+
+
+def print_collapse_reports() -> None:
+    """What the failure reports of c say of gradients, of layers that no longer move, and of the others' stall."""
+    print("\n### c: failure reports of the runs that froze\n")
+    print(
+        "| run | seed | exact zeros | NaN or infinite | no attempted update changed a code | lowest stall | overflow |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for runs in by_name(group("c")).values():
+        for seed, run in sorted(runs.items()):
+            report = run.path / "failure.md"
+            if not report.exists():
+                continue
+            lines = report.read_text().splitlines()
+            facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
+            moved = next(line for line in lines if "attempted update" in line and line.startswith("In "))
+            still = moved.split(" of ")[0].removeprefix("In ").replace("no layer", "0")
+            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+            layers = [row for row in rows if len(row) > 5 and row[1] in ("input", "weight", "grad_output")]
+            stalls = [row[4] for row in layers if row[4] != "–"]
+            overflow = ", ".join(sorted({row[2] for row in layers}))
+            print(
+                f"| {run.name} | {seed} | {facts['Exact zeros']} | {facts['NaN or infinite']} | {still} of {len(stalls)} "
+                f"| {min(stalls, key=percent_of)} | {overflow} |"
+            )
+
+
+def percent_of(text: str) -> float:
+    """The number of a percentage such as ">99.9%"."""
+    return float(text.strip("<>%"))
+
+
+def print_around_shift() -> None:
+    """Best validation loss before and after the shift of d, and the non-finite steps after it."""
+    print("\n### d: around the shift\n\n| run | seed | shift | best val loss before | after | non-finite steps after |")
+    print("|---|---|---|---|---|---|")
+    for runs in by_name(group("d")).values():
+        for seed, run in sorted(runs.items()):
+            shift = next((e["step"] for e in events(run) if e["event"] == "shift"), None)
+            if shift is None:
+                continue
+            evals = [(s, float(v)) for (kind, s), v in losses_of(run).items() if kind == "eval"]
+            before = min(v for s, v in evals if s <= shift)
+            after = min(v for s, v in evals if s > shift)
+            bad = sum(1 for e in events(run) if e["event"] == "skip_nonfinite" and e["step"] > shift)
+            print(f"| {run.name} | {seed} | {shift} | {before:.3f} | {after:.3f} | {bad} |")
+
+
 def monitored(run: Run) -> list[dict[str, Any]]:
     """The operand records of the last step that has any."""
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
@@ -159,6 +221,9 @@ def main() -> None:
     for name in "abcde":
         print_runs(name)
     print_overflow()
+    print_gradients()
+    print_collapse_reports()
+    print_around_shift()
     print_identity()
 
 
