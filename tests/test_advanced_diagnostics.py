@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad.errors import FormatError, OptionError
+from altgrad.errors import DtypeError, FormatError, OptionError
 from altgrad.quantization import (
     BF16,
     E0M7,
@@ -104,6 +104,22 @@ def test_diag01_carrier_subnormals_are_exact_and_underflow_to_zero():
     w = torch.tensor([2.0**-149, 2.0**-140, 2.0**-126])
     assert compute_stiffness_field(w, 5).tolist() == [0.0, 2.0**-145, 2.0**-131]
     assert compute_stiffness_field(torch.tensor([2.0**-1070], dtype=torch.float64), 4).tolist() == [2.0**-1074]
+
+
+@pytest.mark.parametrize("x", [torch.tensor([1, 2]), torch.tensor([1j]), torch.tensor([True]), [1.0]], ids=str)
+def test_diag01_to_diag04_refuse_what_is_not_floating(x):
+    for call in (
+        lambda: compute_stiffness_field(x, 3),
+        lambda: grid_spacing(x, "E4M3"),
+        lambda: grid_alignment_error(x, "E4M3", 1.0),
+        lambda: gradient_stiffness_correlation(x, x, 3),
+        lambda: compute_ulp_distance(x, x),
+    ):
+        if isinstance(x, torch.Tensor):
+            with pytest.raises(DtypeError, match="float32"):
+                call()
+    with pytest.raises(DtypeError, match="cast it first"):
+        compute_stiffness_field(x, 3)
 
 
 def test_diag01_negative_mantissa_bits_are_refused():

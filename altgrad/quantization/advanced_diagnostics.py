@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad.errors import FormatError, OptionError
+from altgrad.errors import DtypeError, FormatError, OptionError
 from altgrad.quantization.catalog import E0M7, get_format
+from altgrad.quantization.checks import FLOAT_DTYPES
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.ops import encode, quantize
 from altgrad.quantization.rounding import Overflow
@@ -35,9 +36,11 @@ def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | Floa
         NaN for zero, inf and NaN weights. A stiffness below the dtype's smallest subnormal is 0.
 
     Raises:
-        OptionError: a negative number of bits.
+        OptionError: a negative number of bits. DtypeError: weights that are not floating. FormatError: an unknown
+            format, or one without a grid of its own.
     """
-    if isinstance(mantissa_bits_or_format, int):
+    _check_floating(weights)
+    if isinstance(mantissa_bits_or_format, int) and not isinstance(mantissa_bits_or_format, bool):
         mantissa_bits = mantissa_bits_or_format
         if mantissa_bits < 0:
             raise OptionError(f"{mantissa_bits} mantissa bits; stiffness needs 0 or more")
@@ -56,8 +59,9 @@ def grid_spacing(weights: Tensor, format: FloatFormat | str, scale: Tensor | flo
     """Exact spacing of the scaled format's grid at each weight: scale * 2^(max(floor(log2|w/scale|), emin) - M).
 
     This is the distance that a weight has to travel to the next code, subnormals and scale included. Defined at 0 (the
-    smallest step); NaN for inf and NaN weights. Shape and dtype as for `compute_stiffness_field`.
+    smallest step); NaN for inf and NaN weights. Shape, dtype and errors as for `compute_stiffness_field`.
     """
+    _check_floating(weights)
     fmt = _scalar(format)
     w = weights.detach()
     work = w if w.dtype == torch.float64 else w.float()
@@ -141,8 +145,9 @@ def compute_ulp_distance(
         float64 tensor of that shape, non-negative; NaN where `before` or `after` is inf or NaN.
 
     Raises:
-        OptionError: shapes or dtypes differ.
+        OptionError: shapes or dtypes differ. DtypeError: they are not floating.
     """
+    _check_floating(before)
     if before.shape != after.shape or before.dtype != after.dtype:
         raise OptionError(
             f"before is {before.dtype} {list(before.shape)}, after {after.dtype} {list(after.shape)}; "
@@ -221,6 +226,12 @@ def gradient_stiffness_correlation(
 def floor_log2(x: Tensor) -> Tensor:
     """floor(log2|x|) as int64, by frexp: float log2 can be one off next to a power of two. 0, inf and NaN give -1."""
     return torch.frexp(x)[1].to(torch.int64) - 1
+
+
+def _check_floating(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise DtypeError(f"{what} is not a tensor of float32, float64, bfloat16 or float16; cast it first")
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
