@@ -125,6 +125,7 @@ class GridOptimizer(Optimizer):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # as torch's own bookkeeping is; the fused steps are compiled already
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given."""

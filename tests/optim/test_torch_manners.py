@@ -125,3 +125,15 @@ def test_steps_without_gradients_leave_no_trace(name):
     assert not optimizer.state
     assert torch.equal(w, before)
     assert optimizer.last_step_stats()["attempted"] == 0
+
+
+@pytest.mark.parametrize("name", ["manifold_adamw", "grid_optim", "eco"])
+def test_a_compiled_step_is_the_step(name):
+    w, twin, grads = start(name), start(name), gradients(200, 3)
+    optimizer, plain = (make_optimizer(name, [p], **options_of(name)) for p in (w, twin))
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for row in grads:
+        w.grad = row.clone()
+        step()
+    run(plain, [twin], grads)
+    assert torch.equal(w, twin)
