@@ -93,6 +93,27 @@ def plus_square(typing_context, total, x):
 
 
 @intrinsic
+def plus(typing_context, total, x):
+    """total + x for floats, summed in any order of a loop's lanes."""
+
+    def generate(context, builder, signature, args):
+        return builder.fadd(*args, flags=("reassoc",))
+
+    return total(total, total), generate
+
+
+@intrinsic
+def plus_product(typing_context, total, a, b):
+    """total + a * b for floats; the sum may be fused with the product and taken in any order of a loop's lanes."""
+
+    def generate(context, builder, signature, args):
+        product = builder.fmul(args[1], args[2], flags=("contract",))
+        return builder.fadd(args[0], product, flags=("reassoc", "contract"))
+
+    return total(total, total, total), generate
+
+
+@intrinsic
 def small_integer(typing_context, like, x):
     """A uint32 or uint64 below 2^31 as the float whose bits are the unsigned type of `like`'s width."""
     result = _FLOATS[like]
@@ -297,6 +318,19 @@ def load_code(typing_context, address, index, byte_width):
         return builder.zext(value, ir.IntType(64))
 
     return types.int64(types.int64, types.int64, byte_width), generate
+
+
+@intrinsic
+def reload_code(typing_context, like, address, index):
+    """Entry `index` of int32 codes that the same function has written, in the unsigned type of `like`, uint32 or uint64.
+
+    As uint64 it is two entries side by side.
+    """
+
+    def generate(context, builder, signature, args):
+        return builder.load(_element(builder, args[1], args[2], ir.IntType(like.bitwidth)))
+
+    return like(like, types.int64, types.int64), generate
 
 
 @intrinsic
