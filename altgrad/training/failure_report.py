@@ -235,7 +235,7 @@ def layer_rows(records: Iterable[Record]) -> list[LayerRow]:
     places = {layer: i for i, layer in enumerate(dict.fromkeys(layer for layer, _ in rows))}
     for (layer, role), r in sorted(rows.items(), key=lambda row: (places[row[0][0]], _OPERANDS.index(row[0][1]))):
         lost = stall.get(layer) if role == "weight" else None
-        if "overflow" in r or "nonfinite_frac" in r or lost is not None:
+        if "overflow" in r or r.get("nonfinite_frac") or lost is not None:
             extra = {name: _number(r[name]) for name in _EXTRA if name in r}
             found.append(LayerRow(layer, role, r.get("overflow"), r.get("underflow"), lost, extra))
     return found

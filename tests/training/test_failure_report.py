@@ -232,6 +232,16 @@ def test_layer_rows_put_the_stall_with_the_weight():
     assert rows[0].extra == {"sqnr_db": 20.0}
 
 
+def test_an_operand_of_nan_alone_has_a_row_and_a_sound_norm_weight_has_none():
+    rows = layer_rows(
+        [
+            monitored(7, "a", "grad_output", nonfinite_frac=1.0),
+            monitored(7, "norm", "weight", nonfinite_frac=0.0),
+        ]
+    )
+    assert [(r.layer, r.overflow, r.extra) for r in rows] == [("a", None, {"nonfinite_frac": 1.0})]
+
+
 def test_trends_cover_the_last_steps_and_say_how_layers_were_joined():
     steps = {n: step(n, 1.0 / n) for n in range(1, 101)}
     records = [
