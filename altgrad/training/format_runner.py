@@ -154,6 +154,11 @@ class FormatExperimentRunner:
         directory, said = self.ranks.broadcast(claimed)
         if said:
             self.listener.said(said)
+        if self.config.enable_emergency_shift and not trainer.interventions.can_shift:
+            self.listener.said(
+                f"enable_emergency_shift: {self.config.fp8_format} has no fallback, so this run cannot shift; "
+                "shift.chain can name one"
+            )
         self.directory, self.tally = directory, Tally()
         resumed = self._resume()
         self.metrics, self.trackers = _NoLog(), Trackers()

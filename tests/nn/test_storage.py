@@ -194,7 +194,7 @@ def test_refreshed_scale_is_a_regrid_counted_apart():
     optimizer.step()
     counts = handle.last_step_stats()["0.weight"]
     assert float(storage_of(model[0]).scale) < first
-    assert counts.regridded >= 0
+    assert counts.regridded == 0  # both scales round the attempted 0.1 to 0.125
     assert counts.flips == 1
     assert on_grid(model[0])
 

@@ -304,3 +304,13 @@ def test_an_emergency_shift_is_recorded_and_survives_a_resume(tmp_path):
     assert whole.interventions[0]["kind"] == "shift"
     run(tmp_path, listener=StopAt(9), **options)
     assert losses(run(tmp_path, **options).run_dir) == losses(whole.run_dir)
+
+
+def test_a_shift_with_nowhere_to_go_is_said(tmp_path):
+    without_link = {**GRID, "fp8_format": "E4M3"}
+    notes = Notes()
+    run(tmp_path / "a", listener=notes, enable_emergency_shift=True, **without_link)
+    silent = Notes()
+    run(tmp_path / "b", "shift.chain={E4M3: E3M4}", listener=silent, enable_emergency_shift=True, **without_link)
+    assert any("E4M3 has no fallback" in line for line in notes.lines)
+    assert not any("fallback" in line for line in silent.lines)
