@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -243,19 +243,15 @@ class Monitor:
             format=fmt,
             scale=scale,
             near_zero=self.near_zero,
+            histograms="stall" in due,
         )
         vector = found.vector
         counted = None if self._own_counts is None else self._own_counts(parameter)
         if counted is not None:
             vector = vector.clone()
             vector[[FIELD["attempted"], FIELD["flips"], FIELD["stalled"]]] = counted[:3].to(vector)
-        self._add(
-            key,
-            vector,
-            found,
-            Watched(self._names[key], due, str(fmt), stored=True, shape=tuple(parameter.shape)),
-            rounding,
-        )
+        watched = Watched(self._names[key], due, str(fmt), stored=True, shape=tuple(parameter.shape))
+        self._measured.append(_Measured(key, vector, found.histograms, watched, rounding))
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -292,7 +288,7 @@ class Monitor:
         self._fused = self._due & frozenset(FUSED)
         self._operands: list[tuple[tuple[str, str, str], Tensor, Tensor | float]] = []
         self._grids: dict[str, tuple[FloatFormat, Tensor | float]] = {}
-        self._measured: list[tuple[int, Tensor, Tensor, Tensor, Watched, Rounding]] = []
+        self._measured: list[_Measured] = []
         self._extra: list[Record] = []
 
     def _due_for(self, key: int) -> frozenset[str]:
@@ -326,7 +322,7 @@ class Monitor:
     @torch.no_grad()
     def _after_update(self) -> None:
         if not self._paused and self._fused:
-            seen = {entry[0] for entry in self._measured}
+            seen = {entry.key for entry in self._measured}
             for key in getattr(self, "_copied", ()):
                 if key not in seen and key not in self._published and self._parameters[key].grad is not None:
                     self._measure(key, self._before[key], self._parameters[key].detach())
@@ -340,7 +336,7 @@ class Monitor:
         """Gradients of parameters that no optimizer stepped on."""
         if self._paused or not self._fused:
             return
-        seen = {entry[0] for entry in self._measured}
+        seen = {entry.key for entry in self._measured}
         for key, p in self._parameters.items():
             if key not in seen and p.grad is not None and self._due_for(key):
                 self._measure(key, p.detach(), p.detach())
@@ -358,10 +354,7 @@ class Monitor:
         watched = Watched(
             self._names[key], self._due_for(key), None if fmt is None else str(fmt), shape=tuple(parameter.shape)
         )
-        self._add(key, found.vector, found, watched, Rounding.NEAREST_EVEN)
-
-    def _add(self, key: int, vector: Tensor, found, watched: Watched, rounding: Rounding) -> None:
-        self._measured.append((key, vector, found.weight_histogram, found.update_histogram, watched, rounding))
+        self._measured.append(_Measured(key, found.vector, None, watched, Rounding.NEAREST_EVEN))
 
     # -- the end of a step --------------------------------------------------------------------------------------------
 
@@ -375,8 +368,8 @@ class Monitor:
             kept = [entry for entry in self._operands if covers(entry[0][0])]
             step.take_operands(kept)
         if self._measured:
-            step.watched = [entry[4] for entry in self._measured]
-            step.vectors = torch.stack([entry[1] for entry in self._measured])
+            step.watched = [entry.watched for entry in self._measured]
+            step.vectors = torch.stack([entry.vector for entry in self._measured])
             step.predicted = self._predictions(step.vectors)
         if "rank" in self._due:
             self._measure_ranks()
@@ -390,17 +383,17 @@ class Monitor:
         """Predicted stall of each measured parameter: weights before this step against the last measured update."""
         predicted = vectors.new_full((len(vectors),), torch.nan)
         groups: dict[tuple[str | None, Rounding], list[int]] = {}
-        for i, (key, _, _, _, watched, rounding) in enumerate(self._measured):
-            if watched.stored and "stall" in watched.due and key in self._last_updates:
-                groups.setdefault((watched.format, rounding), []).append(i)
+        for i, entry in enumerate(self._measured):
+            if entry.histograms is not None and entry.key in self._last_updates:
+                groups.setdefault((entry.watched.format, entry.rounding), []).append(i)
         for (fmt, rounding), rows in groups.items():
-            weights = torch.stack([self._measured[i][2] for i in rows])
-            updates = torch.stack([self._last_updates[self._measured[i][0]] for i in rows])
+            histograms = torch.stack([self._measured[i].histograms[0] for i in rows])
+            updates = torch.stack([self._last_updates[self._measured[i].key] for i in rows])
             assert fmt is not None
-            predicted[rows] = predict_stall(weights, updates, fmt, rounding)
-        for key, _vector, _, updates, watched, _ in self._measured:
-            if watched.stored:
-                self._last_updates[key] = updates
+            predicted[rows] = predict_stall(histograms, updates, fmt, rounding)
+        for entry in self._measured:
+            if entry.histograms is not None:
+                self._last_updates[entry.key] = entry.histograms[1]
         return predicted
 
     def _measure_ranks(self) -> None:
@@ -432,6 +425,16 @@ class Monitor:
         return {"kind": "monitor", "step": self.step, "layer": layer, "role": role, **kept}
 
 
+class _Measured(NamedTuple):
+    """One parameter's measurement of this step."""
+
+    key: int
+    vector: Tensor
+    histograms: Any  # of weights and updates, int64 [2, BINS], of a stored parameter whose stall is due; else None
+    watched: Watched
+    rounding: Rounding
+
+
 class _Step:
     """What one step left on the device."""
 
@@ -454,14 +457,17 @@ class _Step:
         total[:, :7].index_add_(0, where, rows)
         total[:, 0] = rows.new_zeros(len(index)).scatter_reduce_(0, where, rows[:, 0], "amax", include_self=True)
         last = {entry[0]: entry[2] for entry in entries}
-        total[:, 7] = torch.stack([_one_scale(scale, rows) for scale in last.values()])
+        total[:, 7] = _scales(list(last.values()), rows)
         self.slots, self.operands = list(index), total
 
 
-def _one_scale(scale: Any, like: Tensor) -> Tensor:
-    """A number or tensor as a 0-d tensor like `like`; NaN for a tensor of several."""
-    one = torch.as_tensor(scale).reshape(-1)
-    return (one[0] if one.numel() == 1 else torch.tensor(torch.nan)).to(like)
+def _scales(scales: list[Any], like: Tensor) -> Tensor:
+    """Numbers and tensors as one tensor like `like`; NaN for a tensor of several."""
+    if all(isinstance(scale, float | int) for scale in scales):
+        return torch.tensor(scales, dtype=like.dtype, device=like.device)
+    several = torch.tensor(torch.nan)
+    single = (torch.as_tensor(scale).reshape(-1) for scale in scales)
+    return torch.stack([(one[0] if one.numel() == 1 else several).to(like) for one in single])
 
 
 def _to_records(steps: list[_Step]) -> list[Record]:

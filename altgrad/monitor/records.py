@@ -114,28 +114,33 @@ class Watched:
 
 def update_records(step: int, watched: Sequence[Watched], raw: np.ndarray, predicted: np.ndarray) -> list[Record]:
     """One record per parameter and role of what was due; `raw` and `predicted` as for `update_statistics`."""
-    statistics = update_statistics(raw, predicted)
     records: list[Record] = []
-    for role, named in statistics.items():
+    for role, named in update_statistics(raw, predicted).items():
         columns = [(name, group, values.tolist()) for name, (group, values) in named.items()]
+        tables: dict[tuple, tuple[list[str], list[tuple]]] = {}  # names and rows of parameters that are told alike
         for i, one in enumerate(watched):
-            found = {name: v[i] for name, group, v in columns if group in one.due and v[i] == v[i]}
+            alike = one.due, one.stored, one.format is None
+            if alike not in tables:
+                told = [(_told_as(name, one), values) for name, group, values in columns if group in one.due]
+                told = [(name, values) for name, values in told if one.format is not None or name not in _NEEDS_FORMAT]
+                rows = list(zip(*(values for _, values in told), strict=True))
+                tables[alike] = [name for name, _ in told], rows or [()] * len(watched)
+            names, rows = tables[alike]
+            found = {name: value for name, value in zip(names, rows[i], strict=True) if value == value}
             for name, size in zip(("dead_outputs", "dead_inputs"), one.shape, strict=False):
                 if name in found and size:
                     found[name] /= size
-            if not one.stored and "stall" in found:
-                found["code_unchanged"] = found.pop("stall")
-            if not found:
-                continue
-            record: Record = {"kind": "monitor", "step": step, "layer": one.layer, "role": role}
-            if one.format is not None and role != "gradient":
-                record["format"] = one.format
-            elif one.format is None:
-                for name in _NEEDS_FORMAT:
-                    found.pop(name, None)
             if found:
+                record: Record = {"kind": "monitor", "step": step, "layer": one.layer, "role": role}
+                if one.format is not None and role != "gradient":
+                    record["format"] = one.format
                 records.append(record | found)
     return records
+
+
+def _told_as(name: str, one: Watched) -> str:
+    """The name under which a record has a statistic."""
+    return "code_unchanged" if name == "stall" and not one.stored else name
 
 
 def operand_records(step: int, slots: Iterable[tuple[str, str, str]], raw: np.ndarray) -> list[Record]:
