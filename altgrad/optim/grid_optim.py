@@ -96,8 +96,13 @@ class GridOptim(GridOptimizer):
             raise OptionError('unbiased="code" rounds codes: it needs a rounding, and no master')
 
     def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
-        simple = group["unbiased"] == "value" and group["normalize"] is None
-        return simple and group["momentum"] > 0 and not group["nesterov"] and not group["master"]
+        both = group["nesterov"] and group["normalize"] is not None
+        return group["unbiased"] == "value" and not group["master"] and not both and not self._exceeds(slot)
+
+    @staticmethod
+    def _exceeds(slot: Slot) -> bool:
+        """Whether grid steps with 32 bits after the point outgrow float64's whole numbers."""
+        return slot.grid is None or slot.grid.format.mantissa_bits > 18
 
     def _plain(self, group: dict[str, Any], slots: list[Slot]) -> None:
         for slot, pull in zip(slots, self._pulls(group, slots)):
@@ -105,19 +110,34 @@ class GridOptim(GridOptimizer):
 
     def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
         assert slot.grid is not None
-        moments.create(slot.state, "momentum", slot.weight, None)
-        lr = float(group["lr"])
+        lr, momentum = float(group["lr"]), group["momentum"]
+        along, pull, rms = slot.grad, fused.READY, 1.0
+        if momentum > 0:
+            moments.create(slot.state, "momentum", slot.weight, None)
+            along, pull = slot.state["momentum"], fused.NESTEROV if group["nesterov"] else fused.MOMENTUM
+        if group["normalize"] == "rms":
+            if momentum > 0:
+                fused.run(slot, along, rule=fused.GATHER, keep=momentum)
+            pull, rms = fused.READY, float(self._sizes([along])[0])
         return fused.run(
             slot,
-            slot.state["momentum"],
+            along,
             rule=fused.RUNGS,
             spacing=True,
+            pull=pull,
             **self._fused_landing(group, slot),
-            keep=group["momentum"],
+            keep=momentum,
+            rms=rms,
             size=-lr,
             decayed=lr * group["weight_decay"] * 2.0**-slot.grid.format.mantissa_bits,
             clip=float("inf") if group["rung_clip"] is None else group["rung_clip"],
         )
+
+    @staticmethod
+    def _sizes(pulls: list[Tensor]) -> list[Tensor]:
+        """The root mean square of each tensor, 1 for tensors of zeros."""
+        sizes = [norm / pull.numel() ** 0.5 for norm, pull in zip(torch._foreach_norm(pulls), pulls)]
+        return [torch.where(size > 0, size, 1.0) for size in sizes]
 
     @staticmethod
     def _pulls(group: dict[str, Any], slots: list[Slot]) -> list[Tensor]:
@@ -137,8 +157,7 @@ class GridOptim(GridOptimizer):
                 moments.write(slot.state, "momentum", buffer, fmt, group["moment_rounding"], key)
             pulls = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
         if group["normalize"] == "rms":
-            sizes = [norm / slot.weight.numel() ** 0.5 for norm, slot in zip(torch._foreach_norm(pulls), slots)]
-            pulls = torch._foreach_div(pulls, [torch.where(size > 0, size, 1.0) for size in sizes])
+            pulls = torch._foreach_div(pulls, GridOptim._sizes(pulls))
         return pulls
 
     @staticmethod

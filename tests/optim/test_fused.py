@@ -29,6 +29,10 @@ CASES = [
     ("lns_madam", {"format": "E7M0", "rounding": "nearest_even"}),
     ("lion", {"rounding": "stochastic", "weight_decay": 0.1}),
     ("signsgd", {"rounding": "nearest_even"}),
+    ("sr_adamw", {"rounding": "nearest_even", "scale": 2.0**-5}),
+    ("grid_optim", {"normalize": "rms"}),
+    ("grid_optim", {"normalize": "rms", "momentum": 0.0, "rounding": None}),
+    ("grid_optim", {"nesterov": True}),
 ]
 LR = {"distance": 0.02, "grid steps": 0.3, "log factor": 0.02}
 

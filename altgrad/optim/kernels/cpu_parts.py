@@ -4,7 +4,7 @@ A step is a template whose constants (`Variant`) and parts are bound to its glob
 which Numba keeps the result on disk, carries them with a stamp of the sources.
 """
 
-# ruff: noqa: F821, SIM109  (names are bound to the templates, and Numba compiles what is plain)
+# ruff: noqa: F821  (names are bound to the templates, and Numba compiles what is plain)
 from __future__ import annotations
 
 import hashlib
@@ -19,9 +19,20 @@ from numba import types
 from numba.extending import intrinsic
 
 from altgrad.quantization.kernels import cpu_bits, cpu_llvm, cpu_loops
-from altgrad.quantization.kernels.cpu_llvm import FLOAT32, add, band, below, bits_of, float_of, load, low_word, shl
+from altgrad.quantization.kernels.cpu_llvm import (
+    FLOAT32,
+    band,
+    below,
+    bits_of,
+    counted,
+    float_of,
+    kept,
+    low_word,
+    reload,
+    shl,
+)
 
-TILE = 2048  # elements whose temporaries stay in the first-level cache
+TILE = 512  # elements whose temporaries stay in the first-level cache: few, so that memory is read all the time
 COUNT_TILE = cpu_loops.STATS_TILE  # elements per row of counts; the driver's chunk borders are multiples of it
 COUNT_FIELDS = 6  # attempted, flips, stalled, sign flips, clipped, saturated
 
@@ -35,6 +46,7 @@ class Rule(IntEnum):
     SIGN = 3
     MADAM = 4
     LNS = 5
+    GATHER = 6  # nothing but the momentum of RUNGS
 
 
 class Landing(IntEnum):
@@ -46,15 +58,23 @@ class Landing(IntEnum):
     ECO = 3  # rounded; the error goes to the first moment
 
 
+class Pull(IntEnum):
+    """What RUNGS steps along."""
+
+    MOMENTUM = 0
+    NESTEROV = 1  # gradient and momentum
+    READY = 2  # what the first moment's address holds, over `Field.RMS`
+
+
 class Field(IntEnum):
     """Words of a step's table: addresses, bit patterns, then float64 numbers."""
 
     SECOND = 0  # address: second moment
     EXTRA = 1  # address: Kahan's buffer
-    ROUND_LOOP = 2  # address: the quantization loop
-    ROUND_TABLE = 3  # address: its table
-    EMIN_BITS = 4  # float32 bits of 2^emin
-    EMIN_FIELD = 5  # float64 exponent field of 2^emin
+    ROUND_TABLE = 2  # address: the grid, as the quantization kernels know it
+    EMIN_BITS = 3  # float32 bits of 2^emin
+    EMIN_FIELD = 4  # float64 exponent field of 2^emin
+    MANTISSA_FIELD = 5  # M in float64's exponent field
     RELATIVE = 6  # 2^-M
     LIMIT = 7  # the format's max
     KEEP = 8  # share of the new value in the first moment; momentum (rungs)
@@ -67,6 +87,7 @@ class Field(IntEnum):
     CLIP = 15  # largest |rungs|; largest normalised gradient (Madam)
     SHARE = 16  # ECO: (1 - beta1^t) / lr * (1 - 1 / beta1)
     BOUND = 17  # Madam: largest |w|
+    RMS = 18  # size of the momentum that counts as one
 
 
 class Variant(NamedTuple):
@@ -78,6 +99,9 @@ class Variant(NamedTuple):
     ON_GRADIENT: bool = False  # spacing times gradient goes into the moments
     ON_STEP: bool = False  # spacing times the step
     STOCHASTIC: bool = False  # of rules that round by themselves
+    FAMILY: int = 0  # rounding arithmetic of the other rules
+    PLAIN: bool = False  # of the other rules: beyond max is max, -0 stays (`grid_facts.settles_plainly`)
+    PULL: int = 0  # of RUNGS
     POWER: bool = False  # every scale is a power of two: divide by multiplying
     FMA: bool = False  # fused multiply-add where torch's kernels have it
 
@@ -184,25 +208,46 @@ def _exponential(x):
     return value if x == x else x
 
 
-def _tally(before, aim, landed, limit, count):
-    """(attempted, flips, stalled, sign flips, saturated) of a tile, in 32-bit lanes.
+def _normalised(pull, second, root, clip):
+    """g / sqrt(v / (1 - beta^t)), limited to +-clip; 0 where v is."""
+    size = np.sqrt(second / root)
+    size = np.float32(np.inf) if size == np.float32(0) else size
+    pull = pull / size
+    pull = clip if pull > clip else pull
+    return -clip if pull < -clip else pull
 
-    `aim` holds targets; for rules that round by themselves, steps (then the last count is theirs to make).
-    """
-    zero, one = np.uint32(0), np.uint32(1)
-    attempted, flips, stalled, crossed, beyond = zero, zero, zero, zero, zero
+
+def _within(aim, limit):
+    """`aim` without what lies beyond +-limit."""
+    return limit if aim > limit else (-limit if aim < -limit else aim)
+
+
+def _no_counts():
+    """Zero (attempted, unmoved, stalled, sign flips, saturated), in the 32-bit lanes that `_with_weight` adds to."""
+    zero = np.uint32(0)
+    return zero, zero, zero, zero, zero
+
+
+def _with_weight(counts, tried, before, landed, over):
+    """The counts after one more weight."""
+    attempted, unmoved, stalled, crossed, beyond = counts
+    still = landed == before
+    return (
+        counted(attempted, tried),
+        counted(unmoved, still),
+        counted(stalled, tried & still),
+        counted(crossed, before * landed < np.float32(0)),
+        counted(beyond, over),
+    )
+
+
+def _tally(before, moves, w, count):
+    """Counts of a tile of a rule that rounds by itself; `moves` holds steps. The last count is the rule's to make."""
+    counts = no_counts()
     for i in range(count):
-        x = load(before, i, FLOAT32)
-        y = load(landed, i, FLOAT32)
-        target = load(aim, i, FLOAT32)
-        tried = target != (np.float32(0) if RULE == RUNGS or RULE == LNS else x)
-        moved = y != x
-        attempted = add(attempted, one if tried else zero)
-        flips = add(flips, one if moved else zero)
-        stalled = add(stalled, one if tried and not moved else zero)
-        crossed = add(crossed, one if x * y < np.float32(0) else zero)
-        beyond = add(beyond, one if abs(target) > limit else zero)
-    return np.int64(attempted), np.int64(flips), np.int64(stalled), np.int64(crossed), np.int64(beyond)
+        tried = kept(moves, i) != np.float32(0)
+        counts = with_weight(counts, tried, kept(before, i), reload(w, i, FLOAT32), False)
+    return counts
 
 
 _SOURCES = [Path(module.__file__) for module in (cpu_bits, cpu_llvm, cpu_loops)]

@@ -8,6 +8,7 @@ multiply-add differs).
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -19,14 +20,23 @@ from altgrad.errors import OptionError
 from altgrad.optim import moments
 from altgrad.optim.grid import scale_as_rows
 from altgrad.quantization import FP32, FloatFormat, Overflow, Rounding
-from altgrad.quantization.kernels.grid_facts import family_of, float32_arithmetic_suffices, grid_table
+from altgrad.quantization.kernels.grid_facts import (
+    SETTLED_ALIKE,
+    family_of,
+    float32_arithmetic_suffices,
+    grid_table,
+    settles_plainly,
+)
 from altgrad.quantization.parameter_grid import ParameterGrid
 
 SHORTEST_ROW = 16
 RANDOM_BITS = 24  # of stochastic landings, as `quantize` has it
 _REALS = ParameterGrid(FP32)
-ADAM, RUNGS, LION, SIGN, MADAM, LNS = range(6)  # as cpu_parts.Rule, which imports Numba and is loaded on first use
+ADAM, RUNGS, LION, SIGN, MADAM, LNS, GATHER = range(
+    7
+)  # as cpu_parts.Rule, which imports Numba and is loaded on first use
 NONE, ROUND, KAHAN, ECO = range(4)  # as cpu_parts.Landing
+MOMENTUM, NESTEROV, READY = range(3)  # as cpu_parts.Pull
 
 
 def why_not(slot: Any, group: dict[str, Any]) -> str | None:
@@ -70,24 +80,20 @@ def _has_fma() -> bool:
 
 
 @cache
-def _step(
-    rule: int, landing: int, spacing: int, on_gradient: bool, on_step: bool, stochastic: bool, power: bool
-) -> int:
+def _step(*fields: Any) -> int:
     from altgrad.optim.kernels import cpu_parts, cpu_steps
 
-    variant = cpu_parts.Variant(rule, landing, spacing, on_gradient, on_step, stochastic, power, _has_fma())
-    return cpu_steps.compiled(variant)
+    return cpu_steps.compiled(cpu_parts.Variant(*fields, _has_fma()))
 
 
 @cache
-def _rounding_loop(fmt: FloatFormat, rounding: str) -> tuple[int, int]:
-    """(address of the quantization loop, address of its table) for float32 values and saturation."""
-    from altgrad.quantization.kernels import cpu_llvm, cpu_loops
-
+def _landing_on(fmt: FloatFormat, rounding: str) -> tuple[int, bool, int]:
+    """(rounding family, whether it settles plainly, address of the grid's table) for float32 values and saturation."""
     mode = Rounding(rounding)
-    family = family_of(fmt, mode, Overflow.SATURATE, RANDOM_BITS, False)
-    loop = cpu_loops.compiled(cpu_loops.Variant(cpu_llvm.FLOAT32, int(family)))
-    return loop, grid_table(fmt, mode, Overflow.SATURATE, False, RANDOM_BITS, False).ctypes.data
+    plain = settles_plainly(fmt, mode, Overflow.SATURATE)
+    family = family_of(fmt, mode, Overflow.SATURATE, RANDOM_BITS, False, plain)
+    table = grid_table(fmt, mode, Overflow.SATURATE, False, RANDOM_BITS, False)
+    return int(family), plain and family in SETTLED_ALIKE, table.ctypes.data
 
 
 def run(
@@ -103,6 +109,7 @@ def run(
     spacing: bool = False,
     on_gradient: bool = False,
     on_step: bool = False,
+    pull: int = MOMENTUM,
     **numbers: float,
 ) -> Tensor | None:
     """One fused step of one parameter, in place.
@@ -112,6 +119,7 @@ def run(
         rule, landing: `cpu_parts.Rule` and `cpu_parts.Landing`.
         rounding, key: of the landing.
         spacing, on_gradient, on_step: whether the grid spacing is used, and on what.
+        pull: `cpu_parts.Pull`, of the rule RUNGS.
         numbers: hyperparameters by `cpu_parts.Field` name, in lower case.
 
     Returns:
@@ -127,16 +135,19 @@ def run(
     rows = scale_as_rows(grid.scale, slot.weight)
     assert rows is not None
     scales, inner = rows
-    loop = _step(rule, landing, kind, on_gradient, on_step, by_itself, _powers_of_two(scales))
+    lands_by_kernel = landing != NONE and rule not in (RUNGS, LNS)
+    family, plain, grid_address = _landing_on(fmt, rounding if lands_by_kernel and rounding else "nearest_even")
+    family, plain = (family, plain) if lands_by_kernel else (0, False)
+    power = _is_one(scales) or (_powers_of_two(scales, fmt) and (plain or not lands_by_kernel))
+    loop = _step(rule, landing, kind, on_gradient, on_step, by_itself, family, plain, pull, power)
     table = np.zeros(len(Field), np.uint64)
     values = table.view(np.float64)
     table[Field.SECOND] = 0 if second is None else second.data_ptr()
     table[Field.EXTRA] = 0 if extra is None else extra.data_ptr()
-    if landing and rule not in (RUNGS, LNS):
-        assert rounding is not None
-        table[Field.ROUND_LOOP], table[Field.ROUND_TABLE] = _rounding_loop(fmt, rounding)
+    table[Field.ROUND_TABLE] = grid_address
     table[Field.EMIN_BITS] = max(fmt.emin + 127, 0) << 23
     table[Field.EMIN_FIELD] = fmt.emin + 1023
+    table[Field.MANTISSA_FIELD] = fmt.mantissa_bits << 52
     values[Field.RELATIVE] = 2.0**-fmt.mantissa_bits
     values[Field.LIMIT] = fmt.max
     for name, number in numbers.items():
@@ -164,10 +175,17 @@ def run(
     return None if partials is None else partials.sum(dim=0)
 
 
-def _powers_of_two(scales: Tensor) -> bool:
-    """Whether dividing by any of the scales is the same as multiplying by its inverse."""
-    fractions = scales.view(torch.int32) & 0x7FFFFF
-    return not bool(fractions.any()) and float(scales.min()) >= 2.0**-100 and float(scales.max()) <= 2.0**100
+def _powers_of_two(scales: Tensor, fmt: FloatFormat) -> bool:
+    """Whether the grid can be scaled in place of the weights: powers of two that leave all its numbers normal."""
+    if bool((scales.view(torch.int32) & 0x7FFFFF).any()):
+        return False
+    lowest, highest = (math.frexp(float(end))[1] - 1 for end in (scales.min(), scales.max()))
+    bottom = fmt.emin - fmt.mantissa_bits
+    return bottom + min(lowest, 0) >= -100 and fmt.emax + 25 - fmt.mantissa_bits + highest <= 127 and lowest >= -100
+
+
+def _is_one(scales: Tensor) -> bool:
+    return bool((scales == 1.0).all())
 
 
 def signed(key: tuple[int, int]) -> tuple[int, int]:

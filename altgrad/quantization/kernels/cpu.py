@@ -15,9 +15,11 @@ from torch import Tensor
 from altgrad.quantization.codec import code_dtype, value_table
 from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.kernels.grid_facts import (
+    SETTLED_ALIKE,
     family_of,
     float32_arithmetic_suffices,
     grid_table,
+    settles_plainly,
 )
 from altgrad.quantization.kernels.result import Outputs
 from altgrad.quantization.rounding import Overflow, Rounding
@@ -49,9 +51,12 @@ def _plan(
     """(runner, address of the loop, address of its table, code dtype) for one set of options."""
     loops, run = _machinery()
     wide = dtype == torch.float64 or not float32_arithmetic_suffices(fmt)
-    family = int(family_of(fmt, rounding, overflow, random_bits, wide))
+    plain = not stats and settles_plainly(fmt, rounding, overflow)
+    family = family_of(fmt, rounding, overflow, random_bits, wide, plain)
     code_bytes = code_dtype(fmt).itemsize if codes else 0
-    loop = loops.compiled(loops.Variant(_KINDS[dtype], family, wide, values, code_bytes, stats))
+    loop = loops.compiled(
+        loops.Variant(_KINDS[dtype], int(family), wide, values, code_bytes, stats, plain and family in SETTLED_ALIKE)
+    )
     table = grid_table(fmt, rounding, overflow, clamp, random_bits, wide)
     return run, loop, table.ctypes.data, code_dtype(fmt)
 

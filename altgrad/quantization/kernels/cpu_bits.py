@@ -23,10 +23,12 @@ from altgrad.quantization.kernels.cpu_llvm import (
     load_word,
     low_word,
     mul,
+    pick,
     shl,
     shr,
     small_integer,
     sub,
+    truncated,
 )
 from altgrad.quantization.kernels.grid_facts import GRID_FIELDS
 
@@ -40,9 +42,27 @@ def _read_grid_source() -> str:
     return f"def read_grid(like, table):\n    return Grid({words})\n"
 
 
-_namespace: dict = {"Grid": Grid, "load_word": load_word}
+_namespace: dict = {"Grid": Grid, "add": add, "load_word": load_word}
+
+
+def _scaled_grid_source() -> str:
+    moved = {"emin_field": "exponent", "min_normal_bits": "bits", "max_bits": "bits"}
+    words = ", ".join(f"add(grid.{f}, {moved[f]})" if f in moved else f"grid.{f}" for f in GRID_FIELDS)
+    return f"def scaled_grid(grid, exponent, bits):\n    return Grid({words})\n"
+
+
 exec(_read_grid_source(), _namespace)  # Numba has no loop over the fields of a named tuple
 read_grid = _inline(_namespace["read_grid"])
+exec(_scaled_grid_source(), _namespace)
+_moved_grid = _inline(_namespace["scaled_grid"])
+
+
+@_inline
+def scaled_grid(grid, s):
+    """The grid whose values are s times as large, s a power of two; for what `grid_facts.settles_plainly`."""
+    one = bits_of(s / s)
+    exponent = sub(shr(bits_of(s), grid.significand_width), shr(one, grid.significand_width))
+    return _moved_grid(grid, exponent, sub(bits_of(s), one))
 
 
 @_inline
@@ -64,22 +84,17 @@ def nearest_even(magnitude, grid):
 def by_short_chance(magnitude, word, grid):
     """(magnitude bits, code), rounded stochastically in 32-bit fixed point with 24 bits after the point.
 
-    For grids of at most 7 significant bits and R <= 24; the same results as `by_chance`. Float32 arithmetic only.
+    For grids of at most 7 significant bits and R = 24; the same results as `by_chance`. Dividing by the grid spacing is
+    exact, as it is a power of two; the carry out of the fraction is the step up. Float32 arithmetic only.
     """
-    field = shr(magnitude, grid.significand_width)
-    exponent = field if below(grid.emin_field, field) else grid.emin_field
-    significand = bor(band(magnitude, grid.fraction_mask), grid.implicit_bit)  # a subnormal is shifted out below
-    lower = sub(add(sub(exponent, field), grid.dropped_bits), low_word(grid.zero, np.uint32(16)))
-    capped = lower if below(lower, low_word(grid.zero, np.uint32(31))) else low_word(grid.zero, np.uint32(31))
-    fixed = shr(shl(significand, low_word(grid.zero, np.uint32(8))), capped)
-    fixed = fixed if below(lower, low_word(grid.zero, np.uint32(32))) else low_word(grid.zero, np.uint32(0))
-    steps = shr(
-        add(fixed, band(low_word(grid.zero, shr(word, np.uint32(8))), grid.random_keep)),
-        low_word(grid.zero, np.uint32(24)),
-    )
-    spacing = float_of(shl(sub(exponent, grid.mantissa_bits), grid.significand_width))
+    binade = band(magnitude, grid.inf_bits)
+    binade = binade if below(grid.min_normal_bits, binade) else grid.min_normal_bits
+    fixed = truncated(grid.zero, float_of(magnitude) * float_of(sub(grid.fixed_point, binade)))
+    drawn = low_word(grid.zero, shr(word, np.uint32(8)))
+    steps = shr(add(fixed, drawn), low_word(grid.zero, np.uint32(24)))
+    spacing = float_of(sub(binade, grid.mantissa_field))
     value = bits_of(small_integer(grid.zero, steps) * spacing)
-    return value, add(shl(sub(exponent, grid.emin_field), grid.mantissa_bits), steps)
+    return value, add(shr(sub(binade, grid.min_normal_bits), grid.dropped_bits), steps)
 
 
 @_inline
@@ -136,21 +151,26 @@ def by_chance(magnitude, word, grid):
 
 
 @_inline
-def settled_alike(rounded, x_bits, sign, grid):
-    """`settled` where both signs overflow to the same value and NaN and inf pass through unchanged."""
+def settled_alike(rounded, x_bits, sign, grid, plain):
+    """`settled` where both signs overflow to the same value and NaN and inf pass through unchanged.
+
+    `plain` (a constant, see `grid_facts.settles_plainly`): `rounded` is at most max, and overflow is not told.
+    """
+    x_magnitude = bits_of(abs(float_of(x_bits)))
+    special = below(grid.below_kept, x_magnitude)
+    if plain:
+        return pick(special, x_bits, bor(rounded, sign)), False
     over = below(grid.max_bits, rounded)
     magnitude = grid.overflow_positive if over else rounded
-    x_magnitude = band(x_bits, grid.magnitude_mask)
-    special = below(grid.below_kept, x_magnitude)
     payload = bits_of(float_of(bor(magnitude, sign)) + float_of(grid.zero_addend))
     counts = (over | (x_magnitude == grid.inf_bits)) & below(x_magnitude, grid.counted_below)
     return x_bits if special else payload, counts
 
 
 @_inline
-def code_alike(steps, x_bits, sign, grid):
+def code_alike(steps, x_bits, sign, grid, plain):
     """(code, problem) from a magnitude code that may lie beyond max, under the conditions of `settled_alike`."""
-    code = grid.overflow_code if below(grid.max_code, steps) else steps
+    code = steps if plain else (grid.overflow_code if below(grid.max_code, steps) else steps)
     code_sign = shr(sign, grid.code_sign_shift)
     signed = code if below(code, grid.first_signed) else bor(code, code_sign)
     x_magnitude = band(x_bits, grid.magnitude_mask)
@@ -198,7 +218,12 @@ def code_of(payload, grid):
 @_inline
 def random_word(index, before, between):
     """32 random bits of element `index` (modulo 2^32) under two key words; all uint32. `counter_rng` says why."""
-    x = mul(bxor(index, before), np.uint32(MULTIPLIERS[0]))
+    return mixed_word(mul(bxor(index, before), np.uint32(MULTIPLIERS[0])), between)
+
+
+@_inline
+def mixed_word(x, between):
+    """What `random_word` makes of its first product."""
     x = bxor(bxor(x, shr(x, np.uint32(11))), between)
     x = mul(x, np.uint32(MULTIPLIERS[1]))
     x = bxor(x, shr(x, np.uint32(15)))

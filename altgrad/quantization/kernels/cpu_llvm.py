@@ -125,6 +125,16 @@ def small_integer(typing_context, like, x):
 
 
 @intrinsic
+def truncated(typing_context, like, x):
+    """Integer part of a float in 0 <= x < 2^31, as the unsigned type of `like`."""
+
+    def generate(context, builder, signature, args):
+        return builder.fptosi(args[1], ir.IntType(like.bitwidth))
+
+    return like(like, x), generate
+
+
+@intrinsic
 def bits_of(typing_context, x):
     """The bit pattern of a float32 or float64."""
     result = _BITS[x]
@@ -289,6 +299,29 @@ def store(typing_context, address, index, value, kind):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, given, kind), generate
+
+
+@intrinsic
+def keep(typing_context, address, index, value):
+    """Write a float32 to element `index` of scratch memory, which `kept` reads; it is none of input, output and codes."""
+
+    def generate(context, builder, signature, args):
+        target = _element(builder, args[0], args[1], ir.FloatType())
+        _mark(builder, builder.store(args[2], target), "scratch", ("input", "output", "codes"))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def kept(typing_context, address, index):
+    """The float32 that `keep` wrote to element `index` of scratch memory."""
+
+    def generate(context, builder, signature, args):
+        value = builder.load(_element(builder, args[0], args[1], ir.FloatType()))
+        return _mark(builder, value, "scratch", ("input", "output", "codes"))
+
+    return types.float32(types.int64, types.int64), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -42,6 +42,7 @@ from altgrad.quantization.kernels.cpu_llvm import (
     below,
     bits_of,
     bor,
+    bxor,
     compute_zero,
     counted,
     float_of,
@@ -60,10 +61,11 @@ from altgrad.quantization.kernels.cpu_llvm import (
     sub,
     widened,
 )
-from altgrad.quantization.kernels.grid_facts import Family
+from altgrad.quantization.kernels.grid_facts import SETTLED_ALIKE, Family
 
 BY_ADDITION, BY_RULE = int(Family.BY_ADDITION), int(Family.BY_RULE)
 BY_CHANCE, BY_SHORT_CHANCE = int(Family.BY_CHANCE), int(Family.BY_SHORT_CHANCE)
+DRAWING = (BY_CHANCE, BY_SHORT_CHANCE)  # families that take random words
 TILE = 2048  # elements whose temporaries stay in the first-level cache
 SUM_TILE = 512  # elements that are squared and summed in float32: few, so that their rounding errors stay few
 LEAST_SUM, MOST_SUM = 2.0**-100, 2.0**120  # between them no float32 square in a sum can have been lost that counts
@@ -77,13 +79,13 @@ _STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdig
 
 # Names in the templates below that `_bind` replaces; the values here only say what they are.
 KIND = COMPUTE_KIND = FAMILY = CODE_BYTES = 0
-WIDE = VALUES = STATS = DIVIDE = False
+WIDE = VALUES = STATS = DIVIDE = PLAIN = False
 ALIKE = False  # whether results settle alike for both signs
 DRAWS = False  # whether random words are drawn
 RUN = TILE  # elements per round of a loop
 ITEM = MAGNITUDE_MASK = INF_BITS = FRACTION_MASK = 0
 TINY = 0.0
-span_by_reciprocal = span_by_division = fill = count_tile = square_tile = None
+rounded = span_by_reciprocal = span_by_division = fill = count_tile = square_tile = None
 
 LOOP_ARGUMENTS = types.Tuple(
     # table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop
@@ -101,6 +103,7 @@ class Variant(NamedTuple):
     VALUES: bool = True  # write quantized values
     CODE_BYTES: int = 0  # write codes: 0 none, 1 uint8, 4 int32
     STATS: bool = False  # accumulate statistics
+    PLAIN: bool = False  # what lies beyond max becomes max before it is rounded, and -0 stays (no statistics then)
 
 
 def _bind(template, variant: NamedTuple, **constants):
@@ -114,6 +117,25 @@ def _bind(template, variant: NamedTuple, **constants):
     return function
 
 
+def _rounded(v, y, word, grid):
+    """(payload bits, overflowed, code, problem) of v from its quotient y by the scale and, where DRAWS, a random word."""
+    x_bits = bits_of(widened(v, WIDE))
+    y_bits = bits_of(widened(y, WIDE))
+    magnitude = bits_of(abs(float_of(y_bits)))
+    sign = bxor(y_bits, magnitude)
+    roof = grid.max_bits if PLAIN else grid.clamp_bits
+    magnitude = magnitude if magnitude < roof else roof
+    if ALIKE:
+        rounded, steps = by_short_chance(magnitude, word, grid) if DRAWS else nearest_even(magnitude, grid)
+        payload, over = settled_alike(rounded, x_bits, sign, grid, PLAIN)
+        code, problem = code_alike(steps, x_bits, sign, grid, PLAIN)
+    else:
+        rounded = by_chance(magnitude, word, grid) if DRAWS else by_rule(magnitude, sign != grid.zero, grid)
+        payload, over = settled(rounded, x_bits, sign, grid)
+        code, problem = code_of(payload, grid)
+    return payload, over, code, problem
+
+
 def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, between):
     """Quantize `count` elements under one scale (by reciprocal) or one scale per element (DIVIDE).
 
@@ -124,33 +146,10 @@ def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, 
     errors, squares = compute_zero(KIND), compute_zero(KIND)
     for i in range(count):
         v = load(x, i, KIND)
-        if DIVIDE:
-            s = load(scales, i, COMPUTE_KIND)
-            y = v / s
-        else:
-            s = scale
-            y = v * reciprocal
-        x_bits = bits_of(widened(v, WIDE))
-        y_bits = bits_of(widened(y, WIDE))
-        magnitude = band(y_bits, grid.magnitude_mask)
-        sign = band(y_bits, grid.sign_mask)
-        magnitude = magnitude if magnitude < grid.clamp_bits else grid.clamp_bits
-        if ALIKE:
-            if FAMILY == BY_ADDITION:
-                rounded, steps = nearest_even(magnitude, grid)
-            else:
-                word = random_word(add(index, low_word(index, i)), before, between)
-                rounded, steps = by_short_chance(magnitude, word, grid)
-            payload, over = settled_alike(rounded, x_bits, sign, grid)
-            code, problem = code_alike(steps, x_bits, sign, grid)
-        else:
-            if FAMILY == BY_RULE:
-                rounded = by_rule(magnitude, sign != grid.zero, grid)
-            else:
-                word = random_word(add(index, low_word(index, i)), before, between)
-                rounded = by_chance(magnitude, word, grid)
-            payload, over = settled(rounded, x_bits, sign, grid)
-            code, problem = code_of(payload, grid)
+        s = load(scales, i, COMPUTE_KIND) if DIVIDE else scale
+        y = v / s if DIVIDE else v * reciprocal
+        word = random_word(add(index, low_word(index, i)), before, between) if DRAWS else index
+        payload, over, code, problem = rounded(v, y, word, grid)
         value = narrowed(s, float_of(payload)) * s
         if VALUES or STATS:
             store(out, i, value, KIND)
@@ -383,16 +382,27 @@ def _address(template, variant: NamedTuple, **bound) -> int:
     return loop.address
 
 
+def _family_constants(variant: Variant) -> dict:
+    constants = _constants(variant.KIND)
+    constants["ALIKE"] = variant.FAMILY in SETTLED_ALIKE
+    constants["DRAWS"] = variant.FAMILY in DRAWING
+    return constants
+
+
+def rounding_of(variant: Variant):
+    """The arithmetic of one element (see `_rounded`) as a function for other compiled loops."""
+    return njit(**_OPTIONS)(_bind(_rounded, variant, **_family_constants(variant)))
+
+
 @cache
 def compiled(variant: Variant) -> int:
     """Address of the loop of one variant, compiled or loaded from Numba's cache on first use."""
-    constants = _constants(variant.KIND)
-    constants["ALIKE"] = variant.FAMILY in (BY_ADDITION, BY_SHORT_CHANCE)
+    constants = _family_constants(variant)
     constants["RUN"] = SUM_TILE if variant.STATS else TILE
-    constants["DRAWS"] = variant.FAMILY in (BY_CHANCE, BY_SHORT_CHANCE)
+    inner = {"rounded": rounding_of(variant), **constants}
     parts = {
-        "span_by_reciprocal": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=False, **constants)),
-        "span_by_division": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=True, **constants)),
+        "span_by_reciprocal": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=False, **inner)),
+        "span_by_division": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=True, **inner)),
         "fill": njit(**_OPTIONS)(_bind(_fill, variant, **constants)),
         "count_tile": njit(**_OPTIONS)(_bind(_count, variant, **constants)),
         "square_tile": njit(fastmath={"reassoc"}, **_OPTIONS)(_bind(_square, variant, **constants)),

@@ -50,7 +50,8 @@ GRID_FIELDS = (
     "random_bits",
     "random_mask",
     "random_drop",  # 32 - random_bits
-    "random_keep",  # mask of the random bits, as the upper ones of 24
+    "fixed_point",  # less the bits of 2^e: those of 2^(24 + M - e), which turns magnitudes into 24-bit fixed point steps
+    "mantissa_field",  # taken from the bits of 2^e: those of 2^(e - M)
     "max_code",
     "overflow_code",
     "first_signed",  # smallest magnitude code that takes a sign: 1 where -0 has no code
@@ -79,15 +80,21 @@ def addition_rounds(fmt: FloatFormat, wide: bool) -> bool:
     return wide or (fmt.mantissa_bits <= 22 and fmt.emax + 1 + 23 - fmt.mantissa_bits <= 127)
 
 
-def short_chance_suffices(fmt: FloatFormat, random_bits: int, wide: bool) -> bool:
-    """Whether stochastic rounding fits 32-bit fixed point (see `cpu_bits.by_short_chance`)."""
-    significant = fmt.mantissa_bits + (0 if fmt.bias is None else 1)
+def settles_plainly(fmt: FloatFormat, rounding: Rounding, overflow: Overflow) -> bool:
+    """Whether finite values beyond max become max, as well before rounding as after, and -0 stays -0."""
+    to_max = overflow is not Overflow.NAN and overflow_to_inf(fmt, rounding, overflow) == (False, False)
+    return to_max and fmt.has_negative_zero
+
+
+def short_chance_suffices(fmt: FloatFormat, random_bits: int, wide: bool, plain: bool) -> bool:
+    """Whether stochastic rounding fits 31-bit fixed point (see `cpu_bits.by_short_chance`)."""
+    steps_bits = fmt.mantissa_bits + (0 if plain and fmt.bias is None else 1)  # of everything below the roof
     return (
         not wide
-        and significant <= 7
-        and random_bits <= 24
+        and steps_bits <= 7
+        and random_bits == 24
         and addition_rounds(fmt, wide)
-        and fmt.emin - fmt.mantissa_bits >= -126
+        and fmt.emin - fmt.mantissa_bits >= -103  # 2^(24 + M - emin) is a float32
     )
 
 
@@ -100,13 +107,18 @@ class Family(IntEnum):
     BY_SHORT_CHANCE = 3  # stochastic for at most 7 significant bits
 
 
-def family_of(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, random_bits: int, wide: bool) -> Family:
-    """The cheapest arithmetic that is exact for these options."""
+SETTLED_ALIKE = (Family.BY_ADDITION, Family.BY_SHORT_CHANCE)  # families that need `cpu_bits.settled_alike` only
+
+
+def family_of(
+    fmt: FloatFormat, rounding: Rounding, overflow: Overflow, random_bits: int, wide: bool, plain: bool = False
+) -> Family:
+    """The cheapest arithmetic that is exact for these options; `plain`: see `settles_plainly`."""
     stochastic = rounding is Rounding.STOCHASTIC
     if overflow is not Overflow.NAN:  # which turns inputs of inf into NaN: only the general arithmetic does
         if rounding is Rounding.NEAREST_EVEN and addition_rounds(fmt, wide):
             return Family.BY_ADDITION
-        if stochastic and short_chance_suffices(fmt, random_bits, wide):
+        if stochastic and short_chance_suffices(fmt, random_bits, wide, plain):
             return Family.BY_SHORT_CHANCE
     return Family.BY_CHANCE if stochastic else Family.BY_RULE
 
@@ -155,7 +167,7 @@ def grid_table(
     if overflow is Overflow.NAN:
         beyond = [quiet_nan, quiet_nan]
     family = family_of(fmt, rounding, overflow, random_bits, wide)
-    limited = family in (Family.BY_ADDITION, Family.BY_SHORT_CHANCE)
+    limited = family in SETTLED_ALIKE
     roof = (fmt.emax + 1 + bias) << width if limited else inf_bits
     counts_inf = overflow in (Overflow.SATURATE, Overflow.NAN)
     inf_code, nan_code = special_codes(fmt)
@@ -195,7 +207,8 @@ def grid_table(
         "random_bits": random_bits,
         "random_mask": 2**random_bits - 1,
         "random_drop": 32 - random_bits,
-        "random_keep": 2**24 - 2 ** (24 - min(random_bits, 24)),
+        "fixed_point": (2 * bias + 24 + m) << width,
+        "mantissa_field": m << width,
         "max_code": fmt.index_of(fmt.max),
         "overflow_code": max(inf_code, 0) if beyond[0] == inf_bits else fmt.index_of(fmt.max),
         "first_signed": 0 if fmt.has_negative_zero else 1,
