@@ -103,9 +103,9 @@ class Results:
         self.study: Study = data["study"]
         self.tuning: list[Record] = data["tuning"]
         self.runs: list[Record] = data["runs"]
-        self._by_cell: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        self._by_cell: dict[tuple[str, str], list[Record]] = {}
         for record in self.runs:
-            self._by_cell[record["arm"], record["format"]].append(record)
+            self._by_cell.setdefault((record["arm"], record["format"]), []).append(record)
 
     @staticmethod
     def read(path: Path) -> Results:
@@ -122,7 +122,7 @@ class Results:
 
     def of(self, arm: str, fmt: str, figure: str) -> dict[int, float]:
         """seed -> figure, for the runs that have it."""
-        return {r["seed"]: r[figure] for r in self._by_cell[arm, fmt] if r.get(figure) is not None}
+        return {r["seed"]: r[figure] for r in self._by_cell.get((arm, fmt), []) if r.get(figure) is not None}
 
     def mean(self, arm: str, fmt: str, figure: str) -> Estimate | None:
         """Mean over seeds with its 95% interval."""
@@ -151,10 +151,14 @@ class Results:
         }
         return dict(zip(found, holm(list(found.values())), strict=True))
 
+    def rate(self, arm: str, fmt: str) -> float:
+        """The learning rate that the cell's runs were made with."""
+        return self._by_cell[arm, fmt][0]["lr"]
+
     def at_edge(self, arm: str, fmt: str) -> bool:
         """Whether the chosen learning rate is the least or the greatest of those tried."""
         rates = [r["lr"] for r in self.tuning if (r["arm"], r["format"]) == (arm, fmt)]
-        return bool(rates) and self._by_cell[arm, fmt][0]["lr"] in (min(rates), max(rates))
+        return bool(rates) and self.rate(arm, fmt) in (min(rates), max(rates))
 
 
 def _difference(found: Comparison | None) -> str:
@@ -186,7 +190,7 @@ def main_table(results: Results) -> str:
     ]
     for fmt in results.formats:
         for arm in results.arms(fmt):
-            rate = f"{results._by_cell[arm, fmt][0]['lr']:g}{' (edge)' if results.at_edge(arm, fmt) else ''}"
+            rate = f"{results.rate(arm, fmt):g}{' (edge)' if results.at_edge(arm, fmt) else ''}"
             n = len(results.of(arm, fmt, "val_loss"))
             cells = [
                 fmt,
