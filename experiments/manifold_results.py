@@ -220,15 +220,28 @@ def seed_table(results: Results) -> str:
 
 
 def tuning_table(results: Results) -> str:
-    """Markdown: validation loss of every tuning run."""
-    lines = ["| format | arm | lr: val loss |", "|---|---|---|"]
+    """Markdown: validation loss of every tuning run, and what a finer choice of rates would gain by estimate."""
+    lines = ["| format | arm | lr: val loss | left to gain |", "|---|---|---|---|"]
     cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in results.tuning:
         cells[record["format"], record["arm"]].append(record)
     for (fmt, arm), records in cells.items():
-        tried = ", ".join(f"{r['lr']:g}: {r['val_loss']:.3f}" for r in sorted(records, key=lambda r: r["lr"]))
-        lines.append(f"| {fmt} | {arm} | {tried} |")
+        records.sort(key=lambda r: r["lr"])
+        tried = ", ".join(f"{r['lr']:g}: {r['val_loss']:.3f}" for r in records)
+        lines.append(f"| {fmt} | {arm} | {tried} | {_number(left_to_gain([r['val_loss'] for r in records]), 3)} |")
     return "\n".join(lines)
+
+
+def left_to_gain(losses: list[float]) -> float | None:
+    """Least loss minus the vertex of the parabola through it and its two neighbours, for evenly spaced log rates.
+
+    None where the least loss is at an edge.
+    """
+    best = min(range(len(losses)), key=losses.__getitem__)
+    if best in (0, len(losses) - 1):
+        return None
+    left, middle, right = losses[best - 1 : best + 2]
+    return (left - right) ** 2 / (8 * (left - 2 * middle + right))
 
 
 # -- figure -------------------------------------------------------------------------------------------------------

@@ -114,3 +114,10 @@ def test_a_run_without_a_loss_is_worst(tmp_path):
     result = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps({**result, "final_val_loss": "nan"}))
     assert results.final_loss(manifold.read_run(folder)) == float("inf")
+
+
+def test_what_finer_rates_would_gain():
+    assert results.left_to_gain([1.0, 0.0, 1.0, 2.0]) == 0  # the least is the vertex
+    parabola = [(x - 0.25) ** 2 for x in (-1, 0, 1)]
+    assert results.left_to_gain(parabola) == pytest.approx(0.25**2)
+    assert results.left_to_gain([0.0, 1.0, 2.0]) is None
