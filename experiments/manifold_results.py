@@ -35,6 +35,9 @@ STOCHASTIC = "adamw_stochastic"
 GRID_AWARE = ("manifold_update", "grid_optim", "lns_madam")
 """Arms whose updates are counted in grid steps: drawn in the format's colour."""
 
+DIVERGED = 12.0
+"""Nats per byte from which a run counts as diverged: twice the loss of guessing. Such runs are counted, not averaged."""
+
 Study = dict[str, Any]
 Record = dict[str, Any]
 
@@ -121,8 +124,14 @@ class Results:
         return [a for a in self.study["arms"] if (a, fmt) in self._by_cell]
 
     def of(self, arm: str, fmt: str, figure: str) -> dict[int, float]:
-        """seed -> figure, for the runs that have it."""
-        return {r["seed"]: r[figure] for r in self._by_cell.get((arm, fmt), []) if r.get(figure) is not None}
+        """seed -> figure, for the runs that have it and did not diverge."""
+        sound = (r for r in self._by_cell.get((arm, fmt), []) if r["val_loss"] < DIVERGED)
+        return {r["seed"]: r[figure] for r in sound if r.get(figure) is not None}
+
+    def count(self, arm: str, fmt: str) -> str:
+        """How many runs a mean is over, and how many diverged."""
+        sound, all_runs = len(self.of(arm, fmt, "val_loss")), len(self._by_cell[arm, fmt])
+        return f"n={sound}" if sound == all_runs else f"n={sound}, {all_runs - sound} diverged"
 
     def mean(self, arm: str, fmt: str, figure: str) -> Estimate | None:
         """Mean over seeds with its 95% interval."""
@@ -132,10 +141,7 @@ class Results:
     def compare(self, arm: str, reference: str, fmt: str, *, without_tuning_seed: bool = False) -> Comparison | None:
         """Final validation loss of an arm minus the reference's, paired by seed."""
         left_out = self.study["seeds"][0] if without_tuning_seed else None
-        a, b = (
-            {s: v for s, v in self.of(x, fmt, "val_loss").items() if s != left_out and v < float("inf")}
-            for x in (arm, reference)
-        )
+        a, b = ({s: v for s, v in self.of(x, fmt, "val_loss").items() if s != left_out} for x in (arm, reference))
         return paired(a, b)
 
     def adjusted(self, reference: str) -> dict[tuple[str, str], float]:
@@ -191,12 +197,11 @@ def main_table(results: Results) -> str:
     for fmt in results.formats:
         for arm in results.arms(fmt):
             rate = f"{results.rate(arm, fmt):g}{' (edge)' if results.at_edge(arm, fmt) else ''}"
-            n = len(results.of(arm, fmt, "val_loss"))
             cells = [
                 fmt,
                 arm,
                 rate,
-                f"{_number(results.mean(arm, fmt, 'val_loss'), 3)} (n={n})",
+                f"{_number(results.mean(arm, fmt, 'val_loss'), 3)} ({results.count(arm, fmt)})",
                 against(control, arm, fmt),
                 against(STOCHASTIC, arm, fmt),
                 _number(results.mean(arm, fmt, "stall_rate"), 3),
@@ -255,6 +260,8 @@ def format_chart(results: Results, fmt: str) -> Markup:
         found = results.mean(arm, fmt, "val_loss")
         assert found is not None
         text = "" if arm == STOCHASTIC else _difference(results.compare(arm, STOCHASTIC, fmt))
+        if "diverged" in (count := results.count(arm, fmt)):
+            text += f" ({count})"
         points = tuple(results.of(arm, fmt, "val_loss").values())
         style = styles_for([fmt])[0] if arm in GRID_AWARE else Style(BASELINE)
         rows.append(IntervalRow(arm, found.mean, found.low, found.high, style, text, points))

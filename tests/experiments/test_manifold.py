@@ -107,6 +107,7 @@ def test_records_survive_their_file(study, tmp_path):
     found = results.Results.read(path)
     assert found.runs == [record]
     assert found.compare("eco", "eco", "E4M3") is None  # a diverged run has no difference
+    assert "n=0, 1 diverged" in results.main_table(found)
 
 
 def test_a_run_without_a_loss_is_worst(tmp_path):
