@@ -46,7 +46,7 @@ def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | Floa
             raise OptionError(f"{mantissa_bits} mantissa bits; stiffness needs 0 or more")
         uniform = mantissa_bits == E0M7.mantissa_bits
     else:
-        fmt = _scalar(mantissa_bits_or_format)
+        fmt = _scalar(mantissa_bits_or_format)  # type: ignore[arg-type]  # which refuses a bool
         mantissa_bits, uniform = fmt.mantissa_bits, fmt.bias is None
     w = weights.detach()
     exponent = torch.zeros_like(w, dtype=torch.int64) if uniform else floor_log2(w)
