@@ -71,7 +71,7 @@ def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, 
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "numpy", "numba", "triton")},
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {_processor()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
         "threads": threads,
         "data_fingerprint": plan.corpus.fingerprint,
         "data": {
@@ -164,7 +164,7 @@ def _commit() -> str | None:
     return head.strip() + ("+" if changes.strip() else "")
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The CPU's name where the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
