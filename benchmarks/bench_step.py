@@ -25,8 +25,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from altgrad.nn import attach_optimizer, quantize_model, uniform
-from altgrad.nn.gemm import CPU_BF16_UNITS
-from altgrad.nn.layers import is_quantized
+from altgrad.nn.layer.classes import is_quantized
+from altgrad.nn.layer.gemm import CPU_BF16_UNITS
 from altgrad.training.model import GPT, GPTConfig
 
 MODELS = {
@@ -120,7 +120,7 @@ GROUPS = (
 @contextmanager
 def labelled():
     """Give the numerics' calls names in the profile."""
-    from altgrad.nn import operand
+    from altgrad.nn.layer import operand
 
     ops, found = operand.ops, {}
 

@@ -15,6 +15,7 @@ import platform
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from altgrad.quantization import (
     quantize,
     quantize_with_stats,
 )
-from altgrad.training.run_folder import processor_name
+from altgrad.training.run.folder import processor_name
 
 RECORD = Path(__file__).parent / "results" / "digest.json"
 KERNELS = ("reference", "eager", "cpu")
@@ -78,11 +79,11 @@ def _calls(name: str, fmt, kernel: str) -> Iterator[tuple[str, str]]:
         x, parts = corpus(dtype), []
         for rounding in Rounding:
             for overflow in Overflow:
-                options = {"rounding": rounding, "overflow": overflow, "key": (7, 11), "kernel": kernel}
+                options: dict[str, Any] = {"rounding": rounding, "overflow": overflow, "key": (7, 11), "kernel": kernel}
                 parts.append(quantize(x, fmt, **options))
         yield f"{kernel} {name} {str(dtype)[6:]} quantize", digest(*parts)
     x = corpus(torch.float32)
-    options = {"overflow": "saturate", "kernel": kernel}
+    options: dict[str, Any] = {"overflow": "saturate", "kernel": kernel}
     scalar = name in FORMAT_REGISTRY
     scaled = [
         quantize(x, fmt, s, **options, clamp=True) for s in ((0.37, torch.linspace(0.5, 2, 32)) if scalar else ())

@@ -7,8 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from altgrad.analysis.runs import Run, find_runs, read_run
 from altgrad.analysis.statistics import estimate, noise_floor, paired
+from altgrad.records.run import Run, find_runs, read_run
 
 RESULTS = Path(__file__).parent / "results" / "custom-formats"
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from altgrad.analysis.runs import Run, read_run
 from altgrad.errors import AltGradError, ConfigError
+from altgrad.records.run import Run, read_run
 from altgrad.sweep import Plan, SweepOptions, describe_plan, describe_result, make_plan, matrix_from_mapping, run_sweep
 from experiments.manifold_results import Results, final_loss, main_table, run_record
 

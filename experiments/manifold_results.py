@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from altgrad.analysis.runs import Run
 from altgrad.analysis.statistics import Comparison, Estimate, estimate, holm, paired
 from altgrad.optim.grid import position
 from altgrad.quantization.parameter_grid import declared_grid
-from altgrad.report.figures import figure
-from altgrad.report.intervals import IntervalRow, interval_chart
-from altgrad.report.page import render_page
+from altgrad.records.run import Run
+from altgrad.report.charts.figures import figure
+from altgrad.report.charts.intervals import IntervalRow, interval_chart
+from altgrad.report.pages.page import render_page
 from altgrad.report.theme import BASELINE, Style, styles_for
 from altgrad.training import Trainer, load_config
-from altgrad.training.checkpoint import load_checkpoint
+from altgrad.training.run.checkpoint import load_checkpoint
 
 COMMITTED = Path(__file__).parent / "results" / "manifold" / "manifold.json"
 STOCHASTIC = "adamw_stochastic"

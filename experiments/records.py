@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from altgrad.analysis.runs import find_runs
+from altgrad.records.run import find_runs
 
 STEP_EVERY = 10
 MONITOR_STEPS = 2

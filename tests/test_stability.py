@@ -236,7 +236,7 @@ SMALL = [
 
 
 def trainer_of(*overrides, name="e7m0_uniform"):
-    from altgrad.training.config_loading import load_config
+    from altgrad.training.config.loading import load_config
     from altgrad.training.trainer import Trainer
 
     trainer = Trainer(load_config(f"experiments/configs/{name}.yaml", [*SMALL, *overrides]))

@@ -2,9 +2,9 @@
 
 from altgrad.analysis.comparison import comparison_table
 from altgrad.analysis.comparison_report import write_report
-from altgrad.analysis.runs import Curve, Metrics, Run, find_runs, read_run
 from altgrad.analysis.study import is_study
 from altgrad.analysis.study_report import write_study
+from altgrad.records.run import Curve, Metrics, Run, find_runs, read_run
 
 __all__ = [
     "Curve",

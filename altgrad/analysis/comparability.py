@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from altgrad.analysis.runs import Run
 from altgrad.errors import ReportError
+from altgrad.records.run import Run
 from altgrad.report.numbers import listing
 
 IDENTITY = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from altgrad.analysis.outcome import PAST_TENSE, Outcome, label_runs
-from altgrad.analysis.runs import read_run
+from altgrad.records.run import read_run
 from altgrad.report.numbers import count, difference, listing, loss
 
 IGNORED_KEYS = frozenset({"name", "runs_dir", "checkpoint_dir", "trackers", "device", "threads"})

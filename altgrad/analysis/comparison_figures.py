@@ -9,15 +9,15 @@ from markupsafe import Markup
 
 from altgrad.analysis.comparison import baseline_of
 from altgrad.analysis.outcome import PAST_TENSE, Outcome
-from altgrad.analysis.runs import Curve, as_number
-from altgrad.report.axes import Axis
-from altgrad.report.figures import figure, line_figure
-from altgrad.report.glyphs import rug
-from altgrad.report.lines import Mark, Series
+from altgrad.records.run import Curve, as_number
+from altgrad.report.charts.axes import Axis
+from altgrad.report.charts.figures import figure, line_figure
+from altgrad.report.charts.glyphs import rug
+from altgrad.report.charts.lines import Mark, Series
+from altgrad.report.charts.svg import el
+from altgrad.report.charts.thinning import thin
 from altgrad.report.numbers import count, plural
-from altgrad.report.svg import el
 from altgrad.report.theme import BASELINE, Style
-from altgrad.report.thinning import thin
 
 CURVE_POINTS = 240
 MOST_MARKS = 8

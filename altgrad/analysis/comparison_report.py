@@ -15,12 +15,12 @@ from altgrad.analysis.comparability import circumstances, require_comparable
 from altgrad.analysis.comparison import IGNORED_KEYS, baseline_of, headline, split_facts, table_row, twins
 from altgrad.analysis.comparison_figures import gap_figure, loss_figure, rug_figure, stall_figure
 from altgrad.analysis.outcome import Outcome, label_runs
-from altgrad.analysis.runs import read_run
 from altgrad.errors import ReportError
-from altgrad.report.glyphs import bit_strip, line_sample
+from altgrad.records.run import read_run
+from altgrad.report.charts.glyphs import bit_strip, line_sample
+from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, duration, listing, loss, percent, plural
-from altgrad.report.page import render_markdown, render_page
-from altgrad.report.svg import el
+from altgrad.report.pages.page import render_markdown, render_page
 from altgrad.report.tables import Column, Table, TableCell
 from altgrad.report.theme import Style, styles_for
 

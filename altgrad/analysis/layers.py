@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from altgrad.analysis.runs import as_number
+from altgrad.records.run import as_number
 
 STATISTICS = ("stall", "overflow", "underflow", "sqnr_db")
 BUCKETS = 24

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from altgrad.analysis.runs import Metrics, Run, as_number
+from altgrad.records.run import Metrics, Run, as_number
 from altgrad.report.numbers import count, duration, loss, number, percent
 
 PAST_TENSE = {"freeze": "froze", "divergence": "diverged", "nonfinite": "went non-finite"}

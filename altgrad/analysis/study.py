@@ -19,8 +19,8 @@ from altgrad.analysis.comparison import IGNORED_KEYS, flatten, table_row
 from altgrad.analysis.layers import LayerHistory, layer_history
 from altgrad.analysis.outcome import Outcome
 from altgrad.analysis.ranking import Contender
-from altgrad.analysis.runs import Curve, Run, as_number, find_runs, read_run
 from altgrad.errors import ReportError
+from altgrad.records.run import Curve, Run, as_number, find_runs, read_run
 
 CURVE_BUCKETS = 100
 MONITORED_STEPS = 24

@@ -14,14 +14,14 @@ from altgrad.analysis.outcome import PAST_TENSE
 from altgrad.analysis.ranking import Ranked
 from altgrad.analysis.statistics import Estimate, NoiseFloor
 from altgrad.analysis.study import CURVE_BUCKETS, FORMAT, OPTIMIZER, RunSummary, Setting, Study
-from altgrad.report.figures import figure, line_figure
-from altgrad.report.heat import Cell, Ramp, heat_strips, heat_table, ramp_legend
-from altgrad.report.intervals import IntervalRow, interval_chart
-from altgrad.report.lines import Mark, Series
+from altgrad.report.charts.figures import figure, line_figure
+from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table, ramp_legend
+from altgrad.report.charts.intervals import IntervalRow, interval_chart
+from altgrad.report.charts.lines import Mark, Series
+from altgrad.report.charts.svg import el
+from altgrad.report.charts.timeline import TimelineRow, timeline_chart
 from altgrad.report.numbers import count, difference, listing, loss, number, percent, plural
-from altgrad.report.svg import el
 from altgrad.report.theme import Style, styles_for
-from altgrad.report.timeline import TimelineRow, timeline_chart
 
 MOST_CURVES = 12
 MOST_RANKED = 60

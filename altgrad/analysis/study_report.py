@@ -32,7 +32,7 @@ from altgrad.analysis.study_tables import (
 )
 from altgrad.errors import ReportError
 from altgrad.report.numbers import count, difference, listing, number, plural
-from altgrad.report.page import render_markdown, render_page
+from altgrad.report.pages.page import render_markdown, render_page
 
 _AXIS_NAMES = {FORMAT: "format", OPTIMIZER: "optimizer", STORAGE: "weight storage"}
 

@@ -16,9 +16,9 @@ from altgrad.analysis.ranking import Contender, Ranked, certainly_better
 from altgrad.analysis.statistics import Comparison, estimate, holm, paired
 from altgrad.analysis.study import OPTIMIZER, RunSummary, Setting, Study
 from altgrad.analysis.study_figures import interval_words, seeds_short, styles_of
-from altgrad.report.glyphs import bit_strip, line_sample
+from altgrad.report.charts.glyphs import bit_strip, line_sample
+from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, duration, loss, number, percent, plural
-from altgrad.report.svg import el
 from altgrad.report.tables import Column, Table, TableCell
 
 STANDARD_OPTIMIZERS = frozenset({"adamw", "adam", "sgd", "lion", "signsgd"})

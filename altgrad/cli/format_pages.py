@@ -6,10 +6,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from altgrad.quantization.block_formats import BLOCK_FORMATS
-from altgrad.quantization.catalog import FORMAT_REGISTRY, get_format
-from altgrad.quantization.describe import binades, density_chart, equivalent_groups, facts, number
-from altgrad.quantization.formats import FloatFormat
+from altgrad.formats.catalog import BLOCK_FORMATS, get_format
+from altgrad.formats.describe import binades, density_chart, equivalent_groups, facts, number
+from altgrad.formats.scalar import FloatFormat
+from altgrad.formats.scalar_rows import FORMAT_REGISTRY
 
 _SOURCES = list(dict.fromkeys(fmt.source for fmt in FORMAT_REGISTRY.values()))
 

@@ -23,11 +23,11 @@ from rich.table import Table
 
 from altgrad.analysis import write_report
 from altgrad.errors import ConfigError
-from altgrad.training.config import ExperimentConfig
-from altgrad.training.config_loading import dump_config, load_config
+from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
-from altgrad.training.results import ExperimentResult
-from altgrad.training.run_folder import RunPlan
+from altgrad.training.run.folder import RunPlan
+from altgrad.training.run.results import ExperimentResult
 from altgrad.training.trainer import StepRecord
 
 INTERRUPTED = 128  # plus the signal's number, as shells have it
@@ -129,7 +129,7 @@ def compare(arguments: Sequence[str], device: str | None) -> list[ExperimentResu
 
 def demo(runs_dir: str, steps: int | None, device: str) -> list[ExperimentResult]:
     """`altgrad demo`: the baseline and five formats, the table, and the report."""
-    from altgrad.training.demo import demo_configs
+    from altgrad.training.run.demo import demo_configs
 
     console = _console()
     configs = demo_configs(runs_dir, steps, device)
@@ -182,7 +182,7 @@ def _run_all(
 
 
 def _print_plan(console: Console, config: ExperimentConfig) -> None:
-    from altgrad.training.run_folder import plan_run
+    from altgrad.training.run.folder import plan_run
     from altgrad.training.trainer import Trainer
 
     plan = plan_run(config)

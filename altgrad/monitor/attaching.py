@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from altgrad.monitor.monitor import Monitor
+
+class StepWatcher(Protocol):
+    """Who is told of an optimizer's steps."""
+
+    def before_update(self, *, closure: bool) -> None:
+        """An optimizer is about to step; `closure` says that it will evaluate one."""
+
+    def after_update(self) -> None:
+        """The optimizer has stepped, grid storage included."""
 
 
-def watch_steps(monitor: Monitor, optimizer: Optimizer) -> list[Any]:
-    """Call the monitor before and after every step of the optimizer; the handles of the hooks.
+def watch_steps(watcher: StepWatcher, optimizer: Optimizer) -> list[Any]:
+    """Call the watcher before and after every step of the optimizer; the handles of the hooks.
 
     The hook behind the step is one for all optimizers, since these run after an optimizer's own: grid storage has then
-    rounded, whoever was attached first. Neither hook keeps the monitor alive; the last goes with it.
+    rounded, whoever was attached first. Neither hook keeps the watcher alive; the last goes with it.
     """
-    me, watched = weakref.ref(monitor), weakref.ref(optimizer)
+    me, watched = weakref.ref(watcher), weakref.ref(optimizer)
 
     def before(_: Optimizer, args: tuple, kwargs: dict) -> None:
         if (alive := me()) is not None:
-            alive._before_update(closure=bool(args) or kwargs.get("closure") is not None)
+            alive.before_update(closure=bool(args) or kwargs.get("closure") is not None)
 
     def after(stepped: Optimizer, *_: Any) -> None:
         if stepped is watched() and (alive := me()) is not None:
-            alive._after_update()
+            alive.after_update()
 
     handles = [optimizer.register_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-    weakref.finalize(monitor, handles[1].remove)
+    weakref.finalize(watcher, handles[1].remove)
     return handles
 
 

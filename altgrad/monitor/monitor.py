@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from altgrad.diagnostics.update import FIELD, NEAR_ZERO, UPDATE_FIELDS, measure_update, predict_stall
 from altgrad.errors import FormatError, OptionError
+from altgrad.formats.rounding import Rounding
+from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.attaching import layer_name, plain_name, watch_steps
 from altgrad.monitor.rank import RankLimits, effective_rank, singular_values, stable_rank
 from altgrad.monitor.records import Record, Watched, operand_records, update_records
@@ -20,9 +23,6 @@ from altgrad.monitor.schedule import FUSED, Schedule, make_schedule
 from altgrad.monitor.shadow import watch_layers
 from altgrad.monitor.summary import summary_table
 from altgrad.quantization import FP32, QuantStats, amax_scale, get_format
-from altgrad.quantization.diagnostics import FIELD, NEAR_ZERO, UPDATE_FIELDS, measure_update, predict_stall
-from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.rounding import Rounding
 
 Sink = Callable[[list[Record]], None]
 
@@ -256,7 +256,7 @@ class Monitor:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _attach(self, optimizer: Optimizer | None) -> None:
-        from altgrad.nn.layers import is_quantized
+        from altgrad.nn.layer.classes import is_quantized
         from altgrad.nn.session import sessions_of
 
         self._quantized = any(is_quantized(module) for module in self._model.modules())
@@ -304,7 +304,7 @@ class Monitor:
         return cached
 
     @torch.no_grad()
-    def _before_update(self, *, closure: bool = False) -> None:
+    def before_update(self, *, closure: bool = False) -> None:
         """Copy the parameters that a step may change; which those are, a closure's gradients will tell."""
         if self._paused or not self._fused:
             return
@@ -320,7 +320,7 @@ class Monitor:
         self._copied = wanted
 
     @torch.no_grad()
-    def _after_update(self) -> None:
+    def after_update(self) -> None:
         if not self._paused and self._fused:
             seen = {entry.key for entry in self._measured}
             for key in getattr(self, "_copied", ()):

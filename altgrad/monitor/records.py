@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from altgrad.quantization.diagnostics import FIELD
+from altgrad.diagnostics.update import FIELD
 
 Record = dict[str, Any]
 

@@ -17,7 +17,7 @@ def reference_gradients(
         backward: runs forward and backward on this step's batch, adding to `.grad`; it must not step the optimizer.
     """
     from altgrad.nn import full_precision
-    from altgrad.nn.layers import is_quantized
+    from altgrad.nn.layer.classes import is_quantized
 
     parameters = list(parameters)
     kept = [p.grad for p in parameters]

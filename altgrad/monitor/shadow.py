@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from altgrad.diagnostics.update import carrier_format
+from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization import QuantStats, amax_scale, quantize_with_stats
-from altgrad.quantization.diagnostics import carrier_format
-from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.stats import FIELDS
 
 Publish = Callable[[str, str, QuantStats, Tensor | float, FloatFormat], None]
@@ -44,7 +44,7 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _is_product(module: nn.Module) -> bool:
-    from altgrad.nn.registry import kind_of
+    from altgrad.nn.layer.registry import kind_of
 
     kind = kind_of(type(module))
     return kind is not None and kind.kind in ("linear", "conv")

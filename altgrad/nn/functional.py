@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import RandomKeyError, RecipeError
-from altgrad.nn.layer_state import LINEAR_REDUCED, LayerState
-from altgrad.nn.linear import linear_forward, output_dtype
-from altgrad.nn.products import product, ready_and_saved, restored, stash, unstash
-from altgrad.nn.recipe import LayerRecipe
-from altgrad.nn.scaling_choice import DelayedScaling
+from altgrad.formats.rounding import Rounding
+from altgrad.nn.layer.linear import linear_forward, output_dtype
+from altgrad.nn.layer.products import product, ready_and_saved, restored, stash, unstash
+from altgrad.nn.layer.state import LINEAR_REDUCED, LayerState
+from altgrad.nn.recipe.layer_recipe import layer_recipe
+from altgrad.nn.recipe.scaling_choice import DelayedScaling
+from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import Session
-from altgrad.nn.uniform import layer_recipe
-from altgrad.quantization.rounding import Rounding
 
 MATMUL_REDUCED = {  # a [..., m, k] is the input, b [..., k, n] the weight, dy [..., m, n]
     ("forward", "input"): -1,

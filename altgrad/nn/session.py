@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
-from altgrad.quantization.kernels.counter_rng import MASK64, splitmix64
 from altgrad.quantization.observer import Observer
+from altgrad.randomness.counter import MASK64, splitmix64
 
 if TYPE_CHECKING:
-    from altgrad.nn.operand import Operand
-    from altgrad.nn.recipe import Recipe
+    from altgrad.nn.recipe.recipe import Recipe
 
 STATE = "_altgrad"  # attribute of a quantized module that holds its LayerState
 
@@ -45,6 +44,16 @@ def _rank() -> int:
     )
 
 
+class Stepped(Protocol):
+    """What has random keys or a scale history, and so lives by the clock."""
+
+    def renew_key(self) -> None:
+        """Set the random key of the session's present step."""
+
+    def roll(self) -> None:
+        """Close a step: what the step saw enters the history."""
+
+
 class Session:
     """Clock, seed, observer and the operands with state of one `quantize_model` call."""
 
@@ -60,7 +69,7 @@ class Session:
         self.lead_optimizer: Callable[[], object] | None = (
             None  # weak reference to the optimizer that advances the clock
         )
-        self.operands: list[Operand] = []  # those with random keys or scale histories
+        self.operands: list[Stepped] = []  # those with random keys or scale histories
 
     def __getstate__(self) -> dict:
         # A copy of the model is neither observed nor part of the process group.

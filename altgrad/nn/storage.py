@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from altgrad.nn.recipe import StorageSpec
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.nn.recipe.spec import StorageSpec
 from altgrad.nn.session import Session, stream_base
 from altgrad.quantization import amax, code_index, ops, scale_from_amax
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid
-from altgrad.quantization.rounding import Overflow, Rounding
 
 COUNTS = ("attempted", "flips", "stalled", "overflow", "regridded")
 

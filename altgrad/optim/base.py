@@ -22,10 +22,10 @@ from altgrad.optim.adam_math import adam_attempt
 from altgrad.optim.grid import scalar_format
 from altgrad.optim.kernels import fused
 from altgrad.optim.moments import MOMENT_ROUNDINGS, moment_formats
-from altgrad.optim.streams import step_key
 from altgrad.quantization import FORMAT_REGISTRY, amax_scale, quantize
 from altgrad.quantization.checks import FLOAT_DTYPES
 from altgrad.quantization.parameter_grid import ParameterGrid, declared_grid
+from altgrad.randomness.streams import step_key
 
 ROUNDINGS = (None, "nearest_even", "stochastic")
 COUNT_NAMES = ("attempted", "flips", "stalled", "sign_flips", "clipped", "saturated")

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import OptionError
+from altgrad.formats.rounding import Rounding
 from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.grid import position, spacing, value_at
 from altgrad.optim.kernels import fused
-from altgrad.optim.streams import step_key
 from altgrad.quantization import quantize
 from altgrad.quantization.checks import check_key
-from altgrad.quantization.kernels.counter_rng import random_bits as draw_bits
-from altgrad.quantization.rounding import Rounding
+from altgrad.randomness.counter import random_bits as draw_bits
+from altgrad.randomness.streams import step_key
 
 RANDOM_BITS = 32
 

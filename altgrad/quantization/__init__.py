@@ -1,18 +1,10 @@
 """Numerics: number formats and functions of (tensor, format); no modules, no training, no files."""
 
-from altgrad.quantization.advanced_diagnostics import (
-    compute_stiffness_field,
-    compute_ulp_distance,
-    gradient_stiffness_correlation,
-    grid_alignment_error,
-    grid_alignment_statistics,
-    grid_index,
-    grid_spacing,
-    ulp_statistics,
-)
-from altgrad.quantization.block_formats import BLOCK_FORMATS, BlockFormat, ScaleRule, block_format
-from altgrad.quantization.blocks import QuantizedTensor, block_scales
-from altgrad.quantization.catalog import (
+from altgrad.formats.block import BlockFormat, ScaleRule
+from altgrad.formats.catalog import BLOCK_FORMATS, block_format, get_format
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import FloatFormat, FP8Format, Specials
+from altgrad.formats.scalar_rows import (
     BF16,
     E0M7,
     E1M6,
@@ -26,10 +18,19 @@ from altgrad.quantization.catalog import (
     FP16,
     FP32,
     TF32,
-    get_format,
 )
+from altgrad.quantization.advanced_diagnostics import (
+    compute_stiffness_field,
+    compute_ulp_distance,
+    gradient_stiffness_correlation,
+    grid_alignment_error,
+    grid_alignment_statistics,
+    grid_index,
+    grid_spacing,
+    ulp_statistics,
+)
+from altgrad.quantization.blocks import QuantizedTensor, block_scales
 from altgrad.quantization.codec import code_index, from_code_index
-from altgrad.quantization.formats import FloatFormat, FP8Format, Specials
 from altgrad.quantization.observer import Observer
 from altgrad.quantization.ops import (
     decode,
@@ -39,7 +40,6 @@ from altgrad.quantization.ops import (
     quantize,
     quantize_with_stats,
 )
-from altgrad.quantization.rounding import Overflow, Rounding
 from altgrad.quantization.scaling import (
     CurrentScaling,
     DelayedScaling,

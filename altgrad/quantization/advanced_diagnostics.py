@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import DtypeError, FormatError, OptionError
-from altgrad.quantization.catalog import E0M7, get_format
+from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import Overflow
+from altgrad.formats.scalar import FloatFormat
+from altgrad.formats.scalar_rows import E0M7
 from altgrad.quantization.checks import FLOAT_DTYPES
-from altgrad.quantization.formats import FloatFormat
 from altgrad.quantization.ops import encode, quantize
-from altgrad.quantization.rounding import Overflow
 
 
 def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | FloatFormat | str) -> Tensor:

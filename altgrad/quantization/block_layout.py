@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from altgrad.errors import BlockError
-from altgrad.quantization.block_formats import BlockFormat
+from altgrad.formats.block import BlockFormat
 
 
 class BlockLayout(NamedTuple):

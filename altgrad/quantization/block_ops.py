@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import KernelError, OptionError
-from altgrad.quantization.block_formats import BlockFormat, block_format_from_spec
+from altgrad.formats.block import BlockFormat, block_format_from_spec
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import float32_arithmetic_suffices
 from altgrad.quantization.block_layout import block_layout
 from altgrad.quantization.checks import traced
 from altgrad.quantization.codec import code_dtype
-from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.kernels import eager_blocks
 from altgrad.quantization.kernels.block_result import BlockResult
-from altgrad.quantization.kernels.grid_facts import float32_arithmetic_suffices
-from altgrad.quantization.rounding import Overflow, Rounding
+from altgrad.quantization.kernels.eager import blocks as eager_blocks
 
 KERNELS = ("eager", "cpu", "cuda")
 
@@ -66,11 +66,11 @@ def _grids(fmt: BlockFormat) -> list[FloatFormat]:
 def _implementation(kernel: str):
     """The module of a kernel; Numba and Triton are imported here, on first use."""
     if kernel == "cpu":
-        from altgrad.quantization.kernels import cpu_blocks
+        from altgrad.quantization.kernels.cpu import blocks as cpu_blocks
 
         return cpu_blocks
     if kernel == "cuda":
-        from altgrad.quantization.kernels import cuda_blocks
+        from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
 
         return cuda_blocks
     return eager_blocks

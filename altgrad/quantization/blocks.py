@@ -1,6 +1,6 @@
 """Quantization with block formats: the calls of `ops` for formats whose scale is shared by a block of elements.
 
-    X_b = scale of block b from its amax (`block_formats` has the rules);   v_i = X_b * round_to_grid(x_i / X_b)
+    X_b = scale of block b from its amax (`formats.block` has the rules);   v_i = X_b * round_to_grid(x_i / X_b)
 
 Everything is computed in float32 (float64 tensors: in float64) and rounded once to the tensor's own dtype.
 
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import BlockError, CodeError, DtypeError, ScaleError
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import Overflow, Rounding, as_option
 from altgrad.quantization import block_ops
-from altgrad.quantization.block_formats import BlockFormat
 from altgrad.quantization.block_layout import block_layout
-from altgrad.quantization.catalog import get_format
 from altgrad.quantization.checks import check_encodable, check_key, check_scale
 from altgrad.quantization.codec import check_codes
-from altgrad.quantization.kernels import eager_blocks
-from altgrad.quantization.rounding import Overflow, Rounding, as_option
+from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.scaling import amax
 from altgrad.quantization.stats import QuantStats
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import CodeError, DtypeError, RandomKeyError, ScaleError
-from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.kernels.result import INF_PROBLEM
-from altgrad.quantization.rounding import Overflow, Rounding
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import INF_PROBLEM
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NARROW = {torch.bfloat16: (7, -126, 127), torch.float16: (10, -14, 15)}  # mantissa bits, emin, emax

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import CodeError
-from altgrad.quantization.formats import FloatFormat, Specials
+from altgrad.formats.scalar import FloatFormat, Specials
 
 
 def code_dtype(fmt: FloatFormat) -> torch.dtype:

@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
-from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.rounding import Rounding
+from altgrad.formats.rounding import Rounding
+from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.stats import QuantStats
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import format_from_spec
 from altgrad.quantization.checks import check_problems
 from altgrad.quantization.codec import code_dtype
-from altgrad.quantization.formats import format_from_spec
-from altgrad.quantization.kernels import dispatch
-from altgrad.quantization.kernels.result import Outputs
-from altgrad.quantization.rounding import Overflow, Rounding
+from altgrad.quantization.kernels import choose as dispatch
+from altgrad.quantization.quantized import Outputs
 from altgrad.quantization.stats import FIELDS
 
 _ARGUMENTS = (

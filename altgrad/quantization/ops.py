@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import DtypeError, FormatError
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import Overflow, Rounding, as_option
+from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization import blocks, operators
-from altgrad.quantization.block_formats import BlockFormat
 from altgrad.quantization.blocks import QuantizedTensor
-from altgrad.quantization.catalog import get_format
 from altgrad.quantization.checks import (
     check_dtype,
     check_encodable,
@@ -28,10 +30,8 @@ from altgrad.quantization.checks import (
     traced,
 )
 from altgrad.quantization.codec import check_codes
-from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.kernels.dispatch import kernel_name, load
-from altgrad.quantization.kernels.result import Outputs
-from altgrad.quantization.rounding import Overflow, Rounding, as_option
+from altgrad.quantization.kernels.choose import kernel_name, load
+from altgrad.quantization.quantized import Outputs
 from altgrad.quantization.stats import QuantStats
 
 
@@ -165,7 +165,7 @@ def quantize(
         x: float32, float64, bfloat16 or float16 tensor of any shape and layout.
         fmt: a format or its name.
         scale: positive number, or tensor that broadcasts to x (per tensor, per channel, any other).
-        rounding: mode (`altgrad.quantization.rounding.Rounding`).
+        rounding: mode (`altgrad.formats.rounding.Rounding`).
         overflow: policy for results beyond the format's max (`Overflow`).
         key: (seed, stream) of stochastic rounding; two integers, or an int64 tensor of shape [2].
         random_bits: stochastic rounding rounds away from zero iff floor(frac * 2^R) + r >= 2^R, r of R bits.

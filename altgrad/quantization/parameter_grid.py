@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from altgrad.quantization.formats import FloatFormat
+from altgrad.formats.scalar import FloatFormat
 
 _ATTRIBUTE = "_altgrad_grid"
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import OptionError, ScaleError
+from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.checks import traced
-from altgrad.quantization.formats import FloatFormat
-from altgrad.quantization.kernels.dispatch import load
+from altgrad.quantization.kernels.choose import load
 
 
 def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:

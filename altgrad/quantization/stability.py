@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import OptionError
-from altgrad.quantization.catalog import E5M2, get_format
-from altgrad.quantization.formats import FloatFormat
+from altgrad.formats.catalog import get_format
+from altgrad.formats.scalar import FloatFormat
+from altgrad.formats.scalar_rows import E5M2
 
 BASELINE_MAX = E5M2.max  # 57344: the range at which `base_clip` is the clip threshold itself
 

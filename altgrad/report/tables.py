@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from altgrad.report.svg import el
+from altgrad.report.charts.svg import el
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from altgrad.errors import SweepError
 from altgrad.sweep.job import METRICS, TIMES, Job, finished_result, read_json
 from altgrad.sweep.plan import PlannedRun
 from altgrad.sweep.worker import execute
-from altgrad.training.config import ExperimentConfig
-from altgrad.training.config_loading import dump_config
+from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.loading import dump_config
 
 CALIBRATION_STEPS = 16
 _WARM = 4  # steps before the first that is timed: kernels are compiled in them

@@ -33,8 +33,8 @@ from yaml import YAMLError
 
 from altgrad.errors import ConfigError, SweepError
 from altgrad.sweep.keys import OPEN, changed, dotted, grid, listed, matches, plain, variant_name
-from altgrad.training.config import NOT_IDENTITY, ExperimentConfig
-from altgrad.training.config_loading import key_paths, load_config, nearest_key
+from altgrad.training.config.experiment import NOT_IDENTITY, ExperimentConfig
+from altgrad.training.config.loading import key_paths, load_config, nearest_key
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 from altgrad.errors import SweepError
 from altgrad.sweep.job import Job, State, state_of
 from altgrad.sweep.matrix import Matrix
-from altgrad.training.config import ExperimentConfig
-from altgrad.training.config_loading import dump_config
+from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.loading import dump_config
 from altgrad.training.data import Corpus, load_corpus
-from altgrad.training.run_folder import plan_run
-from altgrad.training.run_lock import is_locked
+from altgrad.training.run.folder import plan_run
+from altgrad.training.run.lock import is_locked
 
 
 @dataclass(frozen=True)

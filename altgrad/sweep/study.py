@@ -18,7 +18,7 @@ from altgrad.sweep.local import LocalExecutor, available_cores, cuda_devices, th
 from altgrad.sweep.matrix import read_matrix
 from altgrad.sweep.plan import Plan, PlannedRun, make_plan
 from altgrad.sweep.progress import SweepProgress, duration
-from altgrad.training.config import ExperimentConfig
+from altgrad.training.config.experiment import ExperimentConfig
 
 EXECUTORS = ("local", "ray")
 _SHOWN = 40  # variants listed one by one in a dry run

@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from altgrad.records.files import write_json, write_text
 from altgrad.sweep.job import CONFIG, FAILURE, LOG, TIMES, Job, Outcome, finished_result, position, read_json
-from altgrad.training.files import write_json, write_text
-from altgrad.training.run_lock import RunLock
+from altgrad.training.run.lock import RunLock
 
 USAGE = 2  # the exit code of a person's mistake: the same command would make it again
 _LOG_TAIL_LINES = 15

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import DataError
-from altgrad.training.config import DataSection
+from altgrad.training.config.experiment import DataSection
 
 BYTES = 256
 _HASHED_WHOLE = 1 << 30  # larger token files are fingerprinted by size, head and 64 spread blocks

@@ -22,7 +22,11 @@ from torch import nn
 from altgrad.errors import CheckpointError
 from altgrad.optim import state_bytes
 from altgrad.quantization import NUMERICS_VERSION
-from altgrad.training.checkpoint import (
+from altgrad.records.files import remove_leftovers, write_json, write_text
+from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.loading import dump_config, load_config
+from altgrad.training.data import Corpus
+from altgrad.training.run.checkpoint import (
     checkpoints,
     claim_directory,
     load_checkpoint,
@@ -30,19 +34,15 @@ from altgrad.training.checkpoint import (
     prune,
     save_checkpoint,
 )
-from altgrad.training.config import ExperimentConfig
-from altgrad.training.config_loading import dump_config, load_config
-from altgrad.training.data import Corpus
-from altgrad.training.distributed import Ranks
-from altgrad.training.files import remove_leftovers, write_json, write_text
-from altgrad.training.formats_of_run import all_finite
-from altgrad.training.interrupts import StopRequest
-from altgrad.training.results import RESULT, ExperimentResult, Tally
-from altgrad.training.run_folder import MetricsLog, RunPlan, environment, plan_run, truncate_metrics
-from altgrad.training.run_lock import RunLock
-from altgrad.training.state_tree import tensors_of, to_device
-from altgrad.training.stepping import usable_device
-from altgrad.training.trackers import Trackers, make_trackers
+from altgrad.training.run.folder import MetricsLog, RunPlan, environment, plan_run, truncate_metrics
+from altgrad.training.run.interrupts import StopRequest
+from altgrad.training.run.lock import RunLock
+from altgrad.training.run.results import RESULT, ExperimentResult, Tally
+from altgrad.training.run.trackers import Trackers, make_trackers
+from altgrad.training.step.distributed import Ranks
+from altgrad.training.step.formats_of_run import all_finite
+from altgrad.training.step.state_tree import tensors_of, to_device
+from altgrad.training.step.stepping import usable_device
 from altgrad.training.trainer import LossFunction, StepRecord, Trainer, next_token_loss
 
 
@@ -308,7 +308,7 @@ class FormatExperimentRunner:
 
     def _report_failure(self, result: ExperimentResult, state: dict[str, Any]) -> Path:
         """Keep the last good state and the collapsed one, and write the report on both."""
-        from altgrad.training.failure_report import diagnose_collapse, write_failure_report
+        from altgrad.training.run.failure_report import diagnose_collapse, write_failure_report
 
         assert self.trainer is not None
         assert result.verdict is not None

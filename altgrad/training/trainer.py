@@ -24,16 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from altgrad.training.config import ExperimentConfig
+from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.data import Corpus, resolve_corpus
-from altgrad.training.distributed import Ranks
-from altgrad.training.formats_of_run import FormatsOfRun, StorageFigures, all_finite
-from altgrad.training.interventions import Interventions
-from altgrad.training.measuring import Measuring
 from altgrad.training.model import GPT, GPTConfig
-from altgrad.training.optimizers import build_optimizer, lr_at
-from altgrad.training.state_tree import load_model_state, load_optimizer_state, model_state, optimizer_state
-from altgrad.training.stepping import (
+from altgrad.training.step.distributed import Ranks
+from altgrad.training.step.formats_of_run import FormatsOfRun, StorageFigures, all_finite
+from altgrad.training.step.interventions import Interventions
+from altgrad.training.step.judge import Judge, StepFacts, Verdict
+from altgrad.training.step.measuring import Measuring
+from altgrad.training.step.optimizers import build_optimizer, lr_at
+from altgrad.training.step.state_tree import load_model_state, load_optimizer_state, model_state, optimizer_state
+from altgrad.training.step.stepping import (
     clip_to,
     deterministic,
     gradient_norm,
@@ -44,7 +45,6 @@ from altgrad.training.stepping import (
     usable_device,
     wide_norm,
 )
-from altgrad.training.verdict import Judge, StepFacts, Verdict
 
 LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 

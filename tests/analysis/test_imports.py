@@ -8,7 +8,7 @@ from tests.run_folders import make_run
 PROGRAM = """
 import sys
 from altgrad.analysis import write_report
-import altgrad.report.failure
+import altgrad.report.pages.failure
 write_report([sys.argv[1]], sys.argv[2])
 bad = ("torch", "numba", "scipy", "pandas", "pyarrow", "altgrad.cli", "altgrad.sweep", "altgrad.training", "altgrad.monitor", "altgrad.nn",
        "altgrad.optim", "altgrad.quantization")

@@ -3,7 +3,7 @@
 import pytest
 
 from altgrad.analysis import write_report, write_study
-from altgrad.report.failure import render_failure
+from altgrad.report.pages.failure import render_failure
 from tests.browser import browser
 from tests.report.failure_samples import frozen_run
 from tests.run_folders import demo_runs, make_run

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from altgrad.analysis.runs import Curve, as_number, find_runs, read_run
 from altgrad.errors import ReportError
+from altgrad.records.run import Curve, as_number, find_runs, read_run
 from tests.run_folders import make_run
 
 

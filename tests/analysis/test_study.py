@@ -10,12 +10,12 @@ import pytest
 
 from altgrad.analysis import is_study, write_study
 from altgrad.analysis.layers import BUCKETS, layer_history, layer_type, mean_history, nan_mean, worst_loss
-from altgrad.analysis.runs import Curve
 from altgrad.analysis.study import bucket_means, load_study
 from altgrad.analysis.study_figures import aligned_validation, seeds_short, seeds_text
 from altgrad.analysis.study_report import rank_study, study_headline
 from altgrad.analysis.study_tables import optimizer_table, sweet_spot_table
 from altgrad.errors import ReportError
+from altgrad.records.run import Curve
 from tests.run_folders import EXCESS, make_run
 
 SEEDS = range(4)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from altgrad.cli import app
 from altgrad.cli.run_pages import exit_code
-from altgrad.training.results import ExperimentResult
+from altgrad.training.run.results import ExperimentResult
 from tests.training.tiny import TINY, losses
 
 E3M4 = Path(__file__).parents[2] / "experiments" / "configs" / "e3m4_uniform.yaml"
@@ -79,7 +79,7 @@ def test_compare_runs_all_and_reports_once(config, tmp_path):
 
 
 def test_the_demo_trains_six_formats(tmp_path, monkeypatch):
-    from altgrad.training import demo
+    from altgrad.training.run import demo
 
     monkeypatch.setitem(demo.DEMO_SIZE, "model", {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 16})
     monkeypatch.setitem(demo.DEMO_SIZE, "data", {"batch_size": 2, "max_bytes": 20_000})

@@ -395,7 +395,7 @@ def test_nothing_waits_for_the_device_between_flushes(monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *a, _o=original, _n=name, **k: (waits.append(_n), _o(self, *a, **k))[1]
         )
-    monitor._before_update()
+    monitor.before_update()
     monitor._measure_skipped()
     monitor._close_step()
     assert monitor._pending

@@ -7,15 +7,7 @@ import torch
 from torch import nn
 
 from altgrad.errors import AltGradError, RecipeError
-from altgrad.nn import (
-    Override,
-    Recipe,
-    layer_recipe,
-    quantize_model,
-    register_layer,
-    restore_model,
-    uniform,
-)
+from altgrad.nn import Override, Recipe, layer_recipe, quantize_model, register_layer, restore_model, uniform
 from altgrad.quantization import amax_scale, get_format, quantize
 from altgrad.quantization.parameter_grid import declared_grid
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad.nn.gemm import (
+from altgrad.nn.layer.gemm import (
     Route,
     choose_route,
     matmul_precision,

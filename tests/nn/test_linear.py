@@ -197,7 +197,7 @@ def test_layer_recipe_is_a_whole_recipe():
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_scale_found_on_the_host_is_that_of_the_tensor(power_of_two):
-    from altgrad.nn.operand import host_scale
+    from altgrad.nn.layer.operand import host_scale
     from altgrad.quantization import FORMAT_REGISTRY, scale_from_amax
 
     generator = np.random.default_rng(0)

@@ -4,7 +4,6 @@ import pytest
 
 from altgrad.errors import AltGradError, RecipeError
 from altgrad.nn import GemmRecipe, LayerRecipe, OperandSpec, Override, Recipe, StorageSpec, layer_recipe, uniform
-from altgrad.nn.recipe_config import recipe_from_yaml
 from altgrad.quantization import E3M4, CurrentScaling, DelayedScaling, StaticScaling
 
 RICH = uniform(
@@ -52,7 +51,7 @@ def test_short_yaml_form():
       - {name: lm_head, recipe: null}
       - {type: Conv2d, recipe: E3M4}
     """
-    recipe = recipe_from_yaml(text)
+    recipe = Recipe.from_yaml(text)
     assert recipe.default == layer_recipe(
         "E4M3", grad="E5M2", storage=StorageSpec("E4M3", "stochastic", refresh_every=100)
     )

@@ -7,9 +7,9 @@ import torch
 from altgrad.errors import FormatError
 from altgrad.optim import position, spacing, value_at
 from altgrad.optim.grid import scalar_format, scale_as_rows
-from altgrad.optim.streams import PURPOSES, step_key
 from altgrad.quantization import FORMAT_REGISTRY, get_format
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, declared_grid
+from altgrad.randomness.streams import PURPOSES, step_key
 
 SMALL = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.signed and f.has_zero]
 SMALL += [get_format("E4M3").without_subnormals(), get_format("E2M1").without_subnormals()]

@@ -8,10 +8,10 @@ from torch.nn import Parameter
 from altgrad.errors import FormatError, OptionError
 from altgrad.optim import GridOptim, LNSMadam, position
 from altgrad.optim import grid_optim as module
-from altgrad.optim.streams import step_key
 from altgrad.quantization import get_format, quantize
-from altgrad.quantization.kernels.counter_rng import random_bits
 from altgrad.quantization.parameter_grid import ParameterGrid
+from altgrad.randomness.counter import random_bits
+from altgrad.randomness.streams import step_key
 
 FORMATS = ["E4M3", "E5M2", "E3M4", "E0M7", "E6M1", "E7M0"]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from altgrad.formats.describe import density_chart, equivalent_groups, facts, number
 from altgrad.quantization import FORMAT_REGISTRY, get_format
-from altgrad.quantization.describe import density_chart, equivalent_groups, facts, number
 
 
 def test_e0m7_and_e1m6_are_found_to_be_one_grid():

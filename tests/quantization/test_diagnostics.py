@@ -5,6 +5,15 @@ import math
 import pytest
 import torch
 
+from altgrad.diagnostics.kernels import cpu as diagnose_cpu
+from altgrad.diagnostics.update import (
+    UPDATE_FIELDS,
+    UpdateMeasurement,
+    bin_edges,
+    measure_update,
+    predict_stall,
+    stall_chances,
+)
 from altgrad.errors import KernelError, OptionError
 from altgrad.quantization import (
     FORMAT_REGISTRY,
@@ -14,15 +23,6 @@ from altgrad.quantization import (
     quantize,
     ulp_statistics,
 )
-from altgrad.quantization.diagnostics import (
-    UPDATE_FIELDS,
-    UpdateMeasurement,
-    bin_edges,
-    measure_update,
-    predict_stall,
-    stall_chances,
-)
-from altgrad.quantization.kernels import diagnose_cpu
 
 CPU_FORMATS = [f for f in FORMAT_REGISTRY.values() if diagnose_cpu.supports(f, 1.0, None, None, None, None)]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from altgrad.errors import FormatError
+from altgrad.formats.scalar import format_from_spec
 from altgrad.quantization import FORMAT_REGISTRY, FloatFormat, FP8Format, Specials, get_format
 from altgrad.quantization.codec import value_table
-from altgrad.quantization.formats import format_from_spec
 
 CATALOG = list(FORMAT_REGISTRY.values())
 LISTED = [fmt for fmt in CATALOG if fmt.magnitude_bits <= 16]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from altgrad.report.failure import (
+from altgrad.report.pages.failure import (
     FailureData,
     GradientFacts,
     Intervention,

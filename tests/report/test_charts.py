@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altgrad.report.axes import Axis, axis_over
-from altgrad.report.glyphs import bit_strip, rug, sparkline
-from altgrad.report.heat import Cell, Ramp, heat_strips, heat_table
-from altgrad.report.intervals import IntervalRow, interval_chart
-from altgrad.report.lines import Mark, Series, line_chart, spread_apart
-from altgrad.report.svg import band_data, dots_data, el, path_data, script_json
+from altgrad.report.charts.axes import Axis, axis_over
+from altgrad.report.charts.glyphs import bit_strip, rug, sparkline
+from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table
+from altgrad.report.charts.intervals import IntervalRow, interval_chart
+from altgrad.report.charts.lines import Mark, Series, line_chart, spread_apart
+from altgrad.report.charts.svg import band_data, dots_data, el, path_data, script_json
+from altgrad.report.charts.thinning import thin
 from altgrad.report.theme import BASELINE, Style
-from altgrad.report.thinning import thin
 
 STEPS = np.arange(1.0, 11.0)
 STYLE = Style(3)

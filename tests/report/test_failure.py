@@ -5,7 +5,15 @@ import re
 import numpy as np
 import pytest
 
-from altgrad.report.failure import FailureData, Intervention, RunFacts, VerdictFacts, bars, headline, render_failure
+from altgrad.report.pages.failure import (
+    FailureData,
+    Intervention,
+    RunFacts,
+    VerdictFacts,
+    bars,
+    headline,
+    render_failure,
+)
 from tests.report.failure_samples import all_nan_run, frozen_run, nothing_measured
 
 

@@ -17,7 +17,7 @@ import pytest
 from altgrad.errors import SweepError
 from altgrad.sweep.cluster import RayExecutor, _make_run, _unpack
 from altgrad.sweep.job import Outcome, position
-from altgrad.training.run_lock import is_locked
+from altgrad.training.run.lock import is_locked
 from tests.sweep.fakes import fake_job, wait_until
 
 os.environ |= {  # before Ray is imported

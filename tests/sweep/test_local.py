@@ -16,7 +16,7 @@ import pytest
 from altgrad.errors import SweepError
 from altgrad.sweep.job import State, position, state_of
 from altgrad.sweep.local import LocalExecutor, threads_per_run
-from altgrad.training.run_lock import RunLock, is_locked
+from altgrad.training.run.lock import RunLock, is_locked
 from tests.sweep.fakes import fake_job, wait_until
 
 

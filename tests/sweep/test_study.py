@@ -21,9 +21,9 @@ from altgrad.sweep.estimate import Estimate, calibrate, estimate_run, measure_fi
 from altgrad.sweep.job import State, position
 from altgrad.sweep.plan import PlannedRun
 from altgrad.sweep.progress import SweepProgress, duration
-from altgrad.training.config_loading import dump_config, load_config
-from altgrad.training.run_folder import plan_run
-from altgrad.training.run_lock import RunLock
+from altgrad.training.config.loading import dump_config, load_config
+from altgrad.training.run.folder import plan_run
+from altgrad.training.run.lock import RunLock
 from tests.sweep.fakes import FAKE_RUN, wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from altgrad.errors import CheckpointError
-from altgrad.training.checkpoint import (
+from altgrad.records.files import ASIDE
+from altgrad.training.run.checkpoint import (
     checkpoints,
     claim_directory,
     load_checkpoint,
@@ -15,7 +16,6 @@ from altgrad.training.checkpoint import (
     prune,
     save_checkpoint,
 )
-from altgrad.training.files import ASIDE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool]
 

@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from altgrad.errors import ConfigError
-from altgrad.training.config import ADDED_LATER, NOT_IDENTITY, ExperimentConfig, experiment_hash
-from altgrad.training.config_loading import dump_config, key_paths, load_config, nearest_key
+from altgrad.training.config.experiment import ADDED_LATER, NOT_IDENTITY, ExperimentConfig, experiment_hash
+from altgrad.training.config.loading import dump_config, key_paths, load_config, nearest_key
 
 
 def test_defaults_are_valid_and_survive_yaml(tmp_path):
@@ -42,7 +42,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(override, expected):
 
 
 def test_the_short_keys_become_the_recipe():
-    from altgrad.training.formats_of_run import recipe_of
+    from altgrad.training.step.formats_of_run import recipe_of
 
     keys = ["fp8_format=E3M4", "gradient_format=e5m2", "overflow=native", "scaling=none", "weight_storage=grid"]
     config = load_config(None, [*keys, "storage_rounding=stochastic"])

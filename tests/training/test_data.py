@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from altgrad.errors import DataError
-from altgrad.training.config import DataSection
+from altgrad.training.config.experiment import DataSection
 from altgrad.training.data import Corpus, corpus_from_bytes, load_corpus
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from altgrad.errors import DistributedError
-from altgrad.training.config_loading import load_config
-from altgrad.training.distributed import Ranks
+from altgrad.training.config.loading import load_config
+from altgrad.training.step.distributed import Ranks
 from tests.training.ranks_main import CASES, STEPS
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from altgrad.training.config_loading import load_config
+from altgrad.training.config.loading import load_config
 from altgrad.training.trainer import build_model
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"

@@ -8,9 +8,10 @@ import shlex
 import pytest
 import torch
 
-from altgrad.report.failure import headline
-from altgrad.training.config_loading import load_config
-from altgrad.training.failure_report import (
+from altgrad.report.pages.failure import headline
+from altgrad.training.config.loading import load_config
+from altgrad.training.format_runner import FormatExperimentRunner
+from altgrad.training.run.failure_report import (
     diagnose_collapse,
     gather,
     gradient_facts,
@@ -20,7 +21,6 @@ from altgrad.training.failure_report import (
     read_metrics,
     trends,
 )
-from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.trainer import Trainer, build_model
 
 TINY = [

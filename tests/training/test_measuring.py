@@ -1,6 +1,6 @@
 """What a config's monitor section means: steps of the groups that the schedule leaves out, and the thresholds."""
 
-from altgrad.training.config_loading import load_config
+from altgrad.training.config.loading import load_config
 from altgrad.training.trainer import Trainer
 
 TINY = {

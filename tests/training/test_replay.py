@@ -5,7 +5,7 @@ import torch
 
 from altgrad.optim import OPTIMIZERS
 from altgrad.quantization import Rounding
-from altgrad.training.checkpoint import load_checkpoint, save_checkpoint
+from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
 from tests.training.tiny import differing, tiny_trainer, train
 
 GRID = ["fp8_format=E3M4", "weight_storage=grid"]

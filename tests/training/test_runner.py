@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from altgrad.errors import DataError, RunBusyError
-from altgrad.training import checkpoint as checkpoint_module
-from altgrad.training import files
+from altgrad.records import files
 from altgrad.training.format_runner import (
     FormatExperimentRunner,
     RunListener,
@@ -18,8 +17,9 @@ from altgrad.training.format_runner import (
     run_format_experiment,
 )
 from altgrad.training.model import GPT, GPTConfig
-from altgrad.training.run_folder import truncate_metrics
-from altgrad.training.run_lock import RunLock
+from altgrad.training.run import checkpoint as checkpoint_module
+from altgrad.training.run.folder import truncate_metrics
+from altgrad.training.run.lock import RunLock
 from tests.training.tiny import losses, metrics, tiny_config, tiny_corpus
 
 GRID = {"fp8_format": "E3M4", "weight_storage": "grid", "rounding": "stochastic"}

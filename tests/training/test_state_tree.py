@@ -2,7 +2,7 @@
 
 import torch
 
-from altgrad.training.state_tree import load_optimizer_state, optimizer_state
+from altgrad.training.step.state_tree import load_optimizer_state, optimizer_state
 from tests.training.tiny import differing
 
 

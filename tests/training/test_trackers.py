@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.training.config import ExperimentConfig, TrackersSection
-from altgrad.training.trackers import TRACKERS, make_trackers, scalars
+from altgrad.training.config.experiment import ExperimentConfig, TrackersSection
+from altgrad.training.run.trackers import TRACKERS, make_trackers, scalars
 
 RECORDS = [
     {"kind": "step", "step": 1, "loss": 5.5, "lr": 1e-3, "finite": True, "stall_rate": None},

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from altgrad.errors import ConfigError, DataError
-from altgrad.training.config import OptimizerSection
+from altgrad.training.config.experiment import OptimizerSection
 from altgrad.training.model import GPT, GPTConfig
-from altgrad.training.optimizers import build_optimizer, lr_at
+from altgrad.training.step.optimizers import build_optimizer, lr_at
 from altgrad.training.trainer import Trainer, next_token_loss
 from tests.training.tiny import differing, tiny_config, tiny_corpus, tiny_trainer, train
 

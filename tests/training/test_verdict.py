@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from altgrad.training.config import VerdictSection
-from altgrad.training.verdict import Judge, StepFacts, Verdict
+from altgrad.training.config.experiment import VerdictSection
+from altgrad.training.step.judge import Judge, StepFacts, Verdict
 
 LIMITS = VerdictSection()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from altgrad.training.config import ExperimentConfig
-from altgrad.training.config_loading import load_config
+from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.loading import load_config
 from altgrad.training.data import Corpus, corpus_from_bytes
 from altgrad.training.trainer import StepRecord, Trainer
 

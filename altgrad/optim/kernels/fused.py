@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import OptionError
+from altgrad.jit.grid_table import SETTLED_ALIKE, family_of, float32_arithmetic_suffices, grid_table, settles_plainly
 from altgrad.optim import moments
 from altgrad.optim.grid import scale_as_rows
 from altgrad.quantization import FP32, FloatFormat, Overflow, Rounding
-from altgrad.quantization.kernels.grid_facts import (
-    SETTLED_ALIKE,
-    family_of,
-    float32_arithmetic_suffices,
-    grid_table,
-    settles_plainly,
-)
 from altgrad.quantization.parameter_grid import ParameterGrid
 
 SHORTEST_ROW = 16
@@ -81,7 +75,8 @@ def _has_fma() -> bool:
 
 @cache
 def _step(*fields: Any) -> int:
-    from altgrad.optim.kernels import cpu_parts, cpu_steps
+    from altgrad.optim.kernels import parts as cpu_parts
+    from altgrad.optim.kernels import steps as cpu_steps
 
     return cpu_steps.compiled(cpu_parts.Variant(*fields, _has_fma()))
 
@@ -116,17 +111,17 @@ def run(
 
     Args:
         first, second, extra: the state that the rule updates.
-        rule, landing: `cpu_parts.Rule` and `cpu_parts.Landing`.
+        rule, landing: `optim.kernels.parts.Rule` and `optim.kernels.parts.Landing`.
         rounding, key: of the landing.
         spacing, on_gradient, on_step: whether the grid spacing is used, and on what.
-        pull: `cpu_parts.Pull`, of the rule RUNGS.
-        numbers: hyperparameters by `cpu_parts.Field` name, in lower case.
+        pull: `optim.kernels.parts.Pull`, of the rule RUNGS.
+        numbers: hyperparameters by `optim.kernels.parts.Field` name, in lower case.
 
     Returns:
         float64 [6], the counts of the landing; None without one.
     """
-    from altgrad.optim.kernels.cpu_parts import COUNT_FIELDS, COUNT_TILE, Field
-    from altgrad.quantization.kernels import cpu_threads
+    from altgrad.jit import threads as cpu_threads
+    from altgrad.optim.kernels.parts import COUNT_FIELDS, COUNT_TILE, Field
 
     grid = slot.grid or _REALS
     fmt, count = grid.format, slot.weight.numel()

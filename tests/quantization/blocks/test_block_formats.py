@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 from altgrad.cli import app
 from altgrad.errors import FormatError
+from altgrad.formats.block import block_format_from_spec
 from altgrad.quantization import BLOCK_FORMATS, BlockFormat, block_format, get_format
-from altgrad.quantization.block_formats import block_format_from_spec
 from tests.quantization.blocks.oracle import power_of_two_exponent
 
 RULES = ("floor", "ceil", "nearest", "even")

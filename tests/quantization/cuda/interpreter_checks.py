@@ -14,11 +14,14 @@ if __name__ == "__main__":
 
 import torch
 
+from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.quantization import get_format, quantize
 from altgrad.quantization.block_layout import block_layout
 from altgrad.quantization.blocks import two_level_scale
-from altgrad.quantization.kernels import cuda, cuda_blocks, eager, eager_blocks
-from altgrad.quantization.rounding import Overflow, Rounding
+from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
+from altgrad.quantization.kernels.cuda import scalar as cuda
+from altgrad.quantization.kernels.eager import blocks as eager_blocks
+from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.scaling import amax
 
 KEY = (3, -9)

@@ -11,7 +11,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from altgrad.quantization.kernels import cuda, cuda_blocks  # noqa: E402
+from altgrad.quantization.kernels.cuda import blocks as cuda_blocks  # noqa: E402
+from altgrad.quantization.kernels.cuda import scalar as cuda  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
 SHAPES = ("rows", "columns", "size")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from altgrad.formats.rounding import Rounding
 from altgrad.quantization import FORMAT_REGISTRY, FloatFormat
-from altgrad.quantization.rounding import Rounding
 
 ELEMENT_FORMATS = [fmt for fmt in FORMAT_REGISTRY.values() if fmt.has_zero]
 LISTED_FORMATS = [fmt for fmt in ELEMENT_FORMATS if fmt.bits <= 19]

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altgrad.errors import CodeError
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.jit import grid_table as grid_facts
+from altgrad.jit import threads as cpu_threads
 from altgrad.quantization import E4M3, FORMAT_REGISTRY, FP16, amax, decode, encode, get_format, ops, quantize
-from altgrad.quantization.kernels import cpu, cpu_loops, cpu_threads, grid_facts
-from altgrad.quantization.kernels.counter_rng import random_bits
-from altgrad.quantization.rounding import Overflow, Rounding
+from altgrad.quantization.kernels.cpu import loops as cpu_loops
+from altgrad.quantization.kernels.cpu import scalar as cpu
+from altgrad.randomness.counter import random_bits
 from tests.quantization.kernels.samples import (
     ELEMENT_FORMATS,
     LISTED_FORMATS,

@@ -7,8 +7,8 @@ import numba
 import pytest
 import torch
 
+from altgrad.jit import threads as cpu_threads
 from altgrad.quantization import fake_quantize, quantize
-from altgrad.quantization.kernels import cpu_threads
 
 LARGE = 300_000
 

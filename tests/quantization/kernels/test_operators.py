@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from altgrad.errors import KernelError, OptionError
+from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization import decode, encode, fake_quantize, operators, ops, quantize, quantize_with_stats
-from altgrad.quantization.formats import FloatFormat
 from tests.quantization.kernels.samples import assert_same_bits
 
 E4M3_SPEC = "E4M3|4|3|7|nan_only|1110"

@@ -1,0 +1,306 @@
+"""One measurement of a parameter's step: weight, gradient, attempted update and movement, in one pass over the data.
+
+`measure_update` returns sums and counts in one float64 vector (`UPDATE_FIELDS`) and two histograms of magnitudes, all on
+the tensors' device; `altgrad.monitor` turns them into the named statistics. On the CPU a fused kernel computes them; the
+plain torch version here defines them and serves every other device, dtype and layout. `predict_stall` says from the two
+histograms how many updates a grid would swallow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from altgrad.diagnostics.fields import BINS, FIELD, NEAR_ZERO, UPDATE_FIELDS
+from altgrad.errors import KernelError, OptionError
+from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import Overflow, Rounding, as_option
+from altgrad.formats.scalar import FloatFormat
+from altgrad.formats.scalar_rows import BF16, FP16, FP32
+from altgrad.quantization.advanced_diagnostics import compute_stiffness_field, compute_ulp_distance, grid_index
+from altgrad.quantization.ops import quantize
+
+
+@dataclass(frozen=True)
+class UpdateMeasurement:
+    """What `measure_update` found; tensors on the device of the weights."""
+
+    vector: Tensor  # float64 [len(UPDATE_FIELDS)]
+    histograms: Tensor | None  # int64 [2, BINS], of |w / scale| over finite weights and |update / scale| over attempts
+
+    @property
+    def weight_histogram(self) -> Tensor:
+        """Counts of |w / scale| over finite weights, int64 [BINS]."""
+        assert self.histograms is not None
+        return self.histograms[0]
+
+    @property
+    def update_histogram(self) -> Tensor:
+        """Counts of |update / scale| over attempted updates, int64 [BINS]."""
+        assert self.histograms is not None
+        return self.histograms[1]
+
+    def __getitem__(self, field: str) -> Tensor:
+        return self.vector[FIELD[field]]
+
+
+def measure_update(
+    before: Tensor,
+    after: Tensor,
+    *,
+    gradient: Tensor | None = None,
+    attempted: Tensor | None = None,
+    format: FloatFormat | str | None = None,
+    scale: Tensor | float = 1.0,
+    near_zero: float = NEAR_ZERO,
+    histograms: bool = True,
+    kernel: str | None = None,
+) -> UpdateMeasurement:
+    """Measure one parameter over one step.
+
+    Args:
+        before, after: the parameter at the start of the step and after it (optimizer and storage rounding).
+        gradient: its gradient, dense or sparse; None leaves those fields 0 (extremes and dead units NaN).
+        attempted: the parameter as the optimizer computed it, before storage rounding; None: that is `after`.
+        format: grid on which stiffness, alignment and code movement are measured; None: the dtype's own
+            (`carrier_format`).
+        scale: of the grid at the start of the step; a number, or a tensor that broadcasts.
+        near_zero: gradients below it count as near zero.
+        histograms: whether the two histograms, which `predict_stall` takes, are wanted.
+        kernel: "cpu" or "eager"; None: the fused CPU kernel for contiguous float32 on the CPU and formats that it
+            knows (`diagnostics.kernels.cpu.supports`), else eager.
+
+    Returns:
+        Sums and counts, nothing synced. Stiffness is counted for weights whose stiffness is a normal float32 number.
+        Counts and extremes are exact, `ulp_max` to a float32 rounding; sums are right to 4e-6 at worst, 1e-8 on random
+        data, as `diagnostics.kernels.tiles` says.
+
+    Raises:
+        OptionError: the shapes differ. KernelError: `kernel="cpu"` for tensors that it does not take.
+    """
+    shape = before.shape
+    for name, other in (("after", after), ("gradient", gradient), ("attempted", attempted)):
+        if other is not None and other.shape != shape:
+            raise OptionError(f"{name} has shape {list(other.shape)}, before {list(shape)}; pass one parameter")
+    fmt = carrier_format(before.dtype) if format is None else get_format(format)
+    if gradient is not None and gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
+    tensors = (before, gradient, after if attempted is None else attempted, after)
+    if kernel not in (None, "cpu", "eager"):
+        raise OptionError(f"kernel {kernel!r} is not one of cpu, eager")
+    if kernel != "eager" and before.device.type == "cpu" and before.numel():
+        fused = _fused()
+        if fused.supports(fmt, scale, *tensors):
+            return UpdateMeasurement(*fused.measure(fmt, scale, near_zero, *tensors, histograms))
+    if kernel == "cpu":
+        raise KernelError(
+            f"the CPU kernel takes nonempty contiguous float32 on the CPU, not {before.dtype} on {before.device}, "
+            f"format {fmt}; use kernel=None"
+        )
+    return _measure_in_torch(fmt, scale, near_zero, *(None if t is None else t.detach() for t in tensors))
+
+
+@cache
+def _fused():
+    from altgrad.diagnostics.kernels import cpu as diagnose_cpu
+
+    return diagnose_cpu
+
+
+def carrier_format(dtype: torch.dtype) -> FloatFormat:
+    """The format whose grid a dtype's values are on; float64, which no format describes, counts as FP32."""
+    return _CARRIERS.get(dtype, FP32)
+
+
+_CARRIERS = {torch.bfloat16: BF16, torch.float16: FP16}
+
+
+def _measure_in_torch(fmt, scale, near_zero, before, gradient, attempted, after) -> UpdateMeasurement:
+    """The definition of every field, one torch expression each."""
+    wide, later = before.double().flatten(), after.double().flatten()
+    finite = torch.isfinite(wide)
+    w = torch.where(finite, wide, 0.0)
+    field: dict[str, Tensor | float] = {
+        "count": before.numel(),
+        "w_zero": (wide == 0).sum(),
+        "w_nonfinite": (~finite).sum(),
+        "w_amax": _largest(w.abs()),
+        "w_sum_sq": (w * w).sum(),
+    }
+
+    stiffness = compute_stiffness_field(before.float(), fmt).double().flatten()
+    tiny = torch.finfo(torch.float32).tiny
+    stiff = (stiffness >= tiny) & (stiffness < 2.0**127) & (w.abs() >= tiny)
+    field["s_count"], field["s_sum"] = stiff.sum(), torch.where(stiff, stiffness, 0.0).sum()
+    if gradient is not None:
+        field |= _gradient_fields(gradient, near_zero, stiffness, stiff)
+
+    if fmt is FP32:
+        error = torch.zeros_like(wide)
+    else:
+        error = (before - quantize(before, fmt, scale, overflow=Overflow.SATURATE)).double().abs().flatten()
+    error = torch.where(finite, error, 0.0)
+    field["error_sum"], field["error_sum_sq"], field["error_max"] = error.sum(), (error**2).sum(), _largest(error)
+    field["on_grid"] = ((error == 0) & finite).sum()
+
+    raw = (attempted - before).flatten()
+    update = torch.where(torch.isfinite(raw), raw, 0.0)
+    tried = update != 0
+    field["attempted"], field["u_nonfinite"] = tried.sum(), (~torch.isfinite(raw)).sum()
+    field["u_amax"], field["u_sum_sq"] = _largest(update.double().abs()), (update.double() ** 2).sum()
+
+    both = finite & torch.isfinite(later)
+    steps = (grid_index(after, fmt, scale) - grid_index(before, fmt, scale)).abs().flatten()
+    steps = torch.where(both, steps, 0)
+    ulps = torch.where(both, compute_ulp_distance(before, after).flatten(), 0.0)
+    field["moves"], field["flips"] = both.sum(), (steps > 0).sum()
+    field["stalled"] = (tried & both & (steps == 0)).sum()
+    field["steps_sum"], field["steps_max"] = steps.sum(), _largest(steps.double())
+    field["steps_median"] = _median(_histogram(steps.float(), both))
+    field["moved"] = (both & (ulps != 0)).sum()
+    field["ulp_sum"], field["ulp_max"] = ulps.sum(), _largest(ulps)
+    field["ulp_median"] = _median(_histogram(ulps.float(), both))
+
+    vector = torch.stack(
+        [torch.as_tensor(field.get(n, _absent(n)), dtype=torch.float64, device=before.device) for n in UPDATE_FIELDS]
+    )
+    weight_histogram = _histogram((before / scale).flatten(), finite)
+    update_histogram = _histogram((update.view(before.shape) / scale).flatten(), tried)
+    return UpdateMeasurement(vector, torch.stack([weight_histogram, update_histogram]))
+
+
+def _gradient_fields(gradient, near_zero, stiffness, stiff) -> dict[str, Tensor | float]:
+    raw = gradient.double().flatten()
+    finite = torch.isfinite(raw)
+    g = torch.where(finite, raw, 0.0).abs()
+    pair = stiff & finite
+    s = torch.where(pair, stiffness, 0.0)
+    p = torch.where(pair, g, 0.0)
+    field: dict[str, Tensor | float] = {
+        "g_count": gradient.numel(),
+        "g_zero": (raw == 0).sum(),
+        "g_near_zero": (finite & (g > 0) & (g < near_zero)).sum(),
+        "g_nonfinite": (~finite).sum(),
+        "g_amax": _largest(g),
+        "g_sum_sq": (g * g).sum(),
+        "pairs": pair.sum(),
+        "pair_s_sum": s.sum(),
+        "pair_s_sum_sq": (s * s).sum(),
+        "pair_s_min": -_largest(torch.where(pair, -stiffness, -torch.inf), -torch.inf),
+        "pair_s_max": _largest(torch.where(pair, stiffness, -torch.inf), -torch.inf),
+        "pair_g_sum": p.sum(),
+        "pair_g_sum_sq": (p * p).sum(),
+        "pair_g_min": -_largest(torch.where(pair, -g, -torch.inf), -torch.inf),
+        "pair_g_max": _largest(torch.where(pair, g, -torch.inf), -torch.inf),
+        "pair_gs_sum": (p * s).sum(),
+        "ratio_sum": torch.where(pair, g / stiffness, 0.0).sum(),
+        "below": (pair & (g < stiffness)).sum(),
+    }
+    if gradient.ndim == 2:
+        used = gradient != 0
+        field["dead_rows"], field["dead_columns"] = (~used.any(1)).sum(), (~used.any(0)).sum()
+    return field
+
+
+def _absent(name: str) -> float:
+    if name in ("dead_rows", "dead_columns"):
+        return math.nan
+    return {"pair_s_min": math.inf, "pair_g_min": math.inf, "pair_s_max": -math.inf, "pair_g_max": -math.inf}.get(
+        name, 0
+    )
+
+
+def _largest(x: Tensor, empty: float = 0.0) -> Tensor:
+    return x.amax() if x.numel() else x.new_full((), empty)
+
+
+def _histogram(x: Tensor, valid: Tensor) -> Tensor:
+    """Counts of |x| in the bins of float32's upper bits, over the valid elements."""
+    bins = (x.float().abs().view(torch.int32) >> 21).to(torch.int64)
+    return torch.bincount(torch.where(valid, bins, BINS), minlength=BINS + 1)[:BINS]
+
+
+def bin_edges(device: torch.device | str = "cpu") -> Tensor:
+    """Lower edge of each bin as float32 (from 255 * 4 on: inf and NaN)."""
+    return (torch.arange(BINS, dtype=torch.int32, device=device) << 21).view(torch.float32)
+
+
+def _median(histogram: Tensor) -> Tensor:
+    """Lower edge of the bin that holds the lower median; NaN for an empty histogram."""
+    below = histogram.cumsum(0)
+    position = torch.searchsorted(below, (below[-1:] + 1) // 2).clamp(max=BINS - 1)
+    edge = bin_edges(histogram.device)[position[0]].double()
+    return torch.where(below[-1] > 0, edge, torch.nan)
+
+
+# -- stall, predicted -------------------------------------------------------------------------------------------------
+
+_OCTAVES = torch.arange(-160, 129)  # exponents of grid spacings
+
+
+def stall_chances(update_histogram: Tensor, rounding: Rounding | str = Rounding.NEAREST_EVEN) -> Tensor:
+    """Chance that an update drawn from the histogram leaves a weight whose grid spacing is 2^t, for t = -160 .. 128.
+
+    Args:
+        update_histogram: [..., BINS] counts of |update / scale|.
+        rounding: nearest modes lose updates below half a spacing; stochastic rounding loses an update u with chance
+            1 - u / spacing (taken at the middle of its bin); rounding toward zero (and the directed modes, to a side)
+            those below a spacing.
+
+    Returns:
+        float64 [..., 289]; NaN where the histogram is empty.
+    """
+    rounding = as_option(Rounding, rounding)
+    counts = update_histogram.double()
+    total = counts.sum(-1, keepdim=True)
+    if rounding is Rounding.STOCHASTIC:
+        return counts @ _chances_by_chance(counts.device) / total
+    reach = 1 if rounding in (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY) else 0  # half a spacing, or a whole one
+    first_kept = ((_OCTAVES - reach + 127) * 4).clamp(0, BINS).to(counts.device)  # bin that begins at the spacing
+    below = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
+    return below[..., first_kept] / total
+
+
+@lru_cache(maxsize=8)
+def _chances_by_chance(device: torch.device) -> Tensor:
+    """[BINS, octaves]: 1 - u / spacing at the middle u of each bin, at least 0."""
+    edges = bin_edges(device).double()
+    middle = torch.cat([(edges[:-1] + edges[1:]) / 2, edges[-1:]])
+    spacing = torch.exp2(_OCTAVES.double()).to(device)
+    return torch.nan_to_num((1 - middle[:, None] / spacing).clamp(0, 1))
+
+
+def predict_stall(
+    weight_histogram: Tensor,
+    update_histogram: Tensor,
+    format: FloatFormat | str,
+    rounding: Rounding | str = Rounding.NEAREST_EVEN,
+) -> Tensor:
+    """Fraction of updates that a grid would swallow, from magnitudes alone: sum over weights of `stall_chances` at each.
+
+    Exact for updates that are independent of the weights they meet, whose grid spacing is that of their own binade
+    (a weight at a power of two has half the spacing below it).
+
+    Args:
+        weight_histogram, update_histogram: [..., BINS] counts of |w / scale| on the grid and |update / scale|, as
+            `UpdateMeasurement` holds them.
+        format: the grid.
+        rounding: of the storage.
+
+    Returns:
+        float64 [...] in [0, 1]; NaN where either histogram is empty.
+    """
+    fmt = get_format(format)
+    chances = stall_chances(update_histogram, rounding)
+    counts = weight_histogram.double()
+    per_binade = counts.view(*counts.shape[:-1], BINS // 4, 4).sum(-1)
+    exponent = torch.arange(BINS // 4, device=counts.device) - 127
+    spacing = exponent.clamp(min=fmt.emin) - fmt.mantissa_bits
+    if fmt.bias is None:
+        spacing = torch.full_like(spacing, -fmt.mantissa_bits)
+    at_weight = chances[..., (spacing - int(_OCTAVES[0])).clamp(0, len(_OCTAVES) - 1)]
+    return (per_binade * at_weight).sum(-1) / per_binade.sum(-1)

@@ -1,0 +1,225 @@
+"""One operand of one GEMM at one layer: its spec, its scale with its history, its random key; quantize, save, restore.
+
+Delayed scales are rolled once for each optimizer step. Within a step every use only raises `pending`, the largest amax
+seen: a maximum is idempotent, so a forward that activation checkpointing recomputes leaves no second trace.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from altgrad.formats.rounding import Rounding
+from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
+from altgrad.nn.recipe.spec import OperandSpec
+from altgrad.nn.session import Session, as_key_tensor, stream_base
+from altgrad.quantization import amax, blocks, ops
+from altgrad.quantization.blocks import QuantizedTensor
+from altgrad.quantization.checks import traced
+from altgrad.quantization.scaling import DelayedState
+
+if TYPE_CHECKING:
+    from altgrad.nn.storage import GridStorage
+
+_FLOAT = struct.Struct("f")
+_TINY = 2.0**-126  # the smallest normal float32
+
+Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
+
+
+class Operand:
+    """How a layer quantizes one of its tensors, for the GEMMs that share the entry.
+
+    Args:
+        spec: the recipe's entry.
+        session: the model's clock, seed and observer.
+        layer, role, gemm: where it is used; `gemm` is the first GEMM that uses it.
+        axis: axis (or axes) of the tensor that keep scales of their own, in the tensor's own layout; None: one scale.
+        block_axis: axis that the blocks of a block format run along: the one that the GEMM reduces.
+    """
+
+    def __init__(
+        self, spec: OperandSpec, session: Session, layer: str, role: str, gemm: str, axis=None, block_axis: int = -1
+    ) -> None:
+        self.spec, self.session = spec, session
+        self.layer, self.role, self.gemm = layer, role, gemm
+        self.axis, self.block_axis = axis, block_axis
+        self.fmt: Any = spec.resolved  # a FloatFormat, a BlockFormat, or None
+        self.block = is_block(self.fmt)
+        self.saves_codes = self.fmt is not None and (self.block or self.fmt.bits <= 8)
+        self.storage: GridStorage | None = None  # the GridStorage whose scale a stored weight has
+        self.window: Tensor | None = None
+        self.pending: Tensor | None = None
+        self.key: Tensor | None = None
+        self.delayed = isinstance(spec.scaling, DelayedScaling)
+        self.stochastic = spec.rounding is Rounding.STOCHASTIC
+        self._base = stream_base(layer, role, gemm)
+        self._options: dict = {"rounding": spec.rounding, "overflow": spec.overflow}
+        if self.stochastic:
+            self._options["random_bits"] = spec.random_bits
+        if self.block:
+            self._options["axis"] = block_axis
+        if isinstance(spec.scaling, CurrentScaling):
+            self._options["clamp"] = True
+        if self.stochastic or self.delayed:
+            session.operands.append(self)
+        self.renew_key()
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def renew_key(self) -> None:
+        """Set the random key of the session's present step; in place, so that compiled code sees it."""
+        if self.stochastic:
+            fresh = as_key_tensor(self.session.key(self._base, per_rank=self.role != "weight"))
+            self.key = fresh if self.key is None else self.key.copy_(fresh)
+
+    def roll(self) -> None:
+        """Close a step: the step's largest amax enters the history."""
+        if isinstance(self.spec.scaling, DelayedScaling) and self.pending is not None:
+            self.window = self.spec.scaling.update(self.pending, DelayedState(self.window), self.fmt)[1].window
+            self.pending = None
+
+    # -- scale ----------------------------------------------------------------------------------------------------
+
+    def scale_of(self, x: Tensor, record: bool) -> Tensor | float:
+        """The scale for this use of x, a constant of the backward; `record` lets a delayed scale remember the amax."""
+        policy = self.spec.scaling
+        if isinstance(policy, CurrentScaling):
+            if self._on_host(x):
+                return host_scale(float(amax(x)), self.fmt.max, policy.power_of_two)
+            return policy.update(self._amax(x), (), self.fmt)[0]
+        if isinstance(policy, StaticScaling):
+            return policy.scale
+        if isinstance(policy, StorageScaling):
+            assert self.storage is not None
+            return self.storage.scale
+        if not isinstance(policy, DelayedScaling):
+            return 1.0
+        if not record and self.window is not None:
+            return policy.update(self.window[0], DelayedState(self.window), self.fmt)[0]
+        seen = self._amax(x)
+        if record:
+            self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
+        return policy.update(seen, DelayedState(self.window), self.fmt)[0]
+
+    def _on_host(self, x: Tensor) -> bool:
+        """Whether the one scale of x may be a Python number: it costs less than a tensor, where none has to be waited for."""
+        return (
+            self.axis is None
+            and x.device.type == "cpu"
+            and x.dtype != torch.float64
+            and (self.session.reduce_amax is None or self.role == "weight")
+            and not traced(x)
+        )
+
+    def _amax(self, x: Tensor) -> Tensor:
+        largest = amax(x, self.axis)
+        reduce = self.session.reduce_amax
+        if reduce is None or self.role == "weight" or 0 in _axes(self.axis):
+            return largest  # weights are replicated; scales of single tokens belong to the rank that has them
+        return reduce(largest)
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def options(self) -> dict:
+        """The numeric options of this use; with a copy of the present key where the rounding is stochastic."""
+        return self._options if self.key is None else {**self._options, "key": self.key.clone()}
+
+    def quantize(self, x: Tensor, scale: Tensor | float, options: dict, observed: bool = False) -> Tensor:
+        """Values on the grid, of x's shape, in the carrier (float32, or float64 for float64)."""
+        x = carrier(x)
+        if self.fmt is None:
+            return x
+        if not observed:
+            return ops.quantize(x, self.fmt, scale, **options)
+        values, stats = ops.quantize_with_stats(x, self.fmt, scale, **options)
+        self._publish(stats, scale)
+        return values
+
+    def quantize_and_save(
+        self, x: Tensor, scale: Tensor | float, options: dict, observed: bool = False
+    ) -> tuple[Tensor, Saved]:
+        """Values on the grid, and what the backward needs to have them again."""
+        if self.block:
+            return self._block_and_save(carrier(x), options, observed)
+        if not self.saves_codes:
+            values = self.quantize(x, scale, options, observed)
+            return values, (x if self.fmt is None else values,)
+        if not observed:
+            values, codes = ops.quantize_and_encode(carrier(x), self.fmt, scale, **options)
+            return values, (codes,)
+        values, codes, stats = ops.quantize_and_encode_with_stats(carrier(x), self.fmt, scale, **options)
+        self._publish(stats, scale)
+        return values, (codes,)
+
+    def _block_and_save(self, x: Tensor, options: dict, observed: bool) -> tuple[Tensor, Saved]:
+        if not observed:
+            values, packed = blocks.quantize_and_encode(x, self.fmt, **options)
+            return values, _parts(packed)
+        values, packed, stats = blocks.quantize_and_encode_with_stats(x, self.fmt, **options)
+        self._publish(stats, 1.0)
+        return values, _parts(packed)
+
+    def save(self, x: Tensor, scale: Tensor | float, options: dict, observed: bool = False) -> Saved:
+        """What the backward needs to have the quantized values, without the values."""
+        if self.block and not observed:
+            return _parts(blocks.encode(carrier(x), self.fmt, **options))
+        return self.quantize_and_save(x, scale, options, observed)[1]
+
+    def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""
+        if self.block:
+            codes, scales, *upper = saved
+            packed = QuantizedTensor(codes, scales, self.fmt, self.block_axis, codes.shape, *upper)
+            return ops.decode(packed, self.fmt, dtype=dtype)
+        if not self.saves_codes:
+            return saved[0].to(dtype)
+        return ops.decode(saved[0], self.fmt, scale, dtype=dtype)
+
+    def saturated(self, x: Tensor, scale: Tensor | float) -> Tensor | None:
+        """Where the straight-through gradient passes, |x / scale| <= max, if the spec masks; bool of x's shape."""
+        return (carrier(x) / scale).abs() <= self.fmt.max if self.spec.mask_saturated else None
+
+    # -- observation ----------------------------------------------------------------------------------------------
+
+    def _publish(self, stats, scale) -> None:
+        assert self.session.observer is not None
+        self.session.observer.observe(
+            layer=self.layer, role=self.role, gemm=self.gemm, stats=stats, scale=scale, fmt=self.fmt
+        )
+
+
+def as_float32(number: float) -> float:
+    """The float32 nearest to a number; inf beyond float32's range."""
+    try:
+        return _FLOAT.unpack(_FLOAT.pack(number))[0]
+    except OverflowError:
+        return math.inf
+
+
+def host_scale(largest: float, top: float, power_of_two: bool) -> float:
+    """`scale_from_amax` of one float32 amax in Python: the same number, without a tensor for each step of it."""
+    # A float64 quotient of two float32 numbers rounds to the float32 quotient.
+    scale = max(as_float32((largest if largest > 0 else 1.0) / top), _TINY)
+    if not power_of_two or scale == math.inf:
+        return scale
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(1.0, min(exponent - (mantissa == 0.5), 127))
+
+
+def _parts(packed: QuantizedTensor) -> Saved:
+    return (packed.codes, packed.scales) + (() if packed.tensor_scale is None else (packed.tensor_scale,))
+
+
+def _axes(axis) -> tuple[int, ...]:
+    """The axes that keep scales of their own, as a tuple."""
+    return () if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+
+
+def carrier(x: Tensor) -> Tensor:
+    """x in the dtype that operands are computed in: float32, or float64 for float64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,85 @@
+"""Operands made ready for a GEMM, the product of two of them, and what a backward keeps of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from altgrad.nn.layer.gemm import Route, mm, pull_apart
+from altgrad.nn.layer.operand import Operand, Saved
+
+
+class Ready(NamedTuple):
+    """A matrix to multiply; the product is multiplied by `factor` afterwards (None: nothing was pulled out)."""
+
+    values: Tensor
+    factor: Tensor | None = None
+
+    def t(self) -> Ready:
+        """The transposed matrix (last two axes)."""
+        return Ready(self.values.transpose(-2, -1), self.factor)
+
+
+def ready_and_saved(
+    operand: Operand, x: Tensor, scale: Tensor | float, options: dict, route: Route, observed: bool, *, keep: bool
+) -> tuple[Ready, Saved]:
+    """x quantized for a GEMM on `route`, and what to keep for the backward (nothing unless `keep`)."""
+    if route is Route.FLOAT32:
+        if keep or operand.block:
+            values, saved = operand.quantize_and_save(x, scale, options, observed)
+            return Ready(values), saved if keep else ()
+        return Ready(operand.quantize(x, scale, options, observed)), ()
+    values, saved = operand.quantize_and_save(x, scale, options, observed)
+    pulled, factor = _pulled(operand, saved, scale, values.dtype)
+    if not operand.fmt.has_nan:
+        pulled = torch.where(torch.isnan(values), values, pulled)  # a NaN has no code: carry it along
+    return Ready(pulled, factor), saved if keep else ()
+
+
+def restored(operand: Operand, saved: Saved, scale: Tensor | float, route: Route, dtype: torch.dtype) -> Ready:
+    """A saved operand, ready for a GEMM on `route`."""
+    if route is Route.FLOAT32:
+        return Ready(operand.restore(saved, scale, dtype))
+    return Ready(*_pulled(operand, saved, scale, dtype))
+
+
+def _pulled(operand: Operand, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    power, factor = pull_apart(scale, operand.fmt)
+    return operand.restore(saved, power.to(saved[0].device), dtype), factor.to(saved[0].device)
+
+
+def product(a: Ready, b: Ready, route: Route) -> Tensor:
+    """a @ b in the carrier, the pulled factors multiplied back."""
+    out = mm(a.values, b.values, route)
+    for factor in (a.factor, b.factor):
+        if factor is not None:
+            out = out.mul_(factor)
+    return out
+
+
+def stash(ctx, **items) -> None:
+    """Keep tensors, tuples of tensors, numbers and None under their names for `unstash`; tensors as saved tensors."""
+    tensors: list[Tensor] = []
+    layout = []
+    for name, item in items.items():
+        group = item if isinstance(item, tuple) else (item,)
+        if all(isinstance(part, Tensor) for part in group):
+            layout.append((name, isinstance(item, tuple), len(tensors), len(group), None))
+            tensors.extend(group)
+        else:
+            layout.append((name, False, 0, 0, item))
+    ctx.save_for_backward(*tensors)
+    ctx.layout = layout
+
+
+def unstash(ctx) -> dict:
+    """What `stash` kept."""
+    tensors, items = ctx.saved_tensors, {}
+    for name, is_tuple, start, count, plain in ctx.layout:
+        if count == 0:
+            items[name] = () if is_tuple else plain
+        else:
+            items[name] = tensors[start : start + count] if is_tuple else tensors[start]
+    return items

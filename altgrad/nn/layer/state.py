@@ -1,0 +1,146 @@
+"""What a quantized layer carries: its recipe resolved into operands, shared where the recipe's entries are equal.
+
+The state is a plain attribute of the module, in no state_dict; it holds no parameter and no module, so deepcopy and
+pickle take it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from altgrad.nn.layer.gemm import Route, choose_route, needed_route
+from altgrad.nn.layer.operand import Operand
+from altgrad.nn.recipe.scaling_choice import StorageScaling, is_block
+from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec
+from altgrad.nn.session import Session, recomputing
+
+if TYPE_CHECKING:
+    from altgrad.nn.storage import GridStorage
+
+GEMMS = {  # each GEMM's operands, left and right
+    "forward": ("input", "weight"),
+    "input_grad": ("grad_output", "weight"),
+    "weight_grad": ("grad_output", "input"),
+}
+# Axis that each GEMM reduces, in the layout of a linear layer: input [n, k], weight [o, k], grad_output [n, o].
+LINEAR_REDUCED = {
+    ("forward", "input"): 1,
+    ("forward", "weight"): 1,
+    ("input_grad", "grad_output"): 1,
+    ("input_grad", "weight"): 0,
+    ("weight_grad", "grad_output"): 0,
+    ("weight_grad", "input"): 0,
+}
+
+
+class LayerState:
+    """Operands, name and session of one quantized layer.
+
+    Args:
+        recipe: the layer's recipe.
+        session: shared by the layers of the model.
+        name: qualified module name.
+        transposed: the weight is stored [in, out], as in Hugging Face's Conv1D.
+        reduced: axis of each (GEMM, role) that the GEMM reduces, in the tensor's own layout.
+    """
+
+    def __init__(
+        self,
+        recipe: LayerRecipe,
+        session: Session,
+        name: str,
+        *,
+        transposed: bool = False,
+        reduced: Mapping[tuple[str, str], int] = LINEAR_REDUCED,
+    ) -> None:
+        self.session, self.name, self.transposed = session, name, transposed
+        self.reduced = {**reduced}
+        if transposed:
+            self.reduced[("forward", "weight")], self.reduced[("input_grad", "weight")] = 0, 1
+        self.set_recipe(recipe)
+
+    def set_recipe(self, recipe: LayerRecipe) -> None:
+        """Resolve a recipe into operands; scale histories start anew."""
+        self.recipe = recipe
+        self.storage: GridStorage | None = None
+        self.operands: dict[tuple[str, str], Operand] = {}
+        made: dict[tuple, Operand] = {}
+        for gemm, role, spec in recipe.entries():
+            block_axis = self.reduced[(gemm, role)]
+            same = (role, spec, block_axis if is_block(spec.resolved) else None)
+            if same not in made:
+                axis = self._own_axis(role, spec)
+                made[same] = Operand(spec, self.session, self.name, role, gemm, axis, block_axis)
+            self.operands[(gemm, role)] = made[same]
+        get = self.operands
+        self.x, self.w = get["forward", "input"], get["forward", "weight"]
+        self.dy, self.w_back = get["input_grad", "grad_output"], get["input_grad", "weight"]
+        self.dy_back, self.x_back = get["weight_grad", "grad_output"], get["weight_grad", "input"]
+        self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "norm")  # a key of its own in states
+        self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
+
+    def change_recipe(self, recipe: LayerRecipe) -> None:
+        """Replace the recipe; random keys and histories of the old operands are dropped."""
+        dropped = {id(operand) for operand in self.distinct()}
+        self.session.operands[:] = [o for o in self.session.operands if id(o) not in dropped]
+        self.set_recipe(recipe)
+
+    def set_storage(self, storage: GridStorage | None) -> None:
+        """Say which grid the weight lies on; operands with storage scaling take its scale."""
+        self.storage = storage
+        for (_, role), operand in self.operands.items():
+            operand.storage = storage if role == "weight" else None
+        self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
+
+    def _own_axis(self, role: str, spec: OperandSpec):
+        axis = getattr(spec.scaling, "axis", None)
+        if axis is None or not (self.transposed and role == "weight"):
+            return axis
+        return 1 - axis if isinstance(axis, int) else tuple(1 - a for a in axis)
+
+    def distinct(self) -> list[Operand]:
+        """The layer's operands, each once, in the order of the GEMMs."""
+        return list({id(o): o for o in (*self.operands.values(), self.norm)}.values())
+
+    # -- routes ---------------------------------------------------------------------------------------------------
+
+    def _needed_route(self, gemm: str) -> Route:
+        """The narrowest unit for the operands, of which those scaled along the reduction must stay float32."""
+        left, right = (self._pulled_format(gemm, role) for role in GEMMS[gemm])
+        return needed_route(left, right)
+
+    def _pulled_format(self, gemm: str, role: str):
+        operand = self.operands[(gemm, role)]
+        if operand.fmt is None or operand.block or not operand.saves_codes:
+            return None
+        of_storage = isinstance(operand.spec.scaling, StorageScaling)
+        per_channel = operand.axis is not None or (of_storage and (self.storage is None or self.storage.per_channel))
+        return None if per_channel else operand.fmt
+
+    def route(self, gemm: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Route:
+        """The unit that multiplies this GEMM (`gemm.choose_route`)."""
+        return choose_route(self._needed[gemm], shape, device.type, dtype=dtype)
+
+    # -- the present call -----------------------------------------------------------------------------------------
+
+    def records(self, training: bool) -> bool:
+        """Whether this call belongs to training: scale histories and observers hear of it."""
+        return training and torch.is_grad_enabled()
+
+    def observed(self, record: bool) -> bool:
+        """Whether this forward's statistics are published: not those of a recomputation."""
+        return record and self.session.observer is not None and not recomputing()
+
+    def scale_pair(self, first: Operand, second: Operand, x: Tensor, record: bool):
+        """Scales of the two uses of one tensor; the second is None where the entries are shared.
+
+        (A traced autograd function must not get one tensor twice.)
+        """
+        return first.scale_of(x, record), None if second is first else second.scale_of(x, record)
+
+    def __repr__(self) -> str:
+        return f"LayerState({self.name!r}, {self.recipe})"

@@ -1,0 +1,1 @@
+"""What quantizing does to a whole model: the swap, its state, its clock."""

@@ -1,0 +1,181 @@
+"""The hook on optimizer steps: rounds grid weights back, rolls scale histories, advances the random streams.
+
+`attach_optimizer` attaches it and hands back the counts of each step. A model whose recipe needs steps (grid storage,
+delayed scaling, stochastic rounding) is never left without: an optimizer that steps one of its weights and was not
+attached is attached by itself before that step.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from altgrad.errors import RecipeError
+from altgrad.nn.layer.classes import LIVE, is_quantized
+from altgrad.nn.session import STATE, Session, sessions_of
+from altgrad.nn.storage import COUNTS, GridStorage, UpdateCounts
+
+_HANDLES: WeakKeyDictionary[Optimizer, list[OptimizerHandle]] = WeakKeyDictionary()
+
+
+class OptimizerHandle:
+    """What `attach_optimizer` hands back: the counts of the last step, and `detach()`.
+
+    The counts stay on the device until they are asked for.
+    """
+
+    def __init__(self, optimizer: Optimizer, layers: list[tuple[str, nn.Module]]) -> None:
+        self._optimizer = ref(optimizer)
+        self._layers = [(name, ref(module)) for name, module in layers]
+        self._entries: list[tuple[str, ref, GridStorage]] | None = None
+        self._groups = -1
+        self.counts: Tensor | None = None  # int64 [grid parameters, 5], columns as in `COUNTS`
+        sessions = {id(m.__dict__[STATE].session): m.__dict__[STATE].session for _, m in layers}
+        self._leads = [s for s in sessions.values() if _claim(s, optimizer)]
+        self._sessions = list(sessions.values())
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        _HANDLES.setdefault(optimizer, []).append(self)
+
+    def covers(self, session: Session) -> bool:
+        """Whether this handle serves the layers of that session."""
+        return any(session is own for own in self._sessions)
+
+    def detach(self) -> None:
+        """Remove the hooks; stored weights stay where they are."""
+        for hook in self._hooks:
+            hook.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None and self in _HANDLES.get(optimizer, []):
+            _HANDLES[optimizer].remove(self)
+        for session in self._leads:
+            session.lead_optimizer = None
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def _grid_entries(self, optimizer: Optimizer) -> list[tuple[str, ref, GridStorage]]:
+        """(layer name, module, storage) of each grid weight that this optimizer steps, each parameter once."""
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        entries, seen = [], set()
+        for name, module_ref in self._layers:
+            module = module_ref()
+            if module is None or not is_quantized(module):
+                continue
+            storage, weight = module.__dict__[STATE].storage, module._parameters["weight"]
+            if storage is not None and id(weight) in stepped and id(weight) not in seen:
+                seen.add(id(weight))
+                entries.append((name, module_ref, storage))
+        return entries
+
+    def _before(self, optimizer: Optimizer, args, kwargs) -> None:
+        self._entries = self._grid_entries(optimizer)
+        for _, module, storage in self._entries:
+            storage.resync(_weight(module))
+
+    def _after(self, optimizer: Optimizer, args, kwargs) -> None:
+        rows = []
+        own_counts = getattr(optimizer, "grid_step_counts", None)  # of an optimizer that rounds to the grid itself
+        for name, module, storage in self._entries or ():
+            weight = _weight(module)
+            counted = None if own_counts is None else own_counts(weight)
+            rows.append(storage.round_back(weight, storage.session.observer, name, counted))
+        self.counts = torch.stack(rows) if rows else None
+        for session in self._leads:
+            session.advance()
+
+    # -- what happened --------------------------------------------------------------------------------------------
+
+    def last_step_stats(self) -> dict[str, UpdateCounts]:
+        """Counts of the last step by parameter name (waits for the device); empty without grid weights or steps."""
+        if self.counts is None:
+            return {}
+        stats = {}
+        for row, (_, module, storage) in zip(self.counts.tolist(), self._entries or (), strict=True):
+            stats[storage.name] = UpdateCounts(_weight(module).numel(), *row)
+        return stats
+
+    def totals(self) -> UpdateCounts | None:
+        """Counts of the last step over all grid weights (waits for the device); None without grid weights."""
+        stats = self.last_step_stats()
+        if not stats:
+            return None
+        fields = ("elements", *COUNTS)
+        return UpdateCounts(*(sum(getattr(one, name) for one in stats.values()) for name in fields))
+
+    def stall_rate(self) -> Tensor | None:
+        """stalled / attempted of the last step as a 0-d tensor, without waiting; NaN where nothing was attempted."""
+        if self.counts is None:
+            return None
+        total = self.counts.sum(0).double()
+        return total[2] / total[0]
+
+
+def _weight(module: ref) -> nn.Parameter:
+    owner = module()
+    assert owner is not None
+    weight = owner._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _claim(session: Session, optimizer: Optimizer) -> bool:
+    """Make the optimizer the one whose steps advance the session, if there is none yet."""
+    lead = session.lead_optimizer() if session.lead_optimizer is not None else None
+    if lead is not None and lead is not optimizer:
+        return False
+    session.lead_optimizer = ref(optimizer)
+    return True
+
+
+def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerHandle:
+    """Let the optimizer's steps round grid weights back, roll delayed scales and advance the random streams.
+
+    With several optimizers on one model the first that is attached advances the step. Attaching again replaces the
+    handle.
+
+    Raises:
+        RecipeError: the model has no quantized layer, or the optimizer holds none of its parameters.
+    """
+    sessions = sessions_of(model)
+    owned = {id(p) for p in model.parameters()}
+    if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
+        raise RecipeError(
+            f"{type(optimizer).__name__} holds no parameter of {type(model).__name__}; pass its optimizer"
+        )
+    for handle in list(_HANDLES.get(optimizer, [])):
+        if any(handle.covers(session) for session in sessions):
+            handle.detach()
+    layers = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
+    for _, module in layers:
+        if module.__dict__[STATE].storage is not None:
+            module.__dict__[STATE].storage.declare(module._parameters["weight"])
+    return OptimizerHandle(optimizer, layers)
+
+
+def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:
+    handles = _HANDLES.get(optimizer, [])
+    waiting: dict[int, list[nn.Module]] = {}
+    for module in list(LIVE):
+        state = module.__dict__[STATE]
+        if state.recipe.needs_steps and not any(h.covers(state.session) for h in handles):
+            waiting.setdefault(id(state.session), []).append(module)
+    if not waiting:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for modules in waiting.values():
+        if any(id(m._parameters["weight"]) in stepped for m in modules):
+            layers = sorted(((m.__dict__[STATE].name, m) for m in modules), key=lambda pair: pair[0])
+            OptimizerHandle(optimizer, layers)._before(optimizer, args, kwargs)
+
+
+_watching = False
+
+
+def watch_optimizers() -> None:
+    """From now on attach unattached optimizers at their first step, as the module says."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_pre_hook(_attach_unattached)
+        _watching = True

@@ -1,0 +1,96 @@
+"""The state of a model's quantization between steps, as plain data: what a run needs besides its parameters to go on.
+
+Tensors in it are never written in place, so a snapshot costs a few dictionaries: it also serves as the rollback point
+of a step that turns out not finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from altgrad.errors import RecipeError
+from altgrad.nn.layer.classes import is_quantized
+from altgrad.nn.model.change import change_format
+from altgrad.nn.recipe.recipe import Recipe
+from altgrad.nn.session import STATE, sessions_of
+
+
+def quant_state(model: nn.Module) -> dict:
+    """Recipe, clock, scale histories and storage scales of a quantized model.
+
+    Returns:
+        {"recipes": [...], "clocks": [{"seed", "step", "micro_batch"}], "operands": {layer: {"role.gemm": {"window":
+        tensor, "pending": tensor}}}, "storage": {parameter: {"scale": tensor, "steps": int}}}: tensors, and values that
+        JSON holds. The grid codes are not in it, as they follow from the parameters and the scale.
+
+    Raises:
+        RecipeError: the model has no quantized layer.
+    """
+    sessions = sessions_of(model)
+    state: dict = {
+        "recipes": [s.recipe.to_dict() for s in sessions if s.recipe is not None],
+        "clocks": [{"seed": s.seed, "step": s.step, "micro_batch": s.micro_batch} for s in sessions],
+        "operands": {},
+        "storage": {},
+    }
+    for name, layer, _ in _layers(model):
+        for operand in layer.distinct():
+            memory = {"window": operand.window, "pending": operand.pending}
+            memory = {key: value for key, value in memory.items() if value is not None}
+            if memory:
+                state["operands"].setdefault(name, {})[f"{operand.role}.{operand.gemm}"] = memory
+        if layer.storage is not None:
+            state["storage"][layer.storage.name] = {"scale": layer.storage.scale, "steps": layer.storage.steps}
+    return state
+
+
+def load_quant_state(model: nn.Module, state: dict) -> None:
+    """Set what `quant_state` returned; load the parameters first (or after: they are not touched).
+
+    A recipe that has changed since (by `change_format`) is put on the model again, without rounding its weights anew.
+
+    Raises:
+        RecipeError: the state belongs to a model with other layers.
+    """
+    sessions = sessions_of(model)
+    if len(state["clocks"]) != len(sessions):
+        raise RecipeError(
+            f"the state has {len(state['clocks'])} quantize_model calls, the model {len(sessions)}; quantize it alike"
+        )
+    if [s.recipe.to_dict() for s in sessions if s.recipe is not None] != state["recipes"]:
+        if len(sessions) != 1:
+            raise RecipeError("the state's recipes differ from the model's; quantize the model with the same recipes")
+        change_format(model, Recipe.from_dict(state["recipes"][0]), regrid=False)
+    layers = list(_layers(model))
+    foreign = sorted(set(state["operands"]) - {name for name, _, _ in layers})
+    if foreign:
+        raise RecipeError(
+            f"the state has scale histories for {foreign[0]!r}, which is no quantized layer of this model"
+        )
+    for name, layer, module in layers:
+        memories = state["operands"].get(name, {})
+        for operand in layer.distinct():
+            memory = memories.get(f"{operand.role}.{operand.gemm}", {})
+            operand.window, operand.pending = memory.get("window"), memory.get("pending")
+        if layer.storage is not None:
+            kept = state["storage"].get(layer.storage.name)
+            if kept is None:
+                raise RecipeError(
+                    f"the state has no storage scale for {layer.storage.name!r}; it was not on a grid then"
+                )
+            layer.storage.restore(module._parameters["weight"], _tensor(kept["scale"]), int(kept["steps"]))
+    for session, clock in zip(sessions, state["clocks"], strict=True):
+        session.seed = int(clock["seed"])
+        session.set_clock(int(clock["step"]), int(clock["micro_batch"]))
+
+
+def _layers(model: nn.Module):
+    for module in model.modules():
+        if is_quantized(module):
+            state = module.__dict__[STATE]
+            yield state.name, state, module
+
+
+def _tensor(value) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Recipes as values: which format, rounding and scaling each operand of each GEMM has."""

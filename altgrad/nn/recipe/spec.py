@@ -1,0 +1,275 @@
+"""Recipes: which number format each operand of each of a layer's three GEMMs has, and how its weight is stored.
+
+A linear layer y = x w^T multiplies three times in a training step, and each product has two operands of its own:
+
+    forward       y  = x w^T       input, weight          reduced over the input features
+    input_grad    dx = dy w        grad_output, weight    reduced over the output features
+    weight_grad   dw = dy^T x      grad_output, input     reduced over the tokens
+
+Equal entries share one quantization; entries that differ are each quantized from the original tensor. A recipe is a
+frozen value: it compares, hashes, prints in short form, and its contradictions are refused when it is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from altgrad.errors import AltGradError, RecipeError
+from altgrad.formats.rounding import Overflow, Rounding, as_option
+from altgrad.nn.recipe.scaling_choice import (
+    CurrentScaling,
+    DelayedScaling,
+    Scaling,
+    StorageScaling,
+    as_scaling,
+    default_scaling,
+    is_block,
+    scaling_label,
+)
+from altgrad.quantization import get_format
+
+
+def _format_or_none(value):
+    """The format, or None where the value means "leave it in the carrier" (None, "FP32")."""
+    if value is None:
+        return None
+    fmt = get_format(value)
+    return None if fmt.name == "FP32" else fmt
+
+
+@dataclass(frozen=True)
+class OperandSpec:
+    """How one operand of a GEMM is quantized; `OperandSpec()` leaves it as it is.
+
+    Args:
+        format: a format or its name; None or "FP32" leaves the operand unquantized.
+        rounding, overflow, subnormals, random_bits: as for `altgrad.quantization.quantize`.
+        scaling: policy, its name, or a mapping; None is the default for the format (current amax per tensor; scale 1
+            for BF16 and TF32). A policy's axis refers to the operand as a matrix: input [tokens, in], weight
+            [out, in], grad_output [tokens, out]; the named axis keeps scales of its own.
+        mask_saturated: let no gradient through where |x / scale| > max (input and weight operands).
+
+    Raises:
+        RecipeError: the fields contradict one another.
+    """
+
+    format: str | None = None
+    rounding: Rounding = Rounding.NEAREST_EVEN
+    overflow: Overflow = Overflow.SATURATE
+    scaling: Scaling | None = None
+    subnormals: bool = True
+    mask_saturated: bool = False
+    random_bits: int = 24
+
+    def __post_init__(self) -> None:
+        fmt = _format_or_none(self.format)
+        put = object.__setattr__
+        put(self, "format", None if fmt is None else fmt.name)
+        put(self, "rounding", as_option(Rounding, self.rounding))
+        put(self, "overflow", as_option(Overflow, self.overflow))
+        if fmt is not None:
+            put(self, "scaling", as_scaling(self.scaling, fmt))
+            self._check(fmt)
+        elif self.scaling is not None or self.mask_saturated or self.rounding is not Rounding.NEAREST_EVEN:
+            raise RecipeError("an operand without a format has nothing to round, scale or mask: name a format")
+
+    def _check(self, fmt) -> None:
+        if not 1 <= self.random_bits <= 32:
+            raise RecipeError(f"random_bits {self.random_bits} is outside 1..32")
+        if is_block(fmt):
+            if self.mask_saturated:
+                raise RecipeError(
+                    f"{fmt.name}: block scales follow each block's amax, so no element is masked; drop mask_saturated"
+                )
+            return
+        if not fmt.has_zero:
+            raise RecipeError(
+                f"{fmt.name} is a scale format without zero; put an element format such as E4M3 on tensors"
+            )
+        lacks = {Overflow.INF: not fmt.has_inf, Overflow.NAN: not fmt.has_nan}.get(self.overflow, False)
+        if lacks:
+            raise RecipeError(
+                f"{fmt.name} has no code for {self.overflow.value}, and layers save codes for the backward; "
+                f'use overflow="saturate" instead of "{self.overflow.value}"'
+            )
+        if not self.subnormals:
+            try:
+                fmt.without_subnormals()
+            except AltGradError as error:
+                raise RecipeError(str(error)) from None
+        if self.mask_saturated and isinstance(self.scaling, CurrentScaling):
+            raise RecipeError(
+                "mask_saturated under current amax masks nothing, as no element exceeds its own amax; "
+                "use delayed, static or no scaling, or drop the mask"
+            )
+
+    @property
+    def resolved(self):
+        """The format itself (without subnormals where they are switched off), or None."""
+        if self.format is None:
+            return None
+        fmt = get_format(self.format)
+        return fmt if self.subnormals or is_block(fmt) else fmt.without_subnormals()
+
+    def __str__(self) -> str:
+        if self.format is None:
+            return "FP32"
+        notes = [
+            (self.rounding is not Rounding.NEAREST_EVEN, self.rounding.value),
+            (self.scaling != default_scaling(get_format(self.format)), scaling_label(self.scaling)),  # type: ignore[arg-type]
+            (self.overflow is not Overflow.SATURATE, self.overflow.value),
+            (not self.subnormals, "no subnormals"),
+            (self.mask_saturated, "masked"),
+        ]
+        shown = ",".join(text for there, text in notes if there)
+        return f"{self.format}({shown})" if shown else self.format
+
+
+_GEMM_OPERANDS = {
+    "forward": ("input", "weight"),
+    "input_grad": ("grad_output", "weight"),
+    "weight_grad": ("grad_output", "input"),
+}
+
+
+@dataclass(frozen=True)
+class GemmRecipe:
+    """The two operands of one GEMM: of input, weight and grad_output, the two that this GEMM multiplies."""
+
+    input: OperandSpec | None = None
+    weight: OperandSpec | None = None
+    grad_output: OperandSpec | None = None
+
+    def _named(self) -> tuple[str, ...]:
+        return tuple(sorted(role for role in ("input", "weight", "grad_output") if getattr(self, role) is not None))
+
+
+@dataclass(frozen=True)
+class StorageSpec:
+    """The grid that a stored weight lies on after every optimizer step (`storage="grid"`).
+
+    Args:
+        format: scalar format of the grid.
+        rounding: nearest-even, stochastic, or any other mode, of the write after `optimizer.step()`.
+        per_channel: one scale for each output channel instead of one for the tensor.
+        power_of_two: round scales up to powers of two. Otherwise fl(scale * payload) / scale can leave the grid.
+        headroom: binades between the weights' amax and the format's max when the scale is set, for weights that grow.
+        refresh_every: how many steps apart a scale may shrink again; it grows at once when an attempted value exceeds
+            the format's max. Fresh scales come from the amax of the attempted values, and a changed scale is a regrid,
+            counted apart. 0 fixes the first scale. None is 100 where scales are powers of two (they change only as the
+            amax crosses one), else 0.
+        scale: a fixed scale instead of one found from the weights' amax.
+    """
+
+    format: str
+    rounding: Rounding = Rounding.NEAREST_EVEN
+    per_channel: bool = False
+    power_of_two: bool = True
+    headroom: int = 0
+    refresh_every: int | None = None
+    scale: float | None = None
+    subnormals: bool = True
+    random_bits: int = 24
+
+    def __post_init__(self) -> None:
+        fmt = _format_or_none(self.format)
+        if fmt is None or is_block(fmt):
+            raise RecipeError(f"grid storage in {self.format}: the grid is a scalar format other than FP32; use master")
+        object.__setattr__(self, "format", fmt.name)
+        object.__setattr__(self, "rounding", as_option(Rounding, self.rounding))
+        OperandSpec(fmt.name, subnormals=self.subnormals, random_bits=self.random_bits)
+        if self.refresh_every is None:
+            moves = self.power_of_two and self.scale is None and fmt.emax < 127
+            object.__setattr__(self, "refresh_every", 100 if moves else 0)
+        assert self.refresh_every is not None
+        if self.scale is not None and (self.refresh_every or self.per_channel):
+            raise RecipeError(f"storage scale fixed at {self.scale} cannot be refreshed or per channel; drop one")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise RecipeError(f"storage scale {self.scale} is not positive and finite")
+        if self.refresh_every < 0 or not 0 <= self.headroom <= 64:
+            raise RecipeError(
+                f"refresh_every {self.refresh_every} and headroom {self.headroom} must be >= 0 (headroom <= 64 binades)"
+            )
+
+    @property
+    def resolved(self):
+        """The grid's format (without subnormals where they are switched off)."""
+        fmt = get_format(self.format)
+        return fmt if self.subnormals else fmt.without_subnormals()
+
+    def __str__(self) -> str:
+        notes = [self.format, self.rounding.value] + (["per channel"] if self.per_channel else [])
+        return f"grid({','.join(notes)})"
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """The formats of one layer.
+
+    Args:
+        forward, input_grad, weight_grad: the operands of the three GEMMs.
+        storage: grid of the stored weight; None keeps a float32 master weight that is quantized at use.
+        norm_weight: the weight of a normalisation layer, quantized at use.
+
+    Raises:
+        RecipeError: a GEMM names an operand that it does not multiply, or storage and operands contradict one another.
+    """
+
+    forward: GemmRecipe
+    input_grad: GemmRecipe
+    weight_grad: GemmRecipe
+    storage: StorageSpec | None = None
+    norm_weight: OperandSpec = OperandSpec()
+
+    def __post_init__(self) -> None:
+        for gemm, roles in _GEMM_OPERANDS.items():
+            named = getattr(self, gemm)._named()
+            if named != tuple(sorted(roles)):
+                raise RecipeError(
+                    f"{gemm} names {', '.join(named) or 'nothing'}; its operands are {' and '.join(roles)}"
+                )
+        for gemm, role, spec in self.entries():
+            if role == "grad_output" and spec.mask_saturated:
+                raise RecipeError(f"{gemm}.grad_output: mask_saturated acts on input and weight operands only")
+            if isinstance(spec.scaling, StorageScaling):
+                self._check_storage_scaling(gemm, role, spec)
+            elif role == "weight" and self.storage is not None and spec.format == self.storage.format:
+                raise RecipeError(
+                    f"{gemm}.weight is {spec} with its own scaling, but storage is {self.storage}: the weight would be "
+                    'rounded to two different grids; use scaling="storage" for it'
+                )
+
+    def _check_storage_scaling(self, gemm: str, role: str, spec: OperandSpec) -> None:
+        if role != "weight" or self.storage is None or spec.format != self.storage.format:
+            raise RecipeError(
+                f'{gemm}.{role} ({spec.format}) has scaling="storage", which is for weights stored on a grid of the '
+                f"same format; storage is {self.storage or 'master'}"
+            )
+
+    def entries(self):
+        """(GEMM, role, spec) of the six operands."""
+        for gemm, roles in _GEMM_OPERANDS.items():
+            for role in roles:
+                yield gemm, role, getattr(getattr(self, gemm), role)
+
+    @property
+    def quantizes_products(self) -> bool:
+        """Whether any operand or the storage has a format."""
+        return self.storage is not None or any(spec.format is not None for _, _, spec in self.entries())
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether something changes from step to step: stochastic keys, delayed scales, or grid storage."""
+        specs = [spec for _, _, spec in self.entries()] + [self.norm_weight]
+        return self.storage is not None or any(
+            spec.rounding is Rounding.STOCHASTIC or isinstance(spec.scaling, DelayedScaling) for spec in specs
+        )
+
+    def __str__(self) -> str:
+        by_role: dict[str, list[str]] = {"input": [], "weight": [], "grad_output": []}
+        for _, role, spec in self.entries():
+            if str(spec) not in by_role[role]:
+                by_role[role].append(str(spec))
+        short = {"input": "x", "weight": "w", "grad_output": "dy"}
+        text = " ".join(f"{short[role]}:{'/'.join(names)}" for role, names in by_role.items())
+        return text + (f" {self.storage}" if self.storage else "")

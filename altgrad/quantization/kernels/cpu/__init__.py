@@ -1,0 +1,1 @@
+"""The CPU kernels: fused passes compiled by Numba."""

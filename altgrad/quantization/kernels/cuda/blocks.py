@@ -1,0 +1,378 @@
+"""Block formats in Triton: amax, scale and rounding of each tile in one kernel, from one read of device memory.
+
+Two kernels, as on the CPU: `_tiles` works on tiles whose rows are contiguous, `_strips` on blocks along another axis, a
+strip of neighbouring columns per program. A tile that fits a program's registers is loaded once; a larger one is read
+again from the cache. Tested on a CPU through Triton's interpreter (`TRITON_INTERPRET=1` before the first import).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import Family, family_of
+from altgrad.quantization.block_layout import BlockLayout
+from altgrad.quantization.codec import code_dtype
+from altgrad.quantization.kernels.block_result import BlockResult
+from altgrad.quantization.kernels.cuda.bits import (
+    ADDITION,
+    MODES,
+    NEAREST_EVEN,
+    code_of,
+    count,
+    device_table,
+    float_of,
+    key_tensor,
+    narrow,
+    on_device,
+    read_grid,
+    round_element,
+    round_magnitude,
+    store_counts,
+    total,
+    widen,
+)
+
+POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+PATCH = 2048  # elements that a program holds at once
+LARGEST_PATCH = 4096  # a tile up to this size is loaded once
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent as float32, for int32 -149 <= exponent <= 127."""
+    normal = (exponent + 127) << 23
+    shift = tl.where(exponent < -126, exponent + 149, 0)
+    subnormal = (exponent * 0 + 1) << shift
+    return tl.where(exponent >= -126, normal, subnormal).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_of(
+    amax,
+    poisoned,
+    scale_table,
+    upper,
+    emax,
+    up_from,
+    element_max,
+    smallest,
+    SCALE: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+):
+    """(stored scale as uint32, multiplier, reciprocal where multiplying by it is exact) of amax bits (uint32)."""
+    if SCALE == POWER_OF_TWO:
+        subnormal = amax < 0x800000
+        lifted = (amax.to(tl.float32, bitcast=True) * 4294967296.0).to(tl.uint32, bitcast=True)
+        bits = tl.where(subnormal, lifted, amax).to(tl.int32)
+        exponent = (bits >> 23) - tl.where(subnormal, 159, 127)
+        exponent = exponent + tl.where((bits & 0x7FFFFF) >= up_from, 1, 0) - emax
+        exponent = tl.where(exponent > 127, 127, tl.where(exponent < -127, -127, exponent))
+        exponent = tl.where(amax == 0, -127, exponent)
+        raw = tl.where(poisoned, 255, exponent + 127).to(tl.uint32)
+        multiplier = tl.where(poisoned, float("nan"), power_of_two(exponent))
+        return raw, multiplier, tl.where(poisoned, float("nan"), power_of_two(-exponent))
+    largest = element_max + tl.zeros_like(amax.to(tl.float32, bitcast=True))
+    if SCALE == PLAIN_FLOAT:
+        found = tl.where(amax > 0, amax.to(tl.float32, bitcast=True), 1.0)
+        multiplier = tl.math.div_rn(found, largest)
+        multiplier = tl.where(multiplier < 1.1754943508222875e-38, 1.1754943508222875e-38, multiplier)
+        multiplier = tl.where(poisoned, float("nan"), multiplier)
+        return multiplier.to(tl.uint32, bitcast=True), multiplier, multiplier
+    ideal = tl.math.div_rn(amax.to(tl.float32, bitcast=True), largest)
+    level = largest * 0 + 1
+    if TWO_LEVELS:
+        level = tl.load(upper) + tl.zeros_like(largest)
+        ideal = tl.math.div_rn(ideal, level)
+    grid = read_grid(scale_table, False)
+    bits = ideal.to(tl.uint32, bitcast=True)
+    bits = tl.where(bits < grid.clamp_bits, bits, grid.clamp_bits)
+    rounded = round_magnitude(bits, bits * 0, bits, bits, grid, NEAREST_EVEN, False)
+    rounded = tl.where(rounded < grid.max_bits, rounded, grid.max_bits)
+    least = tl.full((), smallest, tl.float32).to(tl.uint32, bitcast=True)
+    rounded = tl.where(rounded > least, rounded, least)
+    multiplier = tl.where(poisoned, float("nan"), level * rounded.to(tl.float32, bitcast=True))
+    code, _ = code_of(rounded, grid, False)
+    return tl.where(poisoned, grid.nan_code, code), multiplier, multiplier
+
+
+@triton.jit
+def emit(
+    v,
+    index,
+    valid,
+    multiplier,
+    reciprocal,
+    out,
+    codes,
+    key,
+    random_bits,
+    grid,
+    MODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    VALUES: tl.constexpr,
+    CODES: tl.constexpr,
+    STATS: tl.constexpr,
+    STORED: tl.constexpr,
+):
+    """Round and store a patch; (nonzero if an element had no code, the statistics of `count`)."""
+    zeros = tl.zeros_like(v)
+    multiplier, reciprocal = multiplier + zeros, reciprocal + zeros
+    y = v * reciprocal if SCALE == POWER_OF_TWO else tl.math.div_rn(v, multiplier)
+    payload, over = round_element(v, y, index, key, random_bits, grid, MODE, False)
+    poisoned = multiplier != multiplier
+    result = float_of(payload, False) * multiplier
+    if VALUES:
+        tl.store(out + index, narrow(result, out.dtype.element_ty), mask=valid)
+    found = 0
+    if CODES:
+        code, problem = code_of(payload, grid, False)
+        tl.store(codes + index, tl.where(poisoned, code * 0, code).to(codes.dtype.element_ty), mask=valid)
+        found = tl.max(tl.max(tl.where(valid & (poisoned == 0), problem, problem * 0).to(tl.int32), 1), 0)
+    none = tl.full((), 0.0, tl.float64)
+    counted = (none, none, none, none, none, none)
+    if STATS:
+        counted = count(v, widen(narrow(result, STORED)), over, valid, poisoned)
+    return found, counted
+
+
+@triton.jit
+def amaxes(v, AXIS: tl.constexpr):
+    """(largest magnitude bits, largest finite magnitude bits) of a patch along an axis; masked elements are 0."""
+    bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, AXIS), tl.max(tl.where(bits < 0x7F800000, bits, bits * 0), AXIS)
+
+
+@triton.jit
+def _process(
+    x,
+    out,
+    codes,
+    scales,
+    problems,
+    partials,
+    element_table,
+    scale_table,
+    upper,
+    key,
+    random_bits,
+    emax,
+    up_from,
+    poison,
+    element_max,
+    smallest,
+    outer_tiles,
+    rows,
+    columns,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    TILES: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    MODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    VALUES: tl.constexpr,
+    CODES: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """One program: TILES tiles, each in CHUNKS patches of ELEMENTS elements.
+
+    STRIPS: the tiles are TILE_ROWS x 1, neighbours along the columns, and axis 0 of a patch runs down a tile. Otherwise
+    axis 1 of a patch runs through a tile in C order.
+    """
+    program = tl.program_id(0)
+    tiles_down = (rows + TILE_ROWS - 1) // TILE_ROWS
+    if STRIPS:
+        strips = (columns + TILES - 1) // TILES
+        column = (program % strips) * TILES + tl.arange(0, TILES)
+        band = (program // strips).to(tl.int64)  # which row of tiles, over all of outer
+        down, outer = band % tiles_down, band // tiles_down
+        height = tl.minimum(rows - down * TILE_ROWS, TILE_ROWS)
+        corner = (outer * rows + down * TILE_ROWS) * columns
+        tile_valid = column < columns
+        tile = band * columns + column
+        down_patch = tl.arange(0, ELEMENTS)[:, None]
+        offset = corner + column[None, :].to(tl.int64)
+    else:
+        tile = program.to(tl.int64) * TILES + tl.arange(0, TILES)
+        tiles_across = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
+        tile_valid = tile < outer_tiles * tiles_across
+        across = tile % tiles_across
+        band = tile // tiles_across
+        down, outer = band % tiles_down, band // tiles_down
+        height = tl.minimum(rows - down * TILE_ROWS, TILE_ROWS)[:, None]
+        width = tl.minimum(columns - across * TILE_COLUMNS, TILE_COLUMNS)[:, None]
+        offset = ((outer * rows + down * TILE_ROWS) * columns + across * TILE_COLUMNS)[:, None]
+        down_patch = tl.arange(0, ELEMENTS)[None, :]
+    AXIS: tl.constexpr = 0 if STRIPS else 1
+
+    largest = tl.zeros((TILES,), tl.uint32)
+    finite = tl.zeros((TILES,), tl.uint32)
+    v = tl.zeros((ELEMENTS, TILES) if STRIPS else (TILES, ELEMENTS), tl.float32)
+    for chunk in range(CHUNKS):
+        position = chunk * ELEMENTS + down_patch
+        if STRIPS:
+            index = offset + position * columns.to(tl.int64)
+            valid = (position < height) & tile_valid[None, :]
+        else:
+            row, col = position // TILE_COLUMNS, position % TILE_COLUMNS
+            index = offset + row * columns.to(tl.int64) + col
+            valid = (row < height) & (col < width) & tile_valid[:, None]
+        v = widen(tl.load(x + index, mask=valid, other=0.0))
+        found, found_finite = amaxes(v, AXIS)
+        largest = tl.where(found > largest, found, largest)
+        finite = tl.where(found_finite > finite, found_finite, finite)
+
+    poisoned = (poison != 0) & (largest > 0x7F800000)
+    raw, multiplier, reciprocal = scale_of(
+        finite, poisoned, scale_table, upper, emax, up_from, element_max, smallest, SCALE, TWO_LEVELS
+    )
+    if SCALE == PLAIN_FLOAT:
+        tl.store(scales + tile, multiplier, mask=tile_valid)
+    else:
+        tl.store(scales + tile, raw.to(scales.dtype.element_ty), mask=tile_valid)
+    if STRIPS:
+        multiplier, reciprocal = multiplier[None, :], reciprocal[None, :]
+    else:
+        multiplier, reciprocal = multiplier[:, None], reciprocal[:, None]
+
+    grid = read_grid(element_table, False)
+    problem = 0
+    amax = tl.full((), 0.0, tl.float64)
+    overflows, underflows, nonfinites, errors, squares = amax, amax, amax, amax, amax
+    for chunk in range(CHUNKS):
+        position = chunk * ELEMENTS + down_patch
+        if STRIPS:
+            index = offset + position * columns.to(tl.int64)
+            valid = (position < height) & tile_valid[None, :]
+        else:
+            row, col = position // TILE_COLUMNS, position % TILE_COLUMNS
+            index = offset + row * columns.to(tl.int64) + col
+            valid = (row < height) & (col < width) & tile_valid[:, None]
+        if CHUNKS > 1:
+            v = widen(tl.load(x + index, mask=valid, other=0.0))
+        missing, counted = emit(
+            v,
+            index,
+            valid,
+            multiplier,
+            reciprocal,
+            out,
+            codes,
+            key,
+            random_bits,
+            grid,
+            MODE,
+            SCALE,
+            VALUES,
+            CODES,
+            STATS,
+            x.dtype.element_ty,
+        )
+        if CODES:
+            problem = tl.maximum(problem, missing)
+        if STATS:
+            amax = tl.maximum(amax, counted[0])
+            overflows += counted[1]
+            underflows += counted[2]
+            nonfinites += counted[3]
+            errors += counted[4]
+            squares += counted[5]
+    if CODES:
+        tl.store(problems + program, problem)
+    if STATS:
+        store_counts(partials, program, amax, overflows, underflows, nonfinites, errors, squares)
+
+
+def _patches(layout: BlockLayout, strips: bool) -> tuple[int, int, int]:
+    """(tiles per program, elements of a tile per patch, patches per tile); the first two are powers of two."""
+    elements = layout.tile_rows * layout.tile_columns
+    patch = min(triton.next_power_of_2(elements), 64 if strips else LARGEST_PATCH)
+    tiles = max(1, PATCH // patch)
+    if strips:
+        tiles = min(tiles, max(16, triton.next_power_of_2(layout.columns)))
+    return tiles, patch, -(-elements // patch)
+
+
+def run(
+    x: Tensor,
+    fmt: BlockFormat,
+    layout: BlockLayout,
+    element: FloatFormat,
+    upper: Tensor | None,
+    *,
+    rounding: Rounding,
+    overflow: Overflow,
+    key: Tensor | None,
+    random_bits: int,
+    values: bool = True,
+    codes: bool = False,
+    stats: bool = False,
+    out: Tensor | None = None,
+) -> BlockResult:
+    """Quantize x in blocks and, as asked, return values, codes and statistics; as `kernels.eager.blocks.run`, bit for bit."""
+    x = x.contiguous()
+    device = x.device
+    direct = out is not None and out.is_contiguous()
+    written = (out if direct else torch.empty_like(x)) if values else None
+    coded = torch.empty(x.shape, dtype=code_dtype(element), device=device) if codes else None
+    scale_dtype = torch.float32 if fmt.has_float_scale else code_dtype(fmt.scale_format)
+    scales = torch.empty(layout.scale_shape, dtype=scale_dtype, device=device)
+    strips = layout.tile_columns == 1 and layout.columns > 1
+    tiles, patch, chunks = _patches(layout, strips)
+    outer, down, across = layout.grid
+    programs = outer * down * -(-layout.columns // tiles) if strips else -(-outer * down * across // tiles)
+    problems = torch.zeros(programs, dtype=torch.int32, device=device) if codes else None
+    partials = torch.empty((programs, 6), dtype=torch.float64, device=device) if stats else None
+    native_inf = overflow is Overflow.NATIVE and element.has_inf
+    by_addition = family_of(element, rounding, overflow, random_bits, False) is Family.BY_ADDITION
+    rounded_scale = not (fmt.power_of_two or fmt.has_float_scale)
+    scale_grid = fmt.scale_format if rounded_scale else fmt.element
+    if x.numel():
+        with on_device(x):
+            _process[(programs,)](
+                x,
+                written,
+                coded,
+                scales,
+                problems,
+                partials,
+                device_table(element, rounding, overflow, fmt.has_float_scale, False, native_inf, device),
+                device_table(scale_grid, Rounding.NEAREST_AWAY, Overflow.SATURATE, False, False, False, device),
+                upper,
+                key_tensor(key, device),
+                random_bits,
+                fmt.element_emax,
+                fmt.round_up_from(23),
+                int(not element.has_nan),
+                float(np.float32(fmt.element.max)),
+                fmt.scale_format.min_subnormal if rounded_scale else 0.0,
+                outer * down,
+                layout.rows,
+                layout.columns,
+                TILE_ROWS=layout.tile_rows,
+                TILE_COLUMNS=layout.tile_columns,
+                STRIPS=strips,
+                TILES=tiles,
+                ELEMENTS=patch,
+                CHUNKS=chunks,
+                MODE=ADDITION.value if by_addition else MODES[rounding],
+                SCALE=0 if fmt.power_of_two else 1 if fmt.has_float_scale else 2,
+                TWO_LEVELS=upper is not None,
+                VALUES=values,
+                CODES=codes,
+                STATS=stats,
+                enable_fp_fusion=False,
+            )
+    if out is not None and not direct:
+        written = out.copy_(written)
+    missing = None if problems is None else problems.amax() if programs else problems.sum()
+    return BlockResult(written, coded, scales, total(partials, x.numel()) if stats else None, missing)

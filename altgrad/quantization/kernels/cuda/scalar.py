@@ -1,0 +1,210 @@
+"""The CUDA kernel: one fused pass over a tensor in Triton, for scalar formats.
+
+Tested on a CPU through Triton's interpreter (`TRITON_INTERPRET=1` before the first import), which then also takes CPU
+tensors. Division is IEEE division (`div_rn`) and fused multiply-add is switched off, so results have the CPU's bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import Family, family_of, float32_arithmetic_suffices
+from altgrad.quantization.codec import code_dtype, value_tensor
+from altgrad.quantization.kernels.cuda.bits import (
+    ADDITION,
+    MODES,
+    code_of,
+    count,
+    device_table,
+    float_of,
+    key_tensor,
+    narrow,
+    on_device,
+    read_grid,
+    round_element,
+    store_counts,
+    total,
+    widen,
+)
+from altgrad.quantization.quantized import Outputs
+
+ELEMENTS = 2048  # per program
+
+
+@triton.jit
+def _process(
+    x,
+    out,
+    codes,
+    problems,
+    partials,
+    scales,
+    table,
+    key,
+    random_bits,
+    size,
+    inner,
+    channels,
+    MODE: tl.constexpr,
+    WIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    VALUES: tl.constexpr,
+    CODES: tl.constexpr,
+    STATS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    index = program.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    valid = index < size
+    grid = read_grid(table, WIDE)
+    v = widen(tl.load(x + index, mask=valid, other=0.0))
+    scale = tl.load(scales) if ONE_SCALE else tl.load(scales + (index // inner) % channels, mask=valid, other=1.0)
+    y = v / scale if DOUBLE else tl.math.div_rn(v, scale + tl.zeros_like(v))
+    wide_v = v.to(tl.float64) if WIDE else v
+    wide_y = y.to(tl.float64) if WIDE else y
+    payload, over = round_element(wide_v, wide_y, index, key, random_bits, grid, MODE, WIDE)
+    result = float_of(payload, WIDE).to(v.dtype) * scale
+    if VALUES:
+        tl.store(out + index, narrow(result, out.dtype.element_ty), mask=valid)
+    if CODES:
+        code, problem = code_of(payload, grid, WIDE)
+        tl.store(codes + index, code.to(codes.dtype.element_ty), mask=valid)
+        tl.store(problems + program, tl.max(tl.where(valid, problem, problem * 0).to(tl.int32)))
+    if STATS:
+        kept = widen(narrow(result, x.dtype.element_ty))
+        amax, overflows, underflows, nonfinites, errors, squares = count(v, kept, over, valid, over & False)
+        store_counts(partials, program, amax, overflows, underflows, nonfinites, errors, squares)
+
+
+@triton.jit
+def _decode(
+    codes,
+    out,
+    scales,
+    values,
+    size,
+    inner,
+    channels,
+    ONE_SCALE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    valid = index < size
+    code = tl.load(codes + index, mask=valid, other=0).to(tl.int64)
+    scale = tl.load(scales) if ONE_SCALE else tl.load(scales + (index // inner) % channels, mask=valid, other=1.0)
+    tl.store(out + index, narrow(tl.load(values + code) * scale, out.dtype.element_ty), mask=valid)
+
+
+def _scales(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tensor, int, int]:
+    """(scales, inner, channels): element i in C order of x has scales[i // inner % channels]."""
+    if not isinstance(scale, Tensor):
+        return torch.full((1,), scale, dtype=dtype, device=x.device), 1, 1
+    scale = scale.to(device=x.device, dtype=dtype)
+    if scale.numel() == 1:
+        return scale.reshape(1), 1, 1
+    lead = x.ndim - scale.ndim
+    axes = [lead + d for d, n in enumerate(scale.shape) if n > 1]
+    if axes == list(range(axes[0], axes[-1] + 1)):
+        inner = 1
+        for n in x.shape[axes[-1] + 1 :]:
+            inner *= n
+        return scale.contiguous(), inner, scale.numel()
+    return scale.expand(x.shape).contiguous(), 1, max(x.numel(), 1)
+
+
+def process(
+    x: Tensor,
+    fmt: FloatFormat,
+    scale: Tensor | float,
+    *,
+    rounding: Rounding,
+    overflow: Overflow,
+    key: tuple[int, int] | Tensor | None = None,
+    random_bits: int = 24,
+    clamp: bool = False,
+    out: Tensor | None = None,
+    values: bool = True,
+    codes: bool = False,
+    stats: bool = False,
+) -> Outputs:
+    """One pass: quantized values, codes and statistics, as asked for; arguments as `cpu.process`."""
+    double = x.dtype == torch.float64
+    wide = double or not float32_arithmetic_suffices(fmt)
+    by_addition = family_of(fmt, rounding, overflow, random_bits, wide) is Family.BY_ADDITION
+    source = x.contiguous()
+    fits = out is not None and out.is_contiguous()
+    target = (out if fits else torch.empty_like(source)) if values else None
+    coded = torch.empty_like(source, dtype=code_dtype(fmt)) if codes else None
+    size = source.numel()
+    programs = -(-size // ELEMENTS)
+    problems = torch.zeros(programs, dtype=torch.int32, device=x.device) if codes else None
+    partials = torch.empty((programs, 6), dtype=torch.float64, device=x.device) if stats else None
+    scales, inner, channels = _scales(source, scale, torch.float64 if double else torch.float32)
+    if size:
+        with on_device(source):
+            _process[(programs,)](
+                source,
+                target,
+                coded,
+                problems,
+                partials,
+                scales,
+                device_table(fmt, rounding, overflow, clamp, wide, False, x.device),
+                key_tensor(key, x.device),
+                random_bits,
+                size,
+                inner,
+                channels,
+                MODE=ADDITION.value if by_addition else MODES[rounding],
+                WIDE=wide,
+                DOUBLE=double,
+                ONE_SCALE=scales.numel() == 1,
+                VALUES=values,
+                CODES=codes,
+                STATS=stats,
+                ELEMENTS=ELEMENTS,
+                enable_fp_fusion=False,
+            )
+    if out is not None and target is not out:
+        target = out.copy_(target)
+    found = 0 if problems is None or not programs else problems.amax()
+    return Outputs(target, coded, total(partials, size) if stats else None, found)
+
+
+def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """scale * value(code) in `dtype`; as `cpu.decode`."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    source = codes.contiguous()
+    fits = out is not None and out.is_contiguous()
+    target = out if fits else torch.empty_like(source, dtype=dtype)
+    size = source.numel()
+    scales, inner, channels = _scales(source, scale, work)
+    if size:
+        values = value_tensor(fmt, work, codes.device)
+        with on_device(source):
+            _decode[(-(-size // ELEMENTS),)](
+                source,
+                target,
+                scales,
+                values,
+                size,
+                inner,
+                channels,
+                ONE_SCALE=scales.numel() == 1,
+                ELEMENTS=ELEMENTS,
+                enable_fp_fusion=False,
+            )
+    return target if out is None or target is out else out.copy_(target)
+
+
+def amax(x: Tensor) -> Tensor:
+    """Largest finite magnitude of a whole tensor, 0-d, float32 (float64 for float64); 0 if there is none."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    magnitude = torch.where(torch.isfinite(wide), wide.abs(), 0)
+    return magnitude.amax() if x.numel() else magnitude.new_zeros(())

@@ -1,0 +1,1 @@
+"""Counter-based random bits, and the streams that name them."""

@@ -1,0 +1,1 @@
+"""Run folders as data: rows of metrics, files, readers and writers. No torch."""

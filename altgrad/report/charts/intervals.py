@@ -1,0 +1,92 @@
+"""Dot-and-interval charts: one row per item, its estimate and its interval on a common axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from altgrad.report.charts.axes import axis_over
+from altgrad.report.charts.svg import el, framing, text_width
+from altgrad.report.theme import Style
+
+ROW = 34
+
+
+@dataclass(frozen=True)
+class IntervalRow:
+    """`low` and `high` may be None: the interval is not known (one seed) and only the dot is drawn. `text` stands at the
+    right; `points` are the single observations behind the estimate."""
+
+    name: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    style: Style
+    text: str = ""
+    points: Sequence[float] = ()
+
+
+def interval_chart(
+    rows: Sequence[IntervalRow],
+    *,
+    title: str,
+    description: str,
+    x_label: str,
+    reference: float | None = 0.0,
+    reference_band: tuple[float, float] | None = None,
+    reference_label: str = "",
+) -> Markup:
+    """The chart; `reference` draws a vertical line (the baseline), `reference_band` its noise floor."""
+    everything = [v for r in rows for v in (r.estimate, r.low, r.high, *r.points) if v is not None]
+    everything += [v for v in (reference, *(reference_band or ())) if v is not None]
+    axis = axis_over([np.array(everything)], label=x_label, margin=0.06)
+    parts: list[Markup] = []
+    if reference_band:
+        left, right = (100 * float(axis.at(v)) for v in reference_band)
+        parts.append(el("rect", class_="noise", x=f"{left:.3f}%", width=f"{right - left:.3f}%", y="0", height="100%"))
+    for position, label in axis.ticks(6):
+        x = f"{100 * position:.3f}%"
+        parts.append(el("line", class_="grid", x1=x, x2=x, y1="0", y2="100%"))
+        parts.append(el("text", label, class_="tick", x=x, y="100%", dy="17", text_anchor="middle"))
+    if reference is not None:
+        x = f"{100 * float(axis.at(reference)):.3f}%"
+        parts.append(el("line", class_="reference", x1=x, x2=x, y1="-4", y2="100%"))
+        parts.append(el("text", reference_label, class_="tick", x=x, y="-9", text_anchor="middle"))
+    for i, row in enumerate(rows):
+        parts.append(_row(row, (i + 0.5) * ROW, axis))
+    parts.append(el("text", x_label, class_="axis-label", x="100%", y="100%", dy="35", text_anchor="end"))
+    height = ROW * len(rows)
+    return el(
+        "svg",
+        el("title", title),
+        el("desc", description),
+        *parts,
+        class_="chart intervals",
+        role="img",
+        aria_label=f"{title}. {description}",
+        style=framing(
+            24, height, left=18 + text_width(r.name for r in rows), right=18 + text_width((r.text for r in rows), 11.5)
+        ),
+    )
+
+
+def _row(row: IntervalRow, y: float, axis) -> Markup:
+    parts = [el("text", row.name, class_="row-name", x="0", y=y, dx="-12", dy="4", text_anchor="end")]
+
+    def at(value: float) -> str:
+        return f"{100 * float(axis.at(value)):.3f}%"
+
+    for point in row.points:
+        if np.isfinite(point):
+            parts.append(el("circle", class_="point", cx=at(point), cy=y, r="2.5"))
+    if row.low is not None and row.high is not None and np.isfinite(row.low) and np.isfinite(row.high):
+        parts.append(el("line", class_="interval", x1=at(row.low), x2=at(row.high), y1=y, y2=y))
+        for end in (row.low, row.high):
+            parts.append(el("line", class_="interval cap", x1=at(end), x2=at(end), y1=y - 5, y2=y + 5))
+    if row.estimate is not None and np.isfinite(row.estimate):
+        parts.append(el("circle", class_="estimate", cx=at(row.estimate), cy=y, r="5"))
+    parts.append(el("text", row.text, class_="row-text", x="100%", y=y, dx="12", dy="4"))
+    return el("g", *parts, class_=f"interval-row {row.style.css}", data_group=row.name)

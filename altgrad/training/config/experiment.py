@@ -1,0 +1,309 @@
+"""What one experiment is: every setting and every threshold, with its default explained where it is declared.
+
+The short top-level keys cover the common cases (`fp8_format`, `weight_storage`, ...); a full `recipe` replaces the four
+numeric ones. `experiment_hash` is the identity of a run: two configs with the same hash give the same losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from altgrad.errors import AltGradError
+from altgrad.formats.catalog import get_format
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class ModelSection(_Section):
+    """The GPT that is trained. `style` sets the five choices below it; each can still be set by itself."""
+
+    n_layer: Positive = 4
+    n_head: Positive = 4
+    n_embd: Positive = 128
+    block_size: Positive = 64
+    """Context length in tokens; also the length of the training windows."""
+    vocab_size: Positive | None = None
+    """None: as many tokens as the data has (256 for bytes)."""
+    style: Literal["modern", "gpt2"] = "modern"
+    norm: Literal["rmsnorm", "layernorm"] | None = None
+    position: Literal["rotary", "learned"] | None = None
+    activation: Literal["relu_squared", "gelu", "swiglu"] | None = None
+    bias: bool | None = None
+    tie_weights: bool | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelSection:
+        if self.n_embd % self.n_head:
+            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.n_head))
+            raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}; use n_head {nearest}")
+        return self
+
+
+class OptimizerSection(_Section):
+    """The update rule and its learning rate schedule."""
+
+    name: str = "adamw"
+    """A row of `altgrad.optim.OPTIMIZERS`."""
+    lr: NonNegativeFloat = 1e-3
+    """Peak learning rate, in the optimizer's own unit. 1e-3 suits AdamW on models of about a million parameters."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Acts on matrices and embeddings only, as in GPT-3."""
+    betas: tuple[Fraction, Fraction] | None = (0.9, 0.95)
+    """Of optimizers that have them; 0.95 as in GPT-3. None: the optimizer's own, as for `eps` and `momentum`."""
+    eps: PositiveFloat | None = None
+    momentum: Fraction | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of this optimizer alone."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Linear from lr/warmup_steps; 4% of a 500-step run."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    min_lr_ratio: Fraction = 0.1
+    """The cosine ends at this fraction of lr (Hoffmann et al. 2022 use 0.1)."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest L2 norm of all gradients together; 0 switches clipping off."""
+
+
+class DataSection(_Section):
+    """Where the tokens come from, and how many a step takes."""
+
+    source: Literal["stdlib", "text", "tokens", "huggingface"] = "stdlib"
+    """stdlib: the running Python's own library sources as bytes. text: files as bytes. tokens: nanoGPT's train.bin and
+    val.bin (uint16). huggingface: a dataset by name, or a folder written by its `save_to_disk`."""
+    path: str | list[str] | None = None
+    """text: files or folders (their *.txt); tokens: the folder with the two .bin files."""
+    name: str | None = None
+    """huggingface: the dataset's name or folder."""
+    config_name: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    max_bytes: Positive = 4_000_000
+    """Size cap of stdlib, text and huggingface corpora. 4 MB is more than 500 steps of 8192 tokens can see."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """The tail of the corpus that is held out (tokens brings its own val.bin)."""
+    batch_size: Positive = 12
+    """Sequences per step, all micro-batches together."""
+    grad_accumulation: Positive = 1
+    """Micro-batches per step; divides batch_size."""
+
+    @model_validator(mode="after")
+    def _source_has_its_input(self) -> DataSection:
+        if self.source in ("text", "tokens") and not self.path:
+            raise ValueError(f"source {self.source!r} needs data.path; set data.path=...")
+        if self.source == "huggingface" and not self.name:
+            raise ValueError("source 'huggingface' needs data.name; set data.name=...")
+        if self.batch_size % self.grad_accumulation:
+            multiple = max(1, self.batch_size // self.grad_accumulation) * self.grad_accumulation
+            raise ValueError(
+                f"grad_accumulation {self.grad_accumulation} does not divide batch_size {self.batch_size}; "
+                f"use batch_size {multiple}"
+            )
+        return self
+
+
+class EvaluationSection(_Section):
+    """Loss on held-out text, under the same recipe as training."""
+
+    interval: Positive = 50
+    """Steps between evaluations; step 0 and the last step are always evaluated."""
+    batches: Positive = 8
+    """Batches of data.batch_size windows, spread evenly over the validation text: the same ones each time."""
+
+
+class VerdictSection(_Section):
+    """When a run counts as collapsed. A run that merely ends worse does not."""
+
+    stop: bool = True
+    """End the run at the verdict; False records the first verdict and trains on."""
+    nonfinite_patience: Positive = 3
+    """Consecutive steps with a NaN or inf in loss or gradients. One can be a bad batch, three in a row on unchanged
+    weights are the format's doing."""
+    divergence_window: Positive = 50
+    """Consecutive steps that a loss must stay bad."""
+    divergence_margin: NonNegativeFloat = 0.05
+    """Bad: above the first loss by this fraction. 5% is beyond the batch noise of an untrained model."""
+    divergence_ratio: Annotated[float, Field(gt=1.0)] = 2.0
+    """Bad as well: above the best smoothed loss by this factor."""
+    divergence_smoothing: Positive = 10
+    """The best loss is the lowest mean over so many consecutive steps: one lucky batch does not set it."""
+    freeze_window: Positive = 50
+    """Consecutive steps, after warmup, over which a freeze must show."""
+    freeze_stall_rate: Fraction = 0.95
+    """Of the attempted weight updates, the fraction lost to rounding in every step of the window."""
+    freeze_smoothing: Positive = 25
+    """The loss is smoothed by the mean over so many steps: a batch's noise of 3% becomes 0.6%."""
+    freeze_improvement: NonNegativeFloat = 0.001
+    """A smoothed loss lower than its best by this fraction counts as learning."""
+
+
+class ClippingSection(_Section):
+    """Partition-relative gradient clipping, when `enable_partition_clipping` is set."""
+
+    base_clip: PositiveFloat = 1.0
+    """Clip norm of a format that reaches 57344 (E5M2); others get it in proportion to their max."""
+    overflow_threshold: Fraction = 0.01
+    """Clip when a layer's measured overflow rate reaches 1%: rarer overflow is what saturation is for. 0: any overflow."""
+
+
+class ShiftSection(_Section):
+    """Emergency shift to a more robust format, when `enable_emergency_shift` is set."""
+
+    nan_patience: Positive = 3
+    """Consecutive non-finite steps before the shift."""
+    stall_threshold: Fraction = 0.5
+    """Shift when more than half of the attempted updates are lost to rounding..."""
+    stall_patience: Positive = 10
+    """...in this many consecutive steps after warmup: one step's rate follows the learning rate, ten show a state."""
+    chain: dict[str, str | None] = Field(default_factory=dict)
+    """Further links of the fallback chain, such as {E2M5: E3M4}; None ends it."""
+    snapshot_interval: Positive = 10
+    """Steps between in-memory copies of the last finite state, to which a shift rewinds non-finite weights."""
+
+
+class MonitorSection(_Section):
+    """Diagnostics per layer and role (altgrad.monitor), appended to metrics.jsonl."""
+
+    enabled: bool = False
+    interval: Positive = 10
+    """Steps between records, for every group of statistics that `schedule` does not name (rank: 250, reference: none)."""
+    schedule: dict[str, Any] = Field(default_factory=dict)
+    """Per group of statistics, or `default`: steps, or {every: n, window: [first, last], layers: pattern}."""
+    near_zero: PositiveFloat = 1e-8
+    """Gradients below it count as near zero: the customary eps of Adam, under which its update fades."""
+    rank_fraction: Fraction = 0.5
+    """A layer's rank collapsed when its effective rank is below this fraction of the first: half of its directions."""
+    rank_fraction_projections: Fraction = 0.7
+    """The same for heads and output projections: later layers cannot make up for directions that these lose."""
+
+
+class TrackersSection(_Section):
+    """Mirrors of metrics.jsonl elsewhere; not part of a run's identity."""
+
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+class ExperimentConfig(_Section):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "experiment"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    max_steps: Positive = 500
+    fp8_format: str = "FP32"
+    """Number format of weights, activations and gradients in every linear layer; FP32 leaves the model as it is."""
+    weight_storage: Literal["master", "grid"] = "master"
+    """master: float32 weights, quantized at use. grid: weights hold only the format's values."""
+    rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "odd", "stochastic"] = "nearest_even"
+    storage_rounding: (
+        Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "odd", "stochastic"] | None
+    ) = None
+    """grid: of the write back after the optimizer's step; None: as `rounding`."""
+    scaling: str | dict[str, Any] = "amax"
+    """A scaling policy by name (amax: current, per tensor; none; delayed; ...) or as {policy: name, ...arguments}."""
+    overflow: Literal["native", "saturate", "inf", "nan"] = "saturate"
+    """What operands beyond the format's max become. `native` is IEEE 754's overflow to inf where the format has inf."""
+    gradient_format: str | None = None
+    """Format of the gradient operands where it differs from fp8_format; None: the same."""
+    storage_refresh_interval: Annotated[int, Field(ge=0)] = 10
+    """grid with amax scaling: steps between renewals of the grid's power-of-two scale, so that growing weights do not
+    end at its edge; 0 keeps the first."""
+    recipe: dict[str, Any] | None = None
+    """A full recipe; then fp8_format, weight_storage, rounding and scaling must be left at their defaults."""
+    include: list[str] | None = None
+    """Name patterns of the layers to quantize; None: all linear layers."""
+    exclude: list[str] = Field(default_factory=list)
+    enable_partition_clipping: bool = False
+    enable_emergency_shift: bool = False
+    runs_dir: str = "runs"
+    checkpoint_dir: str | None = None
+    """None: the run folder's checkpoints/."""
+    checkpoint_interval: Positive = 100
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """At least two: the previous one stands in for a damaged newest one."""
+    device: str = "cpu"
+    threads: Positive | None = None
+    """CPU threads; None: as torch decides, recorded at the start and restored by a resume."""
+    compile: bool = False
+    """torch.compile the model."""
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the model; used under torchrun alone."""
+    model: ModelSection = Field(default_factory=ModelSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    data: DataSection = Field(default_factory=DataSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    verdict: VerdictSection = Field(default_factory=VerdictSection)
+    clipping: ClippingSection = Field(default_factory=ClippingSection)
+    shift: ShiftSection = Field(default_factory=ShiftSection)
+    monitor: MonitorSection = Field(default_factory=MonitorSection)
+    trackers: TrackersSection = Field(default_factory=TrackersSection)
+
+    @field_validator("fp8_format", "gradient_format")
+    @classmethod
+    def _known_format(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            return str(get_format(value))
+        except AltGradError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        kind, _, index = value.partition(":")
+        if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+            raise ValueError(f"device {value!r} is not one of cpu, cuda, cuda:N, mps")
+        return value
+
+    @model_validator(mode="after")
+    def _recipe_or_short_keys(self) -> ExperimentConfig:
+        if self.recipe is not None:
+            short = ("fp8_format", "weight_storage", "rounding", "scaling", "overflow", "gradient_format")
+            short += ("storage_rounding",)
+            both = [k for k in short if getattr(self, k) != type(self).model_fields[k].default]
+            if both:
+                raise ValueError(f"recipe and {', '.join(both)} both set the formats; remove one of the two")
+        return self
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is quantized at all."""
+        return self.recipe is not None or self.fp8_format != "FP32"
+
+
+ADDED_LATER = (
+    ("verdict", "divergence_smoothing"),
+    ("monitor", "near_zero"),
+    ("monitor", "rank_fraction"),
+    ("monitor", "rank_fraction_projections"),
+)
+"""Settings that runs before them did not have: at their defaults they are no part of a run's identity."""
+
+NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "threads", "distributed", "trackers")
+"""Where and how a run is made, not what it computes."""
+
+
+def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:
+    """SHA-256 (hex) of the resolved config without paths, device and trackers, the data, and the numerics.
+
+    Args:
+        model: fingerprint of a model that was handed in instead of built from the config; "" for none.
+    """
+    resolved = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    del resolved["data"]["path"]  # the fingerprint stands for the content
+    for section, key in ADDED_LATER:
+        if resolved[section][key] == type(getattr(config, section)).model_fields[key].default:
+            del resolved[section][key]
+    facts = {"config": resolved, "data": data_fingerprint, "numerics": numerics_version, "model": model}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""Read an experiment from YAML and `a.b=c` overrides, and say plainly what is wrong with it.
+
+An unknown key is answered with the nearest valid one, a wrong value with its limit; all faults are listed at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from altgrad.errors import ConfigError
+from altgrad.training.config.experiment import ExperimentConfig
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | ExperimentConfig | None = None, overrides: Sequence[str] = ()
+) -> ExperimentConfig:
+    """The experiment in `source` (YAML file, mapping, config, None for the defaults) with `a.b=c` overrides applied.
+
+    Values are read as YAML: `model.n_layer=2`, `optimizer.lr=3e-4`, `model.bias=null`.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML mapping, or a key or value is wrong.
+    """
+    if isinstance(source, ExperimentConfig):
+        origin, base = "config", OmegaConf.create(source.model_dump(mode="json"))
+    elif isinstance(source, str | Path):
+        origin, base = str(source), _read_yaml(Path(source))
+    else:
+        origin, base = "config", OmegaConf.create(dict(source or {}))
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"override {override!r} has no key and value; write it as key=value, such as seed=7")
+    try:
+        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    try:
+        return ExperimentConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The resolved config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def key_paths(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> Iterable[str]:
+    """Every valid key in `a.b` form."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for section in (field.annotation, *get_args(field.annotation)):
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from key_paths(section, f"{prefix}{name}.")
+
+
+def nearest_key(key: str) -> str | None:
+    """The valid key most like `key`: by its full path, else by its last part (`lr` is `optimizer.lr`)."""
+    paths = list(key_paths())
+    by_path = difflib.get_close_matches(key, paths, n=1, cutoff=0.75)
+    if by_path:
+        return by_path[0]
+    last = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    by_last = difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.6)
+    return last[by_last[0]] if by_last else None
+
+
+def _read_yaml(path: Path):
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("experiments/configs")
+        known = sorted(p.name for p in folder.glob("*.yaml"))
+        near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {folder / near[0]}?" if near else f"{folder} has {', '.join(known) or 'no .yaml files'}"
+        raise ConfigError(f"config file {path} does not exist; {hint}")
+    try:
+        base = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not OmegaConf.is_dict(base):
+        raise ConfigError(f"{path} holds a list, not a mapping of keys to values; write lines such as 'seed: 42'")
+    return base
+
+
+def _explain(fault) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = nearest_key(key)
+        return f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else "; see --print-config for all keys")
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if fault["type"] in ("value_error", "model_type"):
+        return f"{key}: {message}" if key else message
+    return f"{key} = {fault['input']!r}: {message}"

@@ -1,0 +1,1 @@
+"""One run on disk: its folder, checkpoints, trackers and reports."""

@@ -1,0 +1,415 @@
+"""Writes the failure report of a collapsed run: gathers what was measured, measures the collapsed state once more.
+
+The data come from the run folder (metrics, environment) and from `diagnose_collapse`, which takes one step from the
+collapsed state under full observation and undoes it. `altgrad.report.pages.failure` draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from altgrad.diagnostics.update import NEAR_ZERO
+from altgrad.records.files import write_text
+from altgrad.report.pages.failure import (
+    FailureData,
+    GradientFacts,
+    Intervention,
+    LayerRow,
+    LossAround,
+    RunFacts,
+    Trend,
+    VerdictFacts,
+    render_failure,
+)
+from altgrad.training.step.measuring import rank_limits
+
+if TYPE_CHECKING:
+    from altgrad.training.trainer import Trainer
+
+Record = Mapping[str, Any]
+FOLDER = "failure_reports"
+TREND_STEPS = 50
+"""Steps that the trends and their charts show: as many as the freeze verdict looks back over."""
+
+_LARGEST = ("overflow", "linf", "ulp_max", "steps_max", "grid_error_max", "nonfinite_frac", "amax")
+
+
+def write_failure_report(
+    *,
+    run_dir: Path,
+    checkpoint_dir: Path,
+    result: Record,
+    config: Mapping[str, Any],
+    command: str | None,
+    last_good: Path | None,
+    collapsed: Path | None,
+    records: Sequence[Record] = (),
+) -> Path:
+    """Write `<checkpoint_dir>/failure_reports/step-<detected>-<kind>.html` and `.md`; returns the HTML's path.
+
+    Args:
+        run_dir: with metrics.jsonl and env.json, as far as they exist.
+        result: the run's result (the schema of result.json), with a verdict.
+        config: the resolved configuration.
+        command: what reproduces the run; None for a run of a model, data or loss that were handed over in Python.
+        last_good, collapsed: checkpoints of the last finite state before the onset and of the collapsed state.
+        records: monitor records of the collapsed state (`diagnose_collapse`).
+    """
+    data = gather(
+        metrics=read_metrics(run_dir / "metrics.jsonl"),
+        environment=_read_json(run_dir / "env.json"),
+        result=result,
+        config=config,
+        command=command,
+        last_good=last_good,
+        collapsed=collapsed,
+        records=records,
+    )
+    html, markdown = render_failure(data)
+    folder = Path(checkpoint_dir) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"step-{data.verdict.detected_step or 0:06d}-{data.verdict.kind}"
+    write_text(folder / f"{stem}.md", markdown)
+    write_text(folder / f"{stem}.html", html)
+    return folder / f"{stem}.html"
+
+
+def diagnose_collapse(trainer: Trainer) -> list[dict[str, Any]]:
+    """Monitor records of one step taken from the trainer's state on its next batch, everything measured, then undone.
+
+    Empty for a run on several ranks (one of them cannot step alone).
+    """
+    from altgrad.monitor import Monitor
+
+    if not trainer.ranks.alone:
+        return []
+    state = trainer.capture()
+    own, fmt = trainer.measuring.monitor, trainer.config.fp8_format
+    records: list[dict[str, Any]] = []
+    monitor = Monitor(
+        trainer.model,
+        trainer.optimizer,
+        handle=trainer.formats.handle,
+        format=None if fmt == "FP32" else fmt,
+        schedule={"default": 1, "rank": 1},
+        sink=records.extend,
+        near_zero=trainer.config.monitor.near_zero,
+        rank_limits=rank_limits(trainer.config.monitor),
+    )
+    trainer.measuring.monitor = monitor
+    try:
+        trainer.train_step(*trainer.batch(trainer.step + 1))
+    finally:
+        monitor.close()
+        trainer.measuring.monitor = own
+        trainer.restore(state)
+    return records
+
+
+def gather(
+    *,
+    metrics: Sequence[Record],
+    environment: Mapping[str, Any] | None,
+    result: Record,
+    config: Mapping[str, Any],
+    command: str | None,
+    last_good: Path | None,
+    collapsed: Path | None,
+    records: Sequence[Record] = (),
+) -> FailureData:
+    """Everything measured of a collapse; a field that was not is None."""
+    verdict = result["verdict"]
+    steps = _last_by_step(m for m in metrics if m["kind"] == "step")
+    monitored = [m for m in metrics if m["kind"] == "monitor"]
+    last = list(records) or _last_step_only(monitored)
+    notes = []
+    if records:
+        notes.append(
+            f"The tables per layer were measured on one more step from the collapsed state (step {records[0]['step']}), "
+            "which was then undone."
+        )
+    if command is None:
+        notes.append("The run was given its model, data or loss in Python: no command repeats it, the same call does.")
+    if not monitored:
+        notes.append(
+            "The monitor was off (monitor.enabled): the diagnostics per layer have no trend over the last steps."
+        )
+    events = [m for m in metrics if m["kind"] == "event"]
+    gradient = gradient_facts(last, config.get("monitor", {}).get("near_zero", NEAR_ZERO))
+    if gradient is not None and gradient.all_nonfinite:
+        notes.append("Every gradient element is NaN or infinite: no sparsity, norm or update follows from them.")
+    updates = [r for r in last if r["role"] == "update" and "flips" in r and r.get("attempted")]
+    layers = layer_rows(last)
+    return FailureData(
+        run=RunFacts(
+            name=result["name"],
+            run_id=result["run_id"],
+            seed=result.get("seed"),
+            format=result.get("format"),
+            storage=result.get("storage"),
+            rounding=result.get("rounding"),
+            step=result.get("steps"),
+            max_steps=result.get("max_steps"),
+        ),
+        verdict=VerdictFacts(
+            kind=verdict["kind"],
+            onset_step=verdict.get("onset_step"),
+            detected_step=verdict.get("detected_step"),
+            metric=verdict.get("metric"),
+            value=_number(verdict.get("value")),
+            threshold=_number(verdict.get("threshold")),
+            reason=verdict.get("reason"),
+            evidence=_evidence(steps, verdict),
+        ),
+        loss=loss_around(steps, verdict.get("onset_step")),
+        loss_steps=list(steps) or None,
+        loss_values=[_loss(s) for s in steps.values()] or None,
+        gradient=gradient,
+        zero_update_layers=[r["layer"] for r in updates if r["flips"] == 0] if updates else None,
+        layers_measured=len(updates) or None,
+        layers=layers or None,
+        layers_step=last[0]["step"] if last else None,
+        trends=trends(steps, monitored) or None,
+        interventions=interventions(events, steps),
+        checkpoint_good=_checkpoint(last_good),
+        checkpoint_collapsed=_checkpoint(collapsed),
+        reproduce=command,
+        environment=environment and {k: v for k, v in environment.items() if not isinstance(v, dict | list)},
+        config=_flat(config),
+        notes=notes,
+    )
+
+
+def loss_around(steps: Mapping[int, Record], onset: int | None) -> LossAround | None:
+    """Loss at the step before the onset, at it, at the last step, and the best finite one."""
+    if not steps or onset is None:
+        return None
+    losses = {step: _loss(record) for step, record in steps.items()}
+    before = [step for step in losses if step < onset]
+    finite = [(loss, step) for step, loss in losses.items() if math.isfinite(loss)]
+    at = lambda step: (step, losses[step]) if step in losses else None  # noqa: E731
+    best = min(finite) if finite else None
+    return LossAround(
+        before=at(before[-1]) if before else None,
+        at=at(onset),
+        after=at(list(losses)[-1]),
+        best=(best[1], best[0]) if best else None,
+    )
+
+
+def gradient_facts(records: Iterable[Record], near_zero: float = NEAR_ZERO) -> GradientFacts | None:
+    """Sparsity over the gradient elements of all parameters of one step, measured with that threshold."""
+    found = [r for r in records if r["role"] == "gradient" and r.get("elements")]
+    elements = sum(r["elements"] for r in found)
+    if not elements:
+        return None
+    total = {name: sum(r[name] * r["elements"] for r in found) / elements for name in _SPARSITY}
+    return GradientFacts(
+        step=found[0]["step"],
+        zero_frac=total["zero_frac"],
+        near_zero_frac=total["zero_frac"] + total["near_zero_frac"],
+        near_zero_threshold=near_zero,
+        nonfinite_frac=total["nonfinite_frac"],
+        elements=int(elements),
+    )
+
+
+_SPARSITY = ("zero_frac", "near_zero_frac", "nonfinite_frac")
+_OPERANDS = ("input", "weight", "grad_output")
+_EXTRA = ("sqnr_db", "amax", "nonfinite_frac", "effective_rank")
+
+
+def layer_rows(records: Iterable[Record]) -> list[LayerRow]:
+    """Overflow and underflow of each operand, with the stall of each stored weight in its weight's row."""
+    records = list(records)
+    stall = {r["layer"]: r.get("stall") for r in records if r["role"] == "update"}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in records:
+        if r["role"] in _OPERANDS:
+            rows.setdefault((r["layer"], r["role"]), {}).update(r)
+    found = []
+    places = {layer: i for i, layer in enumerate(dict.fromkeys(layer for layer, _ in rows))}
+    for (layer, role), r in sorted(rows.items(), key=lambda row: (places[row[0][0]], _OPERANDS.index(row[0][1]))):
+        lost = stall.get(layer) if role == "weight" else None
+        if "overflow" in r or r.get("nonfinite_frac") or lost is not None:
+            extra = {name: _number(r[name]) for name in _EXTRA if name in r}
+            found.append(LayerRow(layer, role, r.get("overflow"), r.get("underflow"), lost, extra))
+    return found
+
+
+def trends(steps: Mapping[int, Record], monitored: Sequence[Record]) -> list[Trend]:
+    """The last steps of every diagnostic: of the whole model, and of each role over its layers.
+
+    Over layers the mean is shown; of overflow, non-finite fractions and maxima the largest.
+    """
+    recent = list(steps.values())[-TREND_STEPS:]
+    found = []
+    for name in ("loss", "grad_norm", "stall_rate", "flip_rate", "overflow_rate"):
+        points = [(r["step"], _number(r.get(name))) for r in recent]
+        points = [(step, value) for step, value in points if value is not None]
+        if len(points) > 1:
+            found.append(Trend(name, [s for s, _ in points], [v for _, v in points]))
+    if not steps:
+        return found
+    first = list(steps)[-1] - TREND_STEPS
+    over_layers: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for record in monitored:
+        if record["step"] <= first:
+            continue
+        for name, raw in record.items():
+            value = _number(raw) if name not in _LABELS else None
+            if value is not None:
+                over_layers.setdefault((record["role"], name), {}).setdefault(record["step"], []).append(value)
+    for (role, name), by_step in over_layers.items():
+        if len(by_step) > 1:
+            pick = max if name in _LARGEST else _mean
+            label = f"{name} ({'largest' if pick is max else 'mean'} of layers)"
+            found.append(Trend(label, list(by_step), [pick(v) for v in by_step.values()], role=role))
+    return found
+
+
+_LABELS = (
+    "kind",
+    "step",
+    "layer",
+    "role",
+    "format",
+    "elements",
+    "attempted",
+    "flips",
+    "rank_seconds",
+    "rank_collapsed",
+)
+
+
+def interventions(events: Sequence[Record], steps: Mapping[int, Record]) -> list[Intervention]:
+    """Clips, shifts and skipped steps with what they changed; runs of the same kind are one line."""
+    found: list[Intervention] = []
+    groups: list[list[Record]] = []
+    for event in events:
+        if event.get("event") not in ("clip", "shift", "skip_nonfinite"):
+            continue
+        if groups and groups[-1][-1]["event"] == event["event"] != "shift":
+            groups[-1].append(event)
+        else:
+            groups.append([event])
+    for group in groups:
+        first, last = group[0], group[-1]
+        if first["event"] == "shift":
+            detail = f"{first['from_format']} to {first['to_format']}, because of {first['reason']}"
+            if first.get("rewound_to") is not None:
+                detail += f"; weights from step {first['rewound_to']}"
+            effect = _effect(first["step"], steps)
+            found.append(Intervention(first["step"], "shift", detail, effect, to_format=first["to_format"]))
+            continue
+        span = f"{len(group)} steps, {first['step']} to {last['step']}" if len(group) > 1 else "one step"
+        if first["event"] == "clip":
+            norms = [n for n in (_number(e.get("grad_norm")) for e in group) if n is not None]
+            limit = _number(last.get("clip_threshold"))
+            effect = (
+                f"gradient norm {max(norms):.3g} at most, cut to {limit:.3g}" if norms and limit is not None else None
+            )
+            found.append(Intervention(first["step"], "clip", span, effect))
+        else:
+            found.append(Intervention(first["step"], "step skipped", span, "non-finite: nothing was applied"))
+    return found
+
+
+def _effect(step: int, steps: Mapping[int, Record]) -> str | None:
+    """Loss and stall rate before and after a shift, as far as they were measured."""
+    before = [r for s, r in steps.items() if step - 10 <= s <= step]
+    after = [r for s, r in steps.items() if step < s <= step + TREND_STEPS]
+    parts = []
+    for name, text in (("loss", "loss"), ("stall_rate", "stall rate")):
+        values = [
+            [v for v in (_number(r.get(name)) for r in side) if v is not None and math.isfinite(v)]
+            for side in (before, after)
+        ]
+        if values[0] and values[1]:
+            parts.append(f"{text} {values[0][-1]:.4g} before, {values[1][-1]:.4g} at step {after[-1]['step']}")
+    return "; ".join(parts) or None
+
+
+def _evidence(steps: Mapping[int, Record], verdict: Record) -> list[tuple[str, str]]:
+    onset, detected = verdict.get("onset_step"), verdict.get("detected_step")
+    if onset is None or detected is None:
+        return []
+    stretch = [r for s, r in steps.items() if onset <= s <= detected]
+    pairs = []
+    skipped = sum(1 for r in stretch if not r.get("finite", True))
+    if skipped:
+        pairs.append(("Non-finite steps", f"{skipped} of {len(stretch)}"))
+    for name, label in (
+        ("stall_rate", "Stall rate"),
+        ("grad_norm", "Gradient norm"),
+        ("overflow_rate", "Overflow rate"),
+    ):
+        values = [v for v in (_number(r.get(name)) for r in stretch) if v is not None and math.isfinite(v)]
+        if values:
+            pairs.append((f"{label}, onset to detection", f"{min(values):.4g} to {max(values):.4g}"))
+    return pairs
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _last_by_step(records: Iterable[Record]) -> dict[int, Record]:
+    """One record per step, the last one where a resumed run wrote two; ascending."""
+    by_step = {r["step"]: r for r in records}
+    return {step: by_step[step] for step in sorted(by_step)}
+
+
+def _last_step_only(monitored: Sequence[Record]) -> list[Record]:
+    newest = max((r["step"] for r in monitored if r["role"] == "gradient"), default=None)
+    return [r for r in monitored if r["step"] == newest]
+
+
+def _number(value: Any) -> float | None:
+    """A number; the strings "nan", "inf" and "-inf" of metrics.jsonl are numbers, too; anything else is None."""
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None
+
+
+def _loss(record: Record) -> float:
+    loss = _number(record["loss"])
+    return math.nan if loss is None else loss
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _checkpoint(path: Path | None) -> tuple[str, int | None] | None:
+    if path is None:
+        return None
+    digits = path.name.rsplit("-", 1)[-1]
+    return str(path), int(digits) if digits.isdigit() else None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None and value != {}:
+            flat[prefix + key] = value
+    return flat

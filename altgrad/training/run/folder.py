@@ -1,0 +1,175 @@
+"""A run's folder: its name, which follows from what is run, and the records that are written into it.
+
+    runs/<name>-s<seed>-<hash8>/  config.yaml  env.json  metrics.jsonl  result.json  checkpoints/
+
+The hash covers the resolved config, the data and the numerics version, but no paths, device or trackers: the same
+experiment finds its folder again, a changed one gets another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import altgrad
+from altgrad.quantization import NUMERICS_VERSION, FloatFormat, get_format
+from altgrad.records.files import jsonable, write_text
+from altgrad.training.config.experiment import ExperimentConfig, experiment_hash
+from altgrad.training.data import Corpus, resolve_corpus
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Where an experiment's run lives, before anything is written.
+
+    Args:
+        hash: SHA-256 (hex) that identifies the run; the folder's name ends in its first 8 digits.
+    """
+
+    config: ExperimentConfig
+    corpus: Corpus
+    hash: str
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.config.name}-s{self.config.seed}-{self.hash[:8]}"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.runs_dir) / self.run_id
+
+    @property
+    def wanted_checkpoint_dir(self) -> Path:
+        """Where checkpoints go, unless that directory belongs to another run."""
+        return Path(self.config.checkpoint_dir) if self.config.checkpoint_dir else self.path / "checkpoints"
+
+
+def plan_run(config: ExperimentConfig, data: Corpus | str | Path | None = None, model_fingerprint: str = "") -> RunPlan:
+    """The plan of `config`'s run; reads the data for its fingerprint, writes nothing.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    corpus = resolve_corpus(data, config.data, config.model.vocab_size)
+    return RunPlan(config, corpus, experiment_hash(config, corpus.fingerprint, NUMERICS_VERSION, model_fingerprint))
+
+
+def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, Any]:
+    """What a result may depend on besides the config: versions, commit, machine, data."""
+    return {
+        "altgrad": altgrad.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "numpy", "numba", "triton")},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
+        "threads": threads,
+        "data_fingerprint": plan.corpus.fingerprint,
+        "data": {
+            "source": plan.config.data.source,
+            "description": plan.corpus.description,
+            "train_tokens": len(plan.corpus.train),
+            "val_tokens": len(plan.corpus.val),
+            "vocab_size": plan.corpus.vocab_size,
+        },
+        "format": _format_facts(plan.config.fp8_format),
+    }
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per line, each written by one system call; a kill tears the last line at most.
+
+    `mirror` is given each record once it is written.
+    """
+
+    def __init__(self, path: Path, mirror: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self._mirror = path, mirror
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; non-finite floats become strings."""
+        line = json.dumps(jsonable(record), allow_nan=False) + "\n"
+        os.write(self._descriptor, line.encode())
+        if self._mirror is not None:
+            self._mirror(record)
+
+    def sync(self) -> None:
+        """Put everything written so far on the disk: a checkpoint must not be newer than its metrics."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def truncate_metrics(path: Path, step: int) -> int:
+    """Drop every record after `step`, and a torn or damaged line, atomically; returns how many lines went."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")
+    kept = [line for line in lines if _is_record_until(line, step)]
+    dropped = sum(bool(line) for line in lines) - len(kept)
+    if dropped or lines[-1]:
+        write_text(path, "".join(line.decode() + "\n" for line in kept))
+    return dropped
+
+
+def _is_record_until(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _format_facts(name: str) -> dict[str, Any]:
+    """A format's numbers, for reports (which do not import the numerics)."""
+    fmt = get_format(name)
+    facts: dict[str, Any] = {"name": str(fmt)}
+    if isinstance(fmt, FloatFormat):
+        facts |= {"exponent_bits": fmt.exponent_bits, "mantissa_bits": fmt.mantissa_bits, "max": fmt.max}
+        facts["smallest"] = fmt.min_subnormal
+        if fmt.bits <= 8:
+            facts["values"] = [abs(v) for v in fmt.values().tolist() if v >= 0]
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that AltGrad runs from, with "+" if it has changes; None for an installed package."""
+    root = Path(altgrad.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        asked = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
+        head, changes = (
+            subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, timeout=10, check=True).stdout
+            for a in asked
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")
+
+
+def processor_name() -> str:
+    """The CPU's name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

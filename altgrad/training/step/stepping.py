@@ -1,0 +1,89 @@
+"""Small pieces of a training step: seeded and deterministic execution, gradient norms, one host copy for all scalars."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from altgrad.errors import ConfigError
+from altgrad.training.step.distributed import local
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: torch cannot use it here.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results only with this
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device {name} is not there: torch sees {count} CUDA devices; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device mps is not there; use --device cpu")
+    return device
+
+
+def seed_of(*words: int | str) -> int:
+    """A 63-bit seed that depends on every word, the same in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, words)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Within the block torch's generators start from `seed`, for models that draw (dropout); outside nothing changes."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within the block CUDA repeats its results bit for bit; CPU kernels do so by themselves."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    """The gradients that there are; of those that are spread over ranks, this rank's part."""
+    return [local(p.grad) for p in parameters if p.grad is not None]
+
+
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, 0-dim float32, on the device; inf also where the squares overflow."""
+    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+
+def wide_norm(grads: Sequence[Tensor]) -> float:
+    """The same norm in float64, for finite gradients whose squares overflow float32."""
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+
+
+def clip_to(grads: Sequence[Tensor], norm: Tensor | float, largest: float) -> None:
+    """Scale gradients of that L2 norm down to norm `largest`, in place; smaller ones keep their values. No sync."""
+    scale = largest / (torch.as_tensor(norm) + 1e-6)
+    torch._foreach_mul_(list(grads), scale.clamp(max=1.0).to(grads[0].device))
+
+
+def on_host(scalars: Sequence[Tensor]) -> list[float]:
+    """0-dim tensors as Python numbers by one host copy; float32 values are exact."""
+    return torch.stack([s.detach().double() for s in scalars]).tolist()
