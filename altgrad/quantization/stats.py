@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 FIELDS = ("amax", "count", "overflow", "underflow", "nonfinite", "sse", "sum_sq")
+EXACT_FIELDS = FIELDS[:5]
+SUM_ERROR = 8e-6
+"""Largest relative error of `sse` and `sum_sq`; all other fields are exact."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class QuantStats:
     amax: largest finite |x|. count: elements. overflow: finite x beyond the largest value after rounding (and, under
     `saturate` and `nan`, x = +-inf). underflow: nonzero x whose result is zero. nonfinite: x that are inf or NaN.
     sse, sum_sq: sums of (x - result)^2 and of x^2 over finite x with a finite result. On the CPU 512 elements at a time
-    are summed in the lanes of float32 vectors, these sums in float64: off by at most 8e-6 of the sum with four lanes
+    are summed in the lanes of float32 vectors, these sums in float64: off by at most `SUM_ERROR` of the sum with four lanes
     (2^-24 for each of 128 additions, and the square's own), by 1e-8 on random data; the other fields are exact.
     """
 

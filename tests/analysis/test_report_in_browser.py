@@ -12,7 +12,7 @@ pytestmark = pytest.mark.browser
 
 TEXT_OFF_THE_PAGE = """const w = document.documentElement.clientWidth;
     return [...document.querySelectorAll('svg.chart text')].map((t) => [t.textContent, t.getBoundingClientRect()])
-        .filter(([, r]) => r.width && (r.left < -0.5 || r.right > w + 0.5)).map(([text, r]) => [text, r.left, r.right])"""
+        .filter(([, r]) => r.width && (r.left < -1 || r.right > w + 1)).map(([text, r]) => [text, r.left, r.right])"""
 LABELS = ["FP32", "E5M2", "E3M4", "E1M6", "E0M7", "E7M0"]
 
 

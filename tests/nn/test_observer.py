@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from altgrad.nn import full_precision, quantize_model, set_amax_reduction, set_observer, uniform
 from altgrad.quantization import amax_scale, get_format, ops, quantize_with_stats
+from altgrad.quantization.stats import SUM_ERROR
 
 
 class Seen:
@@ -45,7 +46,8 @@ def test_statistics_are_those_of_the_quantization():
     ]
     _, _, _, stats, scale, fmt = seen.calls[0]
     expected = quantize_with_stats(x, "E4M3", amax_scale(x, get_format("E4M3")), clamp=True, overflow="saturate")[1]
-    assert torch.equal(stats.vector, expected.vector)
+    assert torch.equal(stats.vector[:5], expected.vector[:5])  # amax and the counts are exact
+    torch.testing.assert_close(stats.vector[5:], expected.vector[5:], rtol=2 * SUM_ERROR, atol=0)
     assert float(scale) == float(amax_scale(x, get_format("E4M3")))
     assert fmt.name == "E4M3"
 

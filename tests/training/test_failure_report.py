@@ -22,16 +22,17 @@ from altgrad.training.run.failure_report import (
     trends,
 )
 from altgrad.training.trainer import Trainer, build_model
+from tests.corpus import corpus_overrides
 
 TINY = [
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "data.batch_size=4"),
-    *("evaluation.batches=1", "optimizer.warmup_steps=0", "checkpoint_interval=10", "data.source=stdlib"),
+    *("evaluation.batches=1", "optimizer.warmup_steps=0", "checkpoint_interval=10"),
 ]
 
 
 def config(tmp_path, *overrides, name="e7m0_uniform"):
     where = [f"runs_dir={tmp_path}/runs", f"checkpoint_dir={tmp_path}/checkpoints"]
-    return load_config(f"experiments/configs/{name}.yaml", [*TINY, *where, *overrides])
+    return load_config(f"experiments/configs/{name}.yaml", [*TINY, *where, *corpus_overrides(tmp_path), *overrides])
 
 
 KINDS = {
@@ -41,7 +42,8 @@ KINDS = {
         "max_steps=80",
         "weight_storage=master",
         "fp8_format=FP32",
-        "optimizer.lr=1",
+        "optimizer.lr=1e-2",
+        "optimizer.options={maximize: true}",  # the loss climbs because it is told to
         "verdict.divergence_window=10",
     ],
 }
