@@ -1,0 +1,135 @@
+"""Damage in nats: how far a fork's losses lie above those of the float32 twin on the same batches.
+
+    damage(fork) = mean over the horizon's second half of min(loss, ceiling) - min(twin's loss, ceiling)
+
+The ceiling is the largest loss of an untrained model: a dead fork, whose losses are NaN, counts as one that knows
+nothing, and no fork counts as worse. Pairing by batch removes the batches' noise; what remains is the noise of one
+draw of the rounding, which the null band measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from altgrad.autopsy.fork import Outcome
+
+FLOOR = 0.01
+"""Damage in nats below which nothing is called damage, however small the noise."""
+DEAD_NOISE = 0.02
+"""Standard deviation assumed of draws that all died: they have the same ceiling, so they show none."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What damage is measured against: the twin's losses over the same steps, and the ceiling."""
+
+    twin: tuple[float, ...]
+    ceiling: float
+
+    def damage(self, outcome: Outcome) -> float:
+        """Damage in nats of a fork of the twin's horizon."""
+        return self.over(outcome.losses, len(self.twin) // 2)
+
+    def over(self, losses: Sequence[float], first: int) -> float:
+        """Mean damage of the steps from index `first` on."""
+        pairs = zip(losses[first:], self.twin[first:], strict=True)
+        return float(np.mean([self._capped(loss) - self._capped(twin) for loss, twin in pairs]))
+
+    def curve(self, losses: Sequence[float]) -> np.ndarray:
+        """Damage step by step."""
+        return np.array([self._capped(a) - self._capped(b) for a, b in zip(losses, self.twin, strict=False)])
+
+    def _capped(self, loss: float) -> float:
+        return min(loss, self.ceiling) if math.isfinite(loss) else self.ceiling
+
+
+@dataclass(frozen=True)
+class Band:
+    """Draws of one question: their mean damage and how far single draws scatter."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation of one draw; that of dead draws, which all sit at the ceiling, is assumed."""
+        if len(self.values) < 2:
+            return DEAD_NOISE
+        found = float(np.std(self.values, ddof=1))
+        return found if found > 1e-6 else DEAD_NOISE
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return self.sd / math.sqrt(len(self.values))
+
+
+@dataclass(frozen=True)
+class Null:
+    """The null band: draws of the damaged run and draws of its twin, from one state on the same batches."""
+
+    low: Band
+    high: Band
+
+    @property
+    def damage(self) -> float:
+        """Mean damage of the run in nats, noise removed."""
+        return self.low.mean - self.high.mean
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the difference of one draw from the mean."""
+        return max(self.low.sd, self.high.sd)
+
+    @property
+    def z(self) -> float:
+        """Damage in standard errors."""
+        return self.damage / math.hypot(self.low.error, self.high.error)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether there is damage: beyond the floor, and four standard errors from none."""
+        return self.damage > FLOOR and self.z > 4.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part of the damage, 1 for all of it, with a 95% interval and the draws behind it."""
+
+    value: float
+    low: float
+    high: float
+    draws: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+
+
+def share(part: Band, null: Null) -> Share:
+    """Mean damage of `part` as a share of the run's, by the delta method; the noise of a single draw is the null band's."""
+    value = (part.mean - null.high.mean) / null.damage
+    draw = part.sd if len(part.values) > 2 else null.noise
+    own = draw / math.sqrt(len(part.values))
+    error = math.hypot(own, value * null.low.error, (1 - value) * null.high.error) / abs(null.damage)
+    return Share(value, value - 1.96 * error, value + 1.96 * error, len(part.values))
+
+
+def closed(part: Band, null: Null) -> Share:
+    """The share of the gap that an intervention closes: 1 minus the damage that remains."""
+    rest = share(part, null)
+    return Share(1 - rest.value, 1 - rest.high, 1 - rest.low, rest.draws)
+
+
+def saturating(shares: Sequence[float]) -> float:
+    """1 - prod(1 - a): what independent shares make together, as damage saturates at the ceiling."""
+    kept = 1.0
+    for one in shares:
+        kept *= 1 - min(max(one, 0.0), 1.0)
+    return 1 - kept

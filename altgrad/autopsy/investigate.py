@@ -1,0 +1,195 @@
+"""From a damaged run to the cells that caused it, as a pure function of an oracle.
+
+`investigate` goes through the stages in order: gates, null band, onset and point of no return, role screen, layer split,
+confirmation, mechanism, decision. A stage that cannot be decided ends the autopsy with what is known so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from altgrad.analysis.statistics import holm
+from altgrad.autopsy import mechanism
+from altgrad.autopsy.confidence import confidence
+from altgrad.autopsy.damage import FLOOR, Yardstick
+from altgrad.autopsy.fork import LOW, TWIN
+from altgrad.autopsy.forks import BudgetSpent, Forks
+from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, unwell
+from altgrad.autopsy.search import Search, Settings, names
+from altgrad.autopsy.split import Groups
+from altgrad.autopsy.verdict import (
+    CAUSE,
+    INCONCLUSIVE,
+    NO_DAMAGE,
+    NOT_PRECISION,
+    REFUSED,
+    Effect,
+    Verdict,
+    joined,
+)
+from altgrad.autopsy.window import change_point, choose, first_damaged, no_return
+
+
+def investigate(
+    forks: Forks,
+    *,
+    symptom: int | None = None,
+    prior: Mapping[object, float] | None = None,
+    ceiling: float | None = None,
+    settings: Settings | None = None,
+) -> Verdict:
+    """Why the oracle's run was damaged.
+
+    Args:
+        forks: the oracle, with its cache, log and budget.
+        symptom: the step at which the run's own verdict found it.
+        prior: suspicion of each cell, larger is more; it orders the search and decides nothing.
+        ceiling: largest loss that counts; None: the larger of the two trajectories' first losses.
+        settings: how hard to look.
+
+    Returns:
+        The verdict; its `level` says how far the search came. A spent budget gives "inconclusive".
+    """
+    settings = settings or Settings()
+    low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
+    top = ceiling if ceiling is not None else first_loss_ceiling(low, twin)
+    so_far = Verdict(INCONCLUSIVE, "", symptom=symptom, prior={str(k): v for k, v in (prior or {}).items()})
+    search = Search(forks, settings, prior or {}, top, so_far)
+    try:
+        verdict = _stages(search, so_far, low, twin)
+    except BudgetSpent:
+        verdict = replace(
+            search.so_far,
+            kind=INCONCLUSIVE,
+            sentence=f"Inconclusive: the budget of {forks.budget} forks is spent; give --budget {2 * forks.budget}.",
+        )
+    return replace(verdict, forks=forks.run + forks.found, seconds=forks.seconds)
+
+
+def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]) -> Verdict:
+    forks, settings, top = search.forks, search.settings, search.ceiling
+    length = min(len(low), len(twin))
+    if length < 10:
+        return replace(so_far, kind=REFUSED, sentence=f"The run has {length} steps; an autopsy needs at least 10.")
+    yardstick = Yardstick(tuple(twin[:length]), top)
+    gap = yardstick.curve(low[:length])
+    rise = max(FLOOR, 0.1 * float(np.mean(gap[-max(5, length // 10) :])))
+
+    # gates
+    forks.stage = "gates"
+    gates: list[str] = []
+    wrong = unwell(twin, top)
+    if wrong and float(np.mean(gap[length // 2 :])) < max(0.5 * own_damage(twin, top), FLOOR):
+        return replace(so_far, kind=NOT_PRECISION, **not_precision(forks, wrong, top, settings.longest))
+    onset = change_point(gap, rise)
+    if onset is None or (rise <= FLOOR and float(np.mean(gap[-max(5, length // 10) :])) < FLOOR):
+        sentence = f"No damage in the window: the run ends {np.mean(gap[-5:]):+.3f} nats from its float32 twin."
+        return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence, damage=float(np.mean(gap[-5:])))
+    gates.append(f"float32 twin survives (loss {twin[-1]:.3f} at step {len(twin)})")
+
+    # null band in the window around the onset
+    forks.stage = "null band"
+    window = search.window = choose(forks, onset, top, settings.draws, settings.longest)
+    null = window.null
+    so_far = replace(
+        so_far,
+        damage=null.damage,
+        noise=null.noise,
+        onset=onset + 1,
+        window=(window.start, window.start + window.horizon),
+        gates=tuple(gates),
+    )
+    search.so_far = so_far
+    if not null.damaged:
+        sentence = (
+            f"No damage in the window: {null.damage:+.3f} nats over steps {window.start + 1} to "
+            f"{window.start + window.horizon}, where single draws scatter by {null.noise:.3f}."
+        )
+        return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence)
+    gates.append(
+        f"low precision fails again: {null.damage:.3f} nats, {null.z:.0f} standard errors, {settings.draws} draws"
+    )
+
+    # bounds
+    forks.stage = "bounds"
+    back = no_return(forks, top, window.horizon)
+    captured = [c for c in forks.oracle.captures(TWIN) if c <= onset + window.horizon]
+    first = first_damaged(forks, top, window, captured)
+    if first is not None and first > window.start and onset + 1 < first:
+        so_far = replace(so_far, onset=first)
+    so_far = replace(so_far, no_return=back, level="bound", gates=tuple(gates))
+    search.so_far = so_far
+
+    roles = search.screen()
+    so_far = replace(so_far, roles=_corrected(roles), level="boundary")
+    search.so_far = so_far
+
+    found = search.split(roles)
+    whole, parts, members, placebos = search.confirm(found)
+    assert whole.rescue is not None
+    assert whole.alone is not None
+    so_far = replace(
+        so_far,
+        cells=names(found.union),
+        rescue=whole.rescue,
+        alone=whole.alone,
+        groups=tuple(parts),
+        members=_corrected(members),
+        placebos=tuple(placebos),
+        structure=_structure(found, parts),
+    )
+    search.so_far = so_far
+    if not found.complete or whole.rescue.value < 0.5:
+        sentence = (
+            f"Inconclusive: {joined(so_far.cells)} close {whole.rescue} of the gap, and the other cells still do damage; "
+            f"the damage is spread over more than {len(found.sets)} sets of cells."
+        )
+        return replace(so_far, sentence=sentence)
+    interventions = search.mechanisms(found.union)
+    shares = {i.name: i.closed.value for i in interventions if i.closed is not None}
+    stored = all(getattr(cell, "role", "") == "storage" for cell in found.union)
+    what = mechanism.read(shares, stored=stored)
+    saved = any(value >= mechanism.SAVES for value in shares.values())
+    verdict = replace(
+        so_far,
+        kind=CAUSE,
+        mechanism=what,
+        interventions=tuple(interventions),
+        level="repair" if saved else "cause",
+    )
+    verdict = replace(verdict, confidence=confidence(verdict))
+    return replace(verdict, sentence=_sentence(verdict))
+
+
+def _sentence(v: Verdict) -> str:
+    verb = (
+        "caused"
+        if len(v.cells) == 1
+        else "together caused"
+        if v.structure == "interacting"
+        else "each caused"
+        if v.structure == "redundant"
+        else "caused"
+    )
+    return (
+        f"{joined(v.cells)} {verb} the damage of {v.damage:.2f} nats from step {v.onset} on ({v.mechanism}): "
+        f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
+    )
+
+
+def _structure(found: Groups, parts: Sequence[Effect]) -> str:
+    if len(found.sets) == 1:
+        return "single" if len(found.union) == 1 else "interacting"
+    alone = [p.alone.value for p in parts if p.alone]
+    rescue = [p.rescue.value for p in parts if p.rescue]
+    return "redundant" if max(rescue) < 0.5 and min(alone) > 0.5 else "cumulative"
+
+
+def _corrected(effects: Sequence[Effect]) -> tuple[Effect, ...]:
+    if not effects:
+        return ()
+    ps = holm([1.0 if e.p is None else e.p for e in effects])
+    return tuple(replace(e, p=p) for e, p in zip(effects, ps, strict=True))

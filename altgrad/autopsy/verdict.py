@@ -1,0 +1,88 @@
+"""What an autopsy concludes, as one value: the cause, the evidence for and against it, and what it could not decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from altgrad.autopsy.damage import Share
+
+CAUSE = "cause"
+NOT_PRECISION = "not precision"
+NO_DAMAGE = "no damage in the window"
+INCONCLUSIVE = "inconclusive"
+REFUSED = "refused"
+
+LEVELS = ("phenomenon", "bound", "boundary", "cause", "repair")
+"""How far an autopsy came: damage shown; onset bounded; roles told apart; cells confirmed; an intervention that saves."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one set of cells does: the share of the gap that rescuing it closes, and the damage that it does alone."""
+
+    cells: tuple[str, ...]
+    rescue: Share | None = None
+    alone: Share | None = None
+    p: float | None = None  # Holm-corrected, of no effect at all
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change of the formats of the cells found, and the share of the gap that it closes."""
+
+    name: str
+    says: str
+    closed: Share | None
+    cost_bits: float | None = None  # bits per value that it adds on the cells it alters
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The conclusion of an autopsy.
+
+    kind: `CAUSE`, `NOT_PRECISION`, `NO_DAMAGE`, `INCONCLUSIVE` or `REFUSED`. sentence: the same in one sentence.
+    cells: the cause, as texts of cells; empty for the other kinds. structure: "single", "redundant" (each group does
+    the damage alone, so no single rescue shows it), "interacting" (only together) or "cumulative".
+    onset, no_return, symptom: steps; None where unknown. damage: nats, of the run over its twin in the window.
+    confidence: chance that the set of cells is right, by the calibration; None before there is one.
+    """
+
+    kind: str
+    sentence: str
+    cells: tuple[str, ...] = ()
+    structure: str | None = None
+    mechanism: str | None = None
+    level: str | None = None
+    confidence: float | None = None
+    damage: float | None = None
+    noise: float | None = None
+    window: tuple[int, int] | None = None
+    onset: int | None = None
+    no_return: int | None = None
+    symptom: int | None = None
+    rescue: Share | None = None
+    alone: Share | None = None
+    groups: tuple[Effect, ...] = ()
+    members: tuple[Effect, ...] = ()
+    roles: tuple[Effect, ...] = ()
+    placebos: tuple[Effect, ...] = ()
+    interventions: tuple[Intervention, ...] = ()
+    gates: tuple[str, ...] = ()
+    prior: Mapping[str, float] = field(default_factory=dict)
+    forks: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for verdict.json."""
+        return {"version": 1, **asdict(self)}
+
+
+def joined(cells: tuple[str, ...], most: int = 4) -> str:
+    """Cells in a sentence."""
+    shown = list(cells[:most])
+    if len(cells) > most:
+        shown.append(f"{len(cells) - most} more")
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]

@@ -1,0 +1,142 @@
+"""Where to look: the step from which low precision hurts, the last step at which float32 still saves the run, and the
+window of steps in which forks are compared.
+
+Symptom and onset are told apart: a run that is NaN at step 431 may have been beyond help since 397.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from altgrad.autopsy.damage import FLOOR, Band, Null, Yardstick
+from altgrad.autopsy.fork import LOW, TWIN, Fork
+from altgrad.autopsy.forks import Forks
+
+SHORTEST = 16
+"""Steps of the shortest horizon: half of them are averaged."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where forks leave from, how far they go, what they are measured against, and the null band there."""
+
+    start: int
+    horizon: int
+    yardstick: Yardstick
+    null: Null
+
+    def fork(self, low: frozenset, **more) -> Fork:
+        """A fork of this window."""
+        return Fork(low, self.start, LOW, self.horizon, **more)
+
+
+def change_point(gap: Sequence[float] | np.ndarray, rise: float) -> int | None:
+    """First index from which the mean gap stays above `rise` to the end, in windows of a fiftieth of the run; None: never.
+
+    Within the first such window the point is where the least-squares step lies, so that a jump is found to the step.
+    """
+    values = np.asarray(gap, dtype=float)
+    width = max(5, len(values) // 50)
+    if len(values) < 2 * width:
+        return None
+    means = np.convolve(values, np.ones(width) / width, mode="valid")  # means[i] is over values[i : i + width]
+    below = np.flatnonzero(means <= rise)
+    first = int(below[-1]) + 1 if below.size else 0
+    if first in (0, len(means)):
+        return None if first else 0
+    return _jump(values, max(0, first - width), min(len(values), first + 2 * width))
+
+
+def _jump(values: np.ndarray, low: int, high: int) -> int:
+    """Index in [low, high) at which splitting the stretch in two constant parts leaves the least squared rest."""
+    part = values[low:high]
+    rests = [
+        np.var(part[:i]) * i + np.var(part[i:]) * (len(part) - i) if i else np.var(part) * len(part)
+        for i in range(len(part) - 1)
+    ]
+    return low + int(np.argmin(rests))
+
+
+def latest(captures: Sequence[int], step: int) -> int:
+    """The last captured step at or before `step`; the first where there is none."""
+    return max((c for c in captures if c <= step), default=min(captures))
+
+
+def null_band(forks: Forks, start: int, horizon: int, ceiling: float, draws: int) -> tuple[Yardstick, Null]:
+    """The band of a window: draws of the whole low run, and half as many of its twin from the same state."""
+    everything = frozenset(forks.oracle.cells)
+    twin = forks(Fork(frozenset(), start, LOW, horizon))
+    yardstick = Yardstick(twin.losses, ceiling)
+    low = forks.all([Fork(everything, start, LOW, horizon, draw=k) for k in range(draws)])
+    high = forks.all([Fork(frozenset(), start, LOW, horizon, draw=k) for k in range(1, max(2, draws // 2) + 1)])
+    bands = (Band(tuple(yardstick.damage(o) for o in outcomes)) for outcomes in (low, high))
+    return yardstick, Null(*bands)
+
+
+def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int) -> Window:
+    """The window of the search: from the last capture at or before the onset, as short as shows the damage clearly.
+
+    Early forks need only short horizons, and a state from before the onset has not adapted to the fault. The horizon
+    doubles until the damage stands ten deviations of a single draw above none, or the run's end is reached; the window
+    that it ends with may show no damage, which the caller reads from its null band.
+    """
+    steps = len(forks.oracle.history(LOW))
+    start = latest(forks.oracle.captures(LOW), onset)
+    most = max(min(longest, steps - start), 1)
+    horizon = min(max(SHORTEST, 2 * (onset - start) + SHORTEST), most)
+    while True:
+        _, null = null_band(forks, start, horizon, ceiling, draws=2)
+        clear = null.damage > max(10 * null.noise, 5 * FLOOR)
+        if clear or horizon >= most:
+            return Window(start, horizon, *null_band(forks, start, horizon, ceiling, draws))
+        horizon = min(2 * horizon, most)
+
+
+def bisect(points: Sequence[int], holds: Callable[[int], bool]) -> int | None:
+    """The last of the ascending `points` at which `holds` is true, taking it to be true and then false; None: nowhere."""
+    low, high = -1, len(points)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(points[middle]):
+            low = middle
+        else:
+            high = middle
+    return points[low] if low >= 0 else None
+
+
+def no_return(forks: Forks, ceiling: float, horizon: int) -> int | None:
+    """The last captured state of the run that float32 still rescues: at least half of the gap to the twin is closed.
+
+    The gap is the run's own over the same steps. None: float32 rescues no captured state.
+    """
+    low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
+
+    def rescued(step: int) -> bool:
+        length = min(horizon, len(low) - step, len(twin) - step)
+        if length < 2:
+            return False
+        yardstick = Yardstick(tuple(twin[step : step + length]), ceiling)
+        without = yardstick.over(low[step : step + length], length // 2)
+        outcome = forks(Fork(frozenset(), step, LOW, length))
+        return yardstick.damage(outcome) < max(without, FLOOR) / 2
+
+    return bisect([c for c in forks.oracle.captures(LOW) if c + 2 <= min(len(low), len(twin))], rescued)
+
+
+def first_damaged(forks: Forks, ceiling: float, window: Window, points: Sequence[int]) -> int | None:
+    """The first of the twin's captured states, ascending, from which low precision is damaged within the horizon."""
+    everything = frozenset(forks.oracle.cells)
+    twin = list(forks.oracle.history(TWIN))
+    reachable = [p for p in points if p + window.horizon <= len(twin)]
+    limit = max(window.null.damage / 4, FLOOR)
+
+    def unharmed(step: int) -> bool:
+        yardstick = Yardstick(tuple(twin[step : step + window.horizon]), ceiling)
+        return yardstick.damage(forks(Fork(everything, step, TWIN, window.horizon))) < limit
+
+    last = bisect(reachable, unharmed)
+    later = [p for p in reachable if last is None or p > last]
+    return later[0] if later else None

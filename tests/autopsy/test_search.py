@@ -1,0 +1,175 @@
+"""The search finds planted causes of every structure, and says so when there is none."""
+
+import json
+
+import pytest
+
+from altgrad.autopsy.fork import Fork
+from altgrad.autopsy.forks import Forks
+from altgrad.autopsy.investigate import investigate
+from altgrad.autopsy.search import Settings
+from altgrad.autopsy.split import groups, minimal
+from tests.autopsy.planted import CELLS, Planted, all_of, any_of, cell, cured_by, sum_of
+
+HEAD = cell(6, "input_grad", "grad_output")
+MIDDLE = cell(3, "forward", "input")
+FIRST = cell(0, "weight_grad", "input")
+
+
+def autopsy(oracle, budget=200, **more):
+    return investigate(Forks(oracle, budget=budget), **more)
+
+
+@pytest.mark.parametrize("cause", [HEAD, MIDDLE, FIRST], ids=str)
+@pytest.mark.parametrize("onset", [0, 60, 140])
+def test_a_single_cause_is_found_with_its_onset(cause, onset):
+    oracle = Planted(any_of(cause), onset=onset)
+    verdict = autopsy(oracle)
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(cause),)
+    assert verdict.structure == "single"
+    assert verdict.onset is not None
+    assert abs(verdict.onset - onset) <= 5
+    assert verdict.rescue.value > 0.9
+    assert verdict.alone.value > 0.9
+    assert all(p.rescue.value < 0.2 for p in verdict.placebos)
+
+
+def test_redundant_causes_that_no_single_rescue_shows():
+    verdict = autopsy(Planted(any_of(HEAD, FIRST)))
+    assert set(verdict.cells) == {str(HEAD), str(FIRST)}
+    assert verdict.structure == "redundant"
+    assert all(g.rescue.value < 0.2 < 0.8 < g.alone.value for g in verdict.groups)
+
+
+def test_interacting_causes():
+    verdict = autopsy(Planted(all_of(HEAD, MIDDLE)))
+    assert set(verdict.cells) == {str(HEAD), str(MIDDLE)}
+    assert verdict.structure == "interacting"
+
+
+def test_cumulative_causes():
+    verdict = autopsy(Planted(sum_of({HEAD: 0.6, FIRST: 0.5})))
+    assert set(verdict.cells) == {str(HEAD), str(FIRST)}
+    assert verdict.structure == "cumulative"
+
+
+@pytest.mark.parametrize("noise", [0.003, 0.03, 0.08])
+def test_noise_costs_forks_not_truth(noise):
+    verdict = autopsy(Planted(any_of(MIDDLE, size=0.8), noise=noise), budget=300)
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(MIDDLE),)
+
+
+def test_no_damage():
+    verdict = autopsy(Planted(lambda *_: 0.0))
+    assert verdict.kind == "no damage in the window"
+    assert verdict.cells == ()
+
+
+def test_too_high_a_learning_rate_is_not_precision():
+    verdict = autopsy(Planted(lambda *_: 0.0, lr_kills=True))
+    assert verdict.kind == "not precision"
+    assert verdict.mechanism == "learning rate"
+    assert "half the learning rate" in verdict.sentence
+
+
+def test_a_dead_run():
+    verdict = autopsy(Planted(any_of(HEAD, size=9.0), onset=60, dead=5.0))
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(HEAD),)
+
+
+def test_diffuse_damage_is_not_pinned_on_anybody():
+    verdict = autopsy(Planted(sum_of(dict.fromkeys(CELLS, 0.05))), settings=Settings(most_groups=2), budget=400)
+    assert verdict.kind == "inconclusive"
+    assert "spread" in verdict.sentence
+
+
+def test_the_budget_ends_as_inconclusive_with_what_is_known():
+    verdict = autopsy(Planted(any_of(HEAD)), budget=25)
+    assert verdict.kind == "inconclusive"
+    assert "50" in verdict.sentence
+    assert verdict.damage is not None
+
+
+def test_the_mechanism_follows_the_interventions():
+    for names, expected in [
+        (("exponent",), "range"),
+        (("mantissa",), "resolution"),
+        (("saturate",), "overflow"),
+        (("fresh_scale", "exponent"), "scale"),
+        (("stochastic", "nearest"), "bias of the rounding"),
+    ]:
+        assert autopsy(Planted(cured_by(any_of(HEAD), *names))).mechanism == expected
+
+
+def test_the_point_of_no_return_lies_before_the_end():
+    verdict = autopsy(Planted(any_of(HEAD), onset=60, no_return=85))
+    assert verdict.no_return == 85
+
+
+def test_an_interrupted_autopsy_goes_on_without_running_a_fork_twice(tmp_path):
+    log = tmp_path / "forks.jsonl"
+    first = investigate(Forks(Planted(any_of(HEAD)), budget=30, log=log))
+    assert first.kind == "inconclusive"
+    with log.open("a") as file:
+        file.write('{"key": "torn')
+    oracle = Planted(any_of(HEAD))
+    verdict = investigate(Forks(oracle, budget=200, log=log))
+    assert verdict.kind == "cause"
+    known = [json.loads(line)["key"] for line in log.read_text().splitlines() if line.endswith("}")]
+    assert len(known) == len(set(known))
+    whole = autopsy(Planted(any_of(HEAD)))
+    assert verdict.cells == whole.cells
+    assert verdict.rescue == whole.rescue
+    assert len(oracle.asked) == whole.forks - 30
+
+
+def test_a_verdict_is_plain_data():
+    verdict = autopsy(Planted(any_of(HEAD)))
+    assert json.loads(json.dumps(verdict.as_dict()))["cells"] == [str(HEAD)]
+
+
+# -- the split by itself ------------------------------------------------------------------------------------------------
+
+
+def test_a_right_prior_costs_few_questions():
+    asked = []
+
+    def damaged(low):
+        asked.append(low)
+        return 17 in low
+
+    assert minimal([17, *range(17), *range(18, 64)], damaged) == {17}
+    assert len(asked) <= 3
+    asked.clear()
+    assert minimal(range(64), damaged) == {17}
+    assert len(asked) <= 14
+
+
+@pytest.mark.parametrize("causes", [{3}, {3, 40}, {0, 31, 63}])
+def test_minimal_sets_of_monotone_damage(causes):
+    assert minimal(range(64), lambda low: causes <= low) == causes
+
+
+def test_groups_are_disjoint_and_complete():
+    found = groups(range(32), lambda low: 4 in low or {9, 20} <= low)
+    assert set(found.sets) == {frozenset({4}), frozenset({9, 20})}
+    assert found.complete
+
+
+def test_the_key_of_a_question_depends_on_every_field():
+    forks = [
+        Fork(frozenset([HEAD])),
+        Fork(frozenset([HEAD]), start=1),
+        Fork(frozenset([HEAD]), path="twin"),
+        Fork(frozenset([HEAD]), horizon=3),
+        Fork(frozenset([HEAD]), draw=1),
+        Fork(frozenset([HEAD]), data=1),
+        Fork(frozenset([HEAD]), change="mantissa"),
+        Fork(frozenset([HEAD]), changed=frozenset([HEAD])),
+        Fork(frozenset([HEAD]), lr_factor=0.5),
+        Fork(frozenset()),
+    ]
+    assert len({f.key for f in forks}) == len(forks)
