@@ -76,7 +76,7 @@ def measure(name: str, storage: str, rounds: int) -> dict:
     overhead = statistics.median((b - a) / a for a, b in pairs)
     assert watched.monitor is not None
     start = time.perf_counter()
-    watched.monitor._measure_ranks()
+    watched.monitor.measure_ranks()
     rank = time.perf_counter() - start
     reference = watched.monitor.measure_reference(lambda: watched.model(watched.x, watched.y)[1].backward(), force=True)
     return {

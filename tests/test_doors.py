@@ -39,7 +39,8 @@ FACES = {
         OptimizerRow SRAdamW SignSGD find_optimizer make_optimizer position spacing state_bytes value_at
     """,
     "altgrad.monitor": """
-        GROUPS Monitor RankLimits Schedule When effective_rank make_schedule singular_values stable_rank
+        GROUPS Monitor RankLimits Schedule StepTensors When add_metric effective_rank make_schedule remove_metric
+        singular_values stable_rank
     """,
     "altgrad.training": """
         Corpus ExperimentConfig ExperimentResult FormatExperimentRunner GPT GPTConfig Judge RunListener

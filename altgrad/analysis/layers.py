@@ -14,25 +14,26 @@ from typing import Any
 
 import numpy as np
 
+from altgrad.records.metrics import drawn_names, find_metric, metrics
 from altgrad.records.run import as_number
 
-STATISTICS = ("stall", "overflow", "underflow", "sqnr_db")
 BUCKETS = 24
 
 LayerHistory = Mapping[tuple[str, str, str], np.ndarray]
-"""(statistic, role, layer) -> float32 [BUCKETS], NaN where nothing was measured."""
+"""(metric, role, layer) -> float32 [BUCKETS], NaN where nothing was measured."""
 
 
 def layer_history(records: Sequence[Mapping[str, Any]], max_steps: int) -> LayerHistory:
-    """Means per bucket of steps of the monitor's records. Between two measurements the earlier one holds."""
+    """Means per bucket of steps of the metrics that a study draws. Between two measurements the earlier one holds."""
+    names = drawn_names()
     sums: dict[tuple[str, str, str], tuple[list[float], list[int]]] = {}
     for record in records:
         layer, role = str(record.get("layer")), str(record.get("role"))
         bucket = min(BUCKETS - 1, max(int(record["step"]) - 1, 0) * BUCKETS // max_steps)
-        for statistic in STATISTICS:
-            value = as_number(record.get(statistic))
+        for name in names:
+            value = as_number(record.get(name))
             if value is not None and math.isfinite(value):
-                key = statistic, role, layer
+                key = name, role, layer
                 if key not in sums:
                     sums[key] = [0.0] * BUCKETS, [0] * BUCKETS
                 total, n = sums[key]
@@ -77,29 +78,42 @@ def forward_order(history: LayerHistory) -> list[str]:
     return list(dict.fromkeys(layer for _, _, layer in by_role))
 
 
-def panel(history: LayerHistory, statistic: str, role: str, order: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """(layers, values [layers, BUCKETS]) of one statistic and role, layers in `order`."""
-    rows = [(layer, history[key]) for layer in order if (key := (statistic, role, layer)) in history]
+def panel(history: LayerHistory, metric: str, role: str, order: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """(layers, values [layers, BUCKETS]) of one metric and role, layers in `order`."""
+    rows = [(layer, history[key]) for layer in order if (key := (metric, role, layer)) in history]
     return [layer for layer, _ in rows], np.stack([v for _, v in rows]) if rows else np.empty((0, BUCKETS))
 
 
-PASSES = {
-    "forward": (("overflow", "underflow"), ("input", "weight")),
-    "gradient": (("overflow", "underflow"), ("grad_output",)),
-    "update": (("stall",), ("update", "weight")),
-}
-"""Where a number can be lost -> (statistics, roles) that show it."""
+PASSES = {"forward": ("input", "weight"), "gradient": ("grad_output",), "update": ("update", "weight")}
+"""Where a number can be lost -> roles that show it. The update's losses are those of parameters, not of operands."""
 
 
 def worst_loss(history: LayerHistory, where: str) -> tuple[float, str, str, str] | None:
-    """(rate, statistic, role, layer) of the largest loss in a pass, each averaged over the run; None if unmeasured."""
-    statistics, roles = PASSES[where]
+    """(rate, metric, role, layer) of the largest loss in a pass, each averaged over the run; None if unmeasured."""
+    lost = {row.name for row in metrics() if row.lost and row.of_operands is (where != "update")}
     found = [
-        (float(np.nanmean(values)), statistic, role, layer)
-        for (statistic, role, layer), values in history.items()
-        if statistic in statistics and role in roles and not np.isnan(values).all()
+        (float(np.nanmean(values)), name, role, layer)
+        for (name, role, layer), values in history.items()
+        if name in lost and role in PASSES[where] and not np.isnan(values).all()
     ]
     return max(found, default=None)
+
+
+def run_means(history: LayerHistory) -> dict[str, float]:
+    """Column name -> one number for the run of each metric and role: the mean over the run, over layers as its row says.
+
+    Such as `layers_overflow_grad_output`: of each layer's mean overflow the largest.
+    """
+    by_column: dict[tuple[str, str], list[float]] = {}
+    for (name, role, _), values in history.items():
+        if not np.isnan(values).all():
+            by_column.setdefault((name, role), []).append(float(np.nanmean(values)))
+    found = {}
+    for (name, role), values in by_column.items():
+        row = find_metric(name)
+        if row is not None and row.over_layers is not None:
+            found[f"layers_{name}_{role}"] = float(row.over_layers(values))
+    return found
 
 
 def layer_type(layer: str) -> str:
@@ -110,7 +124,7 @@ def layer_type(layer: str) -> str:
 def sqnr_by_type(history: LayerHistory, role: str) -> dict[str, float]:
     """Layer type -> mean SQNR in dB of its tensors in `role`, over layers and steps."""
     by_type: dict[str, list[float]] = {}
-    for (statistic, r, layer), values in history.items():
-        if statistic == "sqnr_db" and r == role and not np.isnan(values).all():
+    for (name, r, layer), values in history.items():
+        if name == "sqnr_db" and r == role and not np.isnan(values).all():
             by_type.setdefault(layer_type(layer), []).append(float(np.nanmean(values)))
     return {name: float(np.mean(values)) for name, values in by_type.items()}

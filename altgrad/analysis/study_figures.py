@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
 from markupsafe import Markup
 
-from altgrad.analysis.layers import STATISTICS, LayerHistory, forward_order, mean_history, nan_mean, panel
+from altgrad.analysis.layers import LayerHistory, forward_order, mean_history, nan_mean, panel
 from altgrad.analysis.outcome import PAST_TENSE
 from altgrad.analysis.ranking import Ranked
 from altgrad.analysis.statistics import Estimate, NoiseFloor
 from altgrad.analysis.study import CURVE_BUCKETS, FORMAT, OPTIMIZER, RunSummary, Setting, Study
+from altgrad.records.metrics import FRACTION, Metric, drawn_names, find_metric
 from altgrad.report.charts.figures import figure, line_figure
 from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table, ramp_legend
 from altgrad.report.charts.intervals import IntervalRow, interval_chart
 from altgrad.report.charts.lines import Mark, Series
 from altgrad.report.charts.svg import el
 from altgrad.report.charts.timeline import TimelineRow, timeline_chart
-from altgrad.report.numbers import count, difference, listing, loss, number, percent, plural
+from altgrad.report.numbers import count, difference, in_unit, listing, loss, number, plural
 from altgrad.report.theme import Style, styles_for
 
 MOST_CURVES = 12
@@ -285,15 +287,6 @@ def _told(run: RunSummary) -> str:
     return f"seed {run.seed}: {PAST_TENSE.get(run.kind or '', 'collapsed')} at step {run.onset}"
 
 
-UNITS = {
-    "stall": "share of attempted updates",
-    "overflow": "share of elements",
-    "underflow": "share of elements",
-    "sqnr_db": "dB",
-}
-NAMES = {"stall": "Stall", "overflow": "Overflow", "underflow": "Underflow", "sqnr_db": "SQNR"}
-
-
 def layer_sections(study: Study, ranked: Sequence[Ranked]) -> list[dict]:
     """Per setting (the best of each format, and every one that collapsed first): its heat maps over time."""
     order = sorted(study.quantized, key=lambda s: not s.contender.collapsed)
@@ -301,7 +294,7 @@ def layer_sections(study: Study, ranked: Sequence[Ranked]) -> list[dict]:
     histories = {
         s.label: mean_history([run.layers for run in s.runs if run.layers]) for s in _chosen(measured)[:MOST_LAYERED]
     }
-    ramps = {statistic: _ramp(histories.values(), statistic) for statistic in STATISTICS}
+    ramps = {name: _ramp(histories.values(), name) for name in drawn_names()}
     sections = []
     for setting in _chosen(measured)[:MOST_LAYERED]:
         runs = [run for run in setting.runs if run.layers]
@@ -313,44 +306,58 @@ def layer_sections(study: Study, ranked: Sequence[Ranked]) -> list[dict]:
     return sections
 
 
-def _ramp(histories, statistic: str) -> Ramp:
-    values = [v for h in histories for (s, _, _), v in h.items() if s == statistic]
+def _ramp(histories, name: str) -> Ramp:
+    """From 0 for a fraction, else from the smallest value, to the largest."""
+    values = [v for h in histories for (metric, _, _), v in h.items() if metric == name]
     finite = np.concatenate([v[np.isfinite(v)] for v in values]) if values else np.empty(0)
     if not len(finite):
         return Ramp(0.0, 1.0)
-    low = float(finite.min()) if statistic == "sqnr_db" else 0.0
+    low = 0.0 if _row(name).unit is FRACTION else float(finite.min())
     high = float(finite.max())
     return Ramp(low, high if high > low else low + 1.0)
 
 
+def _row(name: str) -> Metric:
+    found = find_metric(name)
+    assert found is not None
+    return found
+
+
 def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) -> list[list[Markup]]:
-    """One row of panels per statistic, one panel per role."""
+    """One row of panels per metric, one panel per role."""
     roles = list(dict.fromkeys(role for _, role, _ in history))
     order = forward_order(history)
     panels: dict[str, list[Markup]] = {}
-    for statistic, role in product(STATISTICS, roles):
-        layers, values = panel(history, statistic, role, order)
+    for name, role in product(ramps, roles):
+        layers, values = panel(history, name, role, order)
         if not len(layers):
             continue
-        ramp = ramps[statistic]
-        show = percent if statistic != "sqnr_db" else lambda v: f"{number(v, 3)} dB"
+        ramp, row = ramps[name], _row(name)
+        show = partial(in_unit, unit=row.unit)
         strips = heat_strips(
             [_short(layer) for layer in layers[:MOST_LAYERS]],
             values[:MOST_LAYERS],
             ramp=ramp,
-            title=f"{NAMES[statistic]} of {role}",
-            description=f"{UNITS[statistic]} per layer over training; worst layer {layers[int(np.argmax(nan_mean(values.T)))]}.",
+            title=f"{row.heading} of {role}",
+            description=f"{_sentence(row)}, per layer over training; largest in "
+            f"{layers[int(np.argmax(nan_mean(values.T)))]}.",
             x_ends=("step 1", f"step {count(max_steps)}"),
             words=show,
         )
         head = el(
             "div",
-            el("h4", f"{NAMES[statistic]}, {role.replace('_', ' ')}"),
+            el("h4", f"{row.heading}, {role.replace('_', ' ')}"),
             ramp_legend(show(ramp.lo), show(ramp.hi)),
             class_="cellhead",
         )
-        panels.setdefault(statistic, []).append(el("div", head, strips, class_="multiple"))
+        panels.setdefault(name, []).append(el("div", head, strips, class_="multiple"))
     return list(panels.values())
+
+
+def _sentence(row: Metric) -> str:
+    """What the metric is, as the beginning of a sentence."""
+    said = row.says or row.name.replace("_", " ")
+    return said[0].upper() + said[1:]
 
 
 def _short(layer: str, most: int = 24) -> str:

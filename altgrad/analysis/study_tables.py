@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from altgrad.analysis.comparison_report import relative_link
-from altgrad.analysis.layers import PASSES, mean_history, sqnr_by_type, worst_loss
+from altgrad.analysis.layers import PASSES, mean_history, run_means, sqnr_by_type, worst_loss
 from altgrad.analysis.outcome import PAST_TENSE
 from altgrad.analysis.ranking import Contender, Ranked, certainly_better
 from altgrad.analysis.statistics import Comparison, estimate, holm, paired
@@ -274,13 +274,21 @@ def _run_row(run: RunSummary, setting: Setting, folder: Path) -> list[TableCell 
 
 
 def run_records(study: Study) -> list[dict[str, Any]]:
-    """Every run as a flat record, for CSV and Parquet: its table row, its setting, and the values of the study's axes."""
+    """Every run as a flat record, for CSV and Parquet: its table row, its setting, the values of the study's axes, and
+    what its layers came to, per metric and role."""
     records = []
     for setting in study.settings:
         for run in setting.runs:
             axes = {axis: value for axis, value in setting.values.items() if axis not in run.row}
             records.append(
-                {"setting": setting.label, **run.row, **axes, "label": setting.label, "folder": str(run.path)}
+                {
+                    "setting": setting.label,
+                    **run.row,
+                    **axes,
+                    **run_means(run.layers),
+                    "label": setting.label,
+                    "folder": str(run.path),
+                }
             )
     for record in records:
         record.pop("label")

@@ -1,5 +1,6 @@
 """What to measure and when: attaches to any model and optimizer; the formulas are `altgrad.quantization`'s."""
 
+from altgrad.monitor.added import StepTensors, add_metric, remove_metric
 from altgrad.monitor.monitor import Monitor
 from altgrad.monitor.rank import RankLimits, effective_rank, singular_values, stable_rank
 from altgrad.monitor.schedule import GROUPS, Schedule, When, make_schedule
@@ -9,9 +10,12 @@ __all__ = [
     "Monitor",
     "RankLimits",
     "Schedule",
+    "StepTensors",
     "When",
+    "add_metric",
     "effective_rank",
     "make_schedule",
+    "remove_metric",
     "singular_values",
     "stable_rank",
 ]

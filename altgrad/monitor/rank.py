@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +58,28 @@ class RankLimits:
     def collapsed(self, layer: str, first: float, now: float) -> bool:
         """Whether the effective rank fell from `first` to below the layer's fraction of it."""
         return now < self.limit(layer) * first
+
+
+class RankWatch:
+    """Measures the ranks of weight matrices and warns of those that fell below what they were at first."""
+
+    def __init__(self, limits: RankLimits) -> None:
+        self.limits = limits
+        self.warnings: list[str] = []
+        self._first: dict[str, float] = {}
+
+    def measure(self, step: int, layer: str, weight: Tensor) -> dict[str, Any]:
+        """The metrics of one layer's weight, [out, ...], with at least one element; waits for the device."""
+        started = time.perf_counter()
+        values = singular_values(weight)
+        stable, effective = torch.stack([stable_rank(values), effective_rank(values)]).tolist()
+        found: dict[str, Any] = {"stable_rank": stable, "effective_rank": effective}
+        first = self._first.setdefault(layer, effective)
+        if self.limits.collapsed(layer, first, effective):
+            found["rank_collapsed"] = True
+            self.warnings.append(
+                f"step {step}: rank of {layer} collapsed: effective rank {effective:.1f}, below "
+                f"{self.limits.limit(layer):g} of its first {first:.1f}"
+            )
+        found["rank_seconds"] = time.perf_counter() - started
+        return found

@@ -1,6 +1,6 @@
-"""Raw sums and counts become named statistics: vectors in, records out, on the host, all layers at once.
+"""Raw sums and counts become named metrics: vectors in, records out, on the host, all layers at once.
 
-A record is a flat dict {"kind": "monitor", "step", "layer", "role", statistic: value, ...}. A statistic that was not
+A record is a flat dict {"kind": "monitor", "step", "layer", "role", metric: value, ...}. A metric that was not
 measured (nothing attempted, no gradient, a grid without range) has no key. Rates are fractions of the elements, stall of
 the attempted updates.
 """
@@ -15,25 +15,20 @@ from typing import Any
 import numpy as np
 
 from altgrad.diagnostics.update import FIELD
+from altgrad.records.metrics import Metric, metrics
 
 Record = dict[str, Any]
 
-# Statistics that say something only of a parameter with a grid other than float32's.
-_NEEDS_FORMAT = (
-    *("grid_error_mean", "grid_error_std", "grid_error_max", "on_grid_frac", "steps_mean", "steps_median", "steps_max"),
-    *("flips", "flip_rate", "code_unchanged", "predicted_stall"),
-)
 
-
-def update_statistics(raw: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, tuple[str, np.ndarray]]]:
-    """Named statistics of measured parameters.
+def update_statistics(raw: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Named metrics of measured parameters; their rows are in `altgrad.records.metrics`.
 
     Args:
         raw: float64 [parameters, len(UPDATE_FIELDS)].
         predicted: predicted stall of each, NaN where unknown.
 
     Returns:
-        role -> name -> (group, values [parameters]).
+        role -> name -> values [parameters].
     """
     v = {name: raw[:, i] for name, i in FIELD.items()}
     finite = v["count"] - v["w_nonfinite"]
@@ -49,45 +44,45 @@ def update_statistics(raw: np.ndarray, predicted: np.ndarray) -> dict[str, dict[
         finite_gradient = np.where(v["g_nonfinite"] < v["g_count"], 1.0, np.nan)  # all-NaN gradients have no norm
         return {
             "weight": {
-                "l2": ("norms", np.sqrt(v["w_sum_sq"])),
-                "linf": ("norms", v["w_amax"]),
-                "zero_frac": ("sparsity", v["w_zero"] / v["count"]),
-                "nonfinite_frac": ("sparsity", v["w_nonfinite"] / v["count"]),
-                "stiffness_mean": ("stiffness", v["s_sum"] / v["s_count"]),
-                "grid_error_mean": ("alignment", error_mean),
-                "grid_error_std": ("alignment", np.sqrt(np.maximum(v["error_sum_sq"] / finite - error_mean**2, 0))),
-                "grid_error_max": ("alignment", np.where(finite > 0, v["error_max"], np.nan)),
-                "on_grid_frac": ("alignment", v["on_grid"] / finite),
+                "l2": np.sqrt(v["w_sum_sq"]),
+                "linf": v["w_amax"],
+                "zero_frac": v["w_zero"] / v["count"],
+                "nonfinite_frac": v["w_nonfinite"] / v["count"],
+                "stiffness_mean": v["s_sum"] / v["s_count"],
+                "grid_error_mean": error_mean,
+                "grid_error_std": np.sqrt(np.maximum(v["error_sum_sq"] / finite - error_mean**2, 0)),
+                "grid_error_max": np.where(finite > 0, v["error_max"], np.nan),
+                "on_grid_frac": v["on_grid"] / finite,
             },
             "gradient": {
-                "l2": ("norms", np.sqrt(v["g_sum_sq"]) * finite_gradient),
-                "linf": ("norms", v["g_amax"] * finite_gradient),
-                "elements": ("sparsity", v["g_count"] * measured_gradient),
-                "zero_frac": ("sparsity", v["g_zero"] / v["g_count"]),
-                "near_zero_frac": ("sparsity", v["g_near_zero"] / v["g_count"]),
-                "nonfinite_frac": ("sparsity", v["g_nonfinite"] / v["g_count"]),
-                "grad_stiff_correlation": ("correlation", np.where(varies, np.clip(correlation, -1, 1), np.nan)),
-                "grad_stiff_ratio_mean": ("correlation", v["ratio_sum"] / pairs),
-                "grad_below_stiffness_frac": ("correlation", v["below"] / pairs),
-                "dead_outputs": ("units", v["dead_rows"]),
-                "dead_inputs": ("units", v["dead_columns"]),
+                "l2": np.sqrt(v["g_sum_sq"]) * finite_gradient,
+                "linf": v["g_amax"] * finite_gradient,
+                "elements": v["g_count"] * measured_gradient,
+                "zero_frac": v["g_zero"] / v["g_count"],
+                "near_zero_frac": v["g_near_zero"] / v["g_count"],
+                "nonfinite_frac": v["g_nonfinite"] / v["g_count"],
+                "grad_stiff_correlation": np.where(varies, np.clip(correlation, -1, 1), np.nan),
+                "grad_stiff_ratio_mean": v["ratio_sum"] / pairs,
+                "grad_below_stiffness_frac": v["below"] / pairs,
+                "dead_outputs": v["dead_rows"],
+                "dead_inputs": v["dead_columns"],
             },
             "update": {
-                "l2": ("norms", np.sqrt(v["u_sum_sq"])),
-                "linf": ("norms", v["u_amax"]),
-                "attempted": ("stall", v["attempted"]),
-                "attempted_frac": ("stall", v["attempted"] / v["count"]),
-                "flips": ("stall", v["flips"]),
-                "flip_rate": ("stall", v["flips"] / v["moves"]),
-                "stall": ("stall", v["stalled"] / v["attempted"]),
-                "predicted_stall": ("stall", predicted),
-                "ulp_mean": ("movement", v["ulp_sum"] / v["moves"]),
-                "ulp_median": ("movement", v["ulp_median"]),
-                "ulp_max": ("movement", np.where(v["moves"] > 0, v["ulp_max"], np.nan)),
-                "ulp_zero_frac": ("movement", 1 - v["moved"] / v["moves"]),
-                "steps_mean": ("movement", v["steps_sum"] / v["moves"]),
-                "steps_median": ("movement", v["steps_median"]),
-                "steps_max": ("movement", np.where(v["moves"] > 0, v["steps_max"], np.nan)),
+                "l2": np.sqrt(v["u_sum_sq"]),
+                "linf": v["u_amax"],
+                "attempted": v["attempted"],
+                "attempted_frac": v["attempted"] / v["count"],
+                "flips": v["flips"],
+                "flip_rate": v["flips"] / v["moves"],
+                "stall": v["stalled"] / v["attempted"],
+                "predicted_stall": predicted,
+                "ulp_mean": v["ulp_sum"] / v["moves"],
+                "ulp_median": v["ulp_median"],
+                "ulp_max": np.where(v["moves"] > 0, v["ulp_max"], np.nan),
+                "ulp_zero_frac": 1 - v["moved"] / v["moves"],
+                "steps_mean": v["steps_sum"] / v["moves"],
+                "steps_median": v["steps_median"],
+                "steps_max": np.where(v["moves"] > 0, v["steps_max"], np.nan),
             },
         }
 
@@ -112,17 +107,32 @@ class Watched:
     shape: tuple[int, ...] = ()
 
 
-def update_records(step: int, watched: Sequence[Watched], raw: np.ndarray, predicted: np.ndarray) -> list[Record]:
-    """One record per parameter and role of what was due; `raw` and `predicted` as for `update_statistics`."""
+def update_records(
+    step: int, watched: Sequence[Watched], raw: np.ndarray, predicted: np.ndarray, added: Sequence[Metric] = ()
+) -> list[Record]:
+    """One record per parameter and role of what was due; `raw` and `predicted` as for `update_statistics`.
+
+    `added`: rows of metrics whose values stand in further columns of `raw`.
+    """
+    rows_by_key = {(role, row.name): row for row in metrics() if not row.of_operands for role in row.roles}
+    named = update_statistics(raw, predicted)
+    for i, row in enumerate(added):
+        rows_by_key |= {(role, row.name): row for role in row.roles}
+        for role in row.roles:
+            named[role][row.name] = raw[:, len(FIELD) + i]
     records: list[Record] = []
-    for role, named in update_statistics(raw, predicted).items():
-        columns = [(name, group, values.tolist()) for name, (group, values) in named.items()]
+    for role, values_by_name in named.items():
+        columns = [(name, values.tolist()) for name, values in values_by_name.items()]
         tables: dict[tuple, tuple[list[str], list[tuple]]] = {}  # names and rows of parameters that are told alike
         for i, one in enumerate(watched):
             alike = one.due, one.stored, one.format is None
             if alike not in tables:
-                told = [(_told_as(name, one), values) for name, group, values in columns if group in one.due]
-                told = [(name, values) for name, values in told if one.format is not None or name not in _NEEDS_FORMAT]
+                told = [
+                    (name, values)
+                    for name, values in ((_told_as(name, one), values) for name, values in columns)
+                    if (row := rows_by_key[role, name]).group in one.due
+                    and (one.format is not None or not row.needs_grid)
+                ]
                 rows = list(zip(*(values for _, values in told), strict=True))
                 tables[alike] = [name for name, _ in told], rows or [()] * len(watched)
             names, rows = tables[alike]
@@ -139,7 +149,7 @@ def update_records(step: int, watched: Sequence[Watched], raw: np.ndarray, predi
 
 
 def _told_as(name: str, one: Watched) -> str:
-    """The name under which a record has a statistic."""
+    """The name under which a record has a metric."""
     return "code_unchanged" if name == "stall" and not one.stored else name
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,3 +45,27 @@ def compare(gradient: Tensor, reference: Tensor) -> Tensor:
     signal, noise = (r * r).sum(), ((g - r) ** 2).sum()
     ratio = torch.where(signal > 0, 10 * torch.log10(signal / noise), torch.nan)
     return torch.stack([ratio, (g * r).sum() / (g.norm() * r.norm())])
+
+
+def against_reference(
+    model: nn.Module, parameters: Mapping[int, nn.Parameter], chosen: Collection[int], backward: Callable[[], object]
+) -> tuple[dict[int, dict[str, float]], float]:
+    """(key -> its metrics, of the chosen parameters that have a gradient; the seconds all took). Waits for the device.
+
+    Args:
+        parameters: key -> parameter, all that `backward` adds to.
+    """
+    started = time.perf_counter()
+    references = dict(zip(parameters, reference_gradients(model, parameters.values(), backward), strict=True))
+    rows: dict[int, Tensor] = {}
+    for key, p in parameters.items():
+        reference = references[key]
+        if key in chosen and p.grad is not None and reference is not None:
+            rows[key] = compare(p.grad, reference)
+    values = torch.stack(list(rows.values())).tolist() if rows else []  # the one wait, so that the time is true
+    seconds = time.perf_counter() - started
+    found = {
+        key: {"reference_snr_db": snr, "reference_cosine": cosine, "reference_seconds": seconds}
+        for key, (snr, cosine) in zip(rows, values, strict=True)
+    }
+    return found, seconds

@@ -1,18 +1,8 @@
 """What is measured, when, and on which layers: facts that a config or a person states.
 
-Statistics are scheduled in groups, since those of a group come out of one computation:
-
-    operands     amax, overflow, underflow, SQNR of each quantized operand (input, weight, grad_output)
-    norms        L2 and Linf of weight, gradient and update
-    sparsity     zero, near-zero and non-finite fractions of weight and gradient
-    stiffness    mean stiffness of the weights
-    alignment    distance of the weights from their grid
-    movement     ULPs of the carrier and steps of the grid that weights moved
-    correlation  gradient against stiffness
-    stall        attempted updates, flips, stall rate, and the stall predicted before the step
-    units        dead outputs and inputs (rows and columns of the weight without any gradient)
-    rank         stable and effective rank (a singular value decomposition each: see the cost in its records)
-    reference    signal-to-noise ratio and cosine against an FP32 gradient (costs a backward pass)
+Metrics are scheduled in groups, since those of a group come out of one computation; which group a metric belongs to says
+its row (`altgrad.records.metrics`). Two groups cost more than a pass over the data: `rank` a singular value decomposition
+of every matrix, `reference` another backward pass. Both say their seconds in their records.
 """
 
 from __future__ import annotations
@@ -23,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from altgrad.errors import ConfigError
+from altgrad.records.metrics import groups
 
-FUSED = ("norms", "sparsity", "stiffness", "alignment", "movement", "correlation", "stall", "units")
-GROUPS = ("operands", *FUSED, "rank", "reference")
+GROUPS = groups()
+"""The groups of AltGrad's own metrics; added metrics (`altgrad.monitor.add_metric`) may have further ones."""
 
 RANK_EVERY = 250
 """Default steps between ranks: an SVD of every matrix costs about a training step."""
@@ -33,7 +24,7 @@ RANK_EVERY = 250
 
 @dataclass(frozen=True)
 class When:
-    """Steps and layers of one group.
+    """Steps and layers of one group of metrics.
 
     Args:
         every: measured at steps 1, 1 + every, 1 + 2 every, ...; 0 never.
@@ -71,7 +62,7 @@ class When:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A `When` for each group of statistics."""
+    """A `When` for each group of metrics."""
 
     groups: Mapping[str, When]
 
@@ -95,15 +86,16 @@ def make_schedule(plan: int | Mapping[str, Any] | Schedule | None = None) -> Sch
         return plan
     if plan is None or isinstance(plan, int):
         plan = {"default": 1 if plan is None else plan}
+    known = groups()
     given = {name: _when(name, value) for name, value in plan.items()}
-    if unknown := sorted(set(given) - {*GROUPS, "default"}):
-        raise ConfigError(f"schedule: unknown group {unknown[0]!r}; groups are default, {', '.join(GROUPS)}")
+    if unknown := sorted(set(given) - {*known, "default"}):
+        raise ConfigError(f"schedule: unknown group {unknown[0]!r}; groups are default, {', '.join(known)}")
     default = given.get("default", When())
     costly = {
         "rank": replace(default, every=RANK_EVERY if default.every else 0),
         "reference": replace(default, every=0),
     }
-    return Schedule({name: given.get(name, costly.get(name, default)) for name in GROUPS})
+    return Schedule({name: given.get(name, costly.get(name, default)) for name in known})
 
 
 def _when(name: str, value: Any) -> When:

@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 
 MISSING = "–"
+
+
+class Unit(StrEnum):
+    """What a number counts, which decides how it prints; its value is the word for it."""
+
+    FRACTION = "fraction"
+    DECIBEL = "dB"
+    NUMBER = ""
+    COUNT = "count"
+    SECONDS = "s"
+    FLAG = "flag"
+
+
+def in_unit(value: float | None, unit: Unit) -> str:
+    """`value` with its unit: a fraction as a percentage, decibels and seconds named, anything else as it is."""
+    if value is None or unit in (Unit.NUMBER, Unit.FLAG):
+        return number(value)
+    if unit is Unit.FRACTION:
+        return percent(value)
+    if not math.isfinite(value):
+        return number(value)
+    return {Unit.DECIBEL: lambda v: f"{number(v, 3)} dB", Unit.COUNT: count, Unit.SECONDS: duration}[unit](value)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -396,8 +396,7 @@ def test_nothing_waits_for_the_device_between_flushes(monkeypatch):
             torch.Tensor, name, lambda self, *a, _o=original, _n=name, **k: (waits.append(_n), _o(self, *a, **k))[1]
         )
     monitor.before_update()
-    monitor._measure_skipped()
-    monitor._close_step()
+    monitor.end_step()
     assert monitor._pending
     assert waits == []
     monkeypatch.undo()
@@ -431,7 +430,7 @@ def test_summary_is_a_table_a_person_can_read():
     assert "dB" in text
     assert "…" not in text  # nothing is cut off
     short = monitor.summary(rows=1)
-    assert "layers with less overflow and stall not shown" in short
+    assert "layers with less overflow, underflow and stall not shown" in short
 
 
 def test_half_precision_parameters_and_shared_weights():

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from altgrad.report.numbers import Unit
 from altgrad.report.pages.failure import (
     FailureData,
     GradientFacts,
     Intervention,
+    LayerColumn,
     LayerRow,
     LossAround,
     RunFacts,
@@ -22,7 +24,12 @@ def frozen_run() -> FailureData:
     losses = 3.2 + 2.3 * np.exp(-steps / 60) + 0.05 * rng.standard_normal(len(steps))
     recent = list(range(360, 461, 5))
     rows = [
-        LayerRow(name, role, 0.0, 0.02 * i, 0.98 if role == "weight" else None, {"sqnr_db": 11.0 - 0.1 * i})
+        LayerRow(
+            name,
+            role,
+            {"overflow": 0.0, "underflow": 0.02 * i, "sqnr_db": 11.0 - 0.1 * i}
+            | ({"stall": 0.98} if role == "weight" else {}),
+        )
         for i, name in enumerate(NAMES)
         for role in ("weight", "input", "grad_output")
     ]
@@ -50,6 +57,10 @@ def frozen_run() -> FailureData:
         zero_update_layers=NAMES[:5],
         layers_measured=len(NAMES),
         layers=rows,
+        layer_columns=[
+            *(LayerColumn(n, n.capitalize(), Unit.FRACTION, lost=True) for n in ("overflow", "underflow", "stall")),
+            LayerColumn("sqnr_db", "SQNR", Unit.DECIBEL),
+        ],
         layers_step=460,
         trends=trends,
         interventions=[

@@ -14,13 +14,11 @@ from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.run.failure_report import (
     diagnose_collapse,
     gather,
-    gradient_facts,
     interventions,
-    layer_rows,
     loss_around,
     read_metrics,
-    trends,
 )
+from altgrad.training.run.failure_rows import gradient_facts, layer_columns, layer_rows, trends
 from altgrad.training.trainer import Trainer, build_model
 from tests.corpus import corpus_overrides
 
@@ -227,11 +225,16 @@ def test_layer_rows_put_the_stall_with_the_weight():
             monitored(7, "a", "update", stall=0.9),
         ]
     )
-    assert [(r.role, r.overflow, r.underflow, r.stall) for r in rows] == [
-        ("weight", 0.0, 0.1, 0.9),
-        ("grad_output", 0.3, 0.2, None),
+    assert [(r.role, r.values) for r in rows] == [
+        ("weight", {"overflow": 0.0, "underflow": 0.1, "sqnr_db": 20.0, "stall": 0.9}),
+        ("grad_output", {"overflow": 0.3, "underflow": 0.2}),
     ]
-    assert rows[0].extra == {"sqnr_db": 20.0}
+    assert [(c.heading, c.lost) for c in layer_columns(rows)] == [
+        ("Overflow", True),
+        ("Underflow", True),
+        ("Stall", True),
+        ("SQNR", False),
+    ]
 
 
 def test_an_operand_of_nan_alone_has_a_row_and_a_sound_norm_weight_has_none():
@@ -241,7 +244,7 @@ def test_an_operand_of_nan_alone_has_a_row_and_a_sound_norm_weight_has_none():
             monitored(7, "norm", "weight", nonfinite_frac=0.0),
         ]
     )
-    assert [(r.layer, r.overflow, r.extra) for r in rows] == [("a", None, {"nonfinite_frac": 1.0})]
+    assert [(r.layer, r.values) for r in rows] == [("a", {"nonfinite_frac": 1.0})]
 
 
 def test_trends_cover_the_last_steps_and_say_how_layers_were_joined():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from altgrad.errors import RecipeError
+from altgrad.errors import OptionError, RecipeError
 from altgrad.nn.layer.classes import LIVE, is_quantized
 from altgrad.nn.session import STATE, Session, sessions_of
 from altgrad.nn.storage import COUNTS, GridStorage, UpdateCounts
@@ -129,15 +129,33 @@ def _claim(session: Session, optimizer: Optimizer) -> bool:
     return True
 
 
+def bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, out of a wrapper that only passes calls on (accelerate's, Lightning's).
+
+    A wrapper is what has an optimizer as its `optimizer` and cannot be hooked itself. One that can be hooked does
+    something of its own in a step, and stays.
+    """
+    while not (isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            raise OptionError(
+                f"{type(optimizer).__name__} is no torch.optim.Optimizer and wraps none; pass the optimizer"
+            )
+        optimizer = inner
+    return optimizer
+
+
 def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerHandle:
     """Let the optimizer's steps round grid weights back, roll delayed scales and advance the random streams.
 
     With several optimizers on one model the first that is attached advances the step. Attaching again replaces the
-    handle.
+    handle. An optimizer that another library wrapped (accelerate) is unwrapped.
 
     Raises:
         RecipeError: the model has no quantized layer, or the optimizer holds none of its parameters.
+        OptionError: it is no optimizer.
     """
+    optimizer = bare_optimizer(optimizer)
     sessions = sessions_of(model)
     owned = {id(p) for p in model.parameters()}
     if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):

@@ -13,11 +13,12 @@ from altgrad.report.charts.figures import line_figure
 from altgrad.report.charts.glyphs import bit_strip, sparkline
 from altgrad.report.charts.lines import Mark, Series
 from altgrad.report.charts.thinning import thin
-from altgrad.report.numbers import count, loss, number, percent, plural
+from altgrad.report.numbers import Unit, count, in_unit, loss, number, percent, plural
 from altgrad.report.pages.failure_data import (
     FailureData,
     GradientFacts,
     Intervention,
+    LayerColumn,
     LayerRow,
     LossAround,
     RunFacts,
@@ -32,6 +33,7 @@ __all__ = [
     "FailureData",
     "GradientFacts",
     "Intervention",
+    "LayerColumn",
     "LayerRow",
     "LossAround",
     "RunFacts",
@@ -42,7 +44,7 @@ __all__ = [
 
 NOT_MEASURED = "not measured"
 ALARMING = 0.5
-"""A rate of overflow, underflow or stall from here on is set in the signal colour."""
+"""A share of numbers lost from here on is set in the signal colour."""
 
 _VERBS = {"freeze": "froze", "divergence": "diverged", "nonfinite": "went non-finite"}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -62,7 +64,7 @@ def render_failure(data: FailureData) -> tuple[str, str]:
         "gradient": _gradient(data.gradient),
         "zero_update": _zero_update(data),
         "zero_update_layers": list(data.zero_update_layers or ()),
-        "layers": _layer_table(data.layers) if data.layers else None,
+        "layers": _layer_table(data.layers, data.layer_columns) if data.layers else None,
         "layers_step": data.layers_step,
         "trends": _trend_table(data.trends) if data.trends else None,
         "interventions": _intervention_table(data.interventions) if data.interventions else None,
@@ -157,38 +159,20 @@ def _zero_update(data: FailureData) -> str:
     return f"In {count(len(layers))}{of} no attempted update changed a single code:"
 
 
-def _layer_table(rows: Sequence[LayerRow]) -> Table:
-    extras = list(dict.fromkeys(name for row in rows for name in row.extra))
-    columns = [
-        Column("Layer"),
-        Column("Role"),
-        Column("Overflow", True),
-        Column("Underflow", True),
-        Column("Stall", True),
-    ]
-    columns += [Column(_EXTRA_NAMES.get(name, name), True) for name in extras]
+def _layer_table(rows: Sequence[LayerRow], metrics: Sequence[LayerColumn]) -> Table:
+    columns = [Column("Layer"), Column("Role")]
+    columns += [Column(m.heading + (", dB" if m.unit is Unit.DECIBEL else ""), True) for m in metrics]
     body = []
     for row in rows:
-        rates = [_rate_cell(rate) for rate in (row.overflow, row.underflow, row.stall)]
-        more = [_extra_cell(name, row.extra.get(name)) for name in extras]
-        body.append([TableCell(row.layer, sort=row.layer), row.role, *rates, *more])
+        cells = [_metric_cell(metric, row.values.get(metric.name)) for metric in metrics]
+        body.append([TableCell(row.layer, sort=row.layer), row.role, *cells])
     return Table(columns, body)
 
 
-_EXTRA_NAMES = {
-    "sqnr_db": "SQNR, dB",
-    "amax": "Largest",
-    "nonfinite_frac": "NaN or inf",
-    "effective_rank": "Effective rank",
-}
-
-
-def _extra_cell(name: str, value: float | None) -> TableCell:
-    return TableCell((percent if name.endswith("_frac") else number)(value), sort=_key(value))
-
-
-def _rate_cell(rate: float | None) -> TableCell:
-    return TableCell(percent(rate), sort=_key(rate), tone="bad" if rate is not None and rate >= ALARMING else "")
+def _metric_cell(metric: LayerColumn, value: float | None) -> TableCell:
+    text = number(value) if metric.unit is Unit.DECIBEL else in_unit(value, metric.unit)
+    alarming = metric.lost and value is not None and value >= ALARMING
+    return TableCell(text, sort=_key(value), tone="bad" if alarming else "")
 
 
 def _key(value: float | None) -> float | None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from altgrad.report.numbers import Unit
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -68,15 +70,22 @@ class GradientFacts:
 
 
 @dataclass(frozen=True)
+class LayerColumn:
+    """A metric in the table of layers; `lost`: it is a share of numbers lost, alarming when large."""
+
+    name: str
+    heading: str
+    unit: Unit = Unit.NUMBER
+    lost: bool = False
+
+
+@dataclass(frozen=True)
 class LayerRow:
-    """Rates of one layer and role at the collapse; `extra` adds columns (name -> number), such as sqnr_db."""
+    """What was measured of one layer and role at the collapse: a metric's name -> its value."""
 
     layer: str
     role: str
-    overflow: float | None = None
-    underflow: float | None = None
-    stall: float | None = None
-    extra: Mapping[str, float | None] = field(default_factory=dict)
+    values: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class FailureData:
     """Layers with attempted updates of which none changed a code; an empty list means: measured, none."""
     layers_measured: int | None = None
     layers: Sequence[LayerRow] | None = None
+    layer_columns: Sequence[LayerColumn] = ()
     layers_step: int | None = None
     trends: Sequence[Trend] | None = None
     interventions: Sequence[Intervention] | None = None

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from altgrad.diagnostics.update import NEAR_ZERO
 from altgrad.records.files import write_text
+from altgrad.records.metrics import RUN, metrics
+from altgrad.records.run import as_number
 from altgrad.report.pages.failure import (
     FailureData,
-    GradientFacts,
     Intervention,
-    LayerRow,
     LossAround,
     RunFacts,
-    Trend,
     VerdictFacts,
     render_failure,
 )
+from altgrad.training.run.failure_rows import TREND_STEPS, gradient_facts, layer_columns, layer_rows, trends
 from altgrad.training.step.measuring import rank_limits
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 FOLDER = "failure_reports"
-TREND_STEPS = 50
-"""Steps that the trends and their charts show: as many as the freeze verdict looks back over."""
-
-_LARGEST = ("overflow", "linf", "ulp_max", "steps_max", "grid_error_max", "nonfinite_frac", "amax")
 
 
 def write_failure_report(
@@ -144,6 +140,7 @@ def gather(
         notes.append("Every gradient element is NaN or infinite: no sparsity, norm or update follows from them.")
     updates = [r for r in last if r["role"] == "update" and "flips" in r and r.get("attempted")]
     layers = layer_rows(last)
+    columns = layer_columns(layers)
     return FailureData(
         run=RunFacts(
             name=result["name"],
@@ -160,8 +157,8 @@ def gather(
             onset_step=verdict.get("onset_step"),
             detected_step=verdict.get("detected_step"),
             metric=verdict.get("metric"),
-            value=_number(verdict.get("value")),
-            threshold=_number(verdict.get("threshold")),
+            value=as_number(verdict.get("value")),
+            threshold=as_number(verdict.get("threshold")),
             reason=verdict.get("reason"),
             evidence=_evidence(steps, verdict),
         ),
@@ -172,6 +169,7 @@ def gather(
         zero_update_layers=[r["layer"] for r in updates if r["flips"] == 0] if updates else None,
         layers_measured=len(updates) or None,
         layers=layers or None,
+        layer_columns=columns,
         layers_step=last[0]["step"] if last else None,
         trends=trends(steps, monitored) or None,
         interventions=interventions(events, steps),
@@ -201,91 +199,6 @@ def loss_around(steps: Mapping[int, Record], onset: int | None) -> LossAround | 
     )
 
 
-def gradient_facts(records: Iterable[Record], near_zero: float = NEAR_ZERO) -> GradientFacts | None:
-    """Sparsity over the gradient elements of all parameters of one step, measured with that threshold."""
-    found = [r for r in records if r["role"] == "gradient" and r.get("elements")]
-    elements = sum(r["elements"] for r in found)
-    if not elements:
-        return None
-    total = {name: sum(r[name] * r["elements"] for r in found) / elements for name in _SPARSITY}
-    return GradientFacts(
-        step=found[0]["step"],
-        zero_frac=total["zero_frac"],
-        near_zero_frac=total["zero_frac"] + total["near_zero_frac"],
-        near_zero_threshold=near_zero,
-        nonfinite_frac=total["nonfinite_frac"],
-        elements=int(elements),
-    )
-
-
-_SPARSITY = ("zero_frac", "near_zero_frac", "nonfinite_frac")
-_OPERANDS = ("input", "weight", "grad_output")
-_EXTRA = ("sqnr_db", "amax", "nonfinite_frac", "effective_rank")
-
-
-def layer_rows(records: Iterable[Record]) -> list[LayerRow]:
-    """Overflow and underflow of each operand, with the stall of each stored weight in its weight's row."""
-    records = list(records)
-    stall = {r["layer"]: r.get("stall") for r in records if r["role"] == "update"}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for r in records:
-        if r["role"] in _OPERANDS:
-            rows.setdefault((r["layer"], r["role"]), {}).update(r)
-    found = []
-    places = {layer: i for i, layer in enumerate(dict.fromkeys(layer for layer, _ in rows))}
-    for (layer, role), r in sorted(rows.items(), key=lambda row: (places[row[0][0]], _OPERANDS.index(row[0][1]))):
-        lost = stall.get(layer) if role == "weight" else None
-        if "overflow" in r or r.get("nonfinite_frac") or lost is not None:
-            extra = {name: _number(r[name]) for name in _EXTRA if name in r}
-            found.append(LayerRow(layer, role, r.get("overflow"), r.get("underflow"), lost, extra))
-    return found
-
-
-def trends(steps: Mapping[int, Record], monitored: Sequence[Record]) -> list[Trend]:
-    """The last steps of every diagnostic: of the whole model, and of each role over its layers.
-
-    Over layers the mean is shown; of overflow, non-finite fractions and maxima the largest.
-    """
-    recent = list(steps.values())[-TREND_STEPS:]
-    found = []
-    for name in ("loss", "grad_norm", "stall_rate", "flip_rate", "overflow_rate"):
-        points = [(r["step"], _number(r.get(name))) for r in recent]
-        points = [(step, value) for step, value in points if value is not None]
-        if len(points) > 1:
-            found.append(Trend(name, [s for s, _ in points], [v for _, v in points]))
-    if not steps:
-        return found
-    first = list(steps)[-1] - TREND_STEPS
-    over_layers: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for record in monitored:
-        if record["step"] <= first:
-            continue
-        for name, raw in record.items():
-            value = _number(raw) if name not in _LABELS else None
-            if value is not None:
-                over_layers.setdefault((record["role"], name), {}).setdefault(record["step"], []).append(value)
-    for (role, name), by_step in over_layers.items():
-        if len(by_step) > 1:
-            pick = max if name in _LARGEST else _mean
-            label = f"{name} ({'largest' if pick is max else 'mean'} of layers)"
-            found.append(Trend(label, list(by_step), [pick(v) for v in by_step.values()], role=role))
-    return found
-
-
-_LABELS = (
-    "kind",
-    "step",
-    "layer",
-    "role",
-    "format",
-    "elements",
-    "attempted",
-    "flips",
-    "rank_seconds",
-    "rank_collapsed",
-)
-
-
 def interventions(events: Sequence[Record], steps: Mapping[int, Record]) -> list[Intervention]:
     """Clips, shifts and skipped steps with what they changed; runs of the same kind are one line."""
     found: list[Intervention] = []
@@ -308,8 +221,8 @@ def interventions(events: Sequence[Record], steps: Mapping[int, Record]) -> list
             continue
         span = f"{len(group)} steps, {first['step']} to {last['step']}" if len(group) > 1 else "one step"
         if first["event"] == "clip":
-            norms = [n for n in (_number(e.get("grad_norm")) for e in group) if n is not None]
-            limit = _number(last.get("clip_threshold"))
+            norms = [n for n in (as_number(e.get("grad_norm")) for e in group) if n is not None]
+            limit = as_number(last.get("clip_threshold"))
             effect = (
                 f"gradient norm {max(norms):.3g} at most, cut to {limit:.3g}" if norms and limit is not None else None
             )
@@ -326,7 +239,7 @@ def _effect(step: int, steps: Mapping[int, Record]) -> str | None:
     parts = []
     for name, text in (("loss", "loss"), ("stall_rate", "stall rate")):
         values = [
-            [v for v in (_number(r.get(name)) for r in side) if v is not None and math.isfinite(v)]
+            [v for v in (as_number(r.get(name)) for r in side) if v is not None and math.isfinite(v)]
             for side in (before, after)
         ]
         if values[0] and values[1]:
@@ -343,14 +256,12 @@ def _evidence(steps: Mapping[int, Record], verdict: Record) -> list[tuple[str, s
     skipped = sum(1 for r in stretch if not r.get("finite", True))
     if skipped:
         pairs.append(("Non-finite steps", f"{skipped} of {len(stretch)}"))
-    for name, label in (
-        ("stall_rate", "Stall rate"),
-        ("grad_norm", "Gradient norm"),
-        ("overflow_rate", "Overflow rate"),
-    ):
-        values = [v for v in (_number(r.get(name)) for r in stretch) if v is not None and math.isfinite(v)]
+    for row in metrics():
+        if row.roles != RUN or row.name == "loss":
+            continue
+        values = [v for v in (as_number(r.get(row.name)) for r in stretch) if v is not None and math.isfinite(v)]
         if values:
-            pairs.append((f"{label}, onset to detection", f"{min(values):.4g} to {max(values):.4g}"))
+            pairs.append((f"{row.heading}, onset to detection", f"{min(values):.4g} to {max(values):.4g}"))
     return pairs
 
 
@@ -380,22 +291,9 @@ def _last_step_only(monitored: Sequence[Record]) -> list[Record]:
     return [r for r in monitored if r["step"] == newest]
 
 
-def _number(value: Any) -> float | None:
-    """A number; the strings "nan", "inf" and "-inf" of metrics.jsonl are numbers, too; anything else is None."""
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, int | float):
-        return float(value)
-    return float(value) if value in ("nan", "inf", "-inf") else None
-
-
 def _loss(record: Record) -> float:
-    loss = _number(record["loss"])
+    loss = as_number(record["loss"])
     return math.nan if loss is None else loss
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _checkpoint(path: Path | None) -> tuple[str, int | None] | None:

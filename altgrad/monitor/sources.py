@@ -1,6 +1,6 @@
-"""Hooks on layers that are not quantized: what a format would do to their operands, and how large these are.
+"""Where the monitor's operands come from: quantized layers publish theirs, hooks measure those of other layers.
 
-Each operand is quantized aside, at its current amax scale, and only the statistics are kept: the model computes what it
+A hook quantizes each operand aside, at its current amax scale, and keeps only the statistics: the model computes what it
 computed before. Without a format nothing is quantized: what is left is amax and how much is finite.
 """
 
@@ -15,11 +15,61 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from altgrad.diagnostics.update import carrier_format
+from altgrad.errors import FormatError
 from altgrad.formats.scalar import FloatFormat
-from altgrad.quantization import QuantStats, amax_scale, quantize_with_stats
+from altgrad.quantization import FP32, QuantStats, amax_scale, quantize_with_stats
+from altgrad.quantization.observer import Observer
 from altgrad.quantization.stats import FIELDS
 
 Publish = Callable[[str, str, QuantStats, Tensor | float, FloatFormat], None]
+
+
+class Sources:
+    """Has a model publish its operands to an observer until `close`.
+
+    Args:
+        format: grid for the layers of a model that is not quantized; None and FP32: the dtype's own.
+
+    Raises:
+        FormatError: a format without a grid of its own for a model that is not quantized.
+    """
+
+    def __init__(self, model: nn.Module, format: Any, observer: Observer) -> None:
+        from altgrad.nn.layer.classes import is_quantized
+        from altgrad.nn.session import sessions_of
+
+        self.quantized = any(is_quantized(module) for module in model.modules())
+        self.format: FloatFormat | None = None  # of the hooks
+        self._observer = observer
+        self._observed: list[tuple[Any, Any]] = []  # sessions of quantized layers, with their observers before this one
+        self._hooks: list[RemovableHandle] = []
+        if self.quantized:
+            for session in sessions_of(model):
+                self._observed.append((session, session.observer))
+                session.observer = observer
+            return
+        if format is not None and not (isinstance(format, FloatFormat) and format.has_zero):
+            raise FormatError(
+                f"{format} has no grid of its own to measure weights on; name an element format such as "
+                f"E4M3, or quantize the model with it and leave format out"
+            )
+        self.format = None if format is FP32 else format
+        self._hooks = watch_layers(
+            model,
+            self.format,
+            lambda layer, role, stats, scale, fmt: observer.observe(
+                layer=layer, role=role, gemm="forward", stats=stats, scale=scale, fmt=fmt
+            ),
+        )
+
+    def close(self) -> None:
+        """Remove the hooks; give quantized layers back the observer that they had."""
+        for hook in self._hooks:
+            hook.remove()
+        for session, before in self._observed:
+            if session.observer is self._observer:
+                session.observer = before
+        self._hooks, self._observed = [], []
 
 
 def watch_layers(model: nn.Module, fmt: FloatFormat | None, publish: Publish) -> list[RemovableHandle]:
