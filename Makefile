@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-slow check format bench exhaustive clean
+.PHONY: demo test test-slow test-cpus check format bench exhaustive clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The numeric tests under three classes of CPU, emulated, and with each route of the matrix products forced.
+test-cpus: $(READY)
+	$(BIN)/python -m benchmarks.cpu_classes
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,7 +1,27 @@
-"""Settings that every test runs under: one torch thread unless the test asks for more."""
+"""Settings that every test runs under: one torch thread unless the test asks for more; a route of the GEMM on demand."""
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser):
+    """`--gemm-route`: take this route wherever its products are exact, whatever the shape and the CPU."""
+    parser.addoption("--gemm-route", default=None, help="float32, bf16, ...: force a route of the matrix products")
+
+
+@pytest.fixture(autouse=True)
+def forced_route(request, monkeypatch):
+    """The route that the command line asks for, in every layer; tests of the rule itself keep the rule."""
+    name = request.config.getoption("--gemm-route")
+    if name is None:
+        return
+    from altgrad.nn.layer import gemm, state
+
+    def route(needed, shape, device_type, *, dtype=torch.float32, **_):
+        exact = dtype == torch.float32 and needed.value == name
+        return gemm.Route(name) if exact else gemm.Route.FLOAT32
+
+    monkeypatch.setattr(state, "choose_route", route)
 
 
 @pytest.fixture(autouse=True)
