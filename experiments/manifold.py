@@ -17,11 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from altgrad.errors import AltGradError, ConfigError
+from altgrad.errors import AltGradError
 from altgrad.records.run import Run, read_run
 from altgrad.sweep import Plan, SweepOptions, describe_plan, describe_result, make_plan, matrix_from_mapping, run_sweep
+from altgrad.training.config.document import merged, nested, read_document, resolved, setting
 from experiments.manifold_results import Results, final_loss, main_table, run_record
 
 OFF_GRID = {"format": None, "off_grid_lr": 1e-3}
@@ -33,14 +32,12 @@ MATRIX = Path(__file__).parent / "manifold.yaml"
 
 def read_study(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The study's file with `key=value` settings: formats, seeds, arms, or any key of the base config."""
-    study = OmegaConf.load(path)
-    for setting in overrides:
-        key, equals, _ = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"{setting!r} is not a setting; write key=value, as in max_steps=100")
-        own = key.split(".", 1)[0] in ("formats", "seeds", "arms", "control", "base")
-        study = OmegaConf.merge(study, OmegaConf.from_dotlist([setting if own else f"base.{setting}"]))
-    return OmegaConf.to_container(study, resolve=True)  # type: ignore[return-value]
+    study = read_document(path, references=False)
+    for override in overrides:
+        keys, value = setting(override)
+        own = keys[0] in ("formats", "seeds", "arms", "control", "base")
+        study = merged(study, nested(keys if own else ["base", *keys], value))
+    return resolved(study, str(path))
 
 
 def cells(study: dict[str, Any]) -> list[tuple[str, str]]:
@@ -90,7 +87,7 @@ def by_cell(study: dict[str, Any], out: Path, plan: Plan) -> Cells:
         optimizer = run.config["optimizer"]
         own = {k: v for k, v in optimizer["options"].items() if k not in OFF_GRID}
         arm = arms[(optimizer["name"], run.config["storage_rounding"], json.dumps(own, sort_keys=True))]
-        found.setdefault((arm, run.config["fp8_format"]), []).append(run)
+        found.setdefault((arm, run.format), []).append(run)
     return found
 
 

@@ -54,7 +54,7 @@ def final_loss(run: Run) -> float:
 def run_record(run: Run, arm: str, *, movement: bool) -> Record:
     """The figures of one run; with `movement` also those that need its checkpoints and monitor records."""
     return {
-        "format": run.config["fp8_format"],
+        "format": run.format,
         "arm": arm,
         "seed": run.seed,
         "lr": float(run.config["optimizer"]["lr"]),

@@ -354,7 +354,7 @@ def test_stab05_stab06_interventions_survive_a_fork_bit_for_bit():
     fork, _ = trainer_of(*options)
     fork.restore(part.capture())
     assert [r.loss for r in steps_of(fork, 8)] == losses[2:]
-    assert fork.formats.format == whole.formats.format
+    assert fork.formats.recipe == whole.formats.recipe
 
 
 def test_stab05_stab06_the_scheduled_reference_goes_with_the_step():

@@ -29,7 +29,7 @@ MOST_COMPARED = 16
 
 FORMAT, OPTIMIZER, STORAGE = "fp8_format", "optimizer.name", "weight_storage"
 _AXIS_ORDER = (FORMAT, OPTIMIZER, STORAGE, "rounding", "scaling")
-_NO_AXIS = IGNORED_KEYS | {"seed", "distributed", "checkpoint_interval"}
+_NO_AXIS = IGNORED_KEYS | {"seed", "distributed", "checkpoint_interval", "formats"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def is_study(run_dirs: Sequence[str | Path]) -> bool:
     runs = [Run(Path(path)) for path in run_dirs]
     if len(runs) > MOST_COMPARED:
         return True
-    keys, _ = _axes([run.config for run in runs], [run.format for run in runs])
+    keys, _ = _axes(runs)
     return len(set(keys)) < len(runs)
 
 
@@ -145,7 +145,7 @@ def load_study(source: str | Path | Sequence[str | Path], *, force: bool = False
         raise ReportError(f"no run folders in {folder}; run a sweep first, or name the folder that holds the runs")
     runs = [read_run(path) for path in paths]
     warnings = require_comparable(runs, force=force)
-    keys, axes = _axes([run.config for run in runs], [run.format for run in runs])
+    keys, axes = _axes(runs)
     max_steps = max([run.max_steps or 0 for run in runs] + [1])
     grouped: dict[Hashable, list[RunSummary]] = {}
     formats: dict[Hashable, tuple[str, dict[str, Any]]] = {}
@@ -188,12 +188,13 @@ def bucket_means(curve: Curve, max_steps: int, buckets: int) -> np.ndarray:
         return (sums / np.where(counts > 0, counts, np.nan)).astype(np.float32)
 
 
-def _axes(configs: Sequence[Mapping[str, Any]], formats: Sequence[str]) -> tuple[list[tuple], list[str]]:
+def _axes(runs: Sequence[Run]) -> tuple[list[tuple], list[str]]:
     """(key of each run, axes): the fewest configuration keys that tell apart what is not told apart by the seed."""
     flats = []
-    for config, fmt in zip(configs, formats, strict=True):
-        flat = {k: _hashable(v) for k, v in flatten(config).items() if k.split(".")[0] not in _NO_AXIS}
-        flats.append({**flat, FORMAT: fmt})
+    for run in runs:
+        flat = {k: _hashable(v) for k, v in flatten(run.config).items() if k.split(".")[0] not in _NO_AXIS}
+        told = {FORMAT: run.format, STORAGE: run.storage, "rounding": run.rounding}  # however the config spells them
+        flats.append({**flat, **told, **({"formats": run.recipe} if run.recipe else {})})
     known = dict.fromkeys(key for flat in flats for key in flat)
     varying = [key for key in known if len({flat.get(key) for flat in flats}) > 1]
     ordered = [key for key in _AXIS_ORDER if key in varying] + [key for key in varying if key not in _AXIS_ORDER]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import OptionError
-from altgrad.formats.catalog import get_format
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.catalog import block_format, get_format
 from altgrad.formats.scalar import FloatFormat
 from altgrad.formats.scalar_rows import E5M2
 
@@ -23,6 +24,30 @@ BASELINE_MAX = E5M2.max  # 57344: the range at which `base_clip` is the clip thr
 FALLBACK_CHAIN: Mapping[str, str | None] = MappingProxyType(
     {"E7M0": "E5M2", "E1M6": "E3M4", "E0M7": "E3M4", "E3M4": "E5M2", "E5M2": None}
 )
+
+WIDER_ELEMENTS = ("E2M3", "E4M3", "FP16")
+"""Elements that a block format's element is widened to: MXFP4 > MXFP6 > MXFP8 > FP16 in the same blocks."""
+
+
+def wider_block(format: BlockFormat) -> str | None:
+    """Name of the same blocks and scales with the next wider element that has every value of the present one.
+
+    The block's scale already follows the range, so what a block format lacks is room within a block: significant bits,
+    and binades below the block's amax. None where no element is wider.
+
+    >>> wider_block(get_format("MXFP4"))
+    'MXFP6'
+    >>> wider_block(get_format("MXFP8_E5M2"))
+    'FP16/32:E8M0:floor'
+    """
+    own = format.element
+    for element in map(get_format, WIDER_ELEMENTS):
+        holds = element.mantissa_bits >= own.mantissa_bits and element.max >= own.max
+        if element.bits > own.bits and holds and element.min_subnormal <= own.min_subnormal:
+            rule = format.rule if format.power_of_two else None
+            tensor_scale = format.tensor_scale
+            return block_format(element, format.block, format.scale_format, rule, tensor_scale=tensor_scale).name
+    return None
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ class PartitionRelativeClipper:
 
 @dataclass(frozen=True)
 class ShiftRecord:
-    """One shift that was decided: between which formats and on what evidence."""
+    """One shift that was decided: between which formats (names, or recipes' texts) and on what evidence."""
 
     from_format: str
     to_format: str
@@ -108,7 +133,8 @@ class EmergencyMantissaShift:
         nan_patience: consecutive non-finite steps that shift; 3, since one or two bad batches pass by themselves.
         stall_threshold: a stall rate above it shifts; 0.5, more updates lost than made.
         stall_patience: consecutive steps that the stall rate must exceed it; 1 acts at once, more spares a warmup.
-        chain: format name to the next one's (None: the end); these entries extend and override `FALLBACK_CHAIN`.
+        chain: format name to the next one's (None: the end); these entries extend and override `FALLBACK_CHAIN`. Block
+            formats that it does not name go to the same blocks with a wider element (`wider_block`).
 
     Raises:
         OptionError: a patience below 1, a threshold outside [0, 1], or a chain that returns to where it was.
@@ -132,9 +158,23 @@ class EmergencyMantissaShift:
         self.nan_patience = nan_patience
         self.stall_threshold = stall_threshold
         self.stall_patience = stall_patience
-        self.chain = _checked_chain({**FALLBACK_CHAIN, **(chain or {})})
+        links = {**FALLBACK_CHAIN, **(chain or {})}
+        self.chain = {get_format(a).name: None if b is None else get_format(b).name for a, b in links.items()}
+        self._refuse_circles()
         self.last_shift: ShiftRecord | None = None
         self.reset()
+
+    def _refuse_circles(self) -> None:
+        """Every walk along the chain must end."""
+        for start in self.chain:
+            seen, at = [start], self.chain[start]
+            while at is not None:
+                if at in seen:
+                    raise OptionError(
+                        f"fallback chain {' > '.join([*seen, at])} returns to where it was; end it with null"
+                    )
+                seen.append(at)
+                at = self.next_format(at)
 
     def reset(self) -> None:
         """Forget what was counted; the chain and the thresholds stay."""
@@ -142,22 +182,19 @@ class EmergencyMantissaShift:
         self.consecutive_stalls = 0
         self.quiet_steps = 0
 
-    def next_format(self, format: FloatFormat | str) -> str | None:
-        """Where the chain leads from `format`; None at its end and for formats that it does not know."""
-        return self.chain.get(get_format(format).name)
+    def next_format(self, format: FloatFormat | BlockFormat | str) -> str | None:
+        """Where the chain leads from `format`: its own link; for a block format without one, `wider_block`; else None."""
+        fmt = get_format(format)
+        if fmt.name in self.chain or isinstance(fmt, FloatFormat):
+            return self.chain.get(fmt.name)
+        return wider_block(fmt)
 
-    def check_and_shift(
-        self, current_format: FloatFormat | str, has_nan: bool, stall_rate: float | Tensor | None
-    ) -> str | None:
-        """Count one step and decide; call it once per step, after the step's statistics are known.
+    def reason_to_shift(self, has_nan: bool, stall_rate: float | Tensor | None) -> str | None:
+        """Count one step; "nan" or "stall" where it is one too many. Call it once per step, then `shifted` if it acts.
 
         Args:
-            current_format: the format that this step ran in.
             has_nan: loss or gradients of this step were not finite.
             stall_rate: stalled / attempted updates of this step; None or NaN when nothing was attempted or measured.
-
-        Returns:
-            Name of the format to go on in from the next step, or None to stay (also at the end of the chain).
         """
         rate = None if stall_rate is None else float(stall_rate)
         self.consecutive_nans = self.consecutive_nans + 1 if has_nan else 0
@@ -165,19 +202,31 @@ class EmergencyMantissaShift:
         self.quiet_steps = max(0, self.quiet_steps - 1)
         stalled = not quiet and rate is not None and rate > self.stall_threshold
         self.consecutive_stalls = self.consecutive_stalls + 1 if stalled else 0
-        reason = (
-            "nan"
-            if self.consecutive_nans >= self.nan_patience
-            else "stall"
-            if self.consecutive_stalls >= self.stall_patience
-            else None
-        )
+        if self.consecutive_nans >= self.nan_patience:
+            return "nan"
+        return "stall" if self.consecutive_stalls >= self.stall_patience else None
+
+    def shifted(self, was: str, now: str, reason: str, stall_rate: float | Tensor | None) -> ShiftRecord:
+        """Note that the shift from `was` to `now` was made: counting begins anew, after a quiet window."""
+        rate = None if stall_rate is None else float(stall_rate)
+        record = self.last_shift = ShiftRecord(was, now, reason, self.consecutive_nans, rate)
+        self.reset()
+        self.quiet_steps = self.nan_patience
+        return record
+
+    def check_and_shift(
+        self, current_format: FloatFormat | BlockFormat | str, has_nan: bool, stall_rate: float | Tensor | None
+    ) -> str | None:
+        """`reason_to_shift` and `shifted` for a run in one format.
+
+        Returns:
+            Name of the format to go on in from the next step, or None to stay (also at the end of the chain).
+        """
+        reason = self.reason_to_shift(has_nan, stall_rate)
         target = self.next_format(current_format) if reason else None
         if reason is None or target is None:
             return None
-        self.last_shift = ShiftRecord(get_format(current_format).name, target, reason, self.consecutive_nans, rate)
-        self.reset()
-        self.quiet_steps = self.nan_patience
+        self.shifted(get_format(current_format).name, target, reason, stall_rate)
         return target
 
     def state_dict(self) -> dict[str, int]:
@@ -188,16 +237,3 @@ class EmergencyMantissaShift:
         """Set the counters that `state_dict` returned."""
         for name in self.state_dict():
             setattr(self, name, int(state[name]))
-
-
-def _checked_chain(chain: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The chain under canonical format names; every walk along it must end."""
-    canonical = {get_format(a).name: None if b is None else get_format(b).name for a, b in chain.items()}
-    for start in canonical:
-        seen, at = [start], canonical.get(start)
-        while at is not None:
-            if at in seen:
-                raise OptionError(f"fallback chain {' > '.join([*seen, at])} returns to where it was; end it with null")
-            seen.append(at)
-            at = canonical.get(at)
-    return canonical

@@ -141,8 +141,8 @@ class Run:
 
     @property
     def format(self) -> str:
-        """Name of the format under test; an unquantized run is "FP32"."""
-        recorded = self.result.get("format") or self.config.get("fp8_format") or self.config.get("format")
+        """The formats under test: a name, or a recipe's text; an unquantized run is "FP32"."""
+        recorded = self.result.get("format") or self._format_facts.get("name") or self.config.get("fp8_format")
         return str(recorded) if recorded and str(recorded).lower() != "none" else "FP32"
 
     @property
@@ -151,11 +151,24 @@ class Run:
 
     @property
     def storage(self) -> str | None:
-        return _text(self.result.get("storage", self.config.get("weight_storage")))
+        known = self._format_facts.get("storage", self.config.get("weight_storage"))
+        return _text(self.result.get("storage", known))
 
     @property
     def rounding(self) -> str | None:
-        return _text(self.result.get("rounding", self.config.get("rounding")))
+        known = self._format_facts.get("rounding", self.config.get("rounding"))
+        return _text(self.result.get("rounding", known))
+
+    @property
+    def recipe(self) -> str | None:
+        """The text of the recipe of a run whose formats were not given by the short keys."""
+        return _text(self._format_facts.get("recipe")) if self.config.get("formats") is not None else None
+
+    @property
+    def _format_facts(self) -> Mapping[str, Any]:
+        """What the environment says of the run's formats: present before there is a result."""
+        facts = self.environment.get("format")
+        return facts if isinstance(facts, dict) else {}
 
     @property
     def optimizer(self) -> str | None:

@@ -18,12 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from altgrad.errors import SweepError
 from altgrad.sweep.job import Job, Outcome
 from altgrad.sweep.local import Event, Observer, stop_on_signals
 from altgrad.sweep.worker import Stop, execute
+from altgrad.training.config.document import read_document, write_document
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _FETCHED_AT_MOST = 64 << 20  # bytes per file; larger ones (checkpoints) stay on the worker
@@ -156,8 +155,8 @@ def _in_place(job: Job, marker: Path, retries: int) -> Outcome:
 
 def _moved(job: Job, runs: str) -> Job:
     """The job with its run folder under `runs`; where a run lives is no part of what it is."""
-    config = {**yaml.safe_load(job.config), "runs_dir": runs}
-    return replace(job, runs_dir=runs, config=yaml.safe_dump(config))
+    config = {**read_document(job.config), "runs_dir": runs}
+    return replace(job, runs_dir=runs, config=write_document(config))
 
 
 def _pack(folder: Path) -> bytes:

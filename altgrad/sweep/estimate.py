@@ -13,11 +13,15 @@ from typing import Any
 
 import yaml
 
-from altgrad.errors import SweepError
+from altgrad.errors import AltGradError, SweepError
+from altgrad.formats.catalog import get_format
+from altgrad.formats.scalar import FloatFormat
+from altgrad.nn.recipe.reformat import reformat
 from altgrad.sweep.job import METRICS, TIMES, Job, finished_result, read_json
 from altgrad.sweep.plan import PlannedRun
 from altgrad.sweep.worker import execute
 from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.formats import recipe_of
 from altgrad.training.config.loading import dump_config
 
 CALIBRATION_STEPS = 16
@@ -164,8 +168,26 @@ def _size(facts: Mapping[str, Any]) -> Any:
 
 def _kind(facts: Mapping[str, Any]) -> Any:
     """What else makes a step of that size dearer or cheaper."""
-    quantized = facts.get("recipe") is not None or facts.get("fp8_format") != "FP32"
-    how = (facts.get("recipe"), facts.get("weight_storage"), facts.get("rounding"), facts.get("scaling"))
     optimizer = (facts.get("optimizer") or {}).get("name")
     monitor = (facts.get("monitor") or {}).get("enabled")
-    return quantized, how if quantized else None, optimizer, monitor, facts.get("compile")
+    return _formats(facts), optimizer, monitor, facts.get("compile")
+
+
+def _formats(facts: Mapping[str, Any]) -> Any:
+    """The recipe with no format's name in it: formats of one kind cost the same, scaling, rounding and storage do not."""
+    try:
+        recipe = recipe_of(facts)
+    except (AltGradError, TypeError, AttributeError):  # a finished run's config may be damaged, or of another version
+        return "unreadable"
+    if recipe is None:
+        return None
+    try:
+        return reformat(recipe, _of_its_kind).text
+    except AltGradError:  # an option that only the format itself has
+        return recipe.text
+
+
+def _of_its_kind(name: str) -> str:
+    """A format that costs as much: the arithmetic depends on the width and on whether there are blocks."""
+    fmt = get_format(name)
+    return "E4M3" if isinstance(fmt, FloatFormat) and fmt.bits <= 8 else fmt.name

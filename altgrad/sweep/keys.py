@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-OPEN = ("recipe", "optimizer.options", "monitor.schedule", "shift.chain")
+OPEN = ("formats", "recipe", "optimizer.options", "monitor.schedule", "shift.chain")
 """Settings that are mappings with the user's own keys: one value each, and any key below them is valid."""
 
 _ABSENT = object()
@@ -82,7 +82,11 @@ def _at(nested: Mapping[str, Any], path: str) -> Any:
 
 
 def _slug(key: str, value: Any) -> str:
-    if isinstance(value, bool):
+    if key == "formats" and isinstance(value, dict):  # `recipe` keeps its hash: a run's name is part of its identity
+        from altgrad.nn.recipe.recipe import Recipe
+
+        text = Recipe.from_dict(value).text
+    elif isinstance(value, bool):
         text = key if value else f"no-{key}"
     elif isinstance(value, str):
         text = value

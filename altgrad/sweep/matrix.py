@@ -27,13 +27,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from altgrad.errors import ConfigError, SweepError
 from altgrad.sweep.keys import OPEN, changed, dotted, grid, listed, matches, plain, variant_name
-from altgrad.training.config.experiment import NOT_IDENTITY, ExperimentConfig
+from altgrad.training.config.document import literal, read_document, setting
+from altgrad.training.config.experiment import ExperimentConfig, identity
+from altgrad.training.config.formats import WHOLE, with_formats
 from altgrad.training.config.loading import key_paths, load_config, nearest_key
 
 
@@ -69,12 +67,11 @@ class Matrix:
         """
         axes, plain, seeds = dict(self.axes), dict(self.overrides), self.seeds
         for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals or not key:
-                raise SweepError(
-                    f"override {override!r} has no key and value; write it as key=value, such as max_steps=9"
-                )
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+            try:
+                path, value = setting(override)
+            except ConfigError as error:
+                raise SweepError(str(error)) from None
+            key = ".".join(path)
             if key in ("seed", "seeds"):
                 seeds = _seeds(value, self.base, self.origin)
             elif key in axes:
@@ -94,7 +91,7 @@ class Matrix:
             SweepError: nothing to run, the same run twice, or an exclusion that excludes nothing.
             ConfigError: a combination is no valid experiment.
         """
-        base = changed(self.base, self.overrides)
+        base = _with(self.base, self.overrides)
         default = load_config(base)
         seeds = self.seeds or [default.seed]
         combinations = grid(self.axes) if self.axes else []
@@ -124,7 +121,7 @@ class Matrix:
         self, base: Mapping[str, Any], choice: Mapping[str, Any], facts: Mapping[str, Any], fixed: Mapping[str, Any]
     ) -> Variant:
         try:
-            config = load_config(changed(base, choice))
+            config = load_config(_with(base, choice))
         except ConfigError as error:
             raise ConfigError(f"{self.origin}: {plain(choice)}: {str(error).removeprefix('config: ')}") from None
         own = {"checkpoint_dir": None, **fixed}
@@ -135,7 +132,7 @@ class Matrix:
     def _refuse_duplicates(self, variants: Sequence[Variant]) -> None:
         seen: dict[str, Variant] = {}
         for variant in variants:
-            content = variant.config.model_dump(mode="json", exclude={*NOT_IDENTITY, "name"})
+            content = {**identity(variant.config), "name": None}
             other = seen.setdefault(json.dumps(content, sort_keys=True), variant)
             if other is not variant:
                 raise SweepError(f"{self.origin}: the same run twice: ({other}) and ({variant}); remove one of the two")
@@ -154,9 +151,9 @@ def read_matrix(path: str | Path) -> Matrix:
         hint = f"did you mean {path.parent / near[0]}?" if near else "the project's own are in experiments/matrix"
         raise SweepError(f"matrix file {path} does not exist; {hint}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise SweepError(f"{path} is not valid YAML: {error}") from None
+        content = literal(read_document(path))
+    except ConfigError as error:
+        raise SweepError(str(error)) from None
     return matrix_from_mapping(content, path.parent, str(path))
 
 
@@ -202,7 +199,16 @@ def _base(base: Any, folder: Path, origin: str) -> tuple[Mapping[str, Any], str]
     path = folder / str(base)
     path = path if path.is_file() or not Path(str(base)).is_file() else Path(str(base))
     config = load_config(path)
-    return config.model_dump(mode="json"), config.name
+    return literal(config.model_dump(mode="json")), config.name
+
+
+def _with(base: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
+    """The base with dotted keys set, what comes later having the word where both speak of formats."""
+    whole = {key: value for key, value in choice.items() if key in WHOLE}
+    rest = {key: value for key, value in choice.items() if key not in WHOLE}
+    result = changed(with_formats(base, whole), whole)
+    beside_recipe = whole.get("recipe") is not None  # older matrices set the short keys to their defaults beside it
+    return changed(result if beside_recipe else with_formats(result, rest), rest)
 
 
 def _seeds(value: Any, base: Mapping[str, Any], origin: str) -> list[int]:

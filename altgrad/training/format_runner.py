@@ -24,6 +24,7 @@ from altgrad.optim import state_bytes
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.files import remove_leftovers, write_json, write_text
 from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.formats import format_facts
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.data import Corpus
 from altgrad.training.run.checkpoint import (
@@ -156,7 +157,7 @@ class FormatExperimentRunner:
             self.listener.said(said)
         if self.config.enable_emergency_shift and not trainer.interventions.can_shift:
             self.listener.said(
-                f"enable_emergency_shift: {self.config.fp8_format} has no fallback, so this run cannot shift; "
+                f"enable_emergency_shift: {trainer.formats.label} has no fallback, so this run cannot shift; "
                 "shift.chain can name one"
             )
         self.directory, self.tally = directory, Tally()
@@ -263,6 +264,7 @@ class FormatExperimentRunner:
     def _conclude(self) -> ExperimentResult:
         assert self.trainer is not None
         config, tally, steps = self.config, self.tally, self.trainer.step
+        said = format_facts(config)
         interrupted = steps < config.max_steps and not (tally.verdict and config.verdict.stop)
         figures: dict[str, Any] = {
             "skipped_steps": tally.skipped_steps,
@@ -273,9 +275,9 @@ class FormatExperimentRunner:
             name=config.name,
             run_id=self.plan.run_id,
             seed=config.seed,
-            format=config.fp8_format if config.recipe is None else "recipe",
-            storage=config.weight_storage,
-            rounding=config.rounding,
+            format=said["format"],
+            storage=said["storage"],
+            rounding=said["rounding"],
             status="interrupted" if interrupted else "collapsed" if tally.verdict else "completed",
             verdict=tally.verdict,
             steps=steps,

@@ -72,7 +72,7 @@ def test_printing_shows_formats_and_what_differs_from_the_defaults():
     assert str(uniform("E4M3", grad="E5M2").default) == "x:E4M3 w:E4M3 dy:E5M2"
     assert (
         str(RICH.default) == "x:E4M3(delayed(history=4,margin=1)) w:E4M3(storage) dy:E5M2(delayed(history=4,margin=1)) "
-        "grid(E4M3,stochastic)"
+        "grid(E4M3,stochastic) norm:E3M4"
     )
     assert "name='*.mlp.*': x:E3M4(stochastic,amax(axis=0))" in str(RICH)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
 from altgrad.errors import RecipeError
@@ -13,8 +11,8 @@ from altgrad.nn.model.convert import store_on_grid
 from altgrad.nn.model.optimizer_hook import watch_optimizers
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
 from altgrad.nn.recipe.recipe import Recipe
-from altgrad.nn.recipe.scaling_choice import BlockScaling, default_scaling, is_block
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec
+from altgrad.nn.recipe.reformat import reformat, reformat_layer
+from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import STATE, sessions_of
 from altgrad.quantization import FloatFormat, get_format
 
@@ -51,8 +49,12 @@ def change_format(
     else:
         fmt = get_format(new)
         was = None if old is None else get_format(old).name
-        recipes = [None if s.recipe is None else reformat(s.recipe, fmt, was) for s in sessions]
-        made = [reformat_layer(state.recipe, fmt, was) for _, state in layers]
+
+        def successor(name: str) -> str | None:
+            return fmt.name if was in (None, name) else None
+
+        recipes = [None if s.recipe is None else reformat(s.recipe, successor) for s in sessions]
+        made = [reformat_layer(state.recipe, successor) for _, state in layers]
     for (module, state), recipe in zip(layers, made, strict=True):
         kind = kind_of(module._base)
         assert kind is not None
@@ -68,40 +70,3 @@ def change_format(
     if any(state.recipe.needs_steps for state in changed):
         watch_optimizers()
     return store_on_grid(model, snap=regrid, only=changed)
-
-
-def reformat(recipe: Recipe, fmt, old: str | None = None) -> Recipe:
-    """The recipe with every format (or every `old` one) replaced by `fmt`."""
-    default = None if recipe.default is None else reformat_layer(recipe.default, fmt, old)
-    overrides = tuple(
-        o if o.recipe is None else replace(o, recipe=reformat_layer(o.recipe, fmt, old)) for o in recipe.overrides
-    )
-    return Recipe(default, overrides)
-
-
-def reformat_layer(recipe: LayerRecipe, fmt, old: str | None = None) -> LayerRecipe:
-    """One layer's recipe with every format (or every `old` one) replaced by `fmt`."""
-
-    def operand(spec: OperandSpec | None) -> OperandSpec | None:
-        if spec is None or spec.format is None or (old is not None and spec.format != old):
-            return spec
-        was = get_format(spec.format)
-        keep = not is_block(fmt) and not isinstance(spec.scaling, BlockScaling) and spec.scaling != default_scaling(was)
-        scaling = spec.scaling if keep else default_scaling(fmt)
-        return replace(spec, format=fmt.name, scaling=scaling)
-
-    def gemm(one: GemmRecipe) -> GemmRecipe:
-        return GemmRecipe(operand(one.input), operand(one.weight), operand(one.grad_output))
-
-    storage = recipe.storage
-    if storage is not None and (old is None or storage.format == old):
-        storage = replace(storage, format=fmt.name)
-    return LayerRecipe(
-        gemm(recipe.forward), gemm(recipe.input_grad), gemm(recipe.weight_grad), storage, _norm(operand, recipe)
-    )
-
-
-def _norm(operand, recipe: LayerRecipe) -> OperandSpec:
-    made = operand(recipe.norm_weight)
-    assert made is not None
-    return made

@@ -10,6 +10,7 @@ from altgrad.errors import RecipeError
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.scaling_choice import default_scaling, scaling_to_config
 from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
+from altgrad.nn.recipe.text import parse_layer
 from altgrad.quantization import get_format
 
 
@@ -68,7 +69,7 @@ def layer_from_dict(data, where: str = "layer recipe") -> LayerRecipe | None:
     if data is None:
         return None
     if isinstance(data, str):
-        return layer_recipe(data)
+        return parse_layer(data, where)
     if not isinstance(data, dict):
         raise RecipeError(f"{where} is {data!r}; write a format name or a mapping")
     data = dict(data)
@@ -83,6 +84,8 @@ def layer_from_dict(data, where: str = "layer recipe") -> LayerRecipe | None:
     for gemm in ("forward", "input_grad", "weight_grad"):
         if gemm not in data:
             raise RecipeError(f"{where} lacks {gemm!r}; give forward, input_grad and weight_grad, or uniform: FORMAT")
+        if not isinstance(data[gemm], dict):
+            raise RecipeError(f"{where}.{gemm} is {data[gemm]!r}; write a mapping of its two operands")
         check_keys(data[gemm], [f.name for f in fields(GemmRecipe)], f"{where}.{gemm}")
         gemms[gemm] = GemmRecipe(**{r: operand_from_dict(v, f"{where}.{gemm}.{r}") for r, v in data[gemm].items()})
     storage = data.get("storage")

@@ -13,7 +13,8 @@ from altgrad.errors import RecipeError
 from altgrad.formats.scalar import FloatFormat
 from altgrad.nn.recipe.layer_config import check_keys, layer_from_dict, layer_to_dict, plain_fields
 from altgrad.nn.recipe.layer_recipe import layer_recipe
-from altgrad.nn.recipe.spec import LayerRecipe
+from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec
+from altgrad.nn.recipe.text import layer_text, parse_layer, split_recipe
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Override:
     def __post_init__(self) -> None:
         if self.name is None and self.type is None and self.position is None:
             raise RecipeError("an override without name, type or position matches everything; set the default instead")
+        for key in ("name", "type"):
+            if not isinstance(getattr(self, key), str | None):
+                raise RecipeError(f"an override's {key} is {getattr(self, key)!r}; write a text such as 'head'")
         if self.position not in (None, "after_norm"):
             raise RecipeError(f"position {self.position!r} is not known; use 'after_norm'")
 
@@ -101,13 +105,44 @@ class Recipe:
         """The default and the overrides' recipes, without None."""
         return tuple(r for r in (self.default, *(o.recipe for o in self.overrides)) if r is not None)
 
+    def operands(self) -> list[OperandSpec]:
+        """Every quantized operand of every layer recipe, norm weights included."""
+        found = (spec for one in self.layer_recipes() for _, _, spec in one.entries())
+        norms = (one.norm_weight for one in self.layer_recipes())
+        return [spec for spec in (*found, *norms) if spec.format is not None]
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything has a format at all."""
+        return bool(self.operands()) or any(one.storage is not None for one in self.layer_recipes())
+
+    @property
+    def text(self) -> str:
+        """The recipe in one line, such as `x:E4M3 w:E4M3 dy:E5M2; name='head': FP32`; `Recipe.from_dict` reads it."""
+        overrides = (f"; {o.condition}: {layer_text(o.recipe)}" for o in self.overrides)
+        return layer_text(self.default) + "".join(overrides)
+
+    @property
+    def label(self) -> str:
+        """What reports call it: the format's name where it has one format for everything, else its text."""
+        one = self.default
+        if self.overrides or one is None:
+            return self.text if self.quantizes else "FP32"
+        names = {spec.format for _, _, spec in one.entries()} | ({one.storage.format} if one.storage else set())
+        plain = len(names) == 1 and one.norm_weight.format is None
+        return (names.pop() or "FP32") if plain else self.text
+
     def to_dict(self) -> dict:
         """Plain data (strings, numbers, lists, mappings) that `from_dict` reads back to an equal recipe."""
         return _to_dict(self)
 
     @classmethod
     def from_dict(cls, data: dict | str) -> Recipe:
-        """A recipe from `to_dict`'s form, or from the short form {"uniform": "E4M3", "grad": "E5M2", ...}."""
+        """A recipe from `to_dict`'s form, from the short form {"uniform": "E4M3", "grad": "E5M2", ...}, or from text.
+
+        Raises:
+            RecipeError, FormatError: the data is no recipe.
+        """
         return _from_dict(data)
 
     def to_yaml(self, path=None) -> str:
@@ -148,21 +183,40 @@ def _to_dict(recipe: Recipe) -> dict:
 
 
 def _from_dict(data) -> Recipe:
-    """A recipe from `Recipe.to_dict`'s form, from a format name, or from one layer's short form for all layers."""
-    if isinstance(data, str) or data is None or (isinstance(data, dict) and "default" not in data):
-        short = dict(data) if isinstance(data, dict) else data
-        overrides = short.pop("overrides", []) if isinstance(short, dict) else []
-        return Recipe(layer_from_dict(short, "recipe"), _overrides(overrides))
-    if not isinstance(data, dict):
+    """A recipe from `Recipe.to_dict`'s form, from text, or from one layer's short form for all layers."""
+    if isinstance(data, str):
+        default, parts = split_recipe(data)
+        overrides = tuple(
+            Override(_layer_or_none(text, f"recipe {data!r}"), **given)  # type: ignore[arg-type]
+            for given, text in parts
+        )
+        return Recipe(_layer_or_none(default, "recipe"), overrides)
+    if data is not None and not isinstance(data, dict):
         raise RecipeError(f"recipe is {data!r}; write a format name or a mapping with default and overrides")
-    check_keys(data, ["default", "overrides"], "recipe")
-    return Recipe(layer_from_dict(data["default"], "default"), _overrides(data.get("overrides") or []))
+    try:
+        if data is None or "default" not in data:
+            short = dict(data) if data is not None else None
+            overrides = short.pop("overrides", []) if short is not None else []
+            return Recipe(layer_from_dict(short, "recipe"), _overrides(overrides))
+        check_keys(data, ["default", "overrides"], "recipe")
+        return Recipe(layer_from_dict(data["default"], "default"), _overrides(data.get("overrides") or []))
+    except (TypeError, AttributeError, OverflowError) as error:  # a value of a kind that no field takes
+        raise RecipeError(f"recipe holds a value of the wrong kind: {error}") from None
+
+
+def _layer_or_none(text: str, where: str) -> LayerRecipe | None:
+    layer = parse_layer(text, where)
+    return layer if layer.quantizes_products or layer.norm_weight.format is not None else None
 
 
 def _overrides(entries) -> tuple[Override, ...]:
     made = []
+    if not isinstance(entries, list | tuple):
+        raise RecipeError(f"overrides is {entries!r}, not a list; write - {{name: head, recipe: null}}")
     for index, entry in enumerate(entries):
         where = f"overrides[{index}]"
+        if not isinstance(entry, dict):
+            raise RecipeError(f"{where} is {entry!r}; write a mapping with name, type or position, and recipe")
         check_keys(entry, [f.name for f in fields(Override)], where)
         if "recipe" not in entry:
             raise RecipeError(f"{where} lacks 'recipe'; write one, or null to leave the layers unquantized")

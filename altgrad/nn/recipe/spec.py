@@ -72,10 +72,21 @@ class OperandSpec:
             self._check(fmt)
         elif self.scaling is not None or self.mask_saturated or self.rounding is not Rounding.NEAREST_EVEN:
             raise RecipeError("an operand without a format has nothing to round, scale or mask: name a format")
+        else:  # one way to be unquantized
+            put(self, "overflow", OperandSpec.overflow)
+            put(self, "subnormals", True)
+            put(self, "random_bits", OperandSpec.random_bits)
 
     def _check(self, fmt) -> None:
-        if not 1 <= self.random_bits <= 32:
-            raise RecipeError(f"random_bits {self.random_bits} is outside 1..32")
+        for name in ("subnormals", "mask_saturated"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} {getattr(self, name)!r} is neither true nor false")
+        if (
+            isinstance(self.random_bits, bool)
+            or not isinstance(self.random_bits, int)
+            or not 1 <= self.random_bits <= 32
+        ):
+            raise RecipeError(f"random_bits {self.random_bits!r} is outside 1..32")
         if is_block(fmt):
             if self.mask_saturated:
                 raise RecipeError(
@@ -117,9 +128,10 @@ class OperandSpec:
         notes = [
             (self.rounding is not Rounding.NEAREST_EVEN, self.rounding.value),
             (self.scaling != default_scaling(get_format(self.format)), scaling_label(self.scaling)),  # type: ignore[arg-type]
-            (self.overflow is not Overflow.SATURATE, self.overflow.value),
+            (self.overflow is not OperandSpec.overflow, self.overflow.value),
             (not self.subnormals, "no subnormals"),
             (self.mask_saturated, "masked"),
+            (self.random_bits != OperandSpec.random_bits, f"bits={self.random_bits}"),
         ]
         shown = ",".join(text for there, text in notes if there)
         return f"{self.format}({shown})" if shown else self.format
@@ -140,8 +152,10 @@ class GemmRecipe:
     weight: OperandSpec | None = None
     grad_output: OperandSpec | None = None
 
-    def _named(self) -> tuple[str, ...]:
-        return tuple(sorted(role for role in ("input", "weight", "grad_output") if getattr(self, role) is not None))
+    def named(self) -> list[tuple[str, OperandSpec]]:
+        """(role, spec) of the two operands."""
+        given = [(role, getattr(self, role)) for role in ("input", "weight", "grad_output")]
+        return [(role, spec) for role, spec in given if spec is not None]
 
 
 @dataclass(frozen=True)
@@ -179,8 +193,7 @@ class StorageSpec:
         object.__setattr__(self, "rounding", as_option(Rounding, self.rounding))
         OperandSpec(fmt.name, subnormals=self.subnormals, random_bits=self.random_bits)
         if self.refresh_every is None:
-            moves = self.power_of_two and self.scale is None and fmt.emax < 127
-            object.__setattr__(self, "refresh_every", 100 if moves else 0)
+            object.__setattr__(self, "refresh_every", self._usual_refresh)
         assert self.refresh_every is not None
         if self.scale is not None and (self.refresh_every or self.per_channel):
             raise RecipeError(f"storage scale fixed at {self.scale} cannot be refreshed or per channel; drop one")
@@ -197,9 +210,24 @@ class StorageSpec:
         fmt = get_format(self.format)
         return fmt if self.subnormals else fmt.without_subnormals()
 
+    @property
+    def _usual_refresh(self) -> int:
+        """`refresh_every` where nothing is said."""
+        return 100 if self.power_of_two and self.scale is None and get_format(self.format).emax < 127 else 0
+
     def __str__(self) -> str:
-        notes = [self.format, self.rounding.value] + (["per channel"] if self.per_channel else [])
-        return f"grid({','.join(notes)})"
+        notes = [
+            (True, self.format),
+            (True, self.rounding.value),
+            (self.per_channel, "per channel"),
+            (not self.power_of_two, "any scale"),
+            (self.headroom != 0, f"headroom={self.headroom}"),
+            (self.refresh_every != self._usual_refresh, f"every={self.refresh_every}"),
+            (self.scale is not None, f"scale={self.scale}"),
+            (not self.subnormals, "no subnormals"),
+            (self.random_bits != StorageSpec.random_bits, f"bits={self.random_bits}"),
+        ]
+        return f"grid({','.join(text for there, text in notes if there)})"
 
 
 @dataclass(frozen=True)
@@ -223,8 +251,8 @@ class LayerRecipe:
 
     def __post_init__(self) -> None:
         for gemm, roles in _GEMM_OPERANDS.items():
-            named = getattr(self, gemm)._named()
-            if named != tuple(sorted(roles)):
+            named = sorted(role for role, _ in getattr(self, gemm).named())
+            if named != sorted(roles):
                 raise RecipeError(
                     f"{gemm} names {', '.join(named) or 'nothing'}; its operands are {' and '.join(roles)}"
                 )
@@ -266,10 +294,12 @@ class LayerRecipe:
         )
 
     def __str__(self) -> str:
-        by_role: dict[str, list[str]] = {"input": [], "weight": [], "grad_output": []}
+        """One line that `altgrad.nn.recipe.text` reads back to an equal recipe."""
+        by_role: dict[str, list[OperandSpec]] = {"input": [], "weight": [], "grad_output": []}
         for _, role, spec in self.entries():
-            if str(spec) not in by_role[role]:
-                by_role[role].append(str(spec))
+            if by_role[role] != [spec]:
+                by_role[role].append(spec)
         short = {"input": "x", "weight": "w", "grad_output": "dy"}
-        text = " ".join(f"{short[role]}:{'/'.join(names)}" for role, names in by_role.items())
-        return text + (f" {self.storage}" if self.storage else "")
+        text = " ".join(f"{short[role]}:{'|'.join(map(str, specs))}" for role, specs in by_role.items())
+        text += f" {self.storage}" if self.storage else ""
+        return text + (f" norm:{self.norm_weight}" if self.norm_weight != OperandSpec() else "")

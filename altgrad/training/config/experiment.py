@@ -1,7 +1,8 @@
 """What one experiment is: every setting and every threshold, with its default explained where it is declared.
 
-The short top-level keys cover the common cases (`fp8_format`, `weight_storage`, ...); a full `recipe` replaces the four
-numeric ones. `experiment_hash` is the identity of a run: two configs with the same hash give the same losses.
+`formats` says which number formats a run has; the short keys (`fp8_format`, `weight_storage`, ...) are aliases for parts
+of it (`altgrad.training.config.formats`). `experiment_hash` is the identity of a run: two configs with the same hash give
+the same losses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from altgrad.errors import AltGradError
 from altgrad.formats.catalog import get_format
+from altgrad.training.config.formats import identity_keys, recipe_of, refuse_two_spellings
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -200,6 +202,9 @@ class ExperimentConfig(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "experiment"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     max_steps: Positive = 500
+    formats: str | dict[str, Any] | None = None
+    """The number formats of every layer: a name (E4M3, MXFP8), a recipe's text (`x:E4M3 w:E4M3 dy:E5M2`), its short form
+    ({uniform: E4M3, grad: E5M2}) or a whole recipe. None: as the short keys say, which are aliases for its parts."""
     fp8_format: str = "FP32"
     """Number format of weights, activations and gradients in every linear layer; FP32 leaves the model as it is."""
     weight_storage: Literal["master", "grid"] = "master"
@@ -219,7 +224,7 @@ class ExperimentConfig(_Section):
     """grid with amax scaling: steps between renewals of the grid's power-of-two scale, so that growing weights do not
     end at its edge; 0 keeps the first."""
     recipe: dict[str, Any] | None = None
-    """A full recipe; then fp8_format, weight_storage, rounding and scaling must be left at their defaults."""
+    """`formats` under its old name: a full recipe in place of the short keys."""
     include: list[str] | None = None
     """Name patterns of the layers to quantize; None: all linear layers."""
     exclude: list[str] = Field(default_factory=list)
@@ -267,19 +272,19 @@ class ExperimentConfig(_Section):
         return value
 
     @model_validator(mode="after")
-    def _recipe_or_short_keys(self) -> ExperimentConfig:
-        if self.recipe is not None:
-            short = ("fp8_format", "weight_storage", "rounding", "scaling", "overflow", "gradient_format")
-            short += ("storage_rounding",)
-            both = [k for k in short if getattr(self, k) != type(self).model_fields[k].default]
-            if both:
-                raise ValueError(f"recipe and {', '.join(both)} both set the formats; remove one of the two")
+    def _formats_make_a_recipe(self) -> ExperimentConfig:
+        refuse_two_spellings(vars(self))
+        try:
+            recipe_of(self)
+        except AltGradError as error:
+            spelled = next((key for key in ("formats", "recipe") if getattr(self, key) is not None), None)
+            raise ValueError(f"{spelled}: {error}" if spelled else str(error)) from None
         return self
 
     @property
     def quantized(self) -> bool:
         """Whether anything is quantized at all."""
-        return self.recipe is not None or self.fp8_format != "FP32"
+        return recipe_of(self) is not None
 
 
 ADDED_LATER = (
@@ -294,16 +299,22 @@ NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "threads", "distributed"
 """Where and how a run is made, not what it computes."""
 
 
+def identity(config: ExperimentConfig) -> dict[str, Any]:
+    """What a run computes, as plain data: the config without paths, device and trackers, formats spelled in one way."""
+    resolved = identity_keys(config.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
+    for section, key in ADDED_LATER:
+        if resolved[section][key] == type(getattr(config, section)).model_fields[key].default:
+            del resolved[section][key]
+    return resolved
+
+
 def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:
-    """SHA-256 (hex) of the resolved config without paths, device and trackers, the data, and the numerics.
+    """SHA-256 (hex) of a config's identity, the data, and the numerics.
 
     Args:
         model: fingerprint of a model that was handed in instead of built from the config; "" for none.
     """
-    resolved = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    resolved = identity(config)
     del resolved["data"]["path"]  # the fingerprint stands for the content
-    for section, key in ADDED_LATER:
-        if resolved[section][key] == type(getattr(config, section)).model_fields[key].default:
-            del resolved[section][key]
     facts = {"config": resolved, "data": data_fingerprint, "numerics": numerics_version, "model": model}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

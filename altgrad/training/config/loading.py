@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
 
 from altgrad.errors import ConfigError
+from altgrad.report.text import shortened
+from altgrad.training.config.document import literal, merged, nested, read_document, resolved, setting, write_document
 from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.formats import WHOLE, with_formats
 
 
 def load_config(
@@ -24,34 +24,35 @@ def load_config(
 ) -> ExperimentConfig:
     """The experiment in `source` (YAML file, mapping, config, None for the defaults) with `a.b=c` overrides applied.
 
-    Values are read as YAML: `model.n_layer=2`, `optimizer.lr=3e-4`, `model.bias=null`.
+    Values are read as YAML: `model.n_layer=2`, `optimizer.lr=3e-4`, `model.bias=null`. `${section.key}` in a file,
+    mapping or override stands for that key's value. An override of `formats` replaces all that the source says of
+    formats; one of a short key (`fp8_format`, ...) changes that part of it.
 
     Raises:
         ConfigError: the file is missing or is no YAML mapping, or a key or value is wrong.
     """
     if isinstance(source, ExperimentConfig):
-        origin, base = "config", OmegaConf.create(source.model_dump(mode="json"))
+        origin, base = "config", literal(source.model_dump(mode="json"))
     elif isinstance(source, str | Path):
         origin, base = str(source), _read_yaml(Path(source))
     else:
-        origin, base = "config", OmegaConf.create(dict(source or {}))
+        origin, base = "config", dict(source or {})
     for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError(f"override {override!r} has no key and value; write it as key=value, such as seed=7")
+        path, value = setting(override)
+        if len(path) == 1 or path[0] not in WHOLE:  # a key inside a whole recipe changes that recipe
+            base = with_formats(base, {path[0]: value})
+        base = merged(base, nested(path, value))
     try:
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{origin}: {error}") from None
-    try:
-        return ExperimentConfig.model_validate(plain)
+        return ExperimentConfig.model_validate(resolved(base, origin))
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
+        raise ConfigError(f"{shortened(origin)}: " + "; ".join(_explain(fault) for fault in error.errors())) from None
+    except RecursionError:
+        raise ConfigError(f"{shortened(origin)} is nested too deeply") from None
 
 
 def dump_config(config: ExperimentConfig) -> str:
-    """The resolved config as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    """The resolved config as YAML text that `load_config` reads back to an equal one."""
+    return write_document(config.model_dump(mode="json"))
 
 
 def key_paths(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> Iterable[str]:
@@ -81,21 +82,20 @@ def _read_yaml(path: Path):
         near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
         hint = f"did you mean {folder / near[0]}?" if near else f"{folder} has {', '.join(known) or 'no .yaml files'}"
         raise ConfigError(f"config file {path} does not exist; {hint}")
-    try:
-        base = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not OmegaConf.is_dict(base):
-        raise ConfigError(f"{path} holds a list, not a mapping of keys to values; write lines such as 'seed: 42'")
+    base = read_document(path, references=False)
+    if base is None:
+        return {}
+    if not isinstance(base, dict):
+        raise ConfigError(f"{path} holds no mapping of keys to values; write lines such as 'seed: 42'")
     return base
 
 
 def _explain(fault) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    key = shortened(".".join(str(part) for part in fault["loc"]))
     if fault["type"] == "extra_forbidden":
         near = nearest_key(key)
         return f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else "; see --print-config for all keys")
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if fault["type"] in ("value_error", "model_type"):
         return f"{key}: {message}" if key else message
-    return f"{key} = {fault['input']!r}: {message}"
+    return f"{key} = {shortened(repr(fault['input']))}: {shortened(message, 500)}"

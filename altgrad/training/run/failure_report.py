@@ -84,13 +84,12 @@ def diagnose_collapse(trainer: Trainer) -> list[dict[str, Any]]:
     if not trainer.ranks.alone:
         return []
     state = trainer.capture()
-    own, fmt = trainer.measuring.monitor, trainer.config.fp8_format
+    own = trainer.measuring.monitor
     records: list[dict[str, Any]] = []
     monitor = Monitor(
         trainer.model,
         trainer.optimizer,
         handle=trainer.formats.handle,
-        format=None if fmt == "FP32" else fmt,
         schedule={"default": 1, "rank": 1},
         sink=records.extend,
         near_zero=trainer.config.monitor.near_zero,

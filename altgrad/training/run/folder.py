@@ -24,6 +24,7 @@ import altgrad
 from altgrad.quantization import NUMERICS_VERSION, FloatFormat, get_format
 from altgrad.records.files import jsonable, write_text
 from altgrad.training.config.experiment import ExperimentConfig, experiment_hash
+from altgrad.training.config.formats import format_facts, label_of, recipe_of
 from altgrad.training.data import Corpus, resolve_corpus
 
 
@@ -65,6 +66,7 @@ def plan_run(config: ExperimentConfig, data: Corpus | str | Path | None = None, 
 
 def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, Any]:
     """What a result may depend on besides the config: versions, commit, machine, data."""
+    told = {key: value for key, value in format_facts(plan.config).items() if key != "format"}
     return {
         "altgrad": altgrad.__version__,
         "commit": _commit(),
@@ -81,7 +83,7 @@ def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, 
             "val_tokens": len(plan.corpus.val),
             "vocab_size": plan.corpus.vocab_size,
         },
-        "format": _format_facts(plan.config.fp8_format),
+        "format": {**_format_facts(plan.config), **told},
     }
 
 
@@ -129,10 +131,14 @@ def _is_record_until(line: bytes, step: int) -> bool:
         return False
 
 
-def _format_facts(name: str) -> dict[str, Any]:
-    """A format's numbers, for reports (which do not import the numerics)."""
-    fmt = get_format(name)
-    facts: dict[str, Any] = {"name": str(fmt)}
+def _format_facts(config: ExperimentConfig) -> dict[str, Any]:
+    """The formats' label and, of one format for all, its numbers, for reports (which do not import the numerics)."""
+    recipe = recipe_of(config)
+    facts: dict[str, Any] = {"name": label_of(recipe), "recipe": recipe.text if recipe else "FP32"}
+    names = {spec.format for spec in recipe.operands()} if recipe else {"FP32"}
+    if len(names) != 1:
+        return facts
+    fmt = get_format(names.pop())
     if isinstance(fmt, FloatFormat):
         facts |= {"exponent_bits": fmt.exponent_bits, "mantissa_bits": fmt.mantissa_bits, "max": fmt.max}
         facts["smallest"] = fmt.min_subnormal

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from altgrad.errors import DistributedError
 from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.formats import recipe_of, storage_of
 
 KINDS = ("ddp", "fsdp2")
 
@@ -96,13 +97,10 @@ class Ranks:
 
     @staticmethod
     def _check_sharded(config: ExperimentConfig) -> None:
-        recipe = config.recipe or {}
-        storage = recipe.get("storage", "master")
-        on_grid = config.weight_storage == "grid" or (storage not in (None, "master"))
-        if on_grid:
+        if storage_of(recipe_of(config)) != "master":
             raise DistributedError(
                 "weights on a grid cannot be spread by fsdp2: the scale of a weight and the rounding of its update need "
-                "the whole weight; use distributed=ddp, or weight_storage=master"
+                "the whole weight; use distributed=ddp, or master storage (weight_storage=master)"
             )
         for key in ("enable_emergency_shift", "enable_partition_clipping"):
             if getattr(config, key):

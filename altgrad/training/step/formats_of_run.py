@@ -1,4 +1,4 @@
-"""The number formats of one training run: what a config's keys mean as a recipe, bound to a model and its optimizer.
+"""The number formats of one training run: its recipe, bound to a model and its optimizer.
 
 A run in FP32 has none of this: every method then does nothing, so the trainer's transaction reads the same for both.
 """
@@ -11,45 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altgrad.errors import ConfigError
+from altgrad.formats.catalog import get_format
+from altgrad.nn.recipe.recipe import Recipe
 from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.formats import label_of, recipe_of
 from altgrad.training.step.state_tree import copy_tree
-
-
-def recipe_of(config: ExperimentConfig, fmt: str | None = None):
-    """The `altgrad.nn.Recipe` that a config asks for; None for FP32.
-
-    Args:
-        fmt: another format in place of `config.fp8_format` (an emergency shift).
-
-    Raises:
-        RecipeError: the combination contradicts itself.
-    """
-    name = fmt or config.fp8_format
-    if config.recipe is None and name == "FP32":
-        return None
-    from altgrad.nn import Recipe, StorageSpec, uniform
-
-    if config.recipe is not None and fmt is None:
-        return Recipe.from_dict(config.recipe)
-    storage: Any = config.weight_storage
-    if storage == "grid":
-        fixed = config.scaling == "none"  # unscaled means the stored weights, too
-        storage = StorageSpec(
-            name,
-            rounding=config.storage_rounding or config.rounding,  # type: ignore[arg-type]
-            scale=1.0 if fixed else None,
-            refresh_every=0 if fixed else config.storage_refresh_interval,
-        )
-    gradient: dict[str, Any] = {"grad": config.gradient_format} if config.gradient_format else {}
-    return uniform(
-        name,
-        rounding=config.rounding,
-        scaling=config.scaling,
-        overflow=config.overflow,
-        storage=storage,
-        **gradient,
-    )
 
 
 @dataclass(frozen=True)
@@ -66,12 +32,12 @@ class FormatsOfRun:
 
     def __init__(self, model: nn.Module, config: ExperimentConfig, example: Tensor) -> None:
         """`example` is an input of the model: overrides by position are found by watching it run."""
-        self.model, self.config = model, config
-        self.format = config.fp8_format  # changes with an emergency shift
+        self.model = model
+        self.recipe: Recipe | None = recipe_of(config)  # changes with an emergency shift
         self.manifest = None
         self.handle: Any = None
         self._elements = 0
-        recipe = recipe_of(config)
+        recipe = self.recipe
         if recipe is None:
             return
         from altgrad.nn import quantize_model
@@ -89,6 +55,17 @@ class FormatsOfRun:
     def active(self) -> bool:
         return self.manifest is not None
 
+    @property
+    def label(self) -> str:
+        """What the present formats are called."""
+        return label_of(self.recipe)
+
+    @property
+    def narrowest(self) -> str | None:
+        """The operand format that reaches least far: the first to overflow. None where nothing is quantized."""
+        names = {spec.format for spec in self.recipe.operands()} if self.recipe else set()
+        return min((name for name in names if name), key=lambda name: (get_format(name).max, name), default=None)
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Put storage rounding behind the optimizer's step."""
         if self.active:
@@ -104,21 +81,21 @@ class FormatsOfRun:
             set_step(self.model, step, micro_batch)
 
     def state(self) -> dict[str, Any]:
-        """Copies of scale histories and storage state, with the present format."""
+        """Copies of scale histories and storage state, with the present recipe."""
         if not self.active:
             return {}
         from altgrad.nn import quant_state
 
-        return {"format": self.format, "layers": copy_tree(quant_state(self.model))}
+        return {"format": self.label, "layers": copy_tree(quant_state(self.model))}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`'s result, with its format."""
+        """Continue from `state`'s result, with its recipe."""
         if not self.active:
             return
         from altgrad.nn import load_quant_state
 
-        load_quant_state(self.model, state["layers"])  # puts the state's recipe back, too
-        self.format = state["format"]
+        load_quant_state(self.model, state["layers"])  # puts the state's recipe on the model, too
+        self.recipe = Recipe.from_dict(state["layers"]["recipes"][0])
 
     def snapshot(self) -> Any:
         """The scale histories as a step finds them; costs a few dictionaries, as their tensors are never written to."""
@@ -135,17 +112,12 @@ class FormatsOfRun:
 
             load_quant_state(self.model, snapshot)
 
-    def change(self, fmt: str) -> None:
-        """Use another format from now on; weights on a grid move to its grid."""
+    def change(self, recipe: Recipe) -> None:
+        """Use another recipe from now on; weights on a grid move to its grid."""
         from altgrad.nn import change_format
 
-        if self.config.recipe is not None:
-            raise ConfigError("an emergency shift needs fp8_format, not a recipe; set fp8_format=...")
-        recipe = recipe_of(self.config, fmt)
-        if recipe is None:
-            raise ConfigError(f"an emergency shift to {fmt} would leave the model unquantized; end the chain before it")
         change_format(self.model, recipe)
-        self.format = fmt
+        self.recipe = recipe
 
     def storage_figures(self) -> StorageFigures:
         """What the last optimizer step did to the weights on a grid (one host copy)."""

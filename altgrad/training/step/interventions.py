@@ -8,7 +8,7 @@ that was.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from altgrad.errors import AltGradError, ConfigError
 from altgrad.quantization.stability import EmergencyMantissaShift, PartitionRelativeClipper
 from altgrad.training.config.experiment import ExperimentConfig
-from altgrad.training.step.formats_of_run import FormatsOfRun, all_finite, recipe_of
+from altgrad.training.step.formats_of_run import FormatsOfRun, all_finite
 from altgrad.training.step.state_tree import (
     copy_tree,
     load_model_state,
@@ -25,6 +25,9 @@ from altgrad.training.step.state_tree import (
     optimizer_state,
     tensors_of,
 )
+
+if TYPE_CHECKING:
+    from altgrad.nn.recipe.recipe import Recipe
 
 
 class Interventions:
@@ -38,10 +41,6 @@ class Interventions:
         self.clipping = config.clipping if config.enable_partition_clipping else None
         self.shift: EmergencyMantissaShift | None = None
         self.last_finite: dict[str, Any] | None = None
-        if (self.clipping or config.enable_emergency_shift) and config.recipe is not None:
-            raise ConfigError(
-                "enable_partition_clipping and enable_emergency_shift follow one format; set fp8_format, not a recipe"
-            )
         if config.enable_emergency_shift:
             self.shift = EmergencyMantissaShift(
                 config.shift.nan_patience,
@@ -49,61 +48,77 @@ class Interventions:
                 stall_patience=config.shift.stall_patience,
                 chain=config.shift.chain,
             )
-            self._check_chain(config)
+            self._check_chain()
             self._keep_if_finite()
 
-    def _check_chain(self, config: ExperimentConfig) -> None:
+    def _check_chain(self) -> None:
         """Refuse now what a shift could not put the run into.
 
         Raises:
-            ConfigError: a format down the chain makes no recipe with the run's other settings.
+            ConfigError: a recipe down the chain contradicts the run's other settings.
         """
+        at = self.formats.recipe
+        while (target := self._checked_fallback(at)) is not None:
+            at = target
+
+    def _checked_fallback(self, recipe: Recipe | None) -> Recipe | None:
+        try:
+            target = self._fallback(recipe)
+        except AltGradError as error:
+            raise ConfigError(f"{self._links(recipe)}, which this run cannot take: {error}") from None
+        if target is not None and not target.quantizes:
+            raise ConfigError(f"{self._links(recipe)}, which is no quantization; end it with null")
+        return target
+
+    def _links(self, recipe: Recipe | None) -> str:
+        """The links of the chain that a recipe would go along, in words."""
         assert self.shift is not None
-        fmt = self.formats.format
-        while (target := self.shift.next_format(fmt)) is not None:
-            try:
-                recipe = recipe_of(config, target)
-            except AltGradError as error:
-                raise ConfigError(
-                    f"shift.chain leads from {fmt} to {target}, which this run cannot take: {error}"
-                ) from None
-            if recipe is None:
-                raise ConfigError(
-                    f"shift.chain leads from {fmt} to {target}, which is no quantization; end it with null"
-                )
-            fmt = target
+        assert recipe is not None
+        names = dict.fromkeys(spec.format for spec in recipe.operands() if spec.format)
+        links = [f"{name} to {self.shift.next_format(name)}" for name in names if self.shift.next_format(name)]
+        return f"shift.chain leads from {' and from '.join(links)}"
+
+    def _fallback(self, recipe: Recipe | None) -> Recipe | None:
+        """The recipe with every format that the chain knows one link further; None where it knows none of them."""
+        if self.shift is None or recipe is None:
+            return None
+        from altgrad.nn.recipe.reformat import reformat
+
+        target = reformat(recipe, self.shift.next_format)
+        return None if target == recipe else target
 
     @property
     def can_shift(self) -> bool:
-        """Whether another format is left to try."""
-        return self.shift is not None and self.shift.next_format(self.formats.format) is not None
+        """Whether another recipe is left to try."""
+        return self._fallback(self.formats.recipe) is not None
 
     def clip(self, overflow_rate: Tensor | float | None) -> dict[str, Any] | None:
         """Clip the gradients if the measured overflow asks for it; the event if it did."""
-        if self.clipping is None or overflow_rate is None:
+        narrowest = self.formats.narrowest
+        if self.clipping is None or overflow_rate is None or narrowest is None:
             return None
-        clipper = PartitionRelativeClipper(
-            self.formats.format, self.clipping.base_clip, self.clipping.overflow_threshold
-        )
+        clipper = PartitionRelativeClipper(narrowest, self.clipping.base_clip, self.clipping.overflow_threshold)
         if not clipper.clip_if_needed(self.model, overflow_rate):
             return None
         assert clipper.last_clip is not None
         return {"event": "clip", **asdict(clipper.last_clip)}
 
     def end_step(self, step: int, *, finite: bool, stall_rate: float | None, warmup: bool) -> dict[str, Any] | None:
-        """Shift the format if the step asks for it; the event if it did. Stall during warmup does not count."""
+        """Shift the formats if the step asks for it; the event if it did. Stall during warmup does not count."""
         if self.shift is None:
             return None
-        target = self.shift.check_and_shift(self.formats.format, not finite, None if warmup else stall_rate)
-        if target is None:
+        rate = None if warmup else stall_rate
+        reason = self.shift.reason_to_shift(not finite, rate)
+        target = self._fallback(self.formats.recipe) if reason else None
+        if reason is None or target is None:
             if finite and step % self.snapshot_interval == 0:
                 self._keep_if_finite(step)
             return None
-        assert self.shift.last_shift is not None
+        record = self.shift.shifted(self.formats.label, target.label, reason, rate)
         rewound_to = self._return_to_finite()
         self.formats.change(target)
         self._keep_if_finite(step)
-        return {"event": "shift", **asdict(self.shift.last_shift), "rewound_to": rewound_to}
+        return {"event": "shift", **asdict(record), "rewound_to": rewound_to}
 
     def state(self) -> dict[str, Any]:
         """Everything that later decisions depend on."""

@@ -64,7 +64,6 @@ class Measuring:
                 model,
                 optimizer,
                 handle=formats.handle,
-                format=None if config.fp8_format == "FP32" else config.fp8_format,
                 schedule={"default": plan.interval, **plan.schedule},
                 sink=lambda records: self.sink(records),
                 near_zero=plan.near_zero,

@@ -1,0 +1,47 @@
+"""Foreign text on its way out: names, paths and messages made harmless for a terminal, Markdown and a spreadsheet.
+
+HTML needs none of this: the templates escape by themselves.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]|<>~])")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def shortened(text: object, longest: int = 120) -> str:
+    """`text` with its middle left out where it is longer than `longest` characters."""
+    said = str(text)
+    if len(said) <= longest:
+        return said
+    kept = (longest - 5) // 2
+    return f"{said[:kept]} ... {said[-kept:]}"
+
+
+def for_terminal(text: object) -> str:
+    """`text` without control characters: no escape sequence reaches the terminal. Line breaks and tabs stay."""
+    return "".join(c if c in "\n\t" or not _controls(c) else f"\\x{ord(c):02x}" for c in str(text))
+
+
+def for_markdown(text: object) -> str:
+    """`text` as itself in Markdown, also in a table's cell: no markup, no HTML, no line break."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(for_terminal(text).split()))
+
+
+def for_spreadsheet(value: object) -> object:
+    """A cell's value; text that a spreadsheet would run as a formula gets a leading apostrophe. Numbers stay."""
+    if not isinstance(value, str):
+        return value
+    text = for_terminal(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _controls(character: str) -> bool:
+    """C0, C1, and the marks that turn the direction of text; half a surrogate pair cannot be encoded."""
+    return (
+        unicodedata.category(character) in ("Cc", "Cs")
+        or character in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    )

@@ -1,0 +1,262 @@
+"""Reads and writes the YAML that people hand over: configs, matrices and `a.b=c` settings, within stated limits.
+
+A document is strings, numbers, true, false, null, lists and mappings with text keys. `${a.b}` stands for the value at
+that path of the same document and for nothing else: no environment, no file, no function. `\\${` is a plain `${`.
+`write_document` and `read_document` are inverses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from altgrad.errors import ConfigError
+from altgrad.report.text import shortened
+
+MOST_BYTES = 1 << 20
+MOST_VALUES = 100_000
+DEEPEST = 40
+MOST_ALIASES = 1000
+_MOST_MERGED = 2000  # keys that `<<` brings into one mapping
+
+_FLOAT = re.compile(
+    r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)  # YAML 1.2: 3e-4 is a number
+_REFERENCE = re.compile(r"(\\*)\$\{([^${}]*)(\})?")
+_PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+
+
+def read_document(source: Path | str, origin: str | None = None, *, references: bool = True) -> Any:
+    """The plain data in a YAML file (a `Path`) or text.
+
+    Args:
+        origin: what errors call it.
+        references: replace references by what they stand for; False leaves them to `resolved`.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, is larger than the limits, or refers to what is not in it.
+    """
+    name = origin or (str(source) if isinstance(source, Path) else "text")
+    data = _parse(_text_of(source, name) if isinstance(source, Path) else source, name)
+    return resolved(data, name) if references else data
+
+
+def read_value(text: str, origin: str) -> Any:
+    """One value as YAML reads it, references left as they are: what stands behind a setting's `=`."""
+    return _parse(text, origin)
+
+
+def write_document(data: Any) -> str:
+    """YAML text that `read_document` reads back to equal data."""
+    return yaml.dump(literal(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def literal(data: Any) -> Any:
+    """The data with every `${` escaped, so that `resolved` gives it back unchanged."""
+    if isinstance(data, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", data)
+    if isinstance(data, Mapping):
+        return {key: literal(value) for key, value in data.items()}
+    return [literal(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def resolved(data: Any, origin: str) -> Any:
+    """The data with each reference replaced by what it stands for.
+
+    Raises:
+        ConfigError: a reference to nothing, to itself, or to anything but the document; too much data.
+    """
+    return _Resolver(data, origin).value(data, ())
+
+
+def setting(text: str) -> tuple[list[str], Any]:
+    """The key's path and the value of `a.b=c`.
+
+    Raises:
+        ConfigError: it has no key, or a value that is no YAML.
+    """
+    key, equals, value = text.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise ConfigError(f"override {shortened(text)!r} has no key and value; write it as key=value, such as seed=7")
+    return path, read_value(value, f"override {shortened(text)}")
+
+
+def merged(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `later` on top: mappings are joined key by key, all else is replaced."""
+    result = dict(base)
+    for key, value in later.items():
+        held = result.get(key)
+        both = isinstance(held, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(held, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def nested(path: list[str], value: Any) -> dict[str, Any]:
+    """A mapping in which `path` leads to `value`."""
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain data; a key that is given twice is an error."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(own) != len(set(own)):
+            twice = next(key for key in own if own.count(key) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        super().flatten_mapping(node)
+        if len(node.value) > len(own) + _MOST_MERGED:
+            raise yaml.constructor.ConstructorError(None, None, "`<<` brings in too many keys", node.start_mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads; no anchors, so equal parts are written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern)
+            for tag, pattern in rules
+            if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+        ]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _text_of(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MOST_BYTES + 1)
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not valid YAML: it is no UTF-8 text (byte {error.start})") from None
+
+
+def _parse(text: str, name: str) -> Any:
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"{name} is longer than {MOST_BYTES:,} bytes; a config or a matrix is a few kilobytes")
+    try:
+        _check_shape(text, name)
+        return _plain(yaml.load(text, Loader=_Loader), name)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{name} is not valid YAML: {shortened(said, 300)}") from None
+
+
+def _check_shape(text: str, name: str) -> None:
+    """Refuse depth and aliases by the bill, before anything is built of them."""
+    depth = aliases = 0
+    for values, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        for count, limit, what in (
+            (depth, DEEPEST, "levels deep"), (aliases, MOST_ALIASES, "aliases"), (values, 4 * MOST_VALUES, "values"),
+        ):  # fmt: skip
+            if count > limit:
+                raise ConfigError(f"{name} has more than {limit:,} {what}; that is the limit")
+
+
+def _plain(root: Any, name: str) -> Any:
+    """The data as new lists and mappings; anything that is no plain data is refused."""
+    left = MOST_VALUES
+
+    def copy(value: Any, path: tuple[str, ...]) -> Any:
+        nonlocal left
+        left -= 1
+        where = f"{name}: {'.'.join(path)}" if path else name
+        if left < 0:
+            raise ConfigError(f"{name} has more than {MOST_VALUES:,} values, aliases written out; that is the limit")
+        if len(path) > DEEPEST:
+            raise ConfigError(f"{name} is more than {DEEPEST} levels deep; that is the limit")
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise ConfigError(f"{where}: the key {shortened(repr(key))} is no text; put it in quotes")
+            return {copy(key, path): copy(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [copy(item, (*path, str(index))) for index, item in enumerate(value)]
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{where} holds half of a surrogate pair, which is no text") from None
+            return value
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise ConfigError(f"{where} is a {type(value).__name__}; write text, a number, a list or a mapping")
+
+    return copy(root, ())
+
+
+class _Resolver:
+    """Replaces references in one document."""
+
+    def __init__(self, root: Any, origin: str) -> None:
+        self.root, self.origin = root, origin
+        self.left, self.characters = MOST_VALUES, 4 * MOST_BYTES
+
+    def value(self, node: Any, following: tuple[str, ...]) -> Any:
+        """`node` with its references replaced; `following`: the references that led here."""
+        self.left -= 1
+        if self.left < 0 or self.characters < 0:
+            raise ConfigError(
+                f"{self.origin}: the references write out more than {MOST_VALUES:,} values or too much text"
+            )
+        if isinstance(node, Mapping):
+            return {key: self.value(item, following) for key, item in node.items()}
+        if isinstance(node, list | tuple):
+            return [self.value(item, following) for item in node]
+        if not isinstance(node, str) or "${" not in node:
+            return node
+        whole = _REFERENCE.fullmatch(node)
+        if whole is not None and not whole[1]:
+            return self._target(whole, following)
+        text = _REFERENCE.sub(lambda found: self._part(found, following), node)
+        self.characters -= len(text)
+        return text
+
+    def _part(self, found: re.Match, following: tuple[str, ...]) -> str:
+        slashes = len(found[1])
+        if slashes % 2:
+            return "\\" * (slashes // 2) + found[0][slashes:]
+        target = self._target(found, following)
+        if isinstance(target, Mapping | list):
+            raise ConfigError(f"{self.origin}: ${{{found[2]}}} is no text or number, and stands inside a text")
+        return "\\" * (slashes // 2) + str(target)
+
+    def _target(self, found: re.Match, following: tuple[str, ...]) -> Any:
+        path = found[2]
+        if found[3] is None or not _PATH.fullmatch(path):
+            raise ConfigError(
+                f"{self.origin}: {shortened(found[0].lstrip(chr(92)))!r} reaches outside the document: only ${{key}} and "
+                "${section.key} of the same document are known; write \\${ for a plain ${"
+            )
+        if path in following or len(following) > DEEPEST:
+            raise ConfigError(f"{self.origin}: ${{{path}}} refers to itself; write the value")
+        at = self.root
+        for part in path.split("."):
+            if isinstance(at, Mapping) and part in at:
+                at = at[part]
+            elif isinstance(at, list) and part.isdecimal() and int(part) < len(at):
+                at = at[int(part)]
+            else:
+                raise ConfigError(f"{self.origin}: ${{{path}}} names nothing in the document; write the value")
+        return self.value(at, (*following, path))
