@@ -8,27 +8,20 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from altgrad.errors import RandomKeyError, RecipeError
 from altgrad.formats.rounding import Rounding
-from altgrad.nn.layer.linear import linear_forward, output_dtype
-from altgrad.nn.layer.products import product, ready_and_saved, restored, stash, unstash
-from altgrad.nn.layer.state import LINEAR_REDUCED, LayerState
+from altgrad.nn.layer.contractions import LINEAR_REDUCED, MATMUL_REDUCED, Matrices
+from altgrad.nn.layer.gemms import multiply
+from altgrad.nn.layer.linear import linear_forward
+from altgrad.nn.layer.state import LayerState
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.scaling_choice import DelayedScaling
 from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import Session
 
-MATMUL_REDUCED = {  # a [..., m, k] is the input, b [..., k, n] the weight, dy [..., m, n]
-    ("forward", "input"): -1,
-    ("forward", "weight"): -2,
-    ("input_grad", "grad_output"): -1,
-    ("input_grad", "weight"): -1,
-    ("weight_grad", "grad_output"): -2,
-    ("weight_grad", "input"): -2,
-}
+_MATMUL = Matrices(transposed=True)  # the other factor is [..., in, out]
 
 
 def linear(
@@ -65,10 +58,7 @@ def matmul(input: Tensor, other: Tensor, *, recipe: LayerRecipe | str, key: tupl
         RecipeError: the recipe needs state, or its scales are per channel.
         RandomKeyError: stochastic rounding without a key.
     """
-    state = _state(recipe, key, matmul=True)
-    sa, sa_back = state.scale_pair(state.x, state.x_back, input, False)
-    sb, sb_back = state.scale_pair(state.w, state.w_back, other, False)
-    return _Matmul.apply(input, other, sa, sa_back, sb, sb_back, state, output_dtype(input, other))
+    return multiply(_state(recipe, key, matmul=True), _MATMUL, input, other, None, training=False)
 
 
 def _state(recipe: LayerRecipe | str, key, *, matmul: bool) -> LayerState:
@@ -95,60 +85,3 @@ def _stateless(recipe: LayerRecipe, matmul: bool) -> LayerState:
         raise RecipeError("matmul takes one scale per tensor or a block format; drop the scaling's axis")
     name = "functional.matmul" if matmul else "functional.linear"
     return LayerState(recipe, Session(), name, reduced=MATMUL_REDUCED if matmul else LINEAR_REDUCED)
-
-
-class _Matmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b, sa, sa_back, sb, sb_back, state: LayerState, dtype: torch.dtype):
-        need_a, need_b = ctx.needs_input_grad[:2]
-        work = torch.float64 if a.dtype == torch.float64 else torch.float32
-        route = state.route("forward", (a.shape[-2], b.shape[-1], a.shape[-1]), a.device, work)
-        keep_a, keep_b = need_b and state.x_back is state.x, need_a and state.w_back is state.w
-        qa, saved_a = ready_and_saved(state.x, a, sa, state.x.options(), route, False, keep=keep_a)
-        qb, saved_b = ready_and_saved(state.w, b, sb, state.w.options(), route, False, keep=keep_b)
-        y = product(qa, qb, route).to(dtype)
-        if need_b and not keep_a:
-            saved_a = state.x_back.save(a, sa_back, state.x_back.options())
-        if need_a and not keep_b:
-            saved_b = state.w_back.save(b, sb_back, state.w_back.options())
-        mask_a = state.x.saturated(a, sa) if need_a else None
-        mask_b = state.w.saturated(b, sb) if need_b else None
-        stash(
-            ctx,
-            a=saved_a,
-            b=saved_b,
-            sa=sa if keep_a else sa_back,
-            sb=sb if keep_b else sb_back,
-            mask_a=mask_a,
-            mask_b=mask_b,
-        )
-        ctx.state, ctx.like = state, ((a.shape, a.dtype), (b.shape, b.dtype))
-        ctx.dy_options = (state.dy.options(), state.dy_back.options())
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
-        state, kept = ctx.state, unstash(ctx)
-        (shape_a, dtype_a), (shape_b, dtype_b) = ctx.like
-        work = torch.float64 if dy.dtype == torch.float64 else torch.float32
-        da = db = None
-        m, n, k = dy.shape[-2], dy.shape[-1], shape_a[-1]
-        if ctx.needs_input_grad[0]:
-            route = state.route("input_grad", (m, k, n), dy.device, work)
-            scale = state.dy.scale_of(dy, False)
-            qdy, _ = ready_and_saved(state.dy, dy, scale, ctx.dy_options[0], route, False, keep=False)
-            da = product(qdy, restored(state.w_back, kept["b"], kept["sb"], route, work).t(), route)
-            da = _reduced(da, shape_a, kept["mask_a"]).to(dtype_a)
-        if ctx.needs_input_grad[1]:
-            route = state.route("weight_grad", (k, n, m), dy.device, work)
-            scale = state.dy_back.scale_of(dy, False)
-            qdy, _ = ready_and_saved(state.dy_back, dy, scale, ctx.dy_options[1], route, False, keep=False)
-            db = product(restored(state.x_back, kept["a"], kept["sa"], route, work).t(), qdy, route)
-            db = _reduced(db, shape_b, kept["mask_b"]).to(dtype_b)
-        return da, db, None, None, None, None, None, None
-
-
-def _reduced(grad: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
-    """The gradient summed over broadcast batch axes, masked."""
-    grad = grad.sum_to_size(shape)
-    return grad if mask is None else grad * mask

@@ -12,10 +12,11 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
-from altgrad.nn.layer.conv import CONV_REDUCED, conv_forward
+from altgrad.nn.layer.contractions import CONV_REDUCED, LINEAR_REDUCED
+from altgrad.nn.layer.conv import conv_forward
 from altgrad.nn.layer.linear import linear_forward
 from altgrad.nn.layer.registry import LayerKind, kind_of
-from altgrad.nn.layer.state import LINEAR_REDUCED, LayerState
+from altgrad.nn.layer.state import LayerState
 from altgrad.nn.layer.weight_only import embedding_forward, with_quantized_weight
 from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import STATE, Session

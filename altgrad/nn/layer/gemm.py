@@ -10,7 +10,7 @@ E7M0 reach 2^64. All else takes the float32 GEMM on dequantized operands.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 
 import torch
@@ -125,39 +125,103 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return bits[0] * bits[1]
 
 
+def _set(owner, precision: str) -> None:
+    """Give back a precision that was found; one that came from a setting further up goes on coming from there."""
+    owner.fp32_precision = "none"
+    if owner.fp32_precision != precision:
+        owner.fp32_precision = precision
+
+
 @contextmanager
 def matmul_precision(device_type: str, precision: str):
-    """Set the float32 matmul precision of the CPU's or GPU's library; leave it as found, also on exceptions."""
+    """Set the float32 matmul precision of the CPU's or GPU's library; leave it as found, also on exceptions.
+
+    torch refuses to read its older flag (`allow_tf32`) while the newer setting contradicts it, so whoever used the older
+    one keeps a readable flag: both are set, and both are given back.
+    """
     backend = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
     found = backend.fp32_precision
-    if found == precision or (precision == "ieee" and found == "none" and device_type == "cpu"):
+    if found == precision or (precision == "ieee" and found == "none"):
         yield
         return
+    older = _older_flags() if device_type == "cuda" else None
+    if older is not None:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     backend.fp32_precision = precision
     try:
         yield
     finally:
-        backend.fp32_precision = found
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            _set(torch.backends.mkldnn.matmul, older[1])
+        _set(backend, found)
+
+
+def _older_flags() -> tuple[str, str] | None:
+    """(float32 matmul precision, the CPU library's) where the older flags can be read; None where the newer rule alone."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def conv_precision(device_type: str):
+    """Let convolutions multiply in IEEE float32: cuDNN's default cuts float32 operands to 11 bits."""
+    library = torch.backends.cudnn if device_type == "cuda" else torch.backends.mkldnn
+    found = library.conv.fp32_precision
+    if found in ("none", "ieee"):
+        yield
+        return
+    older = None
+    if device_type == "cuda":
+        with suppress(RuntimeError):
+            older = (library.allow_tf32, library.rnn.fp32_precision)
+            library.allow_tf32 = False
+            library.rnn.fp32_precision = "ieee"  # the older flag speaks for both
+    library.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if older is not None:
+            library.allow_tf32 = older[0]
+            _set(library.rnn, older[1])
+        _set(library.conv, found)
+
+
+@contextmanager
+def without_autocast(device_type: str):
+    """Switch autocast off: it would cast the operands off their grid and disagree between forward and backward."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
 
 
 def mm(a: Tensor, b: Tensor, route: Route = Route.FLOAT32) -> Tensor:
     """a @ b accumulated in float32 (float64 for float64), for matrices [.., m, k] and [.., k, n].
 
-    On `BF16` and `TF32` the operands must hold values that those types hold exactly (`pull_apart`).
+    On `BF16` and `TF32` the operands must hold values that those types hold exactly (`pull_apart`). The precision that
+    torch is set to, and autocast, have no say, in eager as in compiled code.
     """
     if torch.compiler.is_compiling():
-        return torch.matmul(a, b) if route is Route.FLOAT32 else _routed(a, b, route.value)
+        return _routed(a, b, route.value)
     return _mm(a, b, route)
 
 
 def _mm(a: Tensor, b: Tensor, route: Route) -> Tensor:
-    if route is Route.BF16 and a.device.type == "cuda" and a.ndim == 2:
+    kind = a.device.type
+    if torch.is_autocast_enabled(kind):
+        with without_autocast(kind):
+            return _mm(a, b, route)
+    if route is Route.BF16 and kind == "cuda" and a.ndim == 2:
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    if route is Route.BF16 and a.device.type == "cuda":
+    if route is Route.BF16 and kind == "cuda":
         return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    if route is Route.FLOAT32 and a.device.type == "cpu" and _CPU_MATMUL.fp32_precision in ("none", "ieee"):
+    if route is Route.FLOAT32 and kind == "cpu" and _CPU_MATMUL.fp32_precision in ("none", "ieee"):
         return torch.matmul(a, b)
-    with matmul_precision(a.device.type, "ieee" if route is Route.FLOAT32 else route.value):
+    with matmul_precision(kind, "ieee" if route is Route.FLOAT32 else route.value):
         return torch.matmul(a, b)
 
 
@@ -168,4 +232,5 @@ def _routed(a: Tensor, b: Tensor, route: str) -> Tensor:
 
 @_routed.register_fake
 def _(a: Tensor, b: Tensor, route: str) -> Tensor:
-    return a.new_empty([*a.shape[:-1], b.shape[-1]])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty([*batch, a.shape[-2], b.shape[-1]])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from altgrad.nn.layer.contractions import LINEAR_REDUCED
 from altgrad.nn.layer.gemm import Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
 from altgrad.nn.recipe.scaling_choice import StorageScaling, is_block
@@ -25,15 +26,6 @@ GEMMS = {  # each GEMM's operands, left and right
     "forward": ("input", "weight"),
     "input_grad": ("grad_output", "weight"),
     "weight_grad": ("grad_output", "input"),
-}
-# Axis that each GEMM reduces, in the layout of a linear layer: input [n, k], weight [o, k], grad_output [n, o].
-LINEAR_REDUCED = {
-    ("forward", "input"): 1,
-    ("forward", "weight"): 1,
-    ("input_grad", "grad_output"): 1,
-    ("input_grad", "weight"): 0,
-    ("weight_grad", "grad_output"): 0,
-    ("weight_grad", "input"): 0,
 }
 
 

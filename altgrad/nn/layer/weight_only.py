@@ -6,35 +6,20 @@ whole weight, which is the same as gathering from the rounded weight.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from altgrad.nn.layer.operand import Operand, carrier
+from altgrad.nn.layer.gemms import Quantizer, straight, transformed
+from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.state import LayerState
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w, scale, operand: Operand, options: dict, observed: bool):
-        mask = operand.saturated(w, scale)
-        ctx.masked = mask is not None
-        if mask is not None:
-            ctx.save_for_backward(mask)
-        values = operand.quantize_and_save(w, scale, options, observed)[0] if operand.block else None
-        values = operand.quantize(w, scale, options, observed) if values is None else values
-        return values.to(w.dtype) if values is not w else w.clone()
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        return (grad * ctx.saved_tensors[0] if ctx.masked else grad), None, None, None, None
-
-
 def quantized_weight(state: LayerState, operand: Operand, w: Tensor, scale, record: bool) -> Tensor:
-    """w (or rows of it) on the operand's grid, in w's dtype, with the straight-through gradient."""
-    if operand.fmt is None:
-        return w
-    return _StraightThrough.apply(w, scale, operand, operand.options(), state.observed(record))
+    """w (or rows of it) on the operand's grid, in w's dtype, with the straight-through gradient.
+
+    scale: None finds it from w.
+    """
+    return straight(Quantizer(operand, operand.options(), record, state.observed(record), scale), w).to(w.dtype)
 
 
 def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) -> Tensor:
@@ -44,6 +29,8 @@ def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) ->
     if state.session.bypass or operand.fmt is None:
         return F.embedding(index, w, *rest)
     record = state.records(module.training)
+    if transformed():
+        return F.embedding(index, quantized_weight(state, operand, w, None, record), *rest)
     scale = operand.scale_of(w, record)
     per_row = isinstance(scale, Tensor) and scale.numel() > 1  # pyright: ignore[reportAttributeAccessIssue]
     if per_row or operand.stochastic:
@@ -58,8 +45,7 @@ def with_quantized_weight(state: LayerState, module: nn.Module, forward, *args, 
     if state.session.bypass or operand.fmt is None or w is None:
         return forward(*args, **kwargs)
     record = state.records(module.training)
-    scale = operand.scale_of(carrier(w), record)
-    module.__dict__["weight"] = quantized_weight(state, operand, w, scale, record)  # shadows the parameter
+    module.__dict__["weight"] = quantized_weight(state, operand, w, None, record)  # shadows the parameter
     try:
         return forward(*args, **kwargs)
     finally:

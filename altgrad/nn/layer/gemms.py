@@ -1,0 +1,373 @@
+"""One call of a quantized layer: its three products, what they share, and what is kept between them.
+
+    forward       y  = Q(x) Q(w)      (a contraction: a matrix product, a convolution)
+    input_grad    dx = Q(dy) Q(w)
+    weight_grad   dw = Q(dy) Q(x)
+
+Each operand is quantized as its entry of the recipe says; equal entries share one quantization. Rounding is passed
+straight through (dQ(x)/dx = 1, or 0 where the recipe masks saturated elements); scales are constants of the backward;
+the bias and its gradient stay unquantized. Between forward and backward an operand is kept as 8-bit codes where its
+format has at most 8 bits.
+
+The backward is differentiable again. For that the forward returns, beside y, a single number that stands for x and w:
+where the backward is part of a graph, its restored operands hang on that number, and their gradients go by `_Post` to
+the forward's node, which passes them on to x and w without having kept their values. Under `torch.func` the same formulas
+run on pieces of which each has a rule for each transform; a tensor mapped over is quantized sample by sample.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from altgrad.errors import DtypeError
+from altgrad.nn.layer.contractions import Contraction
+from altgrad.nn.layer.gemm import Route
+from altgrad.nn.layer.operand import Operand, carrier
+from altgrad.nn.layer.products import Ready, ready_and_saved, restored, stash, unstash
+from altgrad.nn.layer.state import LayerState
+
+
+class Call(NamedTuple):
+    """What the products of one call of a layer have in common.
+
+    state: the layer's operands. products: its formulas. record: whether scale histories and observers hear of the call.
+    observed: whether the forward's statistics are published. dtype: of the output.
+    """
+
+    state: LayerState
+    products: Contraction
+    record: bool
+    observed: bool
+    dtype: torch.dtype
+
+    def route(self, gemm: str, a: Tensor, b: torch.Size) -> Route:
+        """The unit that multiplies operand a by one of shape b."""
+        sizes = self.products.sizes(gemm, a.shape, b)
+        return Route.FLOAT32 if sizes is None else self.state.route(gemm, sizes, a.device, work_dtype(a))
+
+
+def multiply(
+    state: LayerState, products: Contraction, x: Tensor, w: Tensor, bias: Tensor | None, training: bool
+) -> Tensor:
+    """The forward of a layer: the contraction of quantized x and w, plus the bias, with the gradients of the module's head.
+
+    Under autocast the output has autocast's dtype, as the unquantized product's has; operands are quantized from the
+    tensors as they arrive. Otherwise x and w must have the same dtype, which is the output's.
+
+    Raises:
+        DtypeError: two dtypes without autocast.
+    """
+    record = state.records(training)
+    call = Call(state, products, record, state.observed(record), output_dtype(x, w))
+    if transformed():
+        return _in_pieces(call, x, w, bias)
+    sx, sx_back = state.scale_pair(state.x, state.x_back, x, record)
+    sw, sw_back = state.scale_pair(state.w, state.w_back, w, record)
+    found = _Products.apply(call, x, w, bias, sx, sx_back, sw, sw_back)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def output_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+    """The dtype that the unquantized product would have here.
+
+    Raises:
+        DtypeError: two dtypes without autocast.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    if x.dtype != w.dtype:
+        raise DtypeError(f"input is {x.dtype} and weight {w.dtype}; cast one of them, or use torch.autocast")
+    return x.dtype
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products of x accumulate in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _select(grad: Tensor, kept: Tensor | None) -> Tensor:
+    """The gradient where the mask lets it through, else 0."""
+    return grad if kept is None else torch.where(kept, grad, 0)
+
+
+class _Post:
+    """Gradients on their way from a differentiated backward to the node of its forward, within one run of autograd."""
+
+    def __init__(self) -> None:
+        self.run, self.grads = -1, [None, None]
+
+    def leave(self, slot: int, grad: Tensor) -> None:
+        """Leave a gradient of x (slot 0) or w (slot 1)."""
+        run = torch._C._current_graph_task_id()
+        if run != self.run:
+            self.run, self.grads = run, [None, None]
+        found = self.grads[slot]
+        self.grads[slot] = grad if found is None else found + grad
+
+    def collect(self) -> list[Tensor | None]:
+        """The gradients of x and w that this run left."""
+        found = self.grads if self.run == torch._C._current_graph_task_id() else [None, None]
+        self.run, self.grads = -1, [None, None]
+        return found
+
+
+class _StandIn(torch.autograd.Function):
+    """Values in the place of x or w, whose gradient goes by post."""
+
+    @staticmethod
+    def forward(ctx, place, values, post: _Post, slot: int):
+        ctx.post, ctx.slot = post, slot
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        ctx.post.leave(ctx.slot, grad)
+        return grad.new_zeros(()), None, None, None
+
+
+class _Products(torch.autograd.Function):
+    """The fused call: y, and the place of x and w where both gradients are wanted."""
+
+    @staticmethod
+    def forward(ctx, call: Call, x, w, bias, sx, sx_back, sw, sw_back):
+        state = call.state
+        need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        route = call.route("forward", x, w.shape)
+        keep_x, keep_w = need_w and state.x_back is state.x, need_x and state.w_back is state.w
+        qx, saved_x = ready_and_saved(state.x, x, sx, state.x.options(), route, call.observed, keep=keep_x)
+        qw, saved_w = ready_and_saved(state.w, w, sw, state.w.options(), route, call.observed, keep=keep_w)
+        y = call.products.multiply("forward", qx, qw, route, bias=bias).to(call.dtype)
+        del qx, qw
+        if need_w and not keep_x:
+            saved_x = state.x_back.save(x, sx_back, state.x_back.options(), call.observed)
+        if need_x and not keep_w:
+            saved_w = state.w_back.save(w, sw_back, state.w_back.options(), call.observed)
+        place = y.new_zeros(()) if need_x and need_w and not torch.compiler.is_compiling() else None
+        stash(
+            ctx,
+            x=saved_x,
+            w=saved_w,
+            sx=sx if keep_x else sx_back,
+            sw=sw if keep_w else sw_back,
+            mask_x=state.x.saturated(x, sx) if need_x else None,
+            mask_w=state.w.saturated(w, sw) if need_w else None,
+            place=place,
+        )
+        ctx.call = call
+        ctx.shapes, ctx.dtypes = (x.shape, w.shape), (x.dtype, w.dtype, None if bias is None else bias.dtype)
+        ctx.dy_options = (state.dy.options(), state.dy_back.options())
+        ctx.set_materialize_grads(False)
+        if place is None:
+            return y
+        ctx.post = _Post()
+        return y, place
+
+    @staticmethod
+    def backward(ctx, dy, of_place=None):  # type: ignore[override]
+        call: Call = ctx.call
+        need_x, need_w, need_bias = ctx.needs_input_grad[1:4]
+        of_x, of_w = (None, None) if of_place is None else ctx.post.collect()
+        if dy is None:  # only the backward's own gradient comes this way
+            return None, *(None if g is None else g.to(d) for g, d in zip((of_x, of_w), ctx.dtypes)), *(None,) * 5
+        state, kept, work = call.state, unstash(ctx), work_dtype(dy)
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the backward is part of a graph
+        observed = call.record and state.session.observer is not None
+        dx = dw = None
+        shared: tuple[Ready, Route] | None = None
+        scale = None
+        if need_x:
+            route = Route.FLOAT32 if again else call.route("input_grad", dy, ctx.shapes[1])
+            scale = state.dy.scale_of(dy, call.record)
+            qdy, _ = ready_and_saved(state.dy, dy, scale, ctx.dy_options[0], route, observed, keep=False)
+            qw = restored(state.w_back, kept["w"], kept["sw"], route, work)
+            if again:
+                qdy, qw = Ready(straight(_Given(qdy.values), dy)), _standing_in(ctx, kept["place"], qw, 1)
+            dx = call.products.multiply("input_grad", qdy, qw, route, ctx.shapes[0])
+            shared = (qdy, route) if state.dy_back is state.dy else None
+            dx = _select(_sum(dx, of_x), kept["mask_x"]).to(ctx.dtypes[0])
+            del qw
+        if need_w:
+            route = Route.FLOAT32 if again else call.route("weight_grad", dy, ctx.shapes[0])
+            if shared is not None and shared[1] is route:
+                qdy = shared[0]
+            else:
+                if scale is None or state.dy_back is not state.dy:
+                    scale = state.dy_back.scale_of(dy, call.record)
+                fresh = observed and shared is None
+                qdy, _ = ready_and_saved(state.dy_back, dy, scale, ctx.dy_options[1], route, fresh, keep=False)
+                qdy = Ready(straight(_Given(qdy.values), dy)) if again else qdy
+            qx = restored(state.x_back, kept["x"], kept["sx"], route, work)
+            qx = _standing_in(ctx, kept["place"], qx, 0) if again else qx
+            dw = call.products.multiply("weight_grad", qdy, qx, route, ctx.shapes[1])
+            dw = _select(_sum(dw, of_w), kept["mask_w"]).to(ctx.dtypes[1])
+        db = None
+        if need_bias:
+            db = dy.sum(call.products.bias_axes(dy.ndim), dtype=work).to(ctx.dtypes[2])
+        return None, dx, dw, db, *(None,) * 4
+
+
+def _standing_in(ctx, place: Tensor | None, ready: Ready, slot: int) -> Ready:
+    return ready if place is None else Ready(_StandIn.apply(place, ready.values, ctx.post, slot))  # type: ignore[arg-type]
+
+
+def _sum(grad: Tensor, other: Tensor | None) -> Tensor:
+    return grad if other is None else grad + other
+
+
+# -- pieces that every transform knows ----------------------------------------------------------------------------------
+
+
+class Quantizer(NamedTuple):
+    """One use of an operand, as a function of the tensor: (values in the carrier, where its gradient passes).
+
+    scale: a scale found before; None finds it from the tensor.
+    """
+
+    operand: Operand
+    options: dict
+    record: bool
+    observed: bool
+    scale: Tensor | float | None = None
+
+    @property
+    def masks(self) -> bool:
+        """Whether the gradient stops anywhere."""
+        return self.operand.spec.mask_saturated
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.operand.scale_of(x, self.record) if self.scale is None else self.scale
+        values = self.operand.quantize(x, scale, self.options, self.observed)
+        kept = self.operand.saturated(x, scale) if self.masks else x.new_ones((), dtype=torch.bool)
+        return values if values is not x else x.clone(), kept  # type: ignore[return-value]
+
+
+class _Given(NamedTuple):
+    """Values that were quantized before."""
+
+    values: Tensor
+    masks = False
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.values.detach(), x.new_ones((), dtype=torch.bool)
+
+
+class _Straight(torch.autograd.Function):
+    """The values that `quantize` makes of x, with the gradient of x."""
+
+    @staticmethod
+    def forward(quantize, x):  # type: ignore[override]
+        return quantize(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        quantize, x = inputs
+        ctx.masks, ctx.dtype = quantize.masks, x.dtype
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        if ctx.masks:
+            ctx.save_for_backward(output[1])
+            ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[override]
+        if grad is None:
+            return None, None
+        return None, _select(grad.to(ctx.dtype), ctx.saved_tensors[0] if ctx.masks else None)
+
+    @staticmethod
+    def jvp(ctx, _, tangent):
+        if tangent is None:
+            return None, None
+        return _select(carrier(tangent), ctx.saved_tensors[0] if ctx.masks else None), None
+
+    @staticmethod
+    def vmap(info, in_dims, quantize, x):
+        if in_dims[1] is None:
+            return _Straight.apply(quantize, x), (None, None)
+        samples = [_Straight.apply(quantize, one) for one in x.unbind(in_dims[1])]
+        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0, 0)  # type: ignore[arg-type]
+
+
+def straight(quantize: Quantizer | _Given, x: Tensor) -> Tensor:
+    """Values of x on the grid, in the carrier, with the straight-through gradient."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _Straight.apply(quantize, x)[0]
+    # what `apply` does without a transform, less its reading of the forward's signature at every call
+    return super(torch.autograd.Function, _Straight).apply(quantize, x)[0]  # type: ignore[misc]
+
+
+class _Pieces(torch.autograd.Function):
+    """The products of operands that are quantized already; `x_back` and `w_back` are those of the gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Call, qx, qw, bias, x_back, w_back):  # type: ignore[override]
+        return call.products.multiply("forward", Ready(qx), Ready(qw), Route.FLOAT32, bias=bias).to(call.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.call, qx, qw, bias, x_back, w_back = inputs
+        ctx.shapes, ctx.bias_dtype = (qx.shape, qw.shape), None if bias is None else bias.dtype
+        ctx.save_for_backward(x_back, w_back)
+        ctx.save_for_forward(qx, qw)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        call: Call = ctx.call
+        state, (x_back, w_back) = call.state, ctx.saved_tensors
+        need_x, need_w, need_bias = ctx.needs_input_grad[1:4]
+        observed = call.record and state.session.observer is not None
+        dx = dw = db = qdy = None
+        if need_x:
+            qdy = _quantized(call, state.dy, dy, observed)
+            dx = call.products.multiply("input_grad", Ready(qdy), Ready(w_back), Route.FLOAT32, ctx.shapes[0])
+        if need_w:
+            if qdy is None or state.dy_back is not state.dy:
+                qdy = _quantized(call, state.dy_back, dy, observed)
+            dw = call.products.multiply("weight_grad", Ready(qdy), Ready(x_back), Route.FLOAT32, ctx.shapes[1])
+        if need_bias:
+            db = dy.sum(call.products.bias_axes(dy.ndim), dtype=work_dtype(dy)).to(ctx.bias_dtype)
+        return None, dx, dw, db, None, None
+
+    @staticmethod
+    def jvp(ctx, _, of_x, of_w, of_bias, *__):
+        call: Call = ctx.call
+        qx, qw = ctx.saved_tensors
+        parts = []
+        if of_x is not None:
+            parts.append(call.products.multiply("forward", Ready(of_x), Ready(qw), Route.FLOAT32))
+        if of_w is not None:
+            parts.append(call.products.multiply("forward", Ready(qx), Ready(of_w), Route.FLOAT32))
+        total = sum(parts[1:], parts[0]) if parts else qx.new_zeros(())
+        if of_bias is not None:
+            axes = [1] * (total.ndim - 2) if len(call.products.bias_axes(total.ndim)) > 1 else []
+            total = total + of_bias.reshape(-1, *axes)
+        return total.to(call.dtype)
+
+
+def _quantized(call: Call, operand: Operand, x: Tensor, observed: bool) -> Tensor:
+    if operand.fmt is None:
+        return carrier(x)
+    return straight(Quantizer(operand, operand.options(), call.record, observed), x)
+
+
+def _in_pieces(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """The call made of pieces, for transforms."""
+    state = call.state
+    qx, qw = (_quantized(call, o, t, call.observed) for o, t in ((state.x, x), (state.w, w)))
+    x_back = qx if state.x_back is state.x else _quantized(call, state.x_back, x, call.observed)
+    w_back = qw if state.w_back is state.w else _quantized(call, state.w_back, w, call.observed)
+    return _Pieces.apply(call, qx, qw, bias, x_back, w_back)  # type: ignore[return-value]
