@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from altgrad.analysis.comparison import IGNORED_KEYS, baseline_of, headline, spl
 from altgrad.analysis.comparison_figures import gap_figure, loss_figure, rug_figure, stall_figure
 from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.errors import ReportError
+from altgrad.records.files import write_text
 from altgrad.records.run import read_run
 from altgrad.report.charts.glyphs import bit_strip, line_sample
 from altgrad.report.charts.svg import el
@@ -51,8 +51,8 @@ def write_report(
     outcomes = label_runs([read_run(path) for path in paths])
     content = report_content(outcomes, out_path.resolve().parent, title=title, force=force)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out_path.with_suffix(".md"), render_markdown("comparison.md.j2", **content))
-    write_whole(out_path, render_page("comparison.html.j2", **content))
+    write_text(out_path.with_suffix(".md"), render_markdown("comparison.md.j2", **content))
+    write_text(out_path, render_page("comparison.html.j2", **content))
     return out_path
 
 
@@ -219,16 +219,10 @@ def relative_link(target: Path, folder: Path) -> str:
 def _damage(outcomes: Sequence[Outcome]) -> list[str]:
     found = []
     for outcome in outcomes:
-        torn = outcome.metrics.torn
-        if torn:
-            lines = listing([str(n) for n in torn[:5]]) + (" and more" if len(torn) > 5 else "")
-            found.append(
-                f"{outcome.label}: {plural(len(torn), 'line')} of metrics.jsonl could not be read and {'was' if len(torn) == 1 else 'were'} skipped (line {lines})."
-            )
+        if outcome.metrics.damage:
+            found.append(f"{outcome.label}: {outcome.metrics.damage.said()}.")
         found += [
-            f"{outcome.label}: {problem}."
-            for problem in outcome.run.problems
-            if "result.json is missing" not in problem
+            f"{outcome.label}: {problem}." for problem in outcome.run.problems if problem != "result.json is missing"
         ]
     return found
 
@@ -291,24 +285,3 @@ def _setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `path` so that it is there whole or not at all: write aside, fsync, rename."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -20,7 +20,10 @@ from altgrad.analysis.layers import LayerHistory, layer_history
 from altgrad.analysis.outcome import Outcome
 from altgrad.analysis.ranking import Contender
 from altgrad.errors import ReportError
-from altgrad.records.run import Curve, Run, as_number, find_runs, read_run
+from altgrad.records.metrics_log import Curve, Damage
+from altgrad.records.run import Run, find_runs, read_run
+from altgrad.records.values import as_number
+from altgrad.report.numbers import plural
 
 CURVE_BUCKETS = 100
 MONITORED_STEPS = 24
@@ -29,6 +32,7 @@ MOST_COMPARED = 16
 
 FORMAT, OPTIMIZER, STORAGE = "fp8_format", "optimizer.name", "weight_storage"
 _AXIS_ORDER = (FORMAT, OPTIMIZER, STORAGE, "rounding", "scaling")
+_SHOWN_PROBLEMS = 10
 _NO_AXIS = IGNORED_KEYS | {"seed", "distributed", "checkpoint_interval", "formats"}
 
 
@@ -48,7 +52,8 @@ class RunSummary:
     validation: Curve
     layers: LayerHistory
     shifts: tuple[int, ...]
-    torn: int
+    damage: Damage
+    problems: tuple[str, ...]
     failure_reports: tuple[Path, ...]
 
     @property
@@ -173,7 +178,8 @@ def summarize(run: Run, max_steps: int) -> RunSummary:
         validation=Curve(validation.steps.astype(np.int32), validation.values.astype(np.float32)),
         layers=layer_history(metrics.monitor, max_steps),
         shifts=_shifts(run),
-        torn=len(metrics.torn),
+        damage=metrics.damage,
+        problems=tuple(run.problems),
         failure_reports=tuple(run.failure_reports),
     )
 
@@ -236,12 +242,16 @@ def _shifts(run: Run) -> tuple[int, ...]:
 def _damage(settings: Sequence[Setting]) -> list[str]:
     runs = [run for setting in settings for run in setting.runs]
     found = []
-    torn = [run for run in runs if run.torn]
-    if torn:
-        lines = sum(run.torn for run in torn)
+    if harmed := [run for run in runs if run.damage]:
+        lines = plural(sum(run.damage.count for run in harmed), "line")
         found.append(
-            f"{lines} unreadable lines of metrics.jsonl in {len(torn)} runs were skipped, such as in {torn[0].path.name}."
+            f"{lines} of metrics.jsonl in {plural(len(harmed), 'run')} could not be used, such as in "
+            f"{harmed[0].path.name}: {harmed[0].damage.said()}."
         )
+    broken = [(run, problem) for run in runs for problem in run.problems if not problem.endswith("is missing")]
+    found += [f"{run.path.name}: {problem}." for run, problem in broken[:_SHOWN_PROBLEMS]]
+    if len(broken) > _SHOWN_PROBLEMS:
+        found.append(f"{len(broken) - _SHOWN_PROBLEMS} more files are damaged; altgrad verify names them.")
     unfinished = Counter(run.row["status"] for run in runs if not run.finished)
     found += [
         f"{n} {'run is' if n == 1 else 'runs are'} {status} and left out of the statistics."

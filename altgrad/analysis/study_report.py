@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from altgrad.analysis.comparison_report import write_whole
 from altgrad.analysis.ranking import Ranked, rank
 from altgrad.analysis.statistics import NoiseFloor, noise_floor
 from altgrad.analysis.study import FORMAT, OPTIMIZER, STORAGE, Study, load_study
@@ -31,6 +30,7 @@ from altgrad.analysis.study_tables import (
     sweet_spot_table,
 )
 from altgrad.errors import ReportError
+from altgrad.records.files import write_text
 from altgrad.report.numbers import count, difference, listing, number, plural
 from altgrad.report.pages.page import render_markdown, render_page
 
@@ -60,8 +60,8 @@ def write_study(
     page.parent.mkdir(parents=True, exist_ok=True)
     exported = export(study, ranked, page)
     content = study_content(study, ranked, page.resolve().parent, title=title, exported=exported)
-    write_whole(page.with_suffix(".md"), render_markdown("study.md.j2", **content))
-    write_whole(page, render_page("study.html.j2", **content))
+    write_text(page.with_suffix(".md"), render_markdown("study.md.j2", **content))
+    write_text(page, render_page("study.html.j2", **content))
     return page
 
 
@@ -222,7 +222,7 @@ def export(study: Study, ranked: Sequence[Ranked], page: Path) -> list[str]:
     written = []
     for name, records in (("runs", run_records(study)), ("settings", setting_records(study, ranked))):
         path = page.with_name(f"{page.stem}-{name}.csv")
-        write_whole(path, csv_text(records))
+        write_text(path, csv_text(records))
         written.append(path.name)
         if parquet := write_parquet(path.with_suffix(".parquet"), records):
             written.append(parquet.name)

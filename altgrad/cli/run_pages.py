@@ -23,12 +23,11 @@ from rich.table import Table
 
 from altgrad.analysis import write_report
 from altgrad.errors import ConfigError
+from altgrad.records.schema import ExperimentResult, StepRecord
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
 from altgrad.training.run.folder import RunPlan
-from altgrad.training.run.results import ExperimentResult
-from altgrad.training.trainer import StepRecord
 
 INTERRUPTED = 128  # plus the signal's number, as shells have it
 

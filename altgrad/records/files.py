@@ -6,8 +6,10 @@ After a kill at any instant a reader sees the old file or the new one, and nothi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,30 +19,28 @@ ASIDE = ".aside-"  # prefix of what is being written; left over only by a kill
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, atomically and durably."""
-    aside = path.with_name(f"{ASIDE}{path.name}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
+    """Replace `path` by `text` in UTF-8, atomically and durably; several processes may do so at once."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, atomically and durably; several processes may do so at once."""
+    aside = path.with_name(f"{ASIDE}{secrets.token_hex(8)}")
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    except Exception:
+        aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace `path` by `content` as JSON; `content` must already be free of NaN and inf (see `jsonable`)."""
+    """Replace `path` by `content` as JSON; `content` must already be free of NaN and inf (see `values.jsonable`)."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def jsonable(content: Any) -> Any:
-    """`content` with non-finite floats as the strings "nan", "inf" and "-inf", which strict JSON has no numbers for."""
-    if isinstance(content, float) and (content != content or content in (float("inf"), float("-inf"))):
-        return str(content)
-    if isinstance(content, dict):
-        return {str(key): jsonable(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [jsonable(value) for value in content]
-    return content
 
 
 @contextlib.contextmanager
@@ -81,3 +81,9 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

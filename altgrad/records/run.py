@@ -1,81 +1,38 @@
 """Reads run folders: what a run is, how it ended, and its records, without loading more than is asked for.
 
-A folder is whatever a run left behind, so everything here tolerates a run that is still going or was killed: a missing
-`result.json` makes the run *unfinished*, a torn line of `metrics.jsonl` is skipped and counted, and a step that was
-recorded twice (a resume repeats the steps after its checkpoint) counts once, the last record winning.
+A folder is whatever a run left behind, on the disk or in a pack, so everything here tolerates a run that is still going or
+was killed: a missing `result.json` makes the run *unfinished*, a damaged one *damaged*, a line of `metrics.jsonl` that is
+no record is skipped and counted, and a step that was recorded twice counts once, the last record winning.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
 from altgrad.errors import ReportError
+from altgrad.records.documents import (
+    CONFIG,
+    CRASHES,
+    ENVIRONMENT,
+    RESULT,
+    Document,
+    read_config,
+    read_json,
+    read_result,
+)
+from altgrad.records.folders import children, is_file, is_folder, pack_of, read_bytes
+from altgrad.records.metrics_log import METRICS, Curve, Damage, Metrics, read_metrics, read_rows
+from altgrad.records.schema import FINISHED
+from altgrad.records.values import as_number, as_whole
 
-CONFIG, ENVIRONMENT, METRICS, RESULT = "config.yaml", "env.json", "metrics.jsonl", "result.json"
-CRASHES = "crashes.json"  # a sweep's record of a run whose process died
+__all__ = ["Curve", "Metrics", "Run", "as_number", "find_runs", "is_run", "read_run"]
+
 FAILURE_REPORTS = "failure_reports"
-
-_NON_FINITE = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "+inf": np.inf, "infinity": np.inf, "-infinity": -np.inf}
-_HEAD = re.compile(rb'"kind":\s*"(\w+)"')
-_STEP = re.compile(rb'"step":\s*(\d+)')
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A quantity over training: `values[i]` was measured at `steps[i]`; steps ascend without repetition."""
-
-    steps: np.ndarray
-    values: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    @property
-    def last_finite(self) -> float | None:
-        finite = self.values[np.isfinite(self.values)]
-        return float(finite[-1]) if len(finite) else None
-
-    @staticmethod
-    def of(pairs: Iterable[tuple[int, float]]) -> Curve:
-        """From (step, value) pairs in file order; of two records of one step the later one counts."""
-        latest = dict(pairs)
-        steps = np.fromiter(latest.keys(), dtype=np.int64, count=len(latest))
-        values = np.fromiter(latest.values(), dtype=np.float64, count=len(latest))
-        order = np.argsort(steps, kind="stable")
-        return Curve(steps[order], values[order])
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """The records of one run, by kind. `columns` maps a field of the step records ("loss", "lr", ...) to its curve."""
-
-    columns: Mapping[str, Curve]
-    evaluations: Mapping[str, Curve]
-    events: Sequence[Mapping[str, Any]]
-    monitor: Sequence[Mapping[str, Any]]
-    torn: Sequence[int]
-    """Line numbers (from 1) that are not a JSON record, as a crash leaves them."""
-
-    @property
-    def train(self) -> Curve:
-        return self.columns.get("loss", Curve.of(()))
-
-    @property
-    def validation(self) -> Curve:
-        return self.evaluations.get("val_loss", Curve.of(()))
-
-    @property
-    def last_step(self) -> int | None:
-        return int(self.train.steps[-1]) if len(self.train) else None
 
 
 @dataclass(frozen=True)
@@ -85,25 +42,29 @@ class Run:
     path: Path
 
     @cached_property
-    def _result_and_problem(self) -> tuple[Mapping[str, Any], str | None]:
-        return _read_json(self.path / RESULT)
+    def _result(self) -> Document:
+        return read_result(self.path / RESULT)
+
+    @cached_property
+    def _environment(self) -> Document:
+        return read_json(self.path / ENVIRONMENT)
+
+    @cached_property
+    def _config(self) -> Document:
+        return read_config(self.path / CONFIG)
 
     @property
     def result(self) -> Mapping[str, Any]:
-        return self._result_and_problem[0]
+        return self._result.content
 
-    @cached_property
+    @property
     def environment(self) -> Mapping[str, Any]:
-        return _read_json(self.path / ENVIRONMENT)[0]
+        return self._environment.content
 
-    @cached_property
+    @property
     def config(self) -> Mapping[str, Any]:
         """The resolved configuration as it was run."""
-        try:
-            loaded = yaml.load((self.path / CONFIG).read_text("utf-8"), Loader=_YamlLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            return {}
-        return loaded if isinstance(loaded, dict) else {}
+        return self._config.content
 
     @property
     def finished(self) -> bool:
@@ -111,16 +72,18 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "completed", "collapsed", "interrupted" as recorded; else "failed" when a sweep gave the run up after its process
-        died, else "unfinished" (running, or killed)."""
+        """ "completed", "collapsed", "interrupted" as recorded; else "damaged" when the record of it cannot be read, "failed"
+        when a sweep gave the run up after its process died, else "unfinished" (running, or killed)."""
         if recorded := self.result.get("status"):
             return str(recorded)
-        return "failed" if _read_json(self.path / CRASHES)[0].get("state") == "failed" else "unfinished"
+        if self._result.problem is not None:
+            return "damaged"
+        return "failed" if read_json(self.path / CRASHES).content.get("state") == "failed" else "unfinished"
 
     @property
     def crash(self) -> str | None:
         """Why the run's process died, as a sweep recorded it last; None when it did not."""
-        crashes = _read_json(self.path / CRASHES)[0].get("crashes")
+        crashes = read_json(self.path / CRASHES).content.get("crashes")
         last = crashes[-1] if isinstance(crashes, list) and crashes else None
         return _text(last.get("reason")) if isinstance(last, dict) else None
 
@@ -137,7 +100,7 @@ class Run:
         seed = self.result.get("seed", self.config.get("seed"))
         if seed is None and (found := re.search(r"-s(\d+)-", self.path.name)):
             seed = found[1]
-        return int(seed) if isinstance(seed, int | str) and str(seed).lstrip("-").isdigit() else None
+        return int(seed) if isinstance(seed, int | str) and re.fullmatch(r"-?\d{1,19}", str(seed)) else None
 
     @property
     def format(self) -> str:
@@ -182,8 +145,7 @@ class Run:
 
     @property
     def max_steps(self) -> int | None:
-        steps = self.result.get("max_steps", self.config.get("max_steps"))
-        return int(steps) if isinstance(steps, int | float) else None
+        return as_whole(self.result.get("max_steps", self.config.get("max_steps")))
 
     def fact(self, key: str) -> Any:
         """A fact recorded in the result or, for unfinished runs, in the environment; None when in neither."""
@@ -195,38 +157,67 @@ class Run:
 
     @cached_property
     def failure_reports(self) -> list[Path]:
-        """HTML failure reports, in this folder or in the checkpoint directory that the configuration names."""
+        """HTML failure reports, in this folder or in the checkpoint directory that the configuration names; none in a pack."""
+        if pack_of(self.path) is not None:
+            return []
         folders = [self.path, self.path / "checkpoints"]
-        if configured := self.config.get("checkpoint_dir"):
-            folders.append(Path(str(configured)))
+        if isinstance(configured := self.config.get("checkpoint_dir"), str):
+            folders.append(Path(configured))
         return sorted({page for folder in folders for page in (folder / FAILURE_REPORTS).glob("*.html")})
+
+    def text(self, name: str) -> str | None:
+        """A text file of the folder, such as failure.md; None where it is not there or no text."""
+        try:
+            return read_bytes(self.path / name).decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
 
     def metrics(self, *, monitor_steps: int | None = 0, columns: Collection[str] | None = None) -> Metrics:
         """The records. `monitor_steps`: how many of the monitored steps to parse, evenly thinned (None: all, 0: none).
         `columns`: the fields of step and evaluation records to keep (None: all that are numbers).
-
-        Monitor lines outnumber all others by layers x roles, and most reports draw few of them, so the lines of the
-        steps that are thinned out are never parsed.
         """
-        return _read_metrics(self.path / METRICS, monitor_steps, columns)
+        data = self._metrics_bytes()
+        found = read_metrics(data, monitor_steps, columns)
+        self._count_missing(data, found.damage)
+        return found
+
+    def records(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The sound records of a kind ("step", "eval", "event", "monitor"; None: all) in file order."""
+        return [record for record in read_rows(self._metrics_bytes())[0] if kind in (None, record["kind"])]
+
+    def damage(self) -> Damage:
+        """What is wrong with the metrics, every line looked at."""
+        data = self._metrics_bytes()
+        damage = read_rows(data)[1]
+        self._count_missing(data, damage)
+        return damage
 
     @cached_property
     def problems(self) -> list[str]:
-        """What is wrong with the folder's own files, as sentences (torn metrics lines are in `Metrics.torn`)."""
-        found = [] if self._result_and_problem[1] is None else [self._result_and_problem[1]]
-        found += [
-            f"{name} is missing" for name in (CONFIG, ENVIRONMENT, METRICS, RESULT) if not (self.path / name).is_file()
+        """What is wrong with the folder's own files, as clauses (damaged lines of the metrics are in `Metrics.damage`)."""
+        found = [d.problem for d in (self._result, self._environment, self._config) if d.problem is not None]
+        return found + [
+            f"{name} is missing" for name in (CONFIG, ENVIRONMENT, METRICS, RESULT) if not is_file(self.path / name)
         ]
-        return found
 
+    def _metrics_bytes(self) -> bytes | None:
+        try:
+            return read_bytes(self.path / METRICS)
+        except OSError:
+            return None
 
-_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    def _count_missing(self, data: bytes | None, damage: Damage) -> None:
+        """Lines that the result counts and that are neither there nor known as damaged."""
+        listed = (self.result.get("files") or {}).get(METRICS)
+        expected = as_whole(listed.get("lines")) if isinstance(listed, dict) else None
+        if expected is not None:
+            damage.missing = max(0, expected - (data or b"").count(b"\n") - (bool(data) and not data.endswith(b"\n")))
 
 
 def read_run(path: str | Path) -> Run:
-    """The run in folder `path`. Raises ReportError when that is no run folder."""
+    """The run in folder `path`, which may lie in a pack. Raises ReportError when that is no run folder."""
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         raise ReportError(f"{path} is not a folder; give a run folder such as runs/e3m4_uniform-s42-1a2b3c4d")
     if not is_run(path):
         raise ReportError(
@@ -237,106 +228,31 @@ def read_run(path: str | Path) -> Run:
 
 
 def is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (METRICS, RESULT, CRASHES)) or (
-        (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()
+    return any(is_file(path / name) for name in (METRICS, RESULT, CRASHES)) or (
+        is_file(path / CONFIG) and is_file(path / ENVIRONMENT)
     )
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """Run folders at or below `folder`, in name order. A run folder is not searched for further runs."""
+    """Run folders at or below `folder` (or in a pack), in name order. A run folder is not searched for further runs."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ReportError(f"{folder} is not a folder; runs are looked for in folders, such as runs/")
-    return sorted(_walk(folder))
+    if not is_folder(folder):
+        raise ReportError(f"{folder} is not a folder; runs are looked for in folders, such as runs/, and in packs")
+    found, waiting = [], [folder]
+    while waiting:
+        place = waiting.pop()
+        if is_run(place):
+            found.append(place)
+        else:
+            waiting += children(place)
+    return sorted(found)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    if is_run(folder):
-        yield folder
-        return
-    for child in folder.iterdir():
-        if child.is_dir() and not child.name.startswith(".") and not child.is_symlink():
-            yield from _walk(child)
-
-
-def as_number(value: Any) -> float | None:
-    """JSON value -> float; "nan", "inf", "-inf" are floats; anything else that is no number is None."""
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, int | float):
-        return float(value)
-    return _NON_FINITE.get(value.lower()) if isinstance(value, str) else None
+def finished_result(folder: Path) -> Mapping[str, Any] | None:
+    """The result of a finished run; None while there is none, and where it is damaged."""
+    result = read_result(folder / RESULT).content
+    return result if result.get("status") in FINISHED else None
 
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def _read_json(path: Path) -> tuple[Mapping[str, Any], str | None]:
-    try:
-        loaded = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}, None
-    except (OSError, ValueError) as error:
-        return {}, f"{path.name} is unreadable: {error}"
-    return (loaded, None) if isinstance(loaded, dict) else ({}, f"{path.name} holds no JSON object")
-
-
-def _read_metrics(path: Path, monitor_steps: int | None, keep: Collection[str] | None) -> Metrics:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        lines = []
-    wanted = None if monitor_steps is None else _monitored_steps(lines, monitor_steps)
-    columns: dict[str, list[tuple[int, float]]] = {}
-    evaluations: dict[str, list[tuple[int, float]]] = {}
-    events: list[Mapping[str, Any]] = []
-    monitor: dict[tuple[int, Any, Any], Mapping[str, Any]] = {}
-    torn: list[int] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        head = _HEAD.search(line[:64])
-        if head and head[1] == b"monitor" and wanted is not None and line.rstrip().endswith(b"}"):
-            step = _STEP.search(line)
-            if step and int(step[1]) not in wanted:
-                continue
-        try:
-            record = json.loads(line)
-            kind, step = record["kind"], int(record["step"])
-        except (ValueError, KeyError, TypeError):
-            torn.append(number)
-            continue
-        if kind in ("step", "eval"):
-            target = columns if kind == "step" else evaluations
-            for key in record if keep is None else keep:
-                if key not in ("kind", "step") and (as_float := as_number(record.get(key))) is not None:
-                    target.setdefault(key, []).append((step, as_float))
-        elif kind == "event":
-            events.append(record)
-        elif kind == "monitor" and (wanted is None or step in wanted):
-            monitor[step, record.get("layer"), record.get("role")] = record
-    return Metrics(
-        {key: Curve.of(pairs) for key, pairs in columns.items()},
-        {key: Curve.of(pairs) for key, pairs in evaluations.items()},
-        events,
-        list(monitor.values()),
-        torn,
-    )
-
-
-def _monitored_steps(lines: list[bytes], keep: int) -> set[int]:
-    """At most `keep` of the steps that have monitor lines, evenly spaced, first and last included."""
-    if keep == 0:
-        return set()
-    heads = (_HEAD.search(line[:64]) for line in lines)
-    steps = sorted(
-        {
-            int(found[1])
-            for line, head in zip(lines, heads, strict=True)
-            if head and head[1] == b"monitor" and (found := _STEP.search(line))
-        }
-    )
-    if len(steps) <= keep:
-        return set(steps)
-    return {steps[i] for i in np.linspace(0, len(steps) - 1, keep).round().astype(int)}

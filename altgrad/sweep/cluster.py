@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.errors import SweepError
+from altgrad.records.documents import RESULT
 from altgrad.sweep.job import Job, Outcome
 from altgrad.sweep.local import Event, Observer, stop_on_signals
 from altgrad.sweep.worker import Stop, execute
@@ -172,7 +173,7 @@ def _unpack(archive: bytes, folder: Path) -> None:
     """Result last: a fetch that is cut short leaves an unfinished run, which is made again."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
-        for member in sorted(packed.getmembers(), key=lambda member: member.name == "result.json"):
+        for member in sorted(packed.getmembers(), key=lambda member: member.name == RESULT):
             packed.extract(member, folder, filter="data")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from altgrad.errors import AltGradError, SweepError
 from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
 from altgrad.nn.recipe.reformat import reformat
-from altgrad.sweep.job import METRICS, TIMES, Job, finished_result, read_json
+from altgrad.records.documents import read_json
+from altgrad.records.metrics_log import METRICS
+from altgrad.records.run import Run, finished_result
+from altgrad.records.values import as_number, as_whole
+from altgrad.sweep.job import TIMES, Job
 from altgrad.sweep.plan import PlannedRun
 from altgrad.sweep.worker import execute
 from altgrad.training.config.experiment import ExperimentConfig
@@ -27,7 +30,6 @@ from altgrad.training.config.loading import dump_config
 CALIBRATION_STEPS = 16
 _WARM = 4  # steps before the first that is timed: kernels are compiled in them
 _FORWARD_SHARE = 1 / 3  # of a step's time; evaluation is forward only
-_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,11 @@ def measure_finished(folders: Iterable[Path]) -> list[Measurement]:
         result = finished_result(folder)
         if not result:
             continue
-        try:
-            config = yaml.load((folder / "config.yaml").read_text("utf-8"), Loader=_YamlLoader)
-            steps, seconds = int(result["steps"]), float(result["wall_s"])
-            whole = float((read_json(folder / TIMES) or {}).get("seconds", seconds))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-            continue
-        if isinstance(config, dict) and steps > 0 and seconds > 0:
-            found.append(Measurement(config, steps, seconds, max(0.0, whole - seconds)))
+        config = Run(folder).config
+        steps, seconds = as_whole(result.get("steps")), as_number(result.get("wall_s"))
+        whole = as_number(read_json(folder / TIMES).content.get("seconds"))
+        if config and steps and steps > 0 and seconds and 0 < seconds < math.inf:
+            found.append(Measurement(config, steps, seconds, max(0.0, (whole or seconds) - seconds)))
     return found
 
 
@@ -103,7 +102,7 @@ def calibrate(config: ExperimentConfig, make_job: Callable[[ExperimentConfig, Pa
         )  # fmt: skip
         job = (make_job or _calibration_job)(short, Path(scratch))
         outcome = execute(job, retries=0)
-        ends = [end for path in Path(scratch).rglob(METRICS) for end in _step_ends(path)]
+        ends = [end for path in Path(scratch).rglob(METRICS) for end in _step_ends(Run(path.parent))]
         if len(ends) <= _WARM + 1:
             tail = (outcome.crash or {}).get("log_tail") or ["no output"]
             raise SweepError(f"the calibration of {config.name} failed: {tail[-1]}; try the run itself: altgrad run")
@@ -146,13 +145,9 @@ def _calibration_job(config: ExperimentConfig, scratch: Path) -> Job:
     return Job("calibration-job", str(scratch), dump_config(config), config.max_steps)
 
 
-def _step_ends(path: Path) -> list[float]:
-    ends = []
-    for line in path.read_text("utf-8").splitlines():
-        record = json.loads(line)
-        if record.get("kind") == "step":
-            ends.append(float(record["elapsed_s"]))
-    return ends
+def _step_ends(run: Run) -> list[float]:
+    ends = (as_number(record.get("elapsed_s")) for record in run.records("step"))
+    return [end for end in ends if end is not None]
 
 
 def _size(facts: Mapping[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-METRICS, RESULT = "metrics.jsonl", "result.json"  # the run's own files
-CONFIG, LOG, FAILURE, TIMES = "sweep.yaml", "log.txt", "crashes.json", "sweep.json"  # what a sweep adds beside them
-FINISHED = ("completed", "collapsed")  # a collapse is a result: the run is not repeated
+from altgrad.records.documents import CRASHES, read_json
+from altgrad.records.metrics_log import METRICS, last_step
+from altgrad.records.run import finished_result
+from altgrad.records.values import as_number
+
+CONFIG, LOG, TIMES = "sweep.yaml", "log.txt", "sweep.json"  # what a sweep adds to a run's own files
 
 
 class State(str, Enum):
@@ -101,60 +103,15 @@ def state_of(folder: Path, busy: bool = False) -> State:
         return State.DONE
     if busy:
         return State.BUSY
-    if (read_json(folder / FAILURE) or {}).get("state") == "failed":
+    if read_json(folder / CRASHES).content.get("state") == "failed":
         return State.FAILED
     return State.PARTIAL if (folder / METRICS).is_file() else State.MISSING
 
 
-def finished_result(folder: Path) -> Mapping[str, Any] | None:
-    """The result of a finished run; None while there is none."""
-    result = read_json(folder / RESULT)
-    return result if result and result.get("status") in FINISHED else None
-
-
 def position(folder: Path) -> Position:
-    """Where the run is now; step 0 before its first record. Reads the last 16 KiB, or all where those hold no step."""
-    path = folder / METRICS
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            for window in (1 << 14, 1 << 20):
-                stream.seek(max(0, size - window))
-                for line in reversed(stream.read().split(b"\n")):
-                    record = _step_record(line)
-                    if record:
-                        return Position(
-                            record["step"], _number(record.get("loss")), _number(record.get("tokens_per_s")),
-                            _number(record.get("elapsed_s")),
-                        )  # fmt: skip
-                if size <= window:
-                    break
-    except OSError:
-        pass
-    return Position()
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where the file is missing, torn, or holds none."""
-    try:
-        loaded = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return loaded if isinstance(loaded, dict) else None
-
-
-def _step_record(line: bytes) -> dict[str, Any] | None:
-    if b'"step"' not in line:
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None  # torn, or the window's first line
-    return record if isinstance(record, dict) and record.get("kind") == "step" else None
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return None
+    """Where the run is now, from the end of its metrics; step 0 before its first record."""
+    record = last_step(folder / METRICS)
+    if record is None:
+        return Position()
+    facts = (as_number(record.get(name)) for name in ("loss", "tokens_per_s", "elapsed_s"))
+    return Position(record["step"], *facts)

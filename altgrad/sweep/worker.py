@@ -18,8 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from altgrad.records.documents import CRASHES, read_json
 from altgrad.records.files import write_json, write_text
-from altgrad.sweep.job import CONFIG, FAILURE, LOG, TIMES, Job, Outcome, finished_result, position, read_json
+from altgrad.records.run import finished_result
+from altgrad.sweep.job import CONFIG, LOG, TIMES, Job, Outcome, position
 from altgrad.training.run.lock import RunLock
 
 USAGE = 2  # the exit code of a person's mistake: the same command would make it again
@@ -170,11 +172,11 @@ def _tail(path: Path) -> list[str]:
 
 
 def _record(folder: Path, crash: Mapping[str, Any], state: str) -> None:
-    known = (read_json(folder / FAILURE) or {}).get("crashes", [])
-    write_json(folder / FAILURE, {"state": state, "crashes": [*known, crash]})
+    known = read_json(folder / CRASHES).content.get("crashes")
+    write_json(folder / CRASHES, {"state": state, "crashes": [*(known if isinstance(known, list) else []), crash]})
 
 
 def _close_record(folder: Path) -> None:
     """The crashes of a run that came through stay on record, marked as overcome."""
-    if known := read_json(folder / FAILURE):
-        write_json(folder / FAILURE, {**known, "state": "recovered"})
+    if known := read_json(folder / CRASHES).content:
+        write_json(folder / CRASHES, {**known, "state": "recovered"})

@@ -7,7 +7,6 @@ sound checkpoint, and its losses are bit-identical to those of a run that was le
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import shutil
 import time
@@ -22,7 +21,10 @@ from torch import nn
 from altgrad.errors import CheckpointError
 from altgrad.optim import state_bytes
 from altgrad.quantization import NUMERICS_VERSION
-from altgrad.records.files import remove_leftovers, write_json, write_text
+from altgrad.records.documents import ENVIRONMENT, load_result, read_json, write_config, write_environment, write_result
+from altgrad.records.files import remove_leftovers
+from altgrad.records.metrics_log import METRICS, MetricsLog, cut_back
+from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
 from altgrad.training.config.loading import dump_config, load_config
@@ -35,16 +37,16 @@ from altgrad.training.run.checkpoint import (
     prune,
     save_checkpoint,
 )
-from altgrad.training.run.folder import MetricsLog, RunPlan, environment, plan_run, truncate_metrics
+from altgrad.training.run.folder import RunPlan, environment, plan_run
 from altgrad.training.run.interrupts import StopRequest
 from altgrad.training.run.lock import RunLock
-from altgrad.training.run.results import RESULT, ExperimentResult, Tally
+from altgrad.training.run.tally import Tally
 from altgrad.training.run.trackers import Trackers, make_trackers
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import all_finite
 from altgrad.training.step.state_tree import tensors_of, to_device
 from altgrad.training.step.stepping import usable_device
-from altgrad.training.trainer import LossFunction, StepRecord, Trainer, next_token_loss
+from altgrad.training.trainer import LossFunction, Trainer, next_token_loss
 
 
 class RunListener:
@@ -111,7 +113,7 @@ class FormatExperimentRunner:
             CheckpointError: there are checkpoints, and all are damaged.
         """
         main = self.ranks.is_main
-        finished = self.ranks.broadcast(ExperimentResult.load(self.run_dir) if main else None)
+        finished = self.ranks.broadcast(load_result(self.run_dir) if main else None)
         if finished is not None and finished.finished:
             return finished
         device = usable_device(self.ranks.device(self.config.device))
@@ -129,9 +131,9 @@ class FormatExperimentRunner:
     def _open_folder(self, device: torch.device) -> int:
         """Write what identifies the run, once; the thread count to use."""
         remove_leftovers(self.run_dir)
-        record = self.run_dir / "env.json"
-        if record.exists():
-            begun, now = json.loads(record.read_text()), environment(self.plan, device, 0)
+        begun = read_json(self.run_dir / ENVIRONMENT).content
+        if begun:
+            now = environment(self.plan, device, 0)
             for name in ("device", "torch", "numba", "altgrad"):
                 if begun[name] != now[name]:
                     self.listener.said(
@@ -144,8 +146,8 @@ class FormatExperimentRunner:
                 self.listener.said(f"this run began with {threads} CPU threads and keeps them (threads={wanted} asked)")
             return threads
         threads = self.config.threads or torch.get_num_threads()
-        write_text(self.run_dir / "config.yaml", dump_config(self.config))
-        write_json(record, {**environment(self.plan, device, threads), **self.ranks.facts()})
+        write_config(self.run_dir, dump_config(self.config))
+        write_environment(self.run_dir, {**environment(self.plan, device, threads), **self.ranks.facts()})
         return threads
 
     def _train(self) -> ExperimentResult:
@@ -165,7 +167,7 @@ class FormatExperimentRunner:
         self.metrics, self.trackers = _NoLog(), Trackers()
         if self.ranks.is_main:
             self.trackers = make_trackers(self.config, self.run_dir, self.plan.run_id, self.listener.said)
-            self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.trackers.log)
+            self.metrics = MetricsLog(self.run_dir / METRICS, self.trackers.log)
         self._stopping = self.ranks.any(bool(self.stop))
         trainer.measuring.sink = self._log_all
         self._since = time.monotonic() - self.tally.elapsed_s
@@ -196,7 +198,7 @@ class FormatExperimentRunner:
             self.tally = Tally(**found.state["tally"])
             self.listener.said(f"continuing {self.plan.run_id} after step {step}")
         if self.ranks.is_main:
-            truncate_metrics(self.run_dir / "metrics.jsonl", step if found else -1)
+            cut_back(self.run_dir / METRICS, step if found else -1)
         return found is not None
 
     def _over(self) -> bool:
@@ -229,21 +231,16 @@ class FormatExperimentRunner:
             self.metrics.write(record)
 
     def _log_step(self, record: StepRecord, tokens_per_s: float, *, new_verdict: bool) -> None:
-        facts = {name: value for name, value in vars(record).items() if name not in ("events", "verdict")}
-        self.metrics.write({"kind": "step", **facts, "tokens_per_s": tokens_per_s, "elapsed_s": self.tally.elapsed_s})
-        for event in record.events:
-            self.metrics.write({"kind": "event", "step": record.step, **event})
+        self._log_all([record.row(tokens_per_s, self.tally.elapsed_s), *record.event_rows()])
         if new_verdict:
-            self.metrics.write(
-                {"kind": "event", "step": record.step, "event": "verdict", "verdict": self.tally.verdict}
-            )
+            self.metrics.write(event_row(record.step, "verdict", {"verdict": self.tally.verdict}))
 
     def _evaluate(self) -> None:
         assert self.trainer is not None
         loss = self.trainer.evaluate()
         self.tally.add_evaluation(loss)
         perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())  # inf instead of an OverflowError
-        self.metrics.write({"kind": "eval", "step": self.trainer.step, "val_loss": loss, "perplexity": perplexity})
+        self.metrics.write(Evaluation(self.trainer.step, loss, perplexity).row())
         self.listener.evaluated(self.trainer.step, loss)
 
     def _checkpoint(self) -> None:
@@ -304,7 +301,7 @@ class FormatExperimentRunner:
             return result
         if state is not None:
             figures["failure_report"] = str(self._report_failure(result, state))
-        write_json(self.run_dir / RESULT, result.as_dict())  # last: its presence says that all else is there
+        write_result(self.run_dir, result.as_dict())  # last: its presence says that all else is there
         self.trackers.finish(result.as_dict())
         return result
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.data import Corpus, resolve_corpus
 from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import FormatsOfRun, StorageFigures, all_finite
 from altgrad.training.step.interventions import Interventions
-from altgrad.training.step.judge import Judge, StepFacts, Verdict
+from altgrad.training.step.judge import Judge, StepFacts
 from altgrad.training.step.measuring import Measuring
 from altgrad.training.step.optimizers import build_optimizer, lr_at
 from altgrad.training.step.state_tree import load_model_state, load_optimizer_state, model_state, optimizer_state
@@ -54,22 +54,6 @@ def next_token_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     output = model(x)
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step was. Rates are None where they were not measured."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    finite: bool
-    stall_rate: float | None = None
-    flip_rate: float | None = None
-    overflow_rate: float | None = None
-    events: list[dict[str, Any]] = field(default_factory=list)
-    verdict: Verdict | None = None
 
 
 def build_model(config: ExperimentConfig, vocab_size: int) -> GPT:
@@ -177,7 +161,7 @@ class Trainer:
         if shifted:
             events.append(shifted)
             self.judge.forget()
-        verdict = None
+        verdict: Verdict | None = None
         if not shifted:
             facts = StepFacts(step, loss_value, finite, norm_value, figures.stall_rate, warmup)
             verdict = self.judge.see(facts, can_shift=can_shift)

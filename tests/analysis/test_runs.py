@@ -106,7 +106,7 @@ def test_damaged_result_and_config_do_not_stop_the_reader(tmp_path):
     (folder / "result.json").write_text('{"name": "x", ')
     (folder / "config.yaml").write_text("a: [1, 2\n b: }")
     run = read_run(folder)
-    assert run.status == "unfinished"
+    assert run.status == "damaged"
     assert run.config == {}
     assert any("result.json is unreadable" in problem for problem in run.problems)
     assert run.seed == 42  # from the folder's name

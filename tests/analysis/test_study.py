@@ -208,7 +208,7 @@ def test_unfinished_failed_and_torn_runs_are_told_and_left_out(tmp_path):
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')
     study = load_study(tmp_path)
-    assert any("1 unreadable lines" in w for w in study.remarks)
+    assert any("1 line of metrics.jsonl in 1 run could not be used" in w for w in study.remarks)
     assert any("1 run is unfinished" in w for w in study.remarks)
     assert any("1 run is failed" in w for w in study.remarks)
     (setting,) = study.quantized

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from altgrad.cli import app
 from altgrad.cli.run_pages import exit_code
-from altgrad.training.run.results import ExperimentResult
+from altgrad.records.schema import ExperimentResult
 from tests.training.tiny import TINY, losses
 
 E3M4 = Path(__file__).parents[2] / "experiments" / "configs" / "e3m4_uniform.yaml"

@@ -8,6 +8,7 @@ import shlex
 import pytest
 import torch
 
+from altgrad.records.run import Run
 from altgrad.report.pages.failure import headline
 from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import FormatExperimentRunner
@@ -16,7 +17,6 @@ from altgrad.training.run.failure_report import (
     gather,
     interventions,
     loss_around,
-    read_metrics,
 )
 from altgrad.training.run.failure_rows import gradient_facts, layer_columns, layer_rows, trends
 from altgrad.training.trainer import Trainer, build_model
@@ -120,7 +120,7 @@ def test_the_printed_command_makes_the_run_again(tmp_path):
     assert not again.run_dir.exists()
     assert again.run().verdict == result.verdict
     losses = [
-        [m["loss"] for m in read_metrics(folder / "metrics.jsonl") if m["kind"] == "step"]
+        [m["loss"] for m in Run(folder).records("step")]
         for folder in (result.run_dir, again.run_dir)
     ]
     assert losses[0] == losses[1] != []
@@ -285,10 +285,9 @@ def test_interventions_join_runs_and_tell_what_changed():
 
 
 def test_a_cut_off_last_line_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(step(1)) + "\n" + '{"kind": "st')
-    assert [r["step"] for r in read_metrics(path)] == [1]
-    assert read_metrics(tmp_path / "none") == []
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n" + '{"kind": "st')
+    assert [r["step"] for r in Run(tmp_path).records()] == [1]
+    assert Run(tmp_path / "none").records() == []
 
 
 def test_the_headline_names_the_format_in_force_at_the_onset():

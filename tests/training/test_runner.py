@@ -10,6 +10,8 @@ import torch
 
 from altgrad.errors import DataError, RunBusyError
 from altgrad.records import files
+from altgrad.records.documents import read_json, write_environment
+from altgrad.records.metrics_log import cut_back, record_of
 from altgrad.training.format_runner import (
     FormatExperimentRunner,
     RunListener,
@@ -18,7 +20,6 @@ from altgrad.training.format_runner import (
 )
 from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.run import checkpoint as checkpoint_module
-from altgrad.training.run.folder import truncate_metrics
 from altgrad.training.run.lock import RunLock
 from tests.training.tiny import losses, metrics, tiny_config, tiny_corpus
 
@@ -124,8 +125,8 @@ def test_threads_are_recorded_and_restored(tmp_path):
 
 def test_a_resume_in_another_environment_is_announced(tmp_path):
     stopped = run(tmp_path, listener=StopAt(4))
-    record = stopped.run_dir / "env.json"
-    record.write_text(record.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    begun = read_json(stopped.run_dir / "env.json").content
+    write_environment(stopped.run_dir, {**begun, "torch": "1.0"})
     notes = Notes()
     run(tmp_path, listener=notes)
     told = [line for line in notes.lines if "began with" in line]
@@ -187,10 +188,10 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"kind": "step", "step": s}) for s in range(1, 8)]
     path.write_text("\n".join(lines) + '\n{"kind": "step", "st')
-    assert truncate_metrics(path, 5) == 3
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
-    assert truncate_metrics(path, 5) == 0
-    assert truncate_metrics(tmp_path / "none.jsonl", 5) == 0
+    assert not cut_back(path, 5)
+    assert [record_of(line)["step"] for line in path.read_bytes().splitlines()] == [1, 2, 3, 4, 5]
+    assert not cut_back(path, 5)
+    assert not cut_back(tmp_path / "none.jsonl", 5)
 
 
 def test_a_second_process_is_refused(tmp_path):

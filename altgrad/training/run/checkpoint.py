@@ -11,7 +11,6 @@ A damaged checkpoint is reported, and the newest sound one before it is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from altgrad.errors import CheckpointError
-from altgrad.records.files import new_folder, remove_leftovers, write_json
+from altgrad.records.files import file_sha256, new_folder, remove_leftovers, write_json
 
 _TENSOR, _TUPLE, _DICT = "$tensor", "$tuple", "$dict"
 
@@ -53,7 +52,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, label:
     with new_folder(path) as folder:
         save_file(tensors, folder / "tensors.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": step, "state": plain}))
-        sums = {name: _sha256(folder / name) for name in ("tensors.safetensors", "state.json")}
+        sums = {name: file_sha256(folder / name) for name in ("tensors.safetensors", "state.json")}
         (folder / "checksums.json").write_text(json.dumps(sums))
     return path
 
@@ -67,7 +66,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         sums = json.loads((path / "checksums.json").read_text())
         for name in ("tensors.safetensors", "state.json"):
-            if _sha256(path / name) != sums[name]:
+            if file_sha256(path / name) != sums[name]:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its checksum; delete it")
         content = json.loads((path / "state.json").read_text())
         tensors = load_file(path / "tensors.safetensors")
@@ -148,11 +147,6 @@ def _belongs_to(directory: Path, run_hash: str) -> bool:
         return not any(directory.iterdir())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flatten(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -6,7 +6,6 @@ collapsed state under full observation and undoes it. `altgrad.report.pages.fail
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from altgrad.diagnostics.update import NEAR_ZERO
 from altgrad.records.files import write_text
 from altgrad.records.metrics import RUN, metrics
-from altgrad.records.run import as_number
+from altgrad.records.run import FAILURE_REPORTS, Run
+from altgrad.records.values import as_number
 from altgrad.report.pages.failure import (
     FailureData,
     Intervention,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from altgrad.training.trainer import Trainer
 
 Record = Mapping[str, Any]
-FOLDER = "failure_reports"
 
 
 def write_failure_report(
@@ -55,9 +54,10 @@ def write_failure_report(
         last_good, collapsed: checkpoints of the last finite state before the onset and of the collapsed state.
         records: monitor records of the collapsed state (`diagnose_collapse`).
     """
+    run = Run(run_dir)
     data = gather(
-        metrics=read_metrics(run_dir / "metrics.jsonl"),
-        environment=_read_json(run_dir / "env.json"),
+        metrics=run.records(),
+        environment=run.environment or None,
         result=result,
         config=config,
         command=command,
@@ -66,7 +66,7 @@ def write_failure_report(
         records=records,
     )
     html, markdown = render_failure(data)
-    folder = Path(checkpoint_dir) / FOLDER
+    folder = Path(checkpoint_dir) / FAILURE_REPORTS
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"step-{data.verdict.detected_step or 0:06d}-{data.verdict.kind}"
     write_text(folder / f"{stem}.md", markdown)
@@ -262,21 +262,6 @@ def _evidence(steps: Mapping[int, Record], verdict: Record) -> list[tuple[str, s
         if values:
             pairs.append((f"{row.heading}, onset to detection", f"{min(values):.4g} to {max(values):.4g}"))
     return pairs
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _last_by_step(records: Iterable[Record]) -> dict[int, Record]:

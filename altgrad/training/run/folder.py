@@ -1,4 +1,4 @@
-"""A run's folder: its name, which follows from what is run, and the records that are written into it.
+"""A run's folder: its name, which follows from what is run, and the circumstances that are recorded with it.
 
     runs/<name>-s<seed>-<hash8>/  config.yaml  env.json  metrics.jsonl  result.json  checkpoints/
 
@@ -8,11 +8,8 @@ experiment finds its folder again, a changed one gets another.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +19,6 @@ import torch
 
 import altgrad
 from altgrad.quantization import NUMERICS_VERSION, FloatFormat, get_format
-from altgrad.records.files import jsonable, write_text
 from altgrad.training.config.experiment import ExperimentConfig, experiment_hash
 from altgrad.training.config.formats import format_facts, label_of, recipe_of
 from altgrad.training.data import Corpus, resolve_corpus
@@ -85,50 +81,6 @@ def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, 
         },
         "format": {**_format_facts(plan.config), **told},
     }
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object per line, each written by one system call; a kill tears the last line at most.
-
-    `mirror` is given each record once it is written.
-    """
-
-    def __init__(self, path: Path, mirror: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self.path, self._mirror = path, mirror
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; non-finite floats become strings."""
-        line = json.dumps(jsonable(record), allow_nan=False) + "\n"
-        os.write(self._descriptor, line.encode())
-        if self._mirror is not None:
-            self._mirror(record)
-
-    def sync(self) -> None:
-        """Put everything written so far on the disk: a checkpoint must not be newer than its metrics."""
-        os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def truncate_metrics(path: Path, step: int) -> int:
-    """Drop every record after `step`, and a torn or damaged line, atomically; returns how many lines went."""
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().split(b"\n")
-    kept = [line for line in lines if _is_record_until(line, step)]
-    dropped = sum(bool(line) for line in lines) - len(kept)
-    if dropped or lines[-1]:
-        write_text(path, "".join(line.decode() + "\n" for line in kept))
-    return dropped
-
-
-def _is_record_until(line: bytes, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def _format_facts(config: ExperimentConfig) -> dict[str, Any]:

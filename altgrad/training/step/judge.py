@@ -12,32 +12,11 @@ replayed with the rest of the run.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
+from altgrad.records.schema import Verdict
 from altgrad.training.config.experiment import VerdictSection
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A collapse and its evidence.
-
-    Args:
-        onset_step: first step of the unbroken stretch that led to the verdict.
-        detected_step: the step whose record completed it.
-        metric, value, threshold: what was measured at detection, and the limit it crossed.
-    """
-
-    kind: Literal["nonfinite", "divergence", "freeze"]
-    onset_step: int
-    detected_step: int
-    metric: str
-    value: float
-    threshold: float
-    reason: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

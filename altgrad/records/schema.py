@@ -1,0 +1,145 @@
+"""What runs leave, as frozen values: a step, an evaluation, a verdict, a result, with the meaning and unit of each field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from altgrad.records.values import jsonable
+
+FINISHED = ("completed", "collapsed")
+"""Statuses of a run that came to its end: a collapse is a result."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A collapse and its evidence.
+
+    Args:
+        onset_step: first step of the unbroken stretch that led to the verdict.
+        detected_step: the step whose record completed it.
+        metric, value, threshold: what was measured at detection, and the limit it crossed.
+    """
+
+    kind: Literal["nonfinite", "divergence", "freeze"]
+    onset_step: int
+    detected_step: int
+    metric: str
+    value: float
+    threshold: float
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one training step was.
+
+    Args:
+        step: 1, 2, ...; skipped steps count.
+        loss: mean training loss of the batch in nats per token; NaN or inf as it came out.
+        lr: learning rate of the schedule.
+        grad_norm: L2 norm of all gradients before any clip.
+        finite: whether loss and gradients were; nothing of a step that was not is applied.
+        stall_rate: attempted weight updates that changed no code / all attempted; None without a grid.
+        flip_rate: weights whose code changed / all weights on a grid; None without a grid.
+        overflow_rate: largest fraction of finite elements beyond the format's max, over layers and roles; None where it
+            was not measured.
+        events: what was done about the step (clip, shift, skip_nonfinite, regrid), with details under their own keys.
+        verdict: the collapse that this step completed.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    finite: bool
+    stall_rate: float | None = None
+    flip_rate: float | None = None
+    overflow_rate: float | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    verdict: Verdict | None = None
+
+    def row(self, tokens_per_s: float, elapsed_s: float) -> dict[str, Any]:
+        """Its line in metrics.jsonl. `tokens_per_s`: of this step; `elapsed_s`: seconds since the run began, pauses left out."""
+        facts = {name: value for name, value in vars(self).items() if name not in ("events", "verdict")}
+        return {"kind": "step", **facts, "tokens_per_s": tokens_per_s, "elapsed_s": elapsed_s}
+
+    def event_rows(self) -> list[dict[str, Any]]:
+        """A line in metrics.jsonl for each of its events."""
+        return [event_row(self.step, event["event"], event) for event in self.events]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation loss after a step, in nats per token, and e to its power (inf where that is beyond float64)."""
+
+    step: int
+    val_loss: float
+    perplexity: float
+
+    def row(self) -> dict[str, Any]:
+        """Its line in metrics.jsonl."""
+        return {"kind": "eval", **asdict(self)}
+
+
+def event_row(step: int, event: str, details: Mapping[str, Any]) -> dict[str, Any]:
+    """A line in metrics.jsonl that says what happened at a step: "clip", "shift", "skip_nonfinite", "regrid", "verdict"."""
+    return {"kind": "event", "step": step, "event": event, **{k: v for k, v in details.items() if k != "event"}}
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """What a run came to.
+
+    Args:
+        status: completed, collapsed (see `verdict`) or interrupted (the same command continues).
+        final_loss, best_loss: training loss in nats per token of the last step and of the best one.
+        stall_rate: mean over the steps after warmup of stalled / attempted weight updates; None without a grid.
+        wall_s: seconds, pauses between interruption and resumption left out.
+        tokens_per_s: training tokens over the time spent in steps.
+        config_hash: SHA-256 (hex) of the run's identity; its first 8 digits end the folder's name.
+        run_dir: the run's folder.
+        already_finished: it was looked up, not made.
+    """
+
+    name: str
+    run_id: str
+    seed: int
+    format: str
+    storage: str
+    rounding: str
+    status: str
+    verdict: dict[str, Any] | None
+    steps: int
+    max_steps: int
+    final_loss: float
+    best_loss: float
+    best_step: int
+    final_val_loss: float
+    best_val_loss: float
+    stall_rate: float | None
+    wall_s: float
+    tokens_per_s: float
+    interventions: list[dict[str, Any]]
+    config_hash: str
+    data_fingerprint: str
+    numerics_version: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    run_dir: Path = Path()
+    already_finished: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end; an interrupted one did not."""
+        return self.status in FINISHED
+
+    def as_dict(self) -> dict[str, Any]:
+        """result.json's content."""
+        content = asdict(self)
+        del content["run_dir"], content["already_finished"]
+        return jsonable(content)
