@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from altgrad.analysis.statistics import estimate, noise_floor, paired
 from altgrad.records.run import Run, find_runs, read_run
 
-RESULTS = Path(__file__).parent / "results" / "custom-formats"
+RESULTS = Path(__file__).parent / "results" / "custom-formats.tar.xz"
 
 
 def group(name: str) -> list[Run]:
@@ -20,8 +19,7 @@ def group(name: str) -> list[Run]:
 
 def events(run: Run) -> list[dict[str, Any]]:
     """The run's event records in file order."""
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == "event"]
+    return run.records("event")
 
 
 def by_name(runs: list[Run]) -> dict[str, dict[int, Run]]:
@@ -143,10 +141,10 @@ def print_collapse_reports() -> None:
     print("|---|---|---|---|---|---|---|")
     for runs in by_name(group("c")).values():
         for seed, run in sorted(runs.items()):
-            report = run.path / "failure.md"
-            if not report.exists():
+            report = run.text("failure.md")
+            if report is None:
                 continue
-            lines = report.read_text().splitlines()
+            lines = report.splitlines()
             facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
             moved = next(line for line in lines if "attempted update" in line and line.startswith("In "))
             still = moved.split(" of ")[0].removeprefix("In ").replace("no layer", "0")
@@ -183,8 +181,7 @@ def print_around_shift() -> None:
 
 def monitored(run: Run) -> list[dict[str, Any]]:
     """The operand records of the last step that has any."""
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    records = [r for r in map(json.loads, lines) if r["kind"] == "monitor" and r.get("overflow") is not None]
+    records = [r for r in run.records("monitor") if r.get("overflow") is not None]
     last = max((r["step"] for r in records), default=0)
     return [r for r in records if r["step"] == last and r["role"] in ("input", "weight", "grad_output")]
 
@@ -210,9 +207,8 @@ def print_identity() -> None:
 
 def losses_of(run: Run) -> dict[tuple[str, int], float]:
     """{(kind, step): loss} of every recorded training and validation loss."""
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    records = [r for r in map(json.loads, lines) if r["kind"] in ("step", "eval")]
-    return {(r["kind"], r["step"]): r["loss"] if r["kind"] == "step" else r["val_loss"] for r in records}
+    losses = {"step": "loss", "eval": "val_loss"}
+    return {(r["kind"], r["step"]): r[losses[r["kind"]]] for r in run.records() if r["kind"] in losses}
 
 
 def main() -> None:

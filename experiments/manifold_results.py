@@ -21,6 +21,7 @@ from markupsafe import Markup
 from altgrad.analysis.statistics import Comparison, Estimate, estimate, holm, paired
 from altgrad.optim.grid import position
 from altgrad.quantization.parameter_grid import declared_grid
+from altgrad.records.folders import read_bytes
 from altgrad.records.run import Run
 from altgrad.report.charts.figures import figure
 from altgrad.report.charts.intervals import IntervalRow, interval_chart
@@ -29,7 +30,7 @@ from altgrad.report.theme import BASELINE, Style, styles_for
 from altgrad.training import Trainer, load_config
 from altgrad.training.run.checkpoint import load_checkpoint
 
-COMMITTED = Path(__file__).parent / "results" / "manifold" / "manifold.json"
+COMMITTED = Path(__file__).parent / "results" / "manifold.tar.xz" / "manifold.json"
 STOCHASTIC = "adamw_stochastic"
 """The arm that grid-aware ones are compared with beside the control: what is left to gain once rounding is unbiased."""
 GRID_AWARE = ("manifold_update", "grid_optim", "lns_madam")
@@ -113,7 +114,7 @@ class Results:
     @staticmethod
     def read(path: Path) -> Results:
         """From a file; infinite losses are stored as JSON's Infinity."""
-        return Results(json.loads(path.read_text()))
+        return Results(json.loads(read_bytes(path)))
 
     @property
     def formats(self) -> list[str]:
@@ -296,7 +297,9 @@ def figure_page(results: Results) -> str:
 def main() -> None:
     """Print the tables, and write the figure where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", nargs="?", type=Path, default=COMMITTED, help="a study's manifold.json")
+    parser.add_argument(
+        "results", nargs="?", type=Path, default=COMMITTED, help="a study's manifold.json, in a folder or a pack"
+    )
     parser.add_argument("--figure", type=Path, help="HTML page to write")
     arguments = parser.parse_args()
     results = Results.read(arguments.results)

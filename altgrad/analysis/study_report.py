@@ -31,6 +31,7 @@ from altgrad.analysis.study_tables import (
 )
 from altgrad.errors import ReportError
 from altgrad.records.files import write_text
+from altgrad.records.folders import page_path
 from altgrad.report.numbers import count, difference, listing, number, plural
 from altgrad.report.pages.page import render_markdown, render_page
 
@@ -51,7 +52,7 @@ def write_study(
     for no runs and for runs that are no fair comparison, unless `force`, which marks the page instead.
     """
     study = load_study(source, force=force)
-    page = Path(out) if out is not None else study.folder / "study.html"
+    page = Path(out) if out is not None else page_path(study.folder, "study.html")
     if page.suffix.lower() not in (".html", ".htm"):
         if page.suffix:
             raise ReportError(f"the report's path {page} does not end in .html; name the page, or a folder for it")

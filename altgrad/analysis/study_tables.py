@@ -16,6 +16,7 @@ from altgrad.analysis.ranking import Contender, Ranked, certainly_better
 from altgrad.analysis.statistics import Comparison, estimate, holm, paired
 from altgrad.analysis.study import OPTIMIZER, RunSummary, Setting, Study
 from altgrad.analysis.study_figures import interval_words, seeds_short, styles_of
+from altgrad.records.folders import pack_of
 from altgrad.report.charts.glyphs import bit_strip, line_sample
 from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, duration, loss, number, percent, plural
@@ -249,8 +250,8 @@ def runs_table(study: Study, folder: Path) -> Table:
 
 def _run_row(run: RunSummary, setting: Setting, folder: Path) -> list[TableCell | str]:
     row = run.row
-    own = run.path / "report.html"
-    target = relative_link(own if own.is_file() else run.path, folder)
+    own, packed = run.path / "report.html", pack_of(run.path)
+    target = relative_link(packed[0] if packed else own if own.is_file() else run.path, folder)
     links = [(relative_link(page, folder), "failure report") for page in run.failure_reports[:2]]
     name = el("a", run.path.name, href=target)
     steps = (

@@ -85,7 +85,7 @@ def demo(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders that hold run folders, or packs.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file to write.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs of different data or versions, marked so.")
@@ -95,6 +95,28 @@ def report(
     from altgrad.cli import run_pages
 
     run_pages.report(runs, out, force)
+
+
+@app.command()
+def pack(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders that hold run folders, or packs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The pack to write, such as study.tar.xz.")],
+) -> None:
+    """Put the records of runs into one file that reads like a folder, with a table of the runs beside it."""
+    from altgrad.cli import record_pages
+
+    record_pages.pack(runs, out)
+
+
+@app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(metavar="PACK", help="A pack, such as study.tar.xz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the runs.")],
+) -> None:
+    """Make a pack a folder of runs again."""
+    from altgrad.cli import record_pages
+
+    record_pages.unpack_into(packed, out)
 
 
 @app.command()

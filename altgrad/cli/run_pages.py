@@ -23,6 +23,7 @@ from rich.table import Table
 
 from altgrad.analysis import write_report
 from altgrad.errors import ConfigError
+from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.loading import dump_config, load_config
@@ -142,10 +143,10 @@ def report(runs: Sequence[Path], out: Path | None, force: bool) -> None:
     from altgrad.analysis import find_runs, is_study, write_study
 
     console = _console()
-    folders = [found for run in runs for found in ([run] if (run / "config.yaml").exists() else find_runs(run))]
+    folders = [found for run in runs for found in find_runs(run)]
     if not folders:
         raise ConfigError(f"no run folders in {', '.join(map(str, runs))}; give folders that hold a config.yaml")
-    target = out or (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
+    target = out or page_path(folders[0] if len(folders) == 1 else folders[0].parent, "report.html")
     write = write_study if is_study(folders) else write_report
     console.print(f"report: {write(folders, target, force=force)}", highlight=False, soft_wrap=True)
 

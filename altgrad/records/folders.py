@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 from altgrad.errors import ReportError
-from altgrad.records.archive import is_archive_name, open_archive
+from altgrad.records.archive import SUFFIX, is_archive_name, open_archive
 
 
 def pack_of(path: Path) -> tuple[Path, str] | None:
@@ -25,6 +25,16 @@ def pack_of(path: Path) -> tuple[Path, str] | None:
             return place, "" if inner == "." else inner
         return None
     return None
+
+
+def page_path(folder: Path, name: str) -> Path:
+    """Where a page about a folder goes: into it under `name`, or beside the pack that it lies in, under the pack's name."""
+    packed = pack_of(folder)
+    return (
+        folder / name
+        if packed is None
+        else packed[0].with_name(packed[0].name.removesuffix(SUFFIX) + Path(name).suffix)
+    )
 
 
 def read_bytes(path: Path) -> bytes:

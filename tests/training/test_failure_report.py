@@ -119,10 +119,7 @@ def test_the_printed_command_makes_the_run_again(tmp_path):
     assert again.run_dir != result.run_dir
     assert not again.run_dir.exists()
     assert again.run().verdict == result.verdict
-    losses = [
-        [m["loss"] for m in Run(folder).records("step")]
-        for folder in (result.run_dir, again.run_dir)
-    ]
+    losses = [[m["loss"] for m in Run(folder).records("step")] for folder in (result.run_dir, again.run_dir)]
     assert losses[0] == losses[1] != []
 
 
