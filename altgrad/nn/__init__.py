@@ -10,7 +10,7 @@ from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.recipe import Override, Recipe, uniform
 from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
 from altgrad.nn.session import full_precision, set_amax_reduction, set_observer, set_rank, set_seed, set_step
-from altgrad.nn.storage import UpdateCounts
+from altgrad.nn.update_counts import UpdateCounts
 
 __all__ = [
     "GemmRecipe",

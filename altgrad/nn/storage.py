@@ -1,62 +1,53 @@
-"""Weights that live on a grid: after each optimizer step the stored weight is rounded back to its format's values.
+"""Weights that live on a grid: who wrote the stored weight decides its grid, and each optimizer step is rounded back to it.
 
     before     the grid values at the start of the step, kept as codes
     attempted  what the optimizer wrote: before + update, in float32
     after      attempted, rounded to the grid under the scale at the start of the step
 
-An element is *attempted* if the optimizer changed it at all, a *flip* if its code changed, *stalled* if it was attempted
-and its code stayed. +0 and -0 count as one code. A scale that is refreshed afterwards is a *regrid*, counted apart.
+The storage of a parameter is the one owner of its grid. It knows the values that it wrote by the parameter, its memory
+and its version counter. Anything else is somebody else's write (loading, initialisation, averaging, an editor) and gets
+a fresh scale by the policy before the weight is next used; foreign values are never pressed into an old scale. They are
+rounded where the grid matters, at the start of the next step, and counted as a regrid; a forward quantizes them as they
+are. Values that moved without changing (deepcopy, pickle, `.to`) keep their grid: they still match the codes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from typing import NamedTuple
+from weakref import WeakValueDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from altgrad.errors import RecipeError
 from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.nn.kept_scale import kept_scale, lies_on
 from altgrad.nn.recipe.spec import StorageSpec
 from altgrad.nn.session import Session, stream_base
 from altgrad.quantization import amax, code_index, ops, scale_from_amax
-from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid
+from altgrad.quantization.checks import traced
+from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, grid_owner
 
-COUNTS = ("attempted", "flips", "stalled", "overflow", "regridded")
+_NUMBERS = count()
+_BY_NUMBER: WeakValueDictionary[int, GridStorage] = WeakValueDictionary()
 
 
-@dataclass(frozen=True)
-class UpdateCounts:
-    """Counts of one step over some weights; numbers of elements.
+class _Written(NamedTuple):
+    """Which write a tensor holds: its memory, where in it, and the version counter."""
 
-    elements: all. attempted, flips, stalled: see the module. overflow: attempted values beyond the format's max.
-    regridded: values changed by a refresh of the scale.
-    """
-
-    elements: int
-    attempted: int
-    flips: int
-    stalled: int
-    overflow: int
-    regridded: int
-
-    @property
-    def stall_rate(self) -> float | None:
-        """stalled / attempted; None where nothing was attempted."""
-        return self.stalled / self.attempted if self.attempted else None
-
-    @property
-    def flip_rate(self) -> float:
-        """flips / elements."""
-        return self.flips / self.elements if self.elements else 0.0
-
-    @property
-    def overflow_rate(self) -> float:
-        """overflow / elements."""
-        return self.overflow / self.elements if self.elements else 0.0
+    memory: int
+    offset: int
+    version: int
 
 
 class GridStorage:
-    """The grid of one stored weight: its scale and the codes of its present values.
+    """The storage of one parameter on a grid: the policy of its spec, the grid, and the codes of the values there.
 
     Args:
         spec: format, rounding and scale policy.
@@ -68,66 +59,232 @@ class GridStorage:
     def __init__(self, spec: StorageSpec, session: Session, name: str, channel_axis: int = 0) -> None:
         self.spec, self.session, self.name, self.channel_axis = spec, session, name, channel_axis
         self.fmt = spec.resolved
-        self.scale: Tensor = torch.ones(())
-        self.codes: Tensor | None = None
-        self.version = -1  # the parameter's version counter when `codes` was made
-        self.original: Tensor | None = None  # float values before the first rounding, until the first step
+        self.grid = ParameterGrid(self.fmt, torch.ones(()))
+        self.codes: Tensor | None = None  # of the values, where they were rounded to the grid
         self.steps = 0
+        self.original: Tensor | None = None  # float values before the last rounding, until the first step after it
+        self._stated: ParameterGrid | None = None  # by a loaded state: values on it keep it
+        self._changed: Tensor | None = None  # how many values a fresh scale changed since the last step
+        self._zero: Tensor | None = None  # where nothing but zeros are, so that the step sets the scale
         self._base = stream_base(name, "storage", "update")
+        self._unbind()
+
+    def __getstate__(self) -> dict:
+        # A copy belongs to another parameter, which it meets when that is next used.
+        left_out = ("_parameter", "_memory", "_written", "_number", "_stepping")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._unbind()
+
+    def _unbind(self) -> None:
+        self._parameter: ref[Tensor] | None = None
+        self._memory: StorageWeakRef | None = None  # keeps the address from being given to other values
+        self._written: _Written | None = None
+        self._stepping = False
+        self._number = next(_NUMBERS)
+        _BY_NUMBER[self._number] = self
 
     @property
     def per_channel(self) -> bool:
         """Whether each output channel has a scale of its own."""
         return self.spec.per_channel
 
-    # -- grid and scale -------------------------------------------------------------------------------------------
+    @property
+    def scale(self) -> Tensor:
+        """The scale of the grid that was last found."""
+        assert isinstance(self.grid.scale, Tensor)
+        return self.grid.scale
 
-    def fresh_scale(self, weight: Tensor) -> Tensor:
+    @property
+    def _powers_of_two(self) -> bool:
+        return self.spec.power_of_two if self.spec.scale is None else math.frexp(self.spec.scale)[0] == 0.5
+
+    @property
+    def _axis(self) -> int | None:
+        return self.channel_axis if self.spec.per_channel else None
+
+    # -- whose grid -----------------------------------------------------------------------------------------------
+
+    def bind(self, weight: Tensor) -> None:
+        """Belong to this parameter, and be its grid's owner."""
+        if self._parameter is None or self._parameter() is not weight:
+            self._parameter, self._written = ref(weight), None
+        declare_grid(weight, self)
+
+    def of(self, weight: Tensor) -> GridStorage:
+        """The storage of a layer's present parameter: this one, a tied layer's, or a new one for a new parameter.
+
+        Raises:
+            RecipeError: the parameter is stored on another layer's grid already, and the two specs differ.
+        """
+        owner = grid_owner(weight)
+        if isinstance(owner, GridStorage):
+            if owner.spec != self.spec:
+                raise RecipeError(
+                    f"{owner.name!r} and {self.name!r} share one weight but store it differently ({owner.spec}, "
+                    f"{self.spec}); give both the same storage, or untie them"
+                )
+            return owner
+        held = None if self._parameter is None else self._parameter()
+        found = (
+            self
+            if held is None or held is weight
+            else GridStorage(self.spec, self.session, self.name, self.channel_axis)
+        )
+        found.bind(weight)
+        return found
+
+    def release(self, weight: Tensor) -> None:
+        """Give the parameter back: with the values from before the last rounding, if nobody has written since."""
+        if self.original is not None and self._holds(weight):
+            with torch.no_grad():
+                weight.copy_(self.original)
+        self.original = None
+        declare_grid(weight, None)
+
+    # -- which grid -----------------------------------------------------------------------------------------------
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """The scale of the values that are there now; compiled code asks when it runs."""
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                return self.scale  # an exported program holds the weights of its export
+            return _present_scale(weight.detach(), self._number, -1 if self._axis is None else self._axis)
+        return self.grid_of(weight).scale  # type: ignore[return-value]
+
+    def grid_of(self, weight: Tensor) -> ParameterGrid:
+        """The grid of the values that are there now: a fresh one where somebody else has written them."""
+        if self._parameter is not None and self._parameter() is weight and self._wrote(weight):
+            return self.grid
+        return self._found(weight)
+
+    def _wrote(self, weight: Tensor) -> bool:
+        return self._written is not None and self._written == _written(weight)
+
+    def _found(self, weight: Tensor) -> ParameterGrid:
+        plain = _without_transforms(weight)
+        held = None if self._parameter is None else self._parameter()
+        if plain.shape != weight.shape or plain.is_meta or (traced(plain) and plain is weight):
+            return self.grid if held is weight else ParameterGrid(self.fmt, self.policy_scale(weight))
+        if held is not None and _same_memory(plain, held):
+            plain = held
+        elif isinstance(plain, nn.Parameter):
+            own = self.of(plain)
+            if own is not self:
+                return own.grid_of(plain)
+        else:  # computed from parameters (pruned, parametrized, a functional call): nobody stores it
+            return ParameterGrid(self.fmt, self.fresh_scale(plain))
+        if self._stepping:  # an optimizer evaluates the loss within its step
+            return self.grid if self._zero is None else self._set_by(plain)
+        if not self._wrote(plain):
+            self._take(plain)
+        return self.grid
+
+    @torch.no_grad()
+    def _take(self, weight: Tensor) -> None:
+        """Take over values that this storage did not write, or wrote elsewhere."""
+        if not self._holds(weight):
+            self.codes, self.original, self._zero = None, None, None
+            if self._stated is not None and lies_on(weight, self._stated):
+                self.grid = self._stated
+            else:
+                self.grid = ParameterGrid(self.fmt, self.fresh_scale(weight))
+        if self.scale.device != weight.device:
+            self.grid = replace(self.grid, scale=self.scale.to(weight.device))
+        self._know(weight)
+
+    def _holds(self, weight: Tensor) -> bool:
+        """Whether the values are those of the codes."""
+        if self.codes is None or self.codes.shape != weight.shape:
+            return False
+        if self.codes.device != weight.device:
+            self.codes = self.codes.to(weight.device)
+        wide = weight.dtype == torch.float64
+        stored = ops.decode(self.codes, self.fmt, self.scale.to(weight.device), dtype=_carrier(wide))
+        values = weight.detach().to(_carrier(wide))
+        return torch.equal(stored, values) or bool(((stored == values) | values.isnan()).all())
+
+    def _know(self, weight: Tensor) -> None:
+        self.bind(weight)
+        self._written = _written(weight)
+        self._memory = StorageWeakRef(weight.untyped_storage())
+
+    def state_grid(self, weight: Tensor, scale: Tensor, steps: int) -> None:
+        """Take the scale and the step count of an earlier state; values that lie on that grid, now or once loaded, keep it."""
+        self._stated = self.grid = ParameterGrid(self.fmt, scale.to(weight.device))
+        self.codes, self.original, self.steps, self._changed = None, None, steps, None
+        self.bind(weight)
+        self._written = None
+
+    # -- scale ----------------------------------------------------------------------------------------------------
+
+    def policy_scale(self, weight: Tensor) -> Tensor:
         """The scale that the spec gives these values."""
         if self.spec.scale is not None:
             return torch.tensor(self.spec.scale, dtype=torch.float32, device=weight.device)
-        largest = amax(weight, self.channel_axis if self.spec.per_channel else None)
+        largest = amax(weight, self._axis)
         if self.fmt.emax >= 127:  # the range of float32: nothing to scale
             return torch.ones_like(largest)
         return scale_from_amax(largest, self.fmt, power_of_two=self.spec.power_of_two) * 2.0**self.spec.headroom
 
+    def fresh_scale(self, weight: Tensor) -> Tensor:
+        """The scale for values that somebody else wrote: the policy's, or another of it that changes none of them."""
+        weight, scale = weight.detach(), self.policy_scale(weight)
+        if self.spec.scale is not None or self.fmt.emax >= 127:
+            return scale
+        policy = {"power_of_two": self.spec.power_of_two, "headroom": self.spec.headroom}
+        return kept_scale(weight, self.fmt, scale, self._axis, **policy)
+
+    def _set_by(self, weight: Tensor) -> ParameterGrid:
+        """The grid with the scale of these values where there were only zeros, which have none."""
+        assert self._zero is not None
+        return ParameterGrid(self.fmt, torch.where(self._zero, self.policy_scale(weight), self.scale))
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def snap(self, weight: Tensor, *, keep_original: bool = False) -> None:
-        """Set the scale and round the weight to the grid, to nearest."""
-        if keep_original:
-            self.original = weight.detach().clone()
-        self.scale = self.fresh_scale(weight)
-        self._write(weight, *self._rounded(weight, {"overflow": Overflow.SATURATE, "clamp": True}))
-        self.declare(weight)
+        """Round the values that are there to their grid, to nearest."""
+        self.grid_of(weight)
+        if self.codes is not None or weight.is_meta:
+            return
+        self.original = weight.detach().clone() if keep_original else None
+        values, codes = ops.quantize_and_encode(weight, self.fmt, self.scale, overflow=Overflow.SATURATE, clamp=True)
+        self._changed = ((values != weight) & ~weight.isnan()).sum()
+        self._write(weight, values, codes)
 
-    def declare(self, weight: Tensor) -> None:
-        """State the grid on the parameter, for optimizers that step along it."""
-        declare_grid(weight, ParameterGrid(self.fmt, self.scale))
-
-    def _rounded(self, weight: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-        """Values on the grid and their codes; a NaN stays in the values, and has the code of 0 where it has none."""
-        return ops.quantize_and_encode(weight, self.fmt, self.scale, **options)
+    def set_grid(self, weight: Tensor, *, snap: bool, keep_original: bool = False) -> None:
+        """Put a parameter on this grid, in place of any earlier one; the values of a meta tensor once there are some."""
+        self.bind(weight)
+        if snap:
+            self.snap(weight, keep_original=keep_original)
+        self._changed = None
 
     def _write(self, weight: Tensor, values: Tensor, codes: Tensor) -> None:
         weight.copy_(values)
-        self.codes, self.version = codes, weight._version
+        self.codes = codes
+        self._know(weight)
 
-    def restore(self, weight: Tensor, scale: Tensor, steps: int) -> None:
-        """Take the scale and the step count of an earlier state; the codes follow from the weight when next needed."""
-        self.scale, self.steps = scale.to(weight.device), steps
-        self.codes, self.original = None, None
-        self.declare(weight)
+    @torch.no_grad()
+    def before_step(self, weight: Tensor) -> None:
+        """Have the grid values that the step starts from, whatever was written since the last one."""
+        self._written = None  # a write through `weight.data` leaves no trace in the version: compare the values
+        self.snap(weight)
+        zero = amax(weight, self._axis) == 0
+        self._zero = zero if self.spec.scale is None and self.fmt.emax < 127 and bool(zero.any()) else None
+        if self.grid.settled != (self._zero is None):
+            self.grid = replace(self.grid, settled=self._zero is None)
 
-    def resync(self, weight: Tensor) -> None:
-        """Take over values that something other than an optimizer wrote, such as load_state_dict."""
-        if self.codes is None or weight._version != self.version or self.codes.device != weight.device:
-            if self.scale.device != weight.device:
-                self.scale = self.scale.to(weight.device)
-            with torch.no_grad():
-                self._write(weight, *self._rounded(weight, {"overflow": Overflow.SATURATE}))
-            self.declare(weight)
-
-    # -- the step -------------------------------------------------------------------------------------------------
+    @contextmanager
+    def within_step(self) -> Iterator[None]:
+        """Meanwhile what is written is the optimizer's own doing, which `round_back` will round."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     @torch.no_grad()
     def round_back(self, weight: Tensor, observer=None, layer: str = "", counted: Tensor | None = None) -> Tensor:
@@ -138,14 +295,16 @@ class GridStorage:
                 the grid itself; None counts here.
         """
         assert self.codes is not None
-        self.original = None
+        self.original = self._stated = None
         before = ops.decode(self.codes, self.fmt, self.scale, dtype=weight.dtype)
+        if self._zero is not None and counted is None:
+            self.grid = self._set_by(weight)
         options: dict = {"rounding": self.spec.rounding, "overflow": Overflow.SATURATE}
         if self.spec.rounding is Rounding.STOCHASTIC:
             options |= {"key": self.session.key(self._base, per_rank=False), "random_bits": self.spec.random_bits}
         after, codes, stats = ops.quantize_and_encode_with_stats(weight, self.fmt, self.scale, **options)
         attempted = weight != before
-        if not self.spec.power_of_two:  # fl(s * p) / s may lie off the grid: what was not touched stays
+        if not self._powers_of_two:  # fl(s * p) / s may lie off the grid: what was not touched stays
             after, codes = torch.where(attempted, after, before), torch.where(attempted, codes, self.codes)
         if observer is not None:
             observer.observe_update(
@@ -165,8 +324,9 @@ class GridStorage:
             counts = [counted[0], counted[1], counted[2], counted[5]]
         hidden = None if counted is None else counted[5]
         after, codes, regridded = self._refreshed(weight, after, codes, options, hidden)
+        regridded, self._changed = regridded if self._changed is None else regridded + self._changed, None
         self._write(weight, after, codes)
-        return torch.stack([count.to(torch.int64) for count in (*counts, regridded)])
+        return torch.stack([number.to(torch.int64) for number in (*counts, regridded)])
 
     def _refreshed(
         self, weight: Tensor, after: Tensor, codes: Tensor, options: dict, hidden: Tensor | None
@@ -181,15 +341,57 @@ class GridStorage:
         none = torch.zeros((), dtype=torch.int64, device=weight.device)
         if not self.spec.refresh_every:
             return after, codes, none
-        scale = self.fresh_scale(weight)  # of what was attempted: stored values could only shrink it
+        scale = self.policy_scale(weight)  # of what was attempted: stored values could only shrink it
         if hidden is not None:
-            largest = amax(weight, self.channel_axis if self.spec.per_channel else None)
+            largest = amax(weight, self._axis)
             scale = torch.where((hidden > 0) & (largest >= self.fmt.max * self.scale), 2 * scale, scale)
         if self.steps % self.spec.refresh_every:
             scale = torch.maximum(scale, self.scale)
         if torch.equal(scale, self.scale):
             return after, codes, none
-        self.scale = scale
-        self.declare(weight)
-        regridded, codes = self._rounded(weight, options)
+        self.grid = ParameterGrid(self.fmt, scale)
+        regridded, codes = ops.quantize_and_encode(weight, self.fmt, scale, **options)
         return regridded, codes, (regridded != after).sum()
+
+
+def _carrier(wide: bool) -> torch.dtype:
+    return torch.float64 if wide else torch.float32
+
+
+def _written(tensor: Tensor) -> _Written | None:
+    """Which write the tensor holds; None where that is not known (tensors of inference mode count no versions)."""
+    if tensor.is_inference():
+        return None
+    return _Written(tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (
+        a is b
+        or a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
+    )
+
+
+def _without_transforms(tensor: Tensor) -> Tensor:
+    """The tensor below the wrappers of `torch.func`'s transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+@torch.library.custom_op("altgrad::present_scale", mutates_args=())
+def _present_scale(weight: Tensor, number: int, axis: int) -> Tensor:
+    """The scale of a stored weight's present values, found by the storage of that number when compiled code runs."""
+    storage = _BY_NUMBER.get(number)
+    if storage is None:
+        raise RecipeError("compiled code outlived the grid storage of its layer; compile the model again")
+    scale = storage.grid_of(weight).scale
+    assert isinstance(scale, Tensor)
+    return scale.to(_carrier(weight.dtype == torch.float64), copy=True)
+
+
+@_present_scale.register_fake
+def _(weight: Tensor, number: int, axis: int) -> Tensor:
+    shape = [n if d == axis else 1 for d, n in enumerate(weight.shape)] if axis >= 0 else []
+    return weight.new_empty(shape, dtype=_carrier(weight.dtype == torch.float64))

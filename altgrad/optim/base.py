@@ -47,7 +47,8 @@ class Slot:
     """One parameter in one step.
 
     weight, grad: the parameter (itself, or a float32 copy of a bf16/fp16 one) and its gradient, in the compute dtype.
-    grid: where the parameter lives, None where it may hold any value. step: 1 for its first step.
+    grid: where the step is to land, None where it may leave any value: the parameter has no grid, or one whose scale
+        this very step is to set (`ParameterGrid.settled`). off_grid: it has none. step: 1 for its first step.
     """
 
     parameter: Tensor
@@ -57,6 +58,7 @@ class Slot:
     grid: ParameterGrid | None
     index: int
     step: int
+    off_grid: bool = False
     clipped: Tensor | None = None
 
 
@@ -138,8 +140,8 @@ class GridOptimizer(Optimizer):
         for group in self.param_groups:
             slots = self._slots(group, offset)
             offset += len(group["params"])
-            off_grid = [s for s in slots if s.grid is None] if self._splits(group) else []
-            slots = [s for s in slots if s.grid is not None] if off_grid else slots
+            off_grid = [s for s in slots if s.off_grid] if self._splits(group) else []
+            slots = [s for s in slots if not s.off_grid] if off_grid else slots
             if off_grid:
                 self._attempt_off_grid(group, off_grid)
             if slots:
@@ -151,7 +153,11 @@ class GridOptimizer(Optimizer):
 
     def _splits(self, group: dict[str, Any]) -> bool:
         """Whether parameters without a grid take another rule (plain AdamW)."""
-        return self.needs_grid or group["off_grid_lr"] is not None
+        return self._steps_along_grid(group) or group["off_grid_lr"] is not None
+
+    def _steps_along_grid(self, group: dict[str, Any]) -> bool:
+        """Whether the rule itself, and not only the landing, reads the grid."""
+        return self.needs_grid
 
     def _slots(self, group: dict[str, Any], offset: int) -> list[Slot]:
         slots = []
@@ -172,6 +178,9 @@ class GridOptimizer(Optimizer):
             state["step"] += 1
             weight = parameter.detach().to(compute)
             grid = self._grid(group, parameter, state)
+            off_grid = grid is None
+            if grid is not None and not grid.settled and not self._steps_along_grid(group):
+                grid = None
             slot = Slot(
                 parameter,
                 weight,
@@ -180,6 +189,7 @@ class GridOptimizer(Optimizer):
                 grid,
                 offset + number,
                 int(state["step"]),
+                off_grid,
             )
             slots.append(slot)
         return slots

@@ -81,8 +81,8 @@ class ManifoldAdamW(GridOptimizer):
         if group["precondition"] not in PRECONDITIONS:
             raise OptionError(f"precondition {group['precondition']!r} is not one of {', '.join(PRECONDITIONS)}")
 
-    def _splits(self, group: dict[str, Any]) -> bool:
-        return in_grid_steps(group["precondition"]) or group["precondition"] == "gradient" or super()._splits(group)
+    def _steps_along_grid(self, group: dict[str, Any]) -> bool:
+        return in_grid_steps(group["precondition"]) or group["precondition"] == "gradient"
 
     def _fuses(self, group: dict[str, Any], slot: Slot) -> bool:
         return not group["track_movement"]

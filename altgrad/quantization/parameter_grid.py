@@ -1,18 +1,20 @@
-"""Which grid a parameter lives on: stated on the parameter by its storage, read by optimizers that step along the grid.
+"""Which grid a parameter lives on: one fact with one owner, asked for by layers, optimizers and saved states alike.
 
-Storage (`altgrad.nn`) and optimizers (`altgrad.optim`) do not import each other; this fact on the parameter is all that
-they share. Whoever changes a parameter's format or scale declares the new grid.
+Storage (`altgrad.nn`) and optimizers (`altgrad.optim`) do not import each other; this fact is all that they share. It is
+kept beside the parameter, not on it, so that copies and files of a parameter carry nothing. A grid is never changed:
+whoever changes a parameter's format or scale states the new grid. An owner in place of a grid is asked at every reading,
+so that a parameter which somebody else has written since has the grid of its present values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from altgrad.formats.scalar import FloatFormat
-
-_ATTRIBUTE = "_altgrad_grid"
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,40 @@ class ParameterGrid:
     """The values scale * v, v a value of `format`.
 
     scale: positive number, or a tensor that broadcasts to the parameter (never written to in place).
+    settled: False where the parameter, or one of its channels, holds nothing but zeros: the scale is then a placeholder
+        that the first update replaces, so an optimizer leaves the landing to storage.
     """
 
     format: FloatFormat
     scale: Tensor | float = 1.0
+    settled: bool = True
 
 
-def declare_grid(parameter: Tensor, grid: ParameterGrid | None) -> None:
-    """State that `parameter` holds values of `grid` only; None takes the statement back."""
-    setattr(parameter, _ATTRIBUTE, grid)
+class GridOwner(Protocol):
+    """What knows the grid of a parameter's present values, whoever wrote them."""
+
+    def grid_of(self, weight: Tensor) -> ParameterGrid:
+        """The grid of the values that are there now."""
+        ...
+
+
+_GRIDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def declare_grid(parameter: Tensor, grid: ParameterGrid | GridOwner | None) -> None:
+    """State that `parameter` lives on `grid`, or on that of an owner; None takes the statement back."""
+    if grid is None:
+        _GRIDS.pop(parameter, None)
+    else:
+        _GRIDS[parameter] = grid
+
+
+def grid_owner(parameter: Tensor) -> ParameterGrid | GridOwner | None:
+    """What `declare_grid` was given."""
+    return _GRIDS.get(parameter)
 
 
 def declared_grid(parameter: Tensor) -> ParameterGrid | None:
-    """The grid that storage declared for `parameter`, or None where it may hold any value of its dtype."""
-    return getattr(parameter, _ATTRIBUTE, None)
+    """The grid of the parameter's present values, or None where it may hold any value of its dtype."""
+    found = _GRIDS.get(parameter)
+    return found if found is None or isinstance(found, ParameterGrid) else found.grid_of(parameter)

@@ -43,6 +43,7 @@ class Quantized:
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # type: ignore[misc]
+        self.quantization.storage_of(self._parameters.get("weight"))  # type: ignore[attr-defined]
         LIVE.add(self)
 
 

@@ -51,14 +51,16 @@ class Operand:
         self.fmt: Any = spec.resolved  # a FloatFormat, a BlockFormat, or None
         self.block = is_block(self.fmt)
         self.saves_codes = self.fmt is not None and (self.block or self.fmt.bits <= 8)
-        self.storage: GridStorage | None = None  # the GridStorage whose scale a stored weight has
+        self.storage: GridStorage | None = None  # whose scale a stored weight has
         self.window: Tensor | None = None
         self.pending: Tensor | None = None
         self.key: Tensor | None = None
         self.delayed = isinstance(spec.scaling, DelayedScaling)
-        self.stochastic = spec.rounding is Rounding.STOCHASTIC
+        # A stored weight was rounded when it was written; reading it must not round it another way.
+        rounding = Rounding.NEAREST_EVEN if isinstance(spec.scaling, StorageScaling) else spec.rounding
+        self.stochastic = rounding is Rounding.STOCHASTIC
         self._base = stream_base(layer, role, gemm)
-        self._options: dict = {"rounding": spec.rounding, "overflow": spec.overflow}
+        self._options: dict = {"rounding": rounding, "overflow": spec.overflow}
         if self.stochastic:
             self._options["random_bits"] = spec.random_bits
         if self.block:
@@ -96,7 +98,7 @@ class Operand:
             return policy.scale
         if isinstance(policy, StorageScaling):
             assert self.storage is not None
-            return self.storage.scale
+            return self.storage.scale_of(x)
         if not isinstance(policy, DelayedScaling):
             return 1.0
         if not record and self.window is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from altgrad.nn.layer.contractions import LINEAR_REDUCED
 from altgrad.nn.layer.gemm import Route, choose_route, needed_route
@@ -87,6 +87,15 @@ class LayerState:
         for (_, role), operand in self.operands.items():
             operand.storage = storage if role == "weight" else None
         self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
+
+    def storage_of(self, weight: Tensor | None) -> GridStorage | None:
+        """The storage of the layer's present weight, which may have been replaced or tied since; None without one."""
+        if self.storage is None or not isinstance(weight, nn.Parameter):
+            return None
+        found = self.storage.of(weight)
+        if found is not self.storage:
+            self.set_storage(found)
+        return found
 
     def _own_axis(self, role: str, spec: OperandSpec):
         axis = getattr(spec.scaling, "axis", None)

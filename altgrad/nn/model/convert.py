@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-import torch
 from torch import nn
 
 from altgrad.errors import RecipeError
@@ -23,7 +22,6 @@ from altgrad.nn.recipe.recipe import Recipe, name_matches
 from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import STATE, Session
 from altgrad.nn.storage import GridStorage
-from altgrad.quantization.parameter_grid import declare_grid
 
 _FAST_PATH = "_altgrad_fast_path"  # what an encoder layer's `activation_relu_or_gelu` was
 
@@ -40,8 +38,9 @@ def quantize_model(
     """Put the recipe's formats on the model's layers, in place.
 
     Parameters keep their identity, names and ties, and state_dict keys stay. Under grid storage the weights are rounded
-    to their grid at once. The training loop needs no change: an optimizer that steps the model's weights is attached by
-    itself where the recipe needs it (`attach_optimizer` hands out the counts of each step).
+    to their grid at once (on the meta device: when they have values). The training loop needs no change: an optimizer that
+    steps the model's weights is attached by itself where the recipe needs it (`attach_optimizer` hands out the counts of
+    each step).
 
     Args:
         model: any module tree.
@@ -101,21 +100,18 @@ def quantize_model(
 def restore_model(model: nn.Module) -> nn.Module:
     """Undo `quantize_model`: every layer is again what it was, with its present parameters.
 
-    Before the first optimizer step, weights that grid storage rounded get their original bits back; after training they
-    keep their trained grid values. A model without quantized layers is returned as it is.
+    Before the first optimizer step, weights that grid storage rounded get their original bits back; weights that were
+    trained or written since are kept as they are. A model without quantized layers is returned as it is.
     """
     for module in model.modules():
         if _FAST_PATH in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
         if not is_quantized(module):
             continue
-        storage, weight = module.__dict__[STATE].storage, module._parameters["weight"]
-        if storage is not None and weight is not None:
-            declare_grid(weight, None)
-            if storage.original is not None:
-                with torch.no_grad():
-                    weight.copy_(storage.original)
-                storage.original = None
+        weight = module._parameters.get("weight")
+        storage = module.__dict__[STATE].storage_of(weight)
+        if storage is not None:
+            storage.release(weight)
         swap_back(module)
     return model
 
@@ -137,7 +133,7 @@ def store_on_grid(
     for module in model.modules():
         if not is_quantized(module):
             continue
-        state, weight = module.__dict__[STATE], module._parameters["weight"]
+        state, weight = module.__dict__[STATE], module._parameters.get("weight")
         if chosen is not None and id(state) not in chosen:
             continue
         if state.recipe.storage is None or weight is None or not _stores(module):
@@ -146,8 +142,7 @@ def store_on_grid(
             axis = 1 if state.transposed else 0
             path = f"{state.name}.weight" if state.name else "weight"
             stores[id(weight)] = GridStorage(state.recipe.storage, state.session, path, axis)
-            if snap:
-                stores[id(weight)].snap(weight, keep_original=keep_original)
+            stores[id(weight)].set_grid(weight, snap=snap, keep_original=keep_original)
         state.set_storage(stores[id(weight)])
     return len(stores)
 

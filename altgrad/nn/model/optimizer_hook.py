@@ -2,11 +2,13 @@
 
 `attach_optimizer` attaches it and hands back the counts of each step. A model whose recipe needs steps (grid storage,
 delayed scaling, stochastic rounding) is never left without: an optimizer that steps one of its weights and was not
-attached is attached by itself before that step.
+attached is attached by itself before that step. A step with learning rate 0 and without a gradient, as
+`torch.distributed.checkpoint` makes one to have an optimizer fill its state, is no step.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -16,7 +18,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from altgrad.errors import OptionError, RecipeError
 from altgrad.nn.layer.classes import LIVE, is_quantized
 from altgrad.nn.session import STATE, Session, sessions_of
-from altgrad.nn.storage import COUNTS, GridStorage, UpdateCounts
+from altgrad.nn.storage import GridStorage
+from altgrad.nn.update_counts import COUNTS, UpdateCounts
 
 _HANDLES: WeakKeyDictionary[Optimizer, list[OptimizerHandle]] = WeakKeyDictionary()
 
@@ -31,7 +34,7 @@ class OptimizerHandle:
         self._optimizer = ref(optimizer)
         self._layers = [(name, ref(module)) for name, module in layers]
         self._entries: list[tuple[str, ref, GridStorage]] | None = None
-        self._groups = -1
+        self._idle = False  # between the hooks of a step that is none
         self.counts: Tensor | None = None  # int64 [grid parameters, 5], columns as in `COUNTS`
         sessions = {id(m.__dict__[STATE].session): m.__dict__[STATE].session for _, m in layers}
         self._leads = [s for s in sessions.values() if _claim(s, optimizer)]
@@ -63,18 +66,31 @@ class OptimizerHandle:
             module = module_ref()
             if module is None or not is_quantized(module):
                 continue
-            storage, weight = module.__dict__[STATE].storage, module._parameters["weight"]
-            if storage is not None and id(weight) in stepped and id(weight) not in seen:
+            weight = module._parameters.get("weight")
+            if id(weight) not in stepped or id(weight) in seen:
+                continue
+            storage = module.__dict__[STATE].storage_of(weight)
+            if storage is not None:
                 seen.add(id(weight))
                 entries.append((name, module_ref, storage))
         return entries
 
-    def _before(self, optimizer: Optimizer, args, kwargs) -> None:
+    def _before(self, optimizer: Optimizer, args, kwargs):
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._idle = closure is None and _is_no_step(optimizer)
+        if self._idle:
+            return None
         self._entries = self._grid_entries(optimizer)
         for _, module, storage in self._entries:
-            storage.resync(_weight(module))
+            storage.before_step(_weight(module))
+        if closure is None or not self._entries:
+            return None
+        closure = _within_step(closure, [storage for _, _, storage in self._entries])
+        return (args[0], closure, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
     def _after(self, optimizer: Optimizer, args, kwargs) -> None:
+        if self._idle:
+            return
         rows = []
         own_counts = getattr(optimizer, "grid_step_counts", None)  # of an optimizer that rounds to the grid itself
         for name, module, storage in self._entries or ():
@@ -118,6 +134,32 @@ def _weight(module: ref) -> nn.Parameter:
     weight = owner._parameters["weight"]
     assert weight is not None
     return weight
+
+
+def _within_step(closure, storages: list[GridStorage]):
+    """The closure, in which the weights that the optimizer is still moving are no foreign values."""
+
+    def evaluate():
+        with ExitStack() as stack:
+            for storage in storages:
+                stack.enter_context(storage.within_step())
+            return closure()
+
+    return evaluate
+
+
+def _is_no_step(optimizer: Optimizer) -> bool:
+    """Whether a step now moves nothing: every learning rate is 0 and no gradient has an element that is not."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if any(rate is None or (isinstance(rate, Tensor) and rate.is_cuda and _capturing()) or rate != 0 for rate in rates):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(grad.is_sparse or bool(grad.any()) for grad in grads)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be read back."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _claim(session: Session, optimizer: Optimizer) -> bool:
@@ -167,8 +209,7 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerHandle:
             handle.detach()
     layers = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
     for _, module in layers:
-        if module.__dict__[STATE].storage is not None:
-            module.__dict__[STATE].storage.declare(module._parameters["weight"])
+        module.__dict__[STATE].storage_of(module._parameters.get("weight"))
     return OptimizerHandle(optimizer, layers)
 
 
@@ -183,7 +224,7 @@ def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for modules in waiting.values():
-        if any(id(m._parameters["weight"]) in stepped for m in modules):
+        if any(id(m._parameters.get("weight")) in stepped for m in modules):
             layers = sorted(((m.__dict__[STATE].name, m) for m in modules), key=lambda pair: pair[0])
             OptimizerHandle(optimizer, layers)._before(optimizer, args, kwargs)
 

@@ -34,14 +34,16 @@ def quant_state(model: nn.Module) -> dict:
         "operands": {},
         "storage": {},
     }
-    for name, layer, _ in _layers(model):
+    for name, layer, module in _layers(model):
         for operand in layer.distinct():
             memory = {"window": operand.window, "pending": operand.pending}
             memory = {key: value for key, value in memory.items() if value is not None}
             if memory:
                 state["operands"].setdefault(name, {})[f"{operand.role}.{operand.gemm}"] = memory
-        if layer.storage is not None:
-            state["storage"][layer.storage.name] = {"scale": layer.storage.scale, "steps": layer.storage.steps}
+        weight = module._parameters.get("weight")
+        storage = layer.storage_of(weight)
+        if storage is not None:
+            state["storage"][storage.name] = {"scale": storage.grid_of(weight).scale, "steps": storage.steps}
     return state
 
 
@@ -49,6 +51,8 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
     """Set what `quant_state` returned; load the parameters first (or after: they are not touched).
 
     A recipe that has changed since (by `change_format`) is put on the model again, without rounding its weights anew.
+
+    Stored weights keep the state's scales if their values, now or once they are loaded, lie on those grids.
 
     Raises:
         RecipeError: the state belongs to a model with other layers.
@@ -73,13 +77,13 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
         for operand in layer.distinct():
             memory = memories.get(f"{operand.role}.{operand.gemm}", {})
             operand.window, operand.pending = memory.get("window"), memory.get("pending")
-        if layer.storage is not None:
-            kept = state["storage"].get(layer.storage.name)
+        weight = module._parameters.get("weight")
+        storage = layer.storage_of(weight)
+        if storage is not None:
+            kept = state["storage"].get(storage.name)
             if kept is None:
-                raise RecipeError(
-                    f"the state has no storage scale for {layer.storage.name!r}; it was not on a grid then"
-                )
-            layer.storage.restore(module._parameters["weight"], _tensor(kept["scale"]), int(kept["steps"]))
+                raise RecipeError(f"the state has no storage scale for {storage.name!r}; it was not on a grid then")
+            storage.state_grid(weight, _tensor(kept["scale"]), int(kept["steps"]))
     for session, clock in zip(sessions, state["clocks"], strict=True):
         session.seed = int(clock["seed"])
         session.set_clock(int(clock["step"]), int(clock["micro_batch"]))
