@@ -366,11 +366,8 @@ def _written(tensor: Tensor) -> _Written | None:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return (
-        a is b
-        or a.untyped_storage()._cdata == b.untyped_storage()._cdata
-        and (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
-    )
+    layouts = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()) for t in (a, b)]
+    return layouts[0] == layouts[1]
 
 
 def _without_transforms(tensor: Tensor) -> Tensor:
@@ -387,8 +384,7 @@ def _present_scale(weight: Tensor, number: int, axis: int) -> Tensor:
     if storage is None:
         raise RecipeError("compiled code outlived the grid storage of its layer; compile the model again")
     scale = storage.grid_of(weight).scale
-    assert isinstance(scale, Tensor)
-    return scale.to(_carrier(weight.dtype == torch.float64), copy=True)
+    return torch.as_tensor(scale).to(_carrier(weight.dtype == torch.float64), copy=True)
 
 
 @_present_scale.register_fake
