@@ -5,14 +5,19 @@ from altgrad.nn.model.change import change_format
 from altgrad.nn.model.convert import quantize_model, restore_model
 from altgrad.nn.model.manifest import Manifest
 from altgrad.nn.model.optimizer_hook import attach_optimizer
+from altgrad.nn.model.places import places
 from altgrad.nn.model.state import load_quant_state, quant_state
+from altgrad.nn.recipe.cells import Cell, Finder
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.recipe import Override, Recipe, uniform
 from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
 from altgrad.nn.session import full_precision, set_amax_reduction, set_observer, set_rank, set_seed, set_step
 from altgrad.nn.update_counts import UpdateCounts
 
+Finder.find = staticmethod(places)  # recipes, which know no layers, are told how a model's are found
+
 __all__ = [
+    "Cell",
     "GemmRecipe",
     "LayerRecipe",
     "Manifest",

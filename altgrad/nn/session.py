@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from altgrad.nn.recipe.recipe import Recipe
 
 STATE = "_altgrad"  # attribute of a quantized module that holds its LayerState
+REACH = "_altgrad_reach"  # attribute of every module that a recipe may quantize, whether it does now or not: its Reach
 
 
 def stream_base(*words: str) -> int:
@@ -93,15 +95,29 @@ class Session:
         self.set_clock(self.step + 1, 0)
 
 
+@dataclass(frozen=True)
+class Reach:
+    """A module that `quantize_model` was asked to quantize if its recipe says so.
+
+    Args:
+        session: of that call. name: qualified name in the model that was given to it.
+        positions: where it stands, as far as the call watched the model run; None: it did not.
+    """
+
+    session: Session
+    name: str
+    positions: frozenset[str] | None
+
+
 def sessions_of(model: nn.Module) -> list[Session]:
-    """The sessions of the quantized layers inside a model (also inside DDP or torch.compile wrappers).
+    """The sessions of a model that was quantized (also inside DDP or torch.compile wrappers).
 
     Raises:
-        RecipeError: the model has no quantized layer.
+        RecipeError: no layer of it was.
     """
     found: dict[int, Session] = {}
     for module in model.modules():
-        state = module.__dict__.get(STATE)
+        state = module.__dict__.get(STATE) or module.__dict__.get(REACH)
         if state is not None:
             found[id(state.session)] = state.session
     if not found:

@@ -276,6 +276,20 @@ class TestShift:
         with pytest.raises(ConfigError, match=r"shift.chain leads from E4M3.*grid storage in MXFP8"):
             tiny_trainer("enable_emergency_shift=true", "shift.chain={E4M3: MXFP8}", formats=grid)
 
+    def test_a_chain_that_does_not_fit_the_model_is_refused_at_the_start(self):
+        with pytest.raises(ConfigError, match=r"E4M3 to E4M3/24.*this model cannot take.*not a multiple"):
+            tiny_trainer("enable_emergency_shift=true", "shift.chain={E4M3: E4M3/24}", formats="E4M3")
+
+    def test_a_recipe_by_position_shifts(self):
+        formats = {"default": None, "overrides": [{"position": "after_norm", "recipe": "E3M4"}]}
+        config = tiny_config("enable_emergency_shift=true", formats=formats)
+        trainer = Trainer(config, data_dir=tiny_corpus(), loss=poisoned_at(2, 3, 4))
+        records = train(trainer, 5)
+        assert [e["to_format"] for r in records for e in r.events if e["event"] == "shift"] == [
+            "FP32; position='after_norm': E5M2"
+        ]
+        assert records[-1].finite
+
 
 class TestClip:
     def test_a_recipe_clips_at_its_narrowest_range(self):

@@ -76,10 +76,21 @@ class LayerState:
         self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
-        """Replace the recipe; random keys and histories of the old operands are dropped."""
+        """Replace the recipe. Operands whose entry stays keep their scale history, a grid that stays keeps its scale."""
+        before = {**self.operands, ("norm", "weight"): self.norm}
+        storage = self.storage
+        self.leave_session()
+        self.set_recipe(recipe)
+        for place, operand in (*self.operands.items(), (("norm", "weight"), self.norm)):
+            if operand.spec == before[place].spec and operand.window is None and operand.pending is None:
+                operand.window, operand.pending = before[place].window, before[place].pending
+        if storage is not None and recipe.storage == storage.spec:
+            self.set_storage(storage)
+
+    def leave_session(self) -> None:
+        """Have the clock forget this layer's operands: their keys and histories end here."""
         dropped = {id(operand) for operand in self.distinct()}
         self.session.operands[:] = [o for o in self.session.operands if id(o) not in dropped]
-        self.set_recipe(recipe)
 
     def set_storage(self, storage: GridStorage | None) -> None:
         """Say which grid the weight lies on; operands with storage scaling take its scale."""

@@ -1,72 +1,144 @@
-"""Change the formats of a quantized model while it trains: the emergency shift, from the next step on."""
+"""Change the formats of a quantized model while it trains: an emergency shift, or another recipe for a replay.
+
+Any layer goes to and from full precision, any weight to and from its grid. Parameters keep their identity, so optimizers
+keep their state, and what the new recipe leaves alone keeps every bit: values, grid scales, scale histories.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import nn
 
 from altgrad.errors import RecipeError
-from altgrad.nn.layer.classes import is_quantized
-from altgrad.nn.layer.registry import kind_of
-from altgrad.nn.model.convert import store_on_grid
-from altgrad.nn.model.optimizer_hook import watch_optimizers
+from altgrad.nn.layer.classes import is_quantized, swap, swap_back
+from altgrad.nn.layer.registry import LayerKind, kind_of
+from altgrad.nn.model.convert import close_fast_paths, leave_grid, left_unquantized, store_on_grid
+from altgrad.nn.model.optimizer_hook import follow_layers, watch_optimizers
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.nn.recipe.reformat import reformat, reformat_layer
 from altgrad.nn.recipe.spec import LayerRecipe
-from altgrad.nn.session import STATE, sessions_of
+from altgrad.nn.session import REACH, STATE, Session, sessions_of
 from altgrad.quantization import FloatFormat, get_format
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What one module becomes: `now` and `then` are None where it is in full precision."""
+
+    module: nn.Module
+    kind: LayerKind
+    session: Session
+    name: str
+    now: LayerRecipe | None
+    then: LayerRecipe | None
 
 
 def change_format(
     model: nn.Module, new: FloatFormat | str | LayerRecipe | Recipe, *, old: str | None = None, regrid: bool = True
 ) -> int:
-    """Put another format or recipe on an already quantized model; call it between steps.
+    """Put another format or recipe on a quantized model; call it between steps.
 
     Args:
         new: a format: every quantized operand and every grid takes it, and keeps its rounding, overflow policy and
-            scaling; or a whole recipe, which must quantize the same layers.
+            scaling; or a whole recipe, for every layer that the call of `quantize_model` could have quantized.
         old: with a format: only entries in this format change.
-        regrid: round grid weights to the new grid, under a fresh scale. False only when the weights are about to be
-            loaded, as `load_quant_state` does.
+        regrid: round weights to a new grid, under a fresh scale. False only when the weights are about to be loaded, as
+            `load_quant_state` does.
 
     Returns:
-        Number of parameters that were put on a new grid. Scale histories start anew where a format changed.
+        Number of parameters that were put on a new grid. Scale histories start anew where an entry changed.
 
     Raises:
         RecipeError: the model is not quantized, or the new format does not fit a layer (nothing is changed then).
     """
+    recipes, changes = _planned(model, new, old)
+    for session, recipe in zip(sessions_of(model), recipes, strict=True):
+        session.recipe = recipe
+    differing = [change for change in changes if change.now != change.then]
+    regridded = []
+    for change in differing:
+        stored = change.now.storage if change.now is not None else None
+        _apply(change)
+        if change.then is not None and change.then.storage != stored:
+            regridded.append(change.module.__dict__[STATE])
+    if differing:
+        close_fast_paths(model)
+        follow_layers(model)
+    if any(change.then is not None and change.then.needs_steps for change in differing):
+        watch_optimizers()
+    return store_on_grid(model, snap=regrid, only=regridded)
+
+
+def check_change(model: nn.Module, new: FloatFormat | str | LayerRecipe | Recipe) -> None:
+    """Refuse now what `change_format` would refuse; nothing is changed.
+
+    Raises:
+        RecipeError: as `change_format`.
+    """
+    _planned(model, new, None)
+
+
+def _planned(
+    model: nn.Module, new: FloatFormat | str | LayerRecipe | Recipe, old: str | None
+) -> tuple[list[Recipe | None], list[_Change]]:
+    """The new recipe of each session, and what becomes of each module; all of it checked."""
     sessions = sessions_of(model)
-    layers = [(module, module.__dict__[STATE]) for module in model.modules() if is_quantized(module)]
+    reached = [
+        (module, _place(module)) for module in model.modules() if REACH in module.__dict__ or is_quantized(module)
+    ]
     if isinstance(new, (Recipe, LayerRecipe)):
         recipe = new if isinstance(new, Recipe) else Recipe(new)
-        if recipe.needs_positions:
-            raise RecipeError("a recipe with overrides by position cannot replace another; quantize_model again")
-        recipes = [recipe for _ in sessions]
-        made = [recipe.for_layer(state.name, module._base.__name__) for module, state in layers]
-        if any(one is None for one in made):
-            name = layers[made.index(None)][1].name
-            raise RecipeError(f"the new recipe leaves {name!r} unquantized; restore_model and quantize_model instead")
+        recipes: list[Recipe | None] = [recipe for _ in sessions]
     else:
-        fmt = get_format(new)
-        was = None if old is None else get_format(old).name
+        fmt, was, recipe = get_format(new), None if old is None else get_format(old).name, None
 
         def successor(name: str) -> str | None:
             return fmt.name if was in (None, name) else None
 
         recipes = [None if s.recipe is None else reformat(s.recipe, successor) for s in sessions]
-        made = [reformat_layer(state.recipe, successor) for _, state in layers]
-    for (module, state), recipe in zip(layers, made, strict=True):
-        kind = kind_of(module._base)
+    changes = []
+    for module, (session, name, positions) in reached:
+        kind = kind_of(type(module))
         assert kind is not None
-        assert recipe is not None
-        check_layer(state.name, module, kind, recipe)
-    check_ties(model, {state.name: one for (_, state), one in zip(layers, made, strict=True) if one is not None})
-    for session, recipe in zip(sessions, recipes, strict=True):
-        session.recipe = recipe
-    changed = [state for (_, state), recipe in zip(layers, made, strict=True) if recipe != state.recipe]
-    for (_, state), recipe in zip(layers, made, strict=True):
-        if recipe != state.recipe:
-            state.change_recipe(recipe)
-    if any(state.recipe.needs_steps for state in changed):
-        watch_optimizers()
-    return store_on_grid(model, snap=regrid, only=changed)
+        now = module.__dict__[STATE].recipe if is_quantized(module) else None
+        if recipe is None:
+            then = None if now is None else reformat_layer(now, successor)
+        else:
+            if recipe.needs_positions and positions is None:
+                raise RecipeError(
+                    "the recipe has overrides by position, and the model was quantized without watching it run; "
+                    "restore_model, then quantize_model(model, recipe, example=...)"
+                )
+            then = recipe.for_layer(name, getattr(module, "_base", type(module)).__name__, positions or frozenset())
+        changes.append(_Change(module, kind, session, name, now, None if left_unquantized(kind, then) else then))
+    for change in changes:
+        if change.then is not None:
+            check_layer(change.name, change.module, change.kind, change.then)
+    check_ties(model, {change.name: change.then for change in changes if change.then is not None})
+    return recipes, changes
+
+
+def _place(module: nn.Module) -> tuple[Session, str, frozenset[str] | None]:
+    reach = module.__dict__.get(REACH)
+    if reach is not None:
+        return reach.session, reach.name, reach.positions
+    state = module.__dict__[STATE]
+    return state.session, state.name, None
+
+
+def _apply(change: _Change) -> None:
+    module, then = change.module, change.then
+    if change.now is None:
+        assert then is not None
+        swap(module, then, change.session, change.name, change.kind)
+        return
+    if change.now.storage is not None and (then is None or then.storage is None):
+        leave_grid(module)
+    state = module.__dict__[STATE]
+    if then is None:
+        state.leave_session()
+        swap_back(module)
+    else:
+        state.change_recipe(then)

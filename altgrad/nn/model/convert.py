@@ -20,7 +20,7 @@ from altgrad.nn.model.probe import Traced, read_source, trace
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
 from altgrad.nn.recipe.recipe import Recipe, name_matches
 from altgrad.nn.recipe.spec import LayerRecipe
-from altgrad.nn.session import STATE, Session
+from altgrad.nn.session import REACH, STATE, Reach, Session
 from altgrad.nn.storage import GridStorage
 
 _FAST_PATH = "_altgrad_fast_path"  # what an encoder layer's `activation_relu_or_gelu` was
@@ -65,12 +65,16 @@ def quantize_model(
 
     plan: dict[str, tuple[nn.Module, LayerRecipe, LayerKind]] = {}
     skipped: dict[str, str] = {}
+    reach: list[tuple[str, nn.Module]] = []
     opaque = _opaque_owners(modules)
     for name, module in modules.items():
         kind = kind_of(type(module))
         class_name = getattr(module, "_base", type(module)).__name__
         chosen = recipe.for_layer(name, class_name, positions.get(name, frozenset())) if kind else None
-        reason = _reason_to_skip(name, module, kind, chosen, included, excluded, opaque)
+        reason = _out_of_reach(name, module, kind, included, excluded, opaque)
+        if reason is None:
+            reach.append((name, module))
+            reason = left_unquantized(kind, chosen)  # type: ignore[arg-type]
         if reason is None:
             assert chosen is not None
             assert kind is not None
@@ -84,12 +88,14 @@ def quantize_model(
 
     session = Session(seed)
     session.recipe = recipe
+    for name, module in reach:
+        module.__dict__[REACH] = Reach(session, name, None if example is None else positions.get(name, frozenset()))
     swapped = {}
     for name, (module, chosen, kind) in plan.items():
         base = type(module).__name__
         swap(module, chosen, session, name, kind)
         swapped[name] = Swapped(base, chosen, shown_recipe(module))
-    _close_fast_paths(model)
+    close_fast_paths(model)
     store_on_grid(model, keep_original=True)
     if any(one.needs_steps for _, one, _ in plan.values()):
         watch_optimizers()
@@ -106,14 +112,21 @@ def restore_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if _FAST_PATH in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
+        module.__dict__.pop(REACH, None)
         if not is_quantized(module):
             continue
-        weight = module._parameters.get("weight")
-        storage = module.__dict__[STATE].storage_of(weight)
-        if storage is not None:
-            storage.release(weight)
+        leave_grid(module)
         swap_back(module)
     return model
+
+
+def leave_grid(module: nn.Module) -> None:
+    """Make a quantized layer's stored weight a plain one, with its present values (before the first step: the original
+    ones)."""
+    weight = module._parameters.get("weight")
+    storage = module.__dict__[STATE].storage_of(weight)
+    if storage is not None:
+        storage.release(weight)
 
 
 def store_on_grid(
@@ -147,7 +160,7 @@ def store_on_grid(
     return len(stores)
 
 
-def _close_fast_paths(model: nn.Module) -> None:
+def close_fast_paths(model: nn.Module) -> None:
     """Keep `nn.TransformerEncoderLayer` from reading its layers' weights in evaluation: it then calls the layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(is_quantized(m) for m in module.modules()):
@@ -193,8 +206,18 @@ def _opaque_owners(modules: dict[str, nn.Module]) -> dict[str, str]:
     return opaque
 
 
-def _reason_to_skip(name, module, kind, chosen, included, excluded, opaque) -> str | None:
-    """Why a module is skipped; None to swap it; "" for a container, which is not worth a line."""
+def out_of_reach(model: nn.Module) -> list[tuple[str, nn.Module, str | None]]:
+    """(name, module, why no recipe can quantize it; None if one can) of every module."""
+    modules = dict(model.named_modules())
+    opaque = _opaque_owners(modules)
+    return [
+        (name, module, _out_of_reach(name, module, kind_of(type(module)), {}, {}, opaque))
+        for name, module in modules.items()
+    ]
+
+
+def _out_of_reach(name, module, kind, included, excluded, opaque) -> str | None:
+    """Why no recipe can quantize a module; None if one can; "" for a container, which is not worth a line."""
     if kind is None:
         ancestor = overrides_forward(type(module))
         if ancestor is not None:
@@ -212,16 +235,22 @@ def _reason_to_skip(name, module, kind, chosen, included, excluded, opaque) -> s
             f"two recipes claim layer {name!r}: it is quantized as {module.__dict__[STATE].recipe} already; "
             "restore_model first, or leave it out by include or exclude"
         )
+    if kind.kind == "norm" and getattr(module, "weight", None) is None:
+        return "has no weight"
+    if kind.kind == "embedding" and getattr(module, "max_norm", None) is not None:
+        return "its max_norm rewrites the weight in the forward"
+    return None
+
+
+def left_unquantized(kind: LayerKind, chosen: LayerRecipe | None) -> str | None:
+    """Why a layer with that recipe stays unquantized; None if it does not."""
     if chosen is None:
         return "left unquantized by the recipe"
     if kind.kind == "norm":
-        if chosen.norm_weight.format is None:
-            return "norm weights stay unquantized in this recipe"
-        return None if getattr(module, "weight", None) is not None else "has no weight"
+        return "norm weights stay unquantized in this recipe" if chosen.norm_weight.format is None else None
     if kind.kind == "embedding":
-        if getattr(module, "max_norm", None) is not None:
-            return "its max_norm rewrites the weight in the forward"
-        if chosen.forward.weight.format is None and chosen.storage is None:
+        weight = chosen.forward.weight
+        if (weight is None or weight.format is None) and chosen.storage is None:
             return "its weight stays unquantized in this recipe"
         return None
     return None if chosen.quantizes_products else "left unquantized by the recipe"

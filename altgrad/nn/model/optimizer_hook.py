@@ -46,6 +46,10 @@ class OptimizerHandle:
         """Whether this handle serves the layers of that session."""
         return any(session is own for own in self._sessions)
 
+    def follow(self, layers: list[tuple[str, nn.Module]]) -> None:
+        """Serve these layers from the next step on."""
+        self._layers = [(name, ref(module)) for name, module in layers]
+
     def detach(self) -> None:
         """Remove the hooks; stored weights stay where they are."""
         for hook in self._hooks:
@@ -211,6 +215,16 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerHandle:
     for _, module in layers:
         module.__dict__[STATE].storage_of(module._parameters.get("weight"))
     return OptimizerHandle(optimizer, layers)
+
+
+def follow_layers(model: nn.Module) -> None:
+    """Have the handles that serve a model's sessions look at the layers that are quantized now."""
+    sessions = sessions_of(model)
+    layers = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
+    for handle in (handle for handles in _HANDLES.values() for handle in handles):
+        if any(handle.covers(session) for session in sessions):
+            own = [(name, module) for name, module in layers if handle.covers(module.__dict__[STATE].session)]
+            handle.follow(own)
 
 
 def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:

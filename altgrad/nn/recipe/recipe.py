@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase, translate
 from pathlib import Path
 
 import yaml
+from torch import nn
 
 from altgrad.errors import RecipeError
 from altgrad.formats.scalar import FloatFormat
+from altgrad.nn.recipe.cells import Cell, Finder, Place, cells_of, changed_layer, own_cells
 from altgrad.nn.recipe.layer_config import check_keys, layer_from_dict, layer_to_dict, plain_fields
 from altgrad.nn.recipe.layer_recipe import layer_recipe
-from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec
+from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec, StorageSpec
 from altgrad.nn.recipe.text import layer_text, parse_layer, split_recipe
 
 
@@ -66,6 +70,21 @@ def name_matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
+def _exactly(name: str) -> str:
+    """A pattern that matches this name and no other."""
+    plain = not any(c in name for c in "*?[") and not name.startswith("re:")
+    return name if plain else f"re:{re.escape(name)}"
+
+
+def _without(override: Override, name: str) -> Override:
+    """The override, no longer for the layer of that name."""
+    if override.name is not None and not name_matches(override.name, name):
+        return override
+    pattern = override.name or "*"
+    regex = pattern[3:] if pattern.startswith("re:") else translate(pattern)
+    return replace(override, name=f"re:(?!{re.escape(name)}$)(?:{regex})")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The recipe of every layer of a model: a default (None: unquantized) and overrides, at most one for each layer."""
@@ -104,6 +123,93 @@ class Recipe:
     def layer_recipes(self) -> tuple[LayerRecipe, ...]:
         """The default and the overrides' recipes, without None."""
         return tuple(r for r in (self.default, *(o.recipe for o in self.overrides)) if r is not None)
+
+    def cells(self, model: nn.Module) -> dict[Cell, OperandSpec | StorageSpec]:
+        """Every place of the model that this recipe quantizes, with its spec, in the model's order.
+
+        Raises:
+            RecipeError: the recipe asks for positions, and `quantize_model` has not watched the model run.
+        """
+        return cells_of([(place, self._of_place(place)) for place in Finder.find(model)])
+
+    def with_cell(self, layer: str, gemm: str, role: str, spec: object, model: nn.Module | None = None) -> Recipe:
+        """This recipe with another spec in one cell.
+
+        Args:
+            spec: an OperandSpec, a format's name, or None for full precision; for storage a StorageSpec or None.
+            model: needed where overrides go by type or position.
+
+        Raises:
+            RecipeError: there is no such cell, or the layer's recipe would contradict itself.
+        """
+        return self._changed({Cell(layer, gemm, role): spec}, model)
+
+    def only(self, cells: Iterable[Cell | str], model: nn.Module | None = None) -> Recipe:
+        """These cells as they are, everything else in full precision; `model` as for `with_cell`.
+
+        Raises:
+            RecipeError: a cell that this recipe does not quantize.
+        """
+        kept = self._known(cells, model)
+        made = {}
+        for name in dict.fromkeys(cell.layer for cell in kept):
+            layer = self._of_name(name, model)
+            made[name] = changed_layer(
+                layer, dict.fromkeys(cell for cell in own_cells(name, layer) if cell not in kept)
+            )
+        return Recipe(None, tuple(Override(one, name=_exactly(name)) for name, one in made.items()))
+
+    def rescue(self, cells: Iterable[Cell | str], model: nn.Module | None = None) -> Recipe:
+        """These cells in full precision (stored weights as float32), everything else as it is; `model` as for `with_cell`.
+
+        Raises:
+            RecipeError: a cell that this recipe does not quantize.
+        """
+        return self._changed(dict.fromkeys(self._known(cells, model)), model)
+
+    def _changed(self, changes: Mapping[Cell, object], model: nn.Module | None) -> Recipe:
+        """An override of its own for each layer concerned; overrides that claimed it so far no longer do."""
+        by_layer: dict[str, dict[Cell, object]] = {}
+        for cell, spec in changes.items():
+            by_layer.setdefault(cell.layer, {})[cell] = spec
+        overrides = list(self.overrides)
+        for name, own in by_layer.items():
+            was = self._of_name(name, model)
+            now = changed_layer(was, own)
+            if now == was:
+                continue
+            exact = Override(now, name=_exactly(name))
+            kept = [_without(o, name) for o in overrides if o.condition != exact.condition]
+            overrides = [*kept, *([] if now == self.default else [exact])]
+        return Recipe(self.default, tuple(overrides))
+
+    def _known(self, cells: Iterable[Cell | str], model: nn.Module | None) -> dict[Cell, None]:
+        """The cells in the order given, each once; all of them quantized by this recipe."""
+        wanted = dict.fromkeys(Cell.parse(cell) if isinstance(cell, str) else cell for cell in cells)
+        for name in {cell.layer for cell in wanted}:
+            there = own_cells(name, self._of_name(name, model))
+            missing = [cell for cell in wanted if cell.layer == name and cell not in there]
+            if missing:
+                shown = ", ".join(map(str, there)) or "none: it is in full precision"
+                raise RecipeError(f"{missing[0]} is not quantized by this recipe; the layer's cells are {shown}")
+        return wanted
+
+    def _of_name(self, name: str, model: nn.Module | None) -> LayerRecipe | None:
+        """What a layer has by this recipe."""
+        if model is not None:
+            places = {place.name: place for place in Finder.find(model)}
+            if name not in places:
+                close = ", ".join(get_close_matches(name, list(places), n=3, cutoff=0.3)) or "none like it"
+                raise RecipeError(f"the model has no layer {name!r} that a recipe can quantize; it has {close}")
+            return self._of_place(places[name])
+        if any(o.type is not None or o.position is not None for o in self.overrides):
+            raise RecipeError(f"what layer {name!r} has depends on its type or position; pass the model, too")
+        return self.for_layer(name, "")
+
+    def _of_place(self, place: Place) -> LayerRecipe | None:
+        if self.needs_positions and place.positions is None:
+            raise RecipeError("the recipe asks for positions; quantize_model(model, recipe, example=...) first")
+        return self.for_layer(place.name, place.type_name, place.positions or frozenset())
 
     def operands(self) -> list[OperandSpec]:
         """Every quantized operand of every layer recipe, norm weights included."""

@@ -68,6 +68,13 @@ class Interventions:
             raise ConfigError(f"{self._links(recipe)}, which this run cannot take: {error}") from None
         if target is not None and not target.quantizes:
             raise ConfigError(f"{self._links(recipe)}, which is no quantization; end it with null")
+        if target is not None:
+            from altgrad.nn.model.change import check_change
+
+            try:
+                check_change(self.model, target)
+            except AltGradError as error:
+                raise ConfigError(f"{self._links(recipe)}, which this model cannot take: {error}") from None
         return target
 
     def _links(self, recipe: Recipe | None) -> str:
