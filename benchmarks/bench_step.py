@@ -121,8 +121,9 @@ GROUPS = (
 def labelled():
     """Give the numerics' calls names in the profile."""
     from altgrad.nn.layer import operand
+    from altgrad.quantization import Cast
 
-    ops, found = operand.ops, {}
+    found = {"__call__": Cast.__call__, "decode": Cast.decode}
 
     def named(function, label):
         def call(*args, **kwargs):
@@ -131,16 +132,15 @@ def labelled():
 
         return call
 
-    for name in ("quantize", "quantize_and_encode", "encode", "decode"):
-        found[name] = getattr(ops, name)
-        setattr(ops, name, named(found[name], f"altgrad: {'decode' if name == 'decode' else 'quantize'}"))
+    for name, function in found.items():
+        setattr(Cast, name, named(function, f"altgrad: {'decode' if name == 'decode' else 'quantize'}"))
     amax, operand.amax = operand.amax, named(operand.amax, "altgrad: amax")
     try:
         yield
     finally:
         operand.amax = amax
         for name, function in found.items():
-            setattr(ops, name, function)
+            setattr(Cast, name, function)
 
 
 def profile_table(step: Callable[[], None]) -> list[tuple[str, float]]:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import OptionError
-from altgrad.formats.rounding import Rounding
 from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.grid import position, spacing, value_at
 from altgrad.optim.kernels import fused
 from altgrad.quantization import quantize
-from altgrad.quantization.checks import check_key
+from altgrad.quantization.checks import as_key
 from altgrad.randomness.counter import random_bits as draw_bits
 from altgrad.randomness.streams import step_key
 
@@ -214,7 +213,7 @@ class GridOptim(GridOptimizer):
         if decay:
             target = target - decay * slot.weight.double() / spacing(slot.weight, slot.grid).double()
         if group["rounding"] == "stochastic":
-            key = check_key(Rounding.STOCHASTIC, step_key(group["seed"], slot.index, slot.step, "weight"), RANDOM_BITS)
+            key = as_key(step_key(group["seed"], slot.index, slot.step, "weight"))
             assert key is not None
             below = target.floor()
             drawn = draw_bits(key, target.numel(), RANDOM_BITS).view(target.shape).to(target.device)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import FormatError
-from altgrad.formats.rounding import Rounding
 from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.kernels import fused
-from altgrad.quantization.checks import check_key
+from altgrad.quantization.checks import as_key
 from altgrad.randomness.counter import random_bits as draw_bits
 from altgrad.randomness.streams import step_key
 
@@ -176,7 +175,7 @@ class LNSMadam(Madam):
             return aim
         if group["rounding"] == "nearest_even":
             return aim.round()
-        key = check_key(Rounding.STOCHASTIC, step_key(group["seed"], slot.index, slot.step, "weight"), 32)
+        key = as_key(step_key(group["seed"], slot.index, slot.step, "weight"))
         assert key is not None
         below = aim.floor()
         drawn = draw_bits(key, aim.numel(), 32).view(aim.shape).to(aim.device)

@@ -19,6 +19,7 @@ from altgrad.formats.scalar_rows import (
     FP32,
     TF32,
 )
+from altgrad.quantization import operators as operators  # registers them
 from altgrad.quantization.advanced_diagnostics import (
     compute_stiffness_field,
     compute_ulp_distance,
@@ -29,10 +30,11 @@ from altgrad.quantization.advanced_diagnostics import (
     grid_spacing,
     ulp_statistics,
 )
-from altgrad.quantization.blocks import QuantizedTensor, block_scales
+from altgrad.quantization.cast import Cast
 from altgrad.quantization.codec import code_index, from_code_index
 from altgrad.quantization.observer import Observer
 from altgrad.quantization.ops import (
+    block_scales,
     decode,
     encode,
     encode_with_stats,
@@ -40,6 +42,7 @@ from altgrad.quantization.ops import (
     quantize,
     quantize_with_stats,
 )
+from altgrad.quantization.quantized import Quantized, QuantizedTensor, Want
 from altgrad.quantization.scaling import (
     CurrentScaling,
     DelayedScaling,
@@ -72,6 +75,7 @@ __all__ = [
     "NUMERICS_VERSION",
     "TF32",
     "BlockFormat",
+    "Cast",
     "CurrentScaling",
     "DelayedScaling",
     "EmergencyMantissaShift",
@@ -82,11 +86,13 @@ __all__ = [
     "Overflow",
     "PartitionRelativeClipper",
     "QuantStats",
+    "Quantized",
     "QuantizedTensor",
     "Rounding",
     "ScaleRule",
     "Specials",
     "StaticScaling",
+    "Want",
     "amax",
     "amax_scale",
     "block_format",

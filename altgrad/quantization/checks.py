@@ -1,15 +1,21 @@
-"""Checks of what a person passes to the quantization functions; each error gives value, limit and remedy."""
+"""Checks of what a person passes to the quantization functions; each error gives value, limit and remedy.
+
+`check_call` is the gate that every call passes, eager and traced (`cast.Cast` is the one that calls it): scale, key and
+`out` are judged there and nowhere else. What holds for a cast whatever the tensor is judged once, when its plan is made.
+"""
 
 from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from altgrad.errors import CodeError, DtypeError, RandomKeyError, ScaleError
-from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.errors import CodeError, DtypeError, OptionError, RandomKeyError, ScaleError
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM
 
@@ -37,6 +43,22 @@ def check_dtype(dtype: torch.dtype, fmt: FloatFormat) -> None:
             )
 
 
+def check_block_dtype(dtype: torch.dtype, fmt: BlockFormat) -> None:
+    """Refuse dtypes that are not floating, or have fewer mantissa bits than the elements; scales give the range.
+
+    Raises:
+        DtypeError: with the dtype and what to cast to.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise DtypeError(f"tensor of dtype {dtype}; quantization takes float32, float64, bfloat16 or float16: cast it")
+    mantissa = _NARROW[dtype][0] if dtype in _NARROW else 23
+    if fmt.element.mantissa_bits > mantissa:
+        raise DtypeError(
+            f"{dtype} has {mantissa} mantissa bits, {fmt.element} needs {fmt.element.mantissa_bits}; "
+            "cast the tensor to float32"
+        )
+
+
 def traced(x: Tensor) -> bool:
     """Whether x must go through a torch operator: it is being compiled, is no plain tensor, or a mode is watching."""
     if torch.compiler.is_compiling():
@@ -57,16 +79,20 @@ def _as_float32(number: float) -> float:
         return math.inf
 
 
-def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype | None = None) -> Tensor | float:
-    """The scale as the kernels take it: a float, or a tensor of x's (or `dtype`'s) compute dtype on x's device.
+def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """The scale as the kernels take it: a float, or a tensor of the compute dtype of `dtype`, on x's device.
 
     Values of a tensor on a GPU are not read (that would wait for the device); a bad one yields NaN there.
 
     Raises:
         ScaleError: not positive, not finite, or not broadcastable to x.
     """
-    wide = (dtype or x.dtype) == torch.float64
-    return _scale_tensor(x, scale, wide) if isinstance(scale, Tensor) else _scale_number(float(scale), wide)
+    wide = dtype == torch.float64
+    if isinstance(scale, Tensor):
+        return _scale_tensor(x, scale, wide)
+    if torch.compiler.is_compiling():  # the operator checks the number when it runs
+        return scale
+    return _scale_number(float(scale), wide)
 
 
 def _scale_number(scale: float, wide: bool) -> float:
@@ -96,32 +122,112 @@ def _scale_tensor(x: Tensor, scale: Tensor, wide: bool) -> Tensor:
     return tensor
 
 
-def check_key(rounding: Rounding | str, key, random_bits: int) -> Tensor | None:
-    """The key as an int64 tensor of shape [2], or None where the rounding draws nothing.
+def check_call(
+    x: Tensor,
+    scale: Tensor | float | None,
+    key: tuple[int, int] | Tensor | None,
+    out: Tensor | None,
+    draws: bool,
+    upper: bool | None,
+    dtype: torch.dtype | None,
+    decodes: bool = False,
+) -> tuple[Any, Any]:
+    """The gate of every call, eager and traced: (scale, key) as kernels and operators take them.
+
+    Args:
+        x: the tensor, or its codes where the call `decodes`.
+        draws: whether the rounding is stochastic.
+        upper: None for scalar formats, else whether one scale of the tensor lies above the blocks' scales.
+        dtype: of the values that the call returns; None where it returns none.
 
     Raises:
-        RandomKeyError: stochastic rounding without a (seed, stream) key, a malformed key, or `random_bits` not in 1..32.
+        ScaleError, RandomKeyError, DtypeError, OptionError: with value, limit and remedy.
     """
-    if rounding != Rounding.STOCHASTIC:
+    if upper is None:
+        if type(scale) is not float or scale != 1.0:
+            scale = check_scale(x, scale, dtype if decodes else x.dtype)
+    elif not decodes:
+        scale = check_upper_scale(x, scale, upper)
+    if out is not None:
+        check_out(x, out, dtype)
+    return scale, check_key(x, key) if draws else None
+
+
+def check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None) -> None:
+    """Refuse an `out` that is not of the shape and dtype of the values.
+
+    Raises:
+        OptionError: the call returns no values. DtypeError: another shape or dtype.
+    """
+    if dtype is None:
+        raise OptionError("out takes the values, and this call returns none; leave out away")
+    if out.shape != x.shape or out.dtype != dtype:
+        raise DtypeError(f"out is {out.dtype} {list(out.shape)}; it must be x's {dtype} {list(x.shape)}")
+
+
+def check_upper_scale(x: Tensor, scale: Any, two_levels: bool) -> Tensor | None:
+    """The upper scale of a two-level format, 0-d float32, or None where none is given (by None or 1.0).
+
+    Raises:
+        ScaleError: the format has no upper scale, or it is not one positive number.
+    """
+    if scale is None or (not isinstance(scale, Tensor) and scale == 1.0):
         return None
-    if isinstance(key, Tensor):
-        _check_draw(key, random_bits)
+    if not two_levels:
+        raise ScaleError("a block format takes its scales from its blocks, but a scale was given; leave scale at 1.0")
+    number = scale if isinstance(scale, Tensor) else torch.full((), float(scale), dtype=torch.float64)
+    if number.numel() != 1:
+        raise ScaleError(
+            f"a two-level format takes one scale per tensor, not {number.numel()}; pass a number or leave it out"
+        )
+    checked = check_scale(x, torch.reshape(number, ()), x.dtype)
+    return torch.as_tensor(checked, dtype=torch.float32, device=x.device)
+
+
+def as_scale(scale: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The scale as a tensor of the compute dtype, as operators take it."""
+    if isinstance(scale, Tensor):
+        return scale
+    return torch.full((), scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+
+
+def as_key(key: tuple[int, int] | Tensor | None) -> Tensor | None:
+    """The key as an int64 tensor of shape [2], as operators take it.
+
+    Raises:
+        RandomKeyError: as `key_words`.
+    """
+    return key if key is None or isinstance(key, Tensor) else torch.tensor(key_words(key), dtype=torch.int64)
+
+
+def check_key(x: Tensor, key: Any) -> tuple[int, int] | Tensor:
+    """The key as kernels take it: two signed 64-bit integers, or a tensor where reading it would wait for a device.
+
+    Raises:
+        RandomKeyError: no key, or a malformed one.
+    """
+    if key is None:
+        raise RandomKeyError(
+            'stochastic rounding needs key=(seed, stream), two integers; or use rounding="nearest_even"'
+        )
+    if not isinstance(key, Tensor):
+        return key_words(key)
+    if key.dtype != torch.int64 or key.shape != (2,):
+        raise RandomKeyError(
+            f"key tensor is {key.dtype} of shape {list(key.shape)}; pass int64 of shape [2]: seed, stream"
+        )
+    if traced(x) or not (key.device.type == "cpu" or x.device.type == "cpu"):
         return key
-    return torch.tensor(key_words(Rounding.STOCHASTIC, key, random_bits), dtype=torch.int64)
+    seed, stream = key.tolist()
+    return seed, stream
 
 
-def key_words(rounding: Rounding, key, random_bits: int) -> tuple[int, int] | None:
-    """The key as two signed 64-bit integers, or None where the rounding draws nothing.
+def key_words(key: tuple[int, int]) -> tuple[int, int]:
+    """(seed, stream) as two signed 64-bit integers.
 
     Raises:
-        RandomKeyError: as `check_key`.
+        RandomKeyError: not two integers of 64 bits.
     """
-    if rounding is not Rounding.STOCHASTIC:
-        return None
-    _check_draw(key, random_bits)
-    if isinstance(key, Tensor):
-        seed, stream = key.tolist()
-        return seed, stream
     try:
         seed, stream = (int(word) for word in key)
     except (TypeError, ValueError):
@@ -130,19 +236,6 @@ def key_words(rounding: Rounding, key, random_bits: int) -> tuple[int, int] | No
         if not -(2**63) <= word < 2**64:
             raise RandomKeyError(f"{name} {word} does not fit 64 bits")
     return seed - 2**64 if seed >= 2**63 else seed, stream - 2**64 if stream >= 2**63 else stream
-
-
-def _check_draw(key, random_bits: int) -> None:
-    if not 1 <= random_bits <= 32:
-        raise RandomKeyError(f"random_bits {random_bits} is outside 1..32")
-    if key is None:
-        raise RandomKeyError(
-            'stochastic rounding needs key=(seed, stream), two integers; or use rounding="nearest_even"'
-        )
-    if isinstance(key, Tensor) and (key.dtype != torch.int64 or key.shape != (2,)):
-        raise RandomKeyError(
-            f"key tensor is {key.dtype} of shape {list(key.shape)}; pass int64 of shape [2]: seed, stream"
-        )
 
 
 def check_encodable(fmt: FloatFormat, overflow: Overflow) -> None:
@@ -157,7 +250,7 @@ def check_encodable(fmt: FloatFormat, overflow: Overflow) -> None:
         )
 
 
-def check_problems(problems: int | Tensor, fmt: FloatFormat) -> None:
+def check_problems(problems: int | Tensor, fmt: FloatFormat | BlockFormat) -> None:
     """Refuse the codes of a pass that met a value without one.
 
     Raises:

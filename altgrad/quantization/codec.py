@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import CodeError
+from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat, Specials
 
 
@@ -53,6 +54,19 @@ def value_table(fmt: FloatFormat) -> np.ndarray:
 def value_tensor(fmt: FloatFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`value_table` as a tensor; shared, not to be written."""
     return torch.from_numpy(value_table(fmt).copy()).to(dtype).to(device)
+
+
+def stored_scale_dtype(fmt: BlockFormat) -> torch.dtype:
+    """What a block format's scales are stored in: float32, or codes of the scale format."""
+    return torch.float32 if fmt.has_float_scale else code_dtype(fmt.scale_format)
+
+
+def scale_values(stored: Tensor, fmt: BlockFormat, upper: Tensor | None) -> Tensor:
+    """Stored scales as float32 multipliers: the stored scale's value, times the tensor scale where there is one."""
+    if fmt.has_float_scale:
+        return stored
+    values = value_tensor(fmt.scale_format, torch.float32, stored.device)[stored.to(torch.int64)]
+    return values if upper is None else upper * values
 
 
 def check_codes(codes: Tensor, fmt: FloatFormat) -> None:

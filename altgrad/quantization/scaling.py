@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import OptionError, ScaleError
+from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.checks import traced
 from altgrad.quantization.kernels.choose import load
@@ -71,6 +72,16 @@ def amax_scale(
 ) -> Tensor:
     """Current amax scale of x: `scale_from_amax(amax(x, axis), fmt)`."""
     return scale_from_amax(amax(x, axis), fmt, power_of_two=power_of_two)
+
+
+def two_level_scale(tensor_amax: Tensor, fmt: BlockFormat) -> Tensor:
+    """Tensor scale of a two-level format: amax / (element max * scale max) as float32; amax 0 counts as 1.
+
+    The result is at least float32's smallest normal number.
+    """
+    largest = torch.where(tensor_amax > 0, tensor_amax, 1.0)
+    limits = torch.finfo(torch.float32)
+    return (largest / (fmt.element.max * fmt.scale_format.max)).clamp(limits.tiny, limits.max).to(torch.float32)
 
 
 class ScalingPolicy(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,7 @@ from altgrad.formats.rounding import Rounding
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor, stream_base
-from altgrad.quantization import amax, blocks, ops
-from altgrad.quantization.blocks import QuantizedTensor
+from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.scaling import DelayedState
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _FLOAT = struct.Struct("f")
 _TINY = 2.0**-126  # the smallest normal float32
+
+_VALUES_CODES = Want.VALUES | Want.CODES
 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
 
@@ -60,13 +62,8 @@ class Operand:
         rounding = Rounding.NEAREST_EVEN if isinstance(spec.scaling, StorageScaling) else spec.rounding
         self.stochastic = rounding is Rounding.STOCHASTIC
         self._base = stream_base(layer, role, gemm)
-        self._options: dict = {"rounding": rounding, "overflow": spec.overflow}
-        if self.stochastic:
-            self._options["random_bits"] = spec.random_bits
-        if self.block:
-            self._options["axis"] = block_axis
-        if isinstance(spec.scaling, CurrentScaling):
-            self._options["clamp"] = True
+        cast, along = spec.cast, block_axis if self.block else -1
+        self.cast = None if cast is None else replace(cast, rounding=rounding, axis=along)
         if self.stochastic or self.delayed:
             session.operands.append(self)
         self.renew_key()
@@ -127,60 +124,53 @@ class Operand:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def options(self) -> dict:
-        """The numeric options of this use; with a copy of the present key where the rounding is stochastic."""
-        return self._options if self.key is None else {**self._options, "key": self.key.clone()}
+    def options(self) -> Any:
+        """What this use draws its random bits with: a copy of the present key, None where nothing is drawn."""
+        return None if self.key is None else self.key.clone()
 
-    def quantize(self, x: Tensor, scale: Tensor | float, options: dict, observed: bool = False) -> Tensor:
+    def quantize(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Tensor:
         """Values on the grid, of x's shape, in the carrier (float32, or float64 for float64)."""
-        x = carrier(x)
-        if self.fmt is None:
-            return x
-        if not observed:
-            return ops.quantize(x, self.fmt, scale, **options)
-        values, stats = ops.quantize_with_stats(x, self.fmt, scale, **options)
-        self._publish(stats, scale)
+        if self.cast is None:
+            return carrier(x)
+        values = self._run(x, scale, key, observed, Want.VALUES).values
+        assert values is not None
         return values
 
     def quantize_and_save(
-        self, x: Tensor, scale: Tensor | float, options: dict, observed: bool = False
+        self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False
     ) -> tuple[Tensor, Saved]:
         """Values on the grid, and what the backward needs to have them again."""
-        if self.block:
-            return self._block_and_save(carrier(x), options, observed)
         if not self.saves_codes:
-            values = self.quantize(x, scale, options, observed)
-            return values, (x if self.fmt is None else values,)
-        if not observed:
-            values, codes = ops.quantize_and_encode(carrier(x), self.fmt, scale, **options)
-            return values, (codes,)
-        values, codes, stats = ops.quantize_and_encode_with_stats(carrier(x), self.fmt, scale, **options)
-        self._publish(stats, scale)
-        return values, (codes,)
+            values = self.quantize(x, scale, key, observed)
+            return values, (x if self.cast is None else values,)
+        found = self._run(x, scale, key, observed, _VALUES_CODES)
+        assert found.values is not None
+        return found.values, _parts(found)
 
-    def _block_and_save(self, x: Tensor, options: dict, observed: bool) -> tuple[Tensor, Saved]:
-        if not observed:
-            values, packed = blocks.quantize_and_encode(x, self.fmt, **options)
-            return values, _parts(packed)
-        values, packed, stats = blocks.quantize_and_encode_with_stats(x, self.fmt, **options)
-        self._publish(stats, 1.0)
-        return values, _parts(packed)
-
-    def save(self, x: Tensor, scale: Tensor | float, options: dict, observed: bool = False) -> Saved:
+    def save(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Saved:
         """What the backward needs to have the quantized values, without the values."""
         if self.block and not observed:
-            return _parts(blocks.encode(carrier(x), self.fmt, **options))
-        return self.quantize_and_save(x, scale, options, observed)[1]
+            return _parts(self._run(x, scale, key, False, Want.CODES))
+        return self.quantize_and_save(x, scale, key, observed)[1]
+
+    def _run(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
+        assert self.cast is not None
+        if not observed:
+            return self.cast(carrier(x), scale, key=key, want=want)
+        found = self.cast(carrier(x), scale, key=key, want=want | Want.STATS)
+        self._publish(found.stats, scale)
+        return found
 
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""
-        if self.block:
-            codes, scales, *upper = saved
-            packed = QuantizedTensor(codes, scales, self.fmt, self.block_axis, codes.shape, *upper)
-            return ops.decode(packed, self.fmt, dtype=dtype)
         if not self.saves_codes:
             return saved[0].to(dtype)
-        return ops.decode(saved[0], self.fmt, scale, dtype=dtype)
+        assert self.cast is not None
+        if not self.block:
+            return self.cast.decode(saved[0], scale, dtype=dtype)
+        codes, scales, *upper = saved
+        packed = QuantizedTensor(codes, scales, self.fmt, self.block_axis, codes.shape, *upper)
+        return self.cast.decode(packed, dtype=dtype)
 
     def saturated(self, x: Tensor, scale: Tensor | float) -> Tensor | None:
         """Where the straight-through gradient passes, |x / scale| <= max, if the spec masks; bool of x's shape."""
@@ -213,8 +203,8 @@ def host_scale(largest: float, top: float, power_of_two: bool) -> float:
     return math.ldexp(1.0, min(exponent - (mantissa == 0.5), 127))
 
 
-def _parts(packed: QuantizedTensor) -> Saved:
-    return (packed.codes, packed.scales) + (() if packed.tensor_scale is None else (packed.tensor_scale,))
+def _parts(found: Quantized) -> Saved:
+    return tuple(part for part in (found.codes, found.scales, found.tensor_scale) if part is not None)
 
 
 def _axes(axis) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from altgrad.nn.recipe.scaling_choice import (
     is_block,
     scaling_label,
 )
-from altgrad.quantization import get_format
+from altgrad.quantization import Cast, get_format
 
 
 def _format_or_none(value):
@@ -115,12 +115,18 @@ class OperandSpec:
             )
 
     @property
-    def resolved(self):
-        """The format itself (without subnormals where they are switched off), or None."""
+    def cast(self) -> Cast | None:
+        """How the operand is rounded, blocks along the last axis; None where it has no format."""
         if self.format is None:
             return None
-        fmt = get_format(self.format)
-        return fmt if self.subnormals or is_block(fmt) else fmt.without_subnormals()
+        clamp = isinstance(self.scaling, CurrentScaling)
+        return Cast(self.format, self.rounding, self.overflow, self.subnormals, clamp, self.random_bits)
+
+    @property
+    def resolved(self):
+        """The format itself (without subnormals where they are switched off), or None."""
+        cast = self.cast
+        return None if cast is None else cast.format if cast.is_block else cast.grid
 
     def __str__(self) -> str:
         if self.format is None:
@@ -205,10 +211,14 @@ class StorageSpec:
             )
 
     @property
+    def cast(self) -> Cast:
+        """How the attempted weight is rounded back to the grid."""
+        return Cast(self.format, self.rounding, Overflow.SATURATE, self.subnormals, random_bits=self.random_bits)
+
+    @property
     def resolved(self):
         """The grid's format (without subnormals where they are switched off)."""
-        fmt = get_format(self.format)
-        return fmt if self.subnormals else fmt.without_subnormals()
+        return self.cast.grid
 
     @property
     def _usual_refresh(self) -> int:

@@ -1,7 +1,8 @@
 """Which implementation runs: named explicitly, or chosen by device; none falls back silently.
 
-Every kernel is a package whose module `scalar` has `process(x, fmt, scale, *, rounding, overflow, key, random_bits, clamp, out, values,
-codes, stats) -> Outputs`. Tensors on a CPU go to `cpu`, on a CUDA device to `cuda`, on any other device to `eager`.
+Every kernel is a package whose modules `scalar` and `blocks` have `run(plan, x, scale, key, out) -> Quantized` and
+`decode(plan, codes, scale, out) -> Tensor`; `altgrad.quantization.plan` says what a plan is. Tensors on a CPU go to `cpu`,
+on a CUDA device to `cuda`, on any other device to `eager`.
 """
 
 from __future__ import annotations
@@ -9,30 +10,45 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from torch import Tensor
+import torch
 
 from altgrad.errors import KernelError, OptionError
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import float32_arithmetic_suffices
 
 KERNELS = ("reference", "eager", "cpu", "cuda")
+BLOCK_KERNELS = ("eager", "cpu", "cuda")
 _BY_DEVICE = {"cpu": "cpu", "cuda": "cuda"}
 _loaded: dict[str, ModuleType] = {}
 
 
-def kernel_name(x: Tensor, kernel: str | None) -> str:
-    """The kernel that runs on x: the one asked for, else by device.
+def kernel_name(fmt: FloatFormat | BlockFormat, dtype: torch.dtype, device: torch.device, kernel: str | None) -> str:
+    """The kernel that runs: the one asked for, else by device.
+
+    The compiled kernels of block formats cover float32, bf16 and fp16 tensors in formats whose grids stay clear of
+    float32's subnormals, which are all named ones; where they do not, the device's kernel is `eager`.
 
     Raises:
-        OptionError: `kernel` is not one of `KERNELS`.
-        KernelError: x is not on the device that the kernel works on.
+        OptionError: no such kernel.
+        KernelError: the tensor is not on the device that the kernel works on, or the kernel does not cover the case.
     """
-    device = x.device.type
+    names = BLOCK_KERNELS if isinstance(fmt, BlockFormat) else KERNELS
+    if kernel is not None and kernel not in names:
+        raise OptionError(f"kernel {kernel!r} is not one of {', '.join(names)}")
+    covered = not isinstance(fmt, BlockFormat) or _covers_blocks(fmt, dtype)
     if kernel is None:
-        return _BY_DEVICE.get(device, "eager")
-    if kernel not in KERNELS:
-        raise OptionError(f"kernel {kernel!r} is not one of {', '.join(KERNELS)}")
-    if kernel in ("cpu", "cuda") and kernel != device and not (kernel == "cuda" and _interpreted()):
+        return _BY_DEVICE.get(device.type, "eager") if covered else "eager"
+    if kernel != "eager" and not covered:
+        raise KernelError(f'kernel {kernel!r} does not cover {dtype} in {fmt}; use kernel="eager" or a float32 tensor')
+    if kernel in ("cpu", "cuda") and kernel != device.type and not (kernel == "cuda" and _interpreted()):
         raise KernelError(f"kernel {kernel!r} works on {kernel} tensors, x is on {device}; move x, or leave kernel out")
     return kernel
+
+
+def _covers_blocks(fmt: BlockFormat, dtype: torch.dtype) -> bool:
+    grids = [fmt.element] if fmt.power_of_two or fmt.has_float_scale else [fmt.element, fmt.scale_format]
+    return dtype != torch.float64 and all(map(float32_arithmetic_suffices, grids))
 
 
 def _interpreted() -> bool:
@@ -42,8 +58,9 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def load(name: str) -> ModuleType:
-    """The module of a kernel, imported on first use."""
+def load(kernel: str, part: str = "scalar") -> ModuleType:
+    """The module of a kernel for `scalar` or `blocks` formats, imported on first use."""
+    name = f"{kernel}.{part}"
     if name not in _loaded:
-        _loaded[name] = import_module(f"altgrad.quantization.kernels.{name}.scalar")
+        _loaded[name] = import_module(f"altgrad.quantization.kernels.{name}")
     return _loaded[name]

@@ -19,7 +19,7 @@ from altgrad.quantization import (
     quantize,
     quantize_with_stats,
 )
-from altgrad.quantization.blocks import quantize_and_encode
+from altgrad.quantization.ops import quantize_and_encode
 from tests.quantization.blocks.oracle import quantize_last_axis, same_bits
 
 inf, nan = float("inf"), float("nan")

@@ -15,16 +15,12 @@ if __name__ == "__main__":
 import torch
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.quantization import get_format, quantize
-from altgrad.quantization.block_layout import block_layout
-from altgrad.quantization.blocks import two_level_scale
-from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
-from altgrad.quantization.kernels.cuda import scalar as cuda
+from altgrad.quantization import Cast, Want, get_format, quantize
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
-from altgrad.quantization.scaling import amax
 
 KEY = (3, -9)
+ALL = Want.VALUES | Want.CODES | Want.STATS
 inf, nan = float("inf"), float("nan")
 
 
@@ -67,11 +63,12 @@ def check_scalars(device: str, names: tuple[str, ...]) -> list[str]:
                 payload, over = eager.round_payload(
                     x, fmt, scale, **options, key=None if key is None else torch.tensor(key)
                 )
-                found = cuda.process(x, fmt, scale, **options, key=key, codes=True, stats=True)
+                cast = Cast(fmt, **options)
+                found = cast(x, scale, key=key, want=ALL, kernel="cuda")
                 codes = eager.payload_codes(payload, fmt)
                 values = payload.float() * scale
                 stats = eager_blocks.measure(x, values, over).vector
-                good = same(found.values, values) and close(found.stats, stats)
+                good = same(found.values, values) and close(found.stats.vector, stats)
                 good = (
                     good
                     and same(found.codes.int(), codes.clamp(min=0))
@@ -79,15 +76,15 @@ def check_scalars(device: str, names: tuple[str, ...]) -> list[str]:
                 )
                 if not good:
                     bad.append(f"{name} {rounding.value} {overflow.value}")
-                decoded = cuda.decode(found.codes, fmt, scale, torch.float32, None)
+                decoded = cast.decode(found.codes, scale, kernel="cuda")
                 plain = payload.isfinite()
                 if not same(torch.where(plain, decoded, 0), torch.where(plain, values, 0)):
                     bad.append(f"decode {name} {rounding.value}")
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         fmt, given = get_format("E4M3"), x.to(dtype)
-        found = cuda.process(given, fmt, 0.75, rounding=Rounding.NEAREST_EVEN, overflow=Overflow.NATIVE)
+        found = quantize(given, fmt, 0.75, kernel="cuda")
         expected = quantize(given, fmt, 0.75, kernel="eager")
-        if not same(found.values, expected):
+        if not same(found, expected):
             bad.append(f"E4M3 {dtype}")
     return bad
 
@@ -110,17 +107,12 @@ def check_blocks(device: str, names: tuple[str, ...], dtypes: tuple[torch.dtype,
         fmt = get_format(name)
         for dtype in dtypes:
             x = block_samples().to(dtype).to(device)
-            upper = two_level_scale(amax(x), fmt) if fmt.tensor_scale else None
             for axis in (-1,) if fmt.is_tile else (-1, 1):
                 for rounding in (Rounding.NEAREST_EVEN, Rounding.STOCHASTIC, Rounding.UP):
-                    layout = block_layout(x.shape, fmt, axis, pad=True)
-                    key = torch.tensor(KEY) if rounding is Rounding.STOCHASTIC else None
-                    options = {"rounding": rounding, "overflow": Overflow.NATIVE, "key": key, "random_bits": 24}
-                    arguments = (x, fmt, layout, fmt.element, upper)
-                    a = eager_blocks.run(*arguments, **options, codes=True, stats=True)
-                    b = cuda_blocks.run(*arguments, **options, codes=True, stats=True)
+                    cast = Cast(fmt, rounding, axis=axis, pad=True)
+                    a, b = (cast(x, key=KEY, want=ALL, kernel=kernel) for kernel in ("eager", "cuda"))
                     good = same(a.values, b.values) and same(a.codes, b.codes) and same(a.scales, b.scales)
-                    if not (good and close(a.stats, b.stats) and bool(a.missing) == bool(b.missing)):
+                    if not (good and close(a.stats.vector, b.stats.vector) and bool(a.problems) == bool(b.problems)):
                         bad.append(f"{name} {dtype} axis {axis} {rounding.value}")
     return bad
 

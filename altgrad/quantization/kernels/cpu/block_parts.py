@@ -43,16 +43,11 @@ BLOCK = CODE_BYTES = FAMILY = KIND = SCALE = 0
 EACH = STATS = VALUES = False
 element = None
 
+CALL_PARAMETERS = ("x", "out", "codes", "scales", "partials", "seed", "stream", "upper")  # the others stay for a shape
 PARAMETERS = (
-    "x",
-    "out",
-    "codes",
-    "scales",
+    *CALL_PARAMETERS,
     "element_table",
     "scale_table",
-    "partials",
-    "seed",
-    "stream",
     "rows",
     "columns",
     "tile_rows",
@@ -63,8 +58,7 @@ PARAMETERS = (
     "plain",  # finite elements need neither policy nor sign of zero: max and sign do
     "poison",  # a NaN makes the scale NaN
     "group",  # units per partial sum of the statistics
-    "element_max",  # float64, as are the following
-    "upper",
+    "element_max",  # float64, as is upper
 )
 Parameters = NamedTuple("Parameters", [(name, int) for name in PARAMETERS])
 _FLOATS = ("element_max", "upper")
@@ -83,6 +77,18 @@ def _namespace() -> dict:
 
 
 read_parameters = _inline(_namespace()["read_parameters"])  # Numba has no loop over the fields of a named tuple
+
+
+@intrinsic
+def put_word(typing_context, address, index, word):
+    """Write entry `index` of a table of 8-byte words, an int64 or a float64."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], args[2].type.as_pointer())
+        builder.store(args[2], builder.gep(pointer, [args[1]], inbounds=True))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, word), generate
 
 
 @intrinsic(prefer_literal=True)

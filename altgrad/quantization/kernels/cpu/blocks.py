@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
-from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.formats.scalar import FloatFormat
 from altgrad.jit import threads as cpu_threads
-from altgrad.jit.grid_table import GRID_FIELDS, INF_PROBLEM, family_of, float32_arithmetic_suffices, grid_table
-from altgrad.jit.machine import BFLOAT16, FLOAT16, FLOAT32, call_loop
-from altgrad.quantization.block_layout import BlockLayout
-from altgrad.quantization.codec import code_dtype
-from altgrad.quantization.kernels.block_result import BlockResult
+from altgrad.jit.grid_table import GRID_FIELDS, INF_PROBLEM, family_of, grid_table
+from altgrad.jit.machine import BFLOAT16, FLOAT16, FLOAT32, call_loop, scratch
+from altgrad.quantization.codec import code_dtype, stored_scale_dtype
 from altgrad.quantization.kernels.cpu.block_loops import PARTIAL_BYTES, STRIP, Variant, compiled
-from altgrad.quantization.kernels.cpu.block_parts import PARAMETERS, PLAIN_FLOAT, POWER_OF_TWO, ROUNDED
+from altgrad.quantization.kernels.cpu.block_parts import (
+    CALL_PARAMETERS,
+    PARAMETERS,
+    PLAIN_FLOAT,
+    POWER_OF_TWO,
+    ROUNDED,
+    put_word,
+)
 from altgrad.quantization.kernels.cpu.loops import total
+from altgrad.quantization.kernels.eager.blocks import decode
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
+from altgrad.quantization.stats import FIELDS, QuantStats
+
+__all__ = ["decode", "run"]
 
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _GROUP_ELEMENTS = 8192  # elements per partial sum of the statistics, about
-
-
-def supports(dtype: torch.dtype, fmt: BlockFormat) -> bool:
-    """Whether these loops cover the case: float32, bf16 and fp16 tensors, formats that float32's bits can work on."""
-    scale = fmt.scale_format
-    scale_fits = fmt.power_of_two or fmt.has_float_scale or float32_arithmetic_suffices(scale)
-    return dtype in _KINDS and float32_arithmetic_suffices(fmt.element) and scale_fits
+_NO_KEY = (0, 0)
+_TABLE_BYTES = 8 * len(PARAMETERS)
+_WORDS = len(PARAMETERS)
+_GIVEN = len(CALL_PARAMETERS)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _serial(function, table, units):
+def _serial(function, template, x, out, codes, scales, partials, seed, stream, upper, units):
+    """All units on this thread; the table of parameters is `template` with the addresses and words of this call."""
+    table = scratch(_TABLE_BYTES)
+    for i in range(_GIVEN, _WORDS):
+        put_word(table, i, template[i])
+    put_word(table, 0, x)
+    put_word(table, 1, out)
+    put_word(table, 2, codes)
+    put_word(table, 3, scales)
+    put_word(table, 4, partials)
+    put_word(table, 5, seed)
+    put_word(table, 6, stream)
+    put_word(table, 7, upper)
     return call_loop(function, (table, 0, units))
 
 
@@ -48,101 +68,118 @@ def _parallel(function, table, units, grain, threads):
     return problems
 
 
-def _element_table(fmt: BlockFormat, element: FloatFormat, rounding: Rounding, overflow: Overflow, random_bits: int):
+class _Prepared(NamedTuple):
+    """What a plan comes to for tensors of one shape."""
+
+    loop: int  # address
+    template: np.ndarray  # the table of parameters; those of a call are still to be filled in
+    units: int
+    group: int  # units per partial sum of the statistics
+    threads_matter: bool  # whether the tensor is large enough for more than one
+    scale_shape: tuple[int, ...]
+
+
+def _element_table(plan: Plan) -> np.ndarray:
     """The element's grid; under `native` finite elements saturate (OCP MX 1.0, 6.3) and inf keeps its code."""
-    table = grid_table(element, rounding, overflow, fmt.has_float_scale, random_bits, False)
-    if overflow is Overflow.NATIVE and element.has_inf:
+    clamp = plan.format.has_float_scale
+    table = grid_table(plan.grid, plan.rounding, plan.overflow, clamp, plan.random_bits, False)
+    if plan.overflow is Overflow.NATIVE and plan.grid.has_inf:
         table = table.copy()
         for name in ("overflow_positive", "overflow_negative"):
             table[GRID_FIELDS.index(name)] = table[GRID_FIELDS.index("max_bits")]
     return table
 
 
-def run(
-    x: Tensor,
-    fmt: BlockFormat,
-    layout: BlockLayout,
-    element: FloatFormat,
-    upper: Tensor | None,
-    *,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: Tensor | None,
-    random_bits: int,
-    values: bool = True,
-    codes: bool = False,
-    stats: bool = False,
-    out: Tensor | None = None,
-) -> BlockResult:
-    """Quantize x in blocks and, as asked, return values, codes and statistics; as `kernels.eager.blocks.run`, bit for bit."""
-    x = x.contiguous()
-    direct = out is not None and out.is_contiguous()
-    written = out if direct else torch.empty_like(x) if values else None
-    code_kind, scale_kind = code_dtype(element), torch.float32 if fmt.has_float_scale else code_dtype(fmt.scale_format)
-    code_tensor = torch.empty(x.shape, dtype=code_kind) if codes else None
-    scales = torch.empty(layout.scale_shape, dtype=scale_kind)
-    family = int(family_of(element, rounding, overflow, random_bits, False))
+def _prepare(plan: Plan, x: Tensor) -> _Prepared:
+    """The loop and its parameters for tensors of x's shape, kept in the plan."""
+    if plan.prepared is None:
+        plan.prepared = (_element_table(plan), code_dtype(plan.grid), stored_scale_dtype(plan.format))
+    elements, code_kind, scale_kind = plan.prepared
+    fmt, layout = plan.format, plan.layout(x.shape)
     strips = layout.tile_columns == 1 and layout.columns > 1
     whole = layout.tile_columns in (16, 32) and layout.columns % layout.tile_columns == 0
     variant = Variant(
-        KIND=_KINDS[x.dtype],
-        FAMILY=family,
+        KIND=_KINDS[plan.dtype],
+        FAMILY=int(family_of(plan.grid, plan.rounding, plan.overflow, plan.random_bits, False)),
         SCALE=POWER_OF_TWO if fmt.power_of_two else PLAIN_FLOAT if fmt.has_float_scale else ROUNDED,
-        VALUES=values,
-        CODE_BYTES=code_kind.itemsize if codes else 0,
+        VALUES=plan.values,
+        CODE_BYTES=code_kind.itemsize if plan.codes else 0,
         SCALE_BYTES=scale_kind.itemsize,
-        STATS=stats,
+        STATS=plan.stats,
         BLOCK=layout.tile_columns if whole and not strips else 0,
     )
     outer, down, across = layout.grid
     units = outer * down * (-(-layout.columns // STRIP) if strips else across)
     group = 1 if strips else max(1, _GROUP_ELEMENTS // (layout.tile_rows * layout.tile_columns))
-    partials = np.empty((-(-units // group) if stats else 0, PARTIAL_BYTES // 8))
-    element_table = _element_table(fmt, element, rounding, overflow, random_bits)
     scale_grid = fmt.element if fmt.power_of_two or fmt.has_float_scale else fmt.scale_format
     scale_table = grid_table(scale_grid, Rounding.NEAREST_EVEN, Overflow.SATURATE, False, 24, False)
-    seed, stream = (0, 0) if key is None else (int(word) for word in key.tolist())
-    smallest = np.float32(fmt.scale_format.min_subnormal).view(np.uint32)
     facts = {
-        "x": x.data_ptr(),
-        "out": 0 if written is None else written.data_ptr(),
-        "codes": 0 if code_tensor is None else code_tensor.data_ptr(),
-        "scales": scales.data_ptr(),
-        "element_table": element_table.ctypes.data,
+        "element_table": elements.ctypes.data,
         "scale_table": scale_table.ctypes.data,
-        "partials": partials.ctypes.data,
-        "seed": seed,
-        "stream": stream,
         "rows": layout.rows,
         "columns": layout.columns,
         "tile_rows": layout.tile_rows,
         "tile_columns": layout.tile_columns,
         "emax": fmt.element_emax,
         "up_from": fmt.round_up_from(23),
-        "smallest_scale": int(smallest),
-        "plain": int(overflow in (Overflow.NATIVE, Overflow.SATURATE) and element.has_negative_zero),
-        "poison": int(not element.has_nan),
+        "smallest_scale": int(np.float32(fmt.scale_format.min_subnormal).view(np.uint32)),
+        "plain": int(plan.overflow in (Overflow.NATIVE, Overflow.SATURATE) and plan.grid.has_negative_zero),
+        "poison": int(not plan.grid.has_nan),
         "group": group,
+        "element_max": int(np.float64(fmt.element.max).view(np.int64)),
     }
-    table = np.array([facts[name] for name in PARAMETERS[: len(facts)]] + [0, 0], dtype=np.int64)
-    table[len(facts) :].view(np.float64)[:] = fmt.element.max, 1.0 if upper is None else float(upper)
-    problems = _run_units(compiled(variant, strips), table, units, group, x.numel())
-    if stats:
-        vector = torch.empty(7, dtype=torch.float64)
-        total(partials.ctypes.data, len(partials), x.numel(), vector.data_ptr())
-    if out is not None and not direct:
+    template = np.array([0] * _GIVEN + [facts[name] for name in PARAMETERS[_GIVEN:]], dtype=np.int64)
+    many = cpu_threads.ELEMENTS_PER_THREAD * 2
+    prepared = _Prepared(compiled(variant, strips), template, units, group, x.numel() >= many, layout.scale_shape)
+    return plan.keep(x.shape, prepared)
+
+
+def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None, out: Tensor | None) -> Quantized:
+    """One pass, as `kernels.eager.blocks.run`, bit for bit."""
+    prepared = plan.shapes.get(x.shape) or _prepare(plan, x)
+    x = x.contiguous()
+    _, code_kind, scale_kind = plan.prepared
+    written = coded = partials = stats = None
+    written_address = coded_address = partials_address = 0
+    if plan.values:
+        written = out if out is not None and out.is_contiguous() else torch.empty_like(x)
+        written_address = written.data_ptr()
+    if plan.codes:
+        coded = torch.empty_like(x, dtype=code_kind)
+        coded_address = coded.data_ptr()
+    if plan.stats:
+        rows = -(-prepared.units // prepared.group)
+        partials = torch.empty((rows, PARTIAL_BYTES // 8), dtype=torch.float64)
+        partials_address = partials.data_ptr()
+    stored = torch.empty(prepared.scale_shape, dtype=scale_kind)
+    seed, stream = key or _NO_KEY
+    upper = 1.0 if scale is None else float(scale)
+    call = (x.data_ptr(), written_address, coded_address, stored.data_ptr(), partials_address, seed, stream, upper)
+    if prepared.threads_matter:
+        problems = _on_threads(prepared, call, x.numel())
+    else:
+        problems = _serial(prepared.loop, prepared.template, *call, prepared.units)
+    if partials is not None:
+        vector = torch.empty(len(FIELDS), dtype=torch.float64)
+        total(partials_address, len(partials), x.numel(), vector.data_ptr())
+        stats = QuantStats(vector)
+    if out is not None and written is not out:
+        assert written is not None
         written = out.copy_(written)
-    missing = torch.tensor(int(problems & INF_PROBLEM != 0)) if codes else None
-    return BlockResult(written, code_tensor, scales, vector if stats else None, missing)
+    return Quantized(written, coded, stored, stats, scale, problems & INF_PROBLEM)
 
 
-def _run_units(function: int, table: np.ndarray, units: int, grain: int, elements: int) -> int:
+def _on_threads(prepared: _Prepared, call: tuple, elements: int) -> int:
+    """The units in one chunk per thread."""
     threads = cpu_threads.threads_for(elements)
     if threads == 1:
-        return _serial(function, table.ctypes.data, units)
+        return _serial(prepared.loop, prepared.template, *call, prepared.units)
+    table = prepared.template.copy()
+    table[: _GIVEN - 1] = call[:-1]
+    table[_GIVEN - 1 : _GIVEN].view(np.float64)[:] = call[-1]
     found = numba.get_num_threads()
     numba.set_num_threads(threads)
     try:
-        return _parallel(function, table.ctypes.data, units, grain, threads)
+        return _parallel(prepared.loop, table.ctypes.data, prepared.units, prepared.group, threads)
     finally:
         numba.set_num_threads(found)

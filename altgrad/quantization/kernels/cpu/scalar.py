@@ -12,48 +12,43 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import SETTLED_ALIKE, family_of, float32_arithmetic_suffices, grid_table, settles_plainly
 from altgrad.quantization.codec import code_dtype, value_table
-from altgrad.quantization.quantized import Outputs
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
+from altgrad.quantization.stats import FIELDS, QuantStats
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as cpu_llvm names them
-_STATS_FIELDS = 7
 _NO_KEY = (0, 0)
+ONE_THREAD = 4096  # elements below which no driver is asked on how many threads to run
 
 
 @cache
 def _machinery():
+    """(the loops, their driver on torch's threads, their driver on this thread), which import Numba."""
     from altgrad.jit import threads as cpu_threads
     from altgrad.quantization.kernels.cpu import loops as cpu_loops
 
-    return cpu_loops, cpu_threads.run
+    assert ONE_THREAD <= 2 * cpu_threads.ELEMENTS_PER_THREAD
+    return cpu_loops, cpu_threads.run, cpu_threads.run_range
 
 
-@cache
-def _plan(
-    fmt: FloatFormat,
-    rounding: Rounding,
-    overflow: Overflow,
-    clamp: bool,
-    random_bits: int,
-    dtype: torch.dtype,
-    values: bool,
-    codes: bool,
-    stats: bool,
-) -> tuple:
-    """(runner, address of the loop, address of its table, code dtype) for one set of options."""
-    loops, run = _machinery()
-    wide = dtype == torch.float64 or not float32_arithmetic_suffices(fmt)
-    plain = not stats and settles_plainly(fmt, rounding, overflow)
-    family = family_of(fmt, rounding, overflow, random_bits, wide, plain)
-    code_bytes = code_dtype(fmt).itemsize if codes else 0
+def _prepare(plan: Plan) -> tuple:
+    """(address of the loop, address of its table, code dtype), kept in the plan."""
+    loops, _, _ = _machinery()
+    fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
+    wide = plan.dtype == torch.float64 or not float32_arithmetic_suffices(fmt)
+    plain = not plan.stats and settles_plainly(fmt, rounding, overflow)
+    family = family_of(fmt, rounding, overflow, plan.random_bits, wide, plain)
+    code_bytes = code_dtype(fmt).itemsize if plan.codes else 0
+    alike = plain and family in SETTLED_ALIKE
     loop = loops.compiled(
-        loops.Variant(_KINDS[dtype], int(family), wide, values, code_bytes, stats, plain and family in SETTLED_ALIKE)
+        loops.Variant(_KINDS[plan.dtype], int(family), wide, plan.values, code_bytes, plan.stats, alike)
     )
-    table = grid_table(fmt, rounding, overflow, clamp, random_bits, wide)
-    return run, loop, table.ctypes.data, code_dtype(fmt)
+    table = grid_table(fmt, rounding, overflow, plan.clamp, plan.random_bits, wide)
+    plan.prepared = (loop, table.ctypes.data, code_dtype(fmt))
+    return plan.prepared
 
 
 def is_dense(x: Tensor) -> bool:
@@ -66,9 +61,8 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def _scale_layout(source: Tensor, scale: Tensor | float) -> tuple[Tensor | None, float, int, int]:
+def _scale_layout(source: Tensor, scale: Tensor | float, count: int) -> tuple[Tensor | None, float, int, int]:
     """(scales, scale, inner, channels): element i in memory order has scales[i // inner % channels]."""
-    count = source.numel()
     if not isinstance(scale, Tensor):
         return None, scale, count, 1
     if scale.numel() == 1:
@@ -82,86 +76,74 @@ def _scale_layout(source: Tensor, scale: Tensor | float) -> tuple[Tensor | None,
     return spread, 1.0, 1, count
 
 
-def process(
-    x: Tensor,
-    fmt: FloatFormat,
-    scale: Tensor | float,
-    *,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: tuple[int, int] | None = None,
-    random_bits: int = 24,
-    clamp: bool = False,
-    out: Tensor | None = None,
-    values: bool = True,
-    codes: bool = False,
-    stats: bool = False,
-) -> Outputs:
-    """One pass: quantized values, codes and statistics, as asked for.
+def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | None, out: Tensor | None) -> Quantized:
+    """One pass: values, codes and statistics, as the plan wants them.
 
     Args:
-        x: CPU tensor of a dtype that holds `fmt` (checked by the caller, as is all else).
+        x: CPU tensor (the plan has checked its dtype; the caller all else).
         scale: a float, or a tensor of x's compute dtype that broadcasts to x.
-        key: (seed, stream) as signed 64-bit integers, for stochastic rounding.
+        key: (seed, stream) as signed 64-bit integers, where the plan draws.
         out: where the values go; x's shape and dtype; may be x.
     """
-    run, loop, table, codes_dtype = _plan(fmt, rounding, overflow, clamp, random_bits, x.dtype, values, codes, stats)
+    loop, table, code_kind = plan.prepared or _prepare(plan)
     source = x
-    if not x.is_contiguous() and (key is not None or not is_dense(x)):
+    if not x.is_contiguous() and (plan.draws or not is_dense(x)):
         source = x.contiguous()  # random bits belong to elements in logical order
-    target = coded = partials = result = None
-    if values:
-        fits = out is not None and out.stride() == source.stride()
-        target = out if fits else torch.empty_like(source)
-    if codes:
-        coded = torch.empty_like(source, dtype=codes_dtype)
+    target = coded = partials = stats = None
+    target_address = coded_address = partials_address = problems = 0
+    if plan.values:
+        target = out if out is not None and out.stride() == source.stride() else torch.empty_like(source)
+        target_address = target.data_ptr()
+    if plan.codes:
+        coded = torch.empty_like(source, dtype=code_kind)
+        coded_address = coded.data_ptr()
     count = source.numel()
-    if stats:
-        loops = _machinery()[0]
-        tiles = -(-count // loops.STATS_TILE)
-        partials = torch.empty(tiles * loops.PARTIAL_BYTES // 8, dtype=torch.float64)
-        result = torch.empty(_STATS_FIELDS, dtype=torch.float64)
-    problems = 0
+    if plan.stats:
+        partials, stats = _sums(count)
+        partials_address = partials.data_ptr()
     if count:
-        scales, number, inner, channels = _scale_layout(source, scale)
+        scales, number, inner, channels = _scale_layout(source, scale, count)
         seed, stream = key or _NO_KEY
-        problems = run(
-            loop,
-            count,
-            table,
-            source.data_ptr(),
-            0 if target is None else target.data_ptr(),
-            0 if coded is None else coded.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
-            number,
-            inner,
-            channels,
-            seed,
-            stream,
-            0 if partials is None else partials.data_ptr(),
-        )
-    if stats:
-        loops.total(partials.data_ptr(), tiles, count, result.data_ptr())
+        _, run_on_threads, run_here = _machinery()
+        addresses = (loop, table, source.data_ptr(), target_address, coded_address)
+        where = (0 if scales is None else scales.data_ptr(), number, inner, channels, seed, stream, partials_address)
+        if count < ONE_THREAD:
+            problems = run_here(*addresses, *where, 0, count)
+        else:
+            problems = run_on_threads(loop, count, *addresses[1:], *where)
+    if stats is not None:
+        assert partials is not None
+        _machinery()[0].total(partials_address, len(partials), count, stats.data_ptr())
+        stats = QuantStats(stats)
     if out is not None and target is not out:
-        out.copy_(target)
-        target = out
-    return Outputs(target, coded, result, problems)
+        assert target is not None
+        target = out.copy_(target)
+    return Quantized(target, coded, None, stats, None, problems)
 
 
-def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """scale * value(code) in `dtype`; the codes (uint8 or int32, in range) and the scale are the caller's to check."""
-    loops, run = _machinery()
+def _sums(count: int) -> tuple[Tensor, Tensor]:
+    """(a row of partial sums per tile of elements, the vector of statistics), both to be written by the loops."""
+    loops = _machinery()[0]
+    rows = -(-count // loops.STATS_TILE)
+    return (
+        torch.empty((rows, loops.PARTIAL_BYTES // 8), dtype=torch.float64),
+        torch.empty(len(FIELDS), dtype=torch.float64),
+    )
+
+
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
+    """scale * value(code) in the plan's dtype; the codes (integers in range) and the scale are the caller's to check."""
+    loops, run_on_threads, _ = _machinery()
     source = codes if codes.is_contiguous() or is_dense(codes) else codes.contiguous()
     if source.dtype not in (torch.uint8, torch.int32):
         source = source.to(torch.int32)
-    fits = out is not None and out.stride() == source.stride()
-    target = out if fits else torch.empty_like(source, dtype=dtype)
+    target = out if out is not None and out.stride() == source.stride() else torch.empty_like(source, dtype=plan.dtype)
     count = source.numel()
     if count:
-        table, entries = _decoding_table(fmt, dtype == torch.float64)
-        loop = loops.compiled_decode(loops.DecodeVariant(_KINDS[dtype], source.dtype.itemsize))
-        scales, number, inner, channels = _scale_layout(source, scale)
-        run(
+        table, entries = _decoding_table(plan.format, plan.dtype == torch.float64)
+        loop = loops.compiled_decode(loops.DecodeVariant(_KINDS[plan.dtype], source.dtype.itemsize))
+        scales, number, inner, channels = _scale_layout(source, scale, count)
+        run_on_threads(
             loop,
             count,
             table,
@@ -177,8 +159,7 @@ def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.
             0,
         )
     if out is not None and target is not out:
-        out.copy_(target)
-        return out
+        return out.copy_(target)
     return target
 
 
@@ -194,7 +175,7 @@ _tables: list = []  # decoding tables live as long as the process: loops hold th
 
 def amax(x: Tensor) -> Tensor:
     """Largest finite magnitude of a whole tensor, 0-d, float32 (float64 for float64); 0 if there is none."""
-    loops, run = _machinery()
+    loops, run_on_threads, _ = _machinery()
     source = x if x.is_contiguous() or is_dense(x) else x.contiguous()
     count = source.numel()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -202,5 +183,5 @@ def amax(x: Tensor) -> Tensor:
         return torch.zeros((), dtype=dtype)
     partials = torch.empty(-(-count // loops.STATS_TILE), dtype=torch.float64)
     loop = loops.compiled_amax(loops.AmaxVariant(_KINDS[x.dtype]))
-    run(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
+    run_on_threads(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
     return partials.amax().to(dtype)

@@ -13,13 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import Family, family_of
 from altgrad.quantization.block_layout import BlockLayout
-from altgrad.quantization.codec import code_dtype
-from altgrad.quantization.kernels.block_result import BlockResult
+from altgrad.quantization.codec import code_dtype, stored_scale_dtype
 from altgrad.quantization.kernels.cuda.bits import (
     ADDITION,
     MODES,
@@ -38,6 +35,12 @@ from altgrad.quantization.kernels.cuda.bits import (
     total,
     widen,
 )
+from altgrad.quantization.kernels.eager.blocks import decode
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
+from altgrad.quantization.stats import QuantStats
+
+__all__ = ["decode", "run"]
 
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PATCH = 2048  # elements that a program holds at once
@@ -303,37 +306,24 @@ def _patches(layout: BlockLayout, strips: bool) -> tuple[int, int, int]:
 
 
 def run(
-    x: Tensor,
-    fmt: BlockFormat,
-    layout: BlockLayout,
-    element: FloatFormat,
-    upper: Tensor | None,
-    *,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: Tensor | None,
-    random_bits: int,
-    values: bool = True,
-    codes: bool = False,
-    stats: bool = False,
-    out: Tensor | None = None,
-) -> BlockResult:
-    """Quantize x in blocks and, as asked, return values, codes and statistics; as `kernels.eager.blocks.run`, bit for bit."""
+    plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | Tensor | None, out: Tensor | None
+) -> Quantized:
+    """One pass, as `kernels.eager.blocks.run`, bit for bit."""
+    fmt, element, layout = plan.format, plan.grid, plan.layout(x.shape)
     x = x.contiguous()
     device = x.device
     direct = out is not None and out.is_contiguous()
-    written = (out if direct else torch.empty_like(x)) if values else None
-    coded = torch.empty(x.shape, dtype=code_dtype(element), device=device) if codes else None
-    scale_dtype = torch.float32 if fmt.has_float_scale else code_dtype(fmt.scale_format)
-    scales = torch.empty(layout.scale_shape, dtype=scale_dtype, device=device)
+    written = (out if direct else torch.empty_like(x)) if plan.values else None
+    coded = torch.empty(x.shape, dtype=code_dtype(element), device=device) if plan.codes else None
+    scales = torch.empty(layout.scale_shape, dtype=stored_scale_dtype(fmt), device=device)
     strips = layout.tile_columns == 1 and layout.columns > 1
     tiles, patch, chunks = _patches(layout, strips)
     outer, down, across = layout.grid
     programs = outer * down * -(-layout.columns // tiles) if strips else -(-outer * down * across // tiles)
-    problems = torch.zeros(programs, dtype=torch.int32, device=device) if codes else None
-    partials = torch.empty((programs, 6), dtype=torch.float64, device=device) if stats else None
-    native_inf = overflow is Overflow.NATIVE and element.has_inf
-    by_addition = family_of(element, rounding, overflow, random_bits, False) is Family.BY_ADDITION
+    problems = torch.zeros(programs, dtype=torch.int32, device=device) if plan.codes else None
+    partials = torch.empty((programs, 6), dtype=torch.float64, device=device) if plan.stats else None
+    native_inf = plan.overflow is Overflow.NATIVE and element.has_inf
+    family = family_of(element, plan.rounding, plan.overflow, plan.random_bits, False)
     rounded_scale = not (fmt.power_of_two or fmt.has_float_scale)
     scale_grid = fmt.scale_format if rounded_scale else fmt.element
     if x.numel():
@@ -345,11 +335,11 @@ def run(
                 scales,
                 problems,
                 partials,
-                device_table(element, rounding, overflow, fmt.has_float_scale, False, native_inf, device),
+                device_table(element, plan.rounding, plan.overflow, fmt.has_float_scale, False, native_inf, device),
                 device_table(scale_grid, Rounding.NEAREST_AWAY, Overflow.SATURATE, False, False, False, device),
-                upper,
+                scale,
                 key_tensor(key, device),
-                random_bits,
+                plan.random_bits,
                 fmt.element_emax,
                 fmt.round_up_from(23),
                 int(not element.has_nan),
@@ -364,15 +354,17 @@ def run(
                 TILES=tiles,
                 ELEMENTS=patch,
                 CHUNKS=chunks,
-                MODE=ADDITION.value if by_addition else MODES[rounding],
+                MODE=ADDITION.value if family is Family.BY_ADDITION else MODES[plan.rounding],
                 SCALE=0 if fmt.power_of_two else 1 if fmt.has_float_scale else 2,
-                TWO_LEVELS=upper is not None,
-                VALUES=values,
-                CODES=codes,
-                STATS=stats,
+                TWO_LEVELS=scale is not None,
+                VALUES=plan.values,
+                CODES=plan.codes,
+                STATS=plan.stats,
                 enable_fp_fusion=False,
             )
     if out is not None and not direct:
+        assert written is not None
         written = out.copy_(written)
-    missing = None if problems is None else problems.amax() if programs else problems.sum()
-    return BlockResult(written, coded, scales, total(partials, x.numel()) if stats else None, missing)
+    stats = None if partials is None else QuantStats(total(partials, x.numel()))
+    missing = 0 if problems is None or not programs else problems.amax()
+    return Quantized(written, coded, scales, stats, scale, missing)

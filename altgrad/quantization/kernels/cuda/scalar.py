@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import Family, family_of, float32_arithmetic_suffices
 from altgrad.quantization.codec import code_dtype, value_tensor
 from altgrad.quantization.kernels.cuda.bits import (
@@ -31,7 +29,9 @@ from altgrad.quantization.kernels.cuda.bits import (
     total,
     widen,
 )
-from altgrad.quantization.quantized import Outputs
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
+from altgrad.quantization.stats import QuantStats
 
 ELEMENTS = 2048  # per program
 
@@ -118,34 +118,23 @@ def _scales(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tenso
     return scale.expand(x.shape).contiguous(), 1, max(x.numel(), 1)
 
 
-def process(
-    x: Tensor,
-    fmt: FloatFormat,
-    scale: Tensor | float,
-    *,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: tuple[int, int] | Tensor | None = None,
-    random_bits: int = 24,
-    clamp: bool = False,
-    out: Tensor | None = None,
-    values: bool = True,
-    codes: bool = False,
-    stats: bool = False,
-) -> Outputs:
-    """One pass: quantized values, codes and statistics, as asked for; arguments as `cpu.process`."""
+def run(
+    plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Tensor | None, out: Tensor | None
+) -> Quantized:
+    """One pass: values, codes and statistics, as the plan wants them; arguments as `cpu.scalar.run`."""
+    fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
     double = x.dtype == torch.float64
     wide = double or not float32_arithmetic_suffices(fmt)
-    by_addition = family_of(fmt, rounding, overflow, random_bits, wide) is Family.BY_ADDITION
+    by_addition = family_of(fmt, rounding, overflow, plan.random_bits, wide) is Family.BY_ADDITION
     source = x.contiguous()
     fits = out is not None and out.is_contiguous()
-    target = (out if fits else torch.empty_like(source)) if values else None
-    coded = torch.empty_like(source, dtype=code_dtype(fmt)) if codes else None
+    target = (out if fits else torch.empty_like(source)) if plan.values else None
+    coded = torch.empty_like(source, dtype=code_dtype(fmt)) if plan.codes else None
     size = source.numel()
     programs = -(-size // ELEMENTS)
-    problems = torch.zeros(programs, dtype=torch.int32, device=x.device) if codes else None
-    partials = torch.empty((programs, 6), dtype=torch.float64, device=x.device) if stats else None
-    scales, inner, channels = _scales(source, scale, torch.float64 if double else torch.float32)
+    problems = torch.zeros(programs, dtype=torch.int32, device=x.device) if plan.codes else None
+    partials = torch.empty((programs, 6), dtype=torch.float64, device=x.device) if plan.stats else None
+    scales, inner, channels = _scales(source, scale, plan.compute_dtype)
     if size:
         with on_device(source):
             _process[(programs,)](
@@ -155,9 +144,9 @@ def process(
                 problems,
                 partials,
                 scales,
-                device_table(fmt, rounding, overflow, clamp, wide, False, x.device),
+                device_table(fmt, rounding, overflow, plan.clamp, wide, False, x.device),
                 key_tensor(key, x.device),
-                random_bits,
+                plan.random_bits,
                 size,
                 inner,
                 channels,
@@ -165,28 +154,29 @@ def process(
                 WIDE=wide,
                 DOUBLE=double,
                 ONE_SCALE=scales.numel() == 1,
-                VALUES=values,
-                CODES=codes,
-                STATS=stats,
+                VALUES=plan.values,
+                CODES=plan.codes,
+                STATS=plan.stats,
                 ELEMENTS=ELEMENTS,
                 enable_fp_fusion=False,
             )
     if out is not None and target is not out:
+        assert target is not None
         target = out.copy_(target)
+    stats = None if partials is None else QuantStats(total(partials, size))
     found = 0 if problems is None or not programs else problems.amax()
-    return Outputs(target, coded, total(partials, size) if stats else None, found)
+    return Quantized(target, coded, None, stats, None, found)
 
 
-def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """scale * value(code) in `dtype`; as `cpu.decode`."""
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
+    """scale * value(code) in the plan's dtype; as `cpu.scalar.decode`."""
     source = codes.contiguous()
     fits = out is not None and out.is_contiguous()
-    target = out if fits else torch.empty_like(source, dtype=dtype)
+    target = out if fits else torch.empty_like(source, dtype=plan.dtype)
     size = source.numel()
-    scales, inner, channels = _scales(source, scale, work)
+    scales, inner, channels = _scales(source, scale, plan.compute_dtype)
     if size:
-        values = value_tensor(fmt, work, codes.device)
+        values = value_tensor(plan.format, plan.compute_dtype, codes.device)
         with on_device(source):
             _decode[(-(-size // ELEMENTS),)](
                 source,

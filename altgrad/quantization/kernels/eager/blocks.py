@@ -12,10 +12,12 @@ from torch import Tensor
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import INF_PROBLEM
 from altgrad.quantization.block_layout import BlockLayout
-from altgrad.quantization.codec import code_dtype, value_tensor
-from altgrad.quantization.kernels.block_result import BlockResult
+from altgrad.quantization.codec import code_dtype, scale_values, value_tensor
 from altgrad.quantization.kernels.eager import scalar as eager
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import measure
 
 E8M0_BIAS, E8M0_NAN = 127, 255
@@ -60,20 +62,6 @@ def amax_exponent(amax: Tensor, fmt: BlockFormat) -> Tensor:
     return torch.where(amax > 0, exponent.to(torch.int64) - 1 + up, -2000)
 
 
-def scale_values(raw: Tensor, fmt: BlockFormat, upper: Tensor | None) -> Tensor:
-    """Scales as float32 multipliers: the stored scale's value, times the tensor scale where there is one."""
-    if fmt.has_float_scale:
-        return raw
-    values = value_tensor(fmt.scale_format, torch.float32, raw.device)[raw.to(torch.int64)]
-    return values if upper is None else upper * values
-
-
-def multipliers(x: Tensor, fmt: BlockFormat, layout: BlockLayout, upper: Tensor | None) -> Tensor:
-    """The float32 multiplier of each tile, of shape `layout.grid`."""
-    view = x.reshape(layout.outer, layout.rows, layout.columns).to(eager.compute_dtype(x.dtype))
-    return scale_values(raw_scales(*tile_amax(view, layout), fmt, upper), fmt, upper)
-
-
 def spread(scales: Tensor, layout: BlockLayout) -> Tensor:
     """Scales of shape `layout.grid` repeated over their tiles, of the 3-D view's shape."""
     full = scales.repeat_interleave(layout.tile_rows, 1)[:, : layout.rows]
@@ -81,24 +69,17 @@ def spread(scales: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def round_blocks(
-    x: Tensor,
-    fmt: BlockFormat,
-    layout: BlockLayout,
-    element: FloatFormat,
-    upper: Tensor | None,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: Tensor | None,
-    random_bits: int,
+    plan: Plan, x: Tensor, upper: Tensor | None, key: tuple[int, int] | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(payload, overflow mask, element scales, stored scales): payload is float64, the first three of x's shape."""
-    view = x.reshape(layout.outer, layout.rows, layout.columns).to(eager.compute_dtype(x.dtype))
+    fmt, layout = plan.format, plan.layout(x.shape)
+    view = x.reshape(layout.outer, layout.rows, layout.columns).to(plan.compute_dtype)
     raw = raw_scales(*tile_amax(view, layout), fmt, upper)
     scales = spread(scale_values(raw, fmt, upper), layout).to(view.dtype)
-    native_inf = overflow is Overflow.NATIVE and element.has_inf
-    policy = Overflow.SATURATE if native_inf else overflow
+    native_inf = plan.overflow is Overflow.NATIVE and plan.grid.has_inf
+    policy = Overflow.SATURATE if native_inf else plan.overflow
     payload, over = eager.round_payload(
-        view, element, scales, rounding, policy, key, random_bits, clamp=fmt.has_float_scale
+        view, plan.grid, scales, plan.rounding, policy, key, plan.random_bits, clamp=fmt.has_float_scale
     )
     if native_inf:  # a finite element saturates (OCP MX 1.0, 6.3), an infinite one has its code
         infinite = torch.isinf(view) & ~torch.isnan(scales)
@@ -114,38 +95,28 @@ def codes_of(payload: Tensor, element_scales: Tensor, element: FloatFormat) -> T
 
 
 def run(
-    x: Tensor,
-    fmt: BlockFormat,
-    layout: BlockLayout,
-    element: FloatFormat,
-    upper: Tensor | None,
-    *,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: Tensor | None,
-    random_bits: int,
-    values: bool = True,
-    codes: bool = False,
-    stats: bool = False,
-    out: Tensor | None = None,
-) -> BlockResult:
-    """Quantize x in blocks and return values, codes and statistics as asked; the interface that every kernel has."""
-    payload, over, scales, raw = round_blocks(x, fmt, layout, element, upper, rounding, overflow, key, random_bits)
+    plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | Tensor | None, out: Tensor | None
+) -> Quantized:
+    """One pass of a block format; `scale` is the upper scale of a two-level format."""
+    x = x.detach()
+    payload, over, scales, raw = round_blocks(plan, x, scale, key)
     result = (payload.to(scales.dtype) * scales).to(x.dtype)
-    found = codes_of(payload, scales, element) if codes else None
-    written = out.copy_(result) if out is not None else result if values else None
-    return BlockResult(
+    found = codes_of(payload, scales, plan.grid) if plan.codes else None
+    written = out.copy_(result) if out is not None else result if plan.values else None
+    return Quantized(
         written,
-        None if found is None else found.clamp(min=0).to(code_dtype(element)),
+        None if found is None else found.clamp(min=0).to(code_dtype(plan.grid)),
         raw,
-        measure(x, result, over).vector if stats else None,
-        None if found is None else (found < 0).sum(),
+        measure(x, result, over) if plan.stats else None,
+        scale,
+        0 if found is None else (found < 0).any() * INF_PROBLEM,
     )
 
 
-def decode(codes: Tensor, fmt: BlockFormat, layout: BlockLayout, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Element values times their block's scale (float32 multipliers of shape `layout.scale_shape`), in `dtype`."""
-    work = eager.compute_dtype(dtype)
-    values = value_tensor(fmt.element, work, codes.device)[codes.to(torch.int64)]
-    spreaded = spread(scales.reshape(layout.grid), layout).reshape(codes.shape)
-    return (values * spreaded.to(work)).to(dtype)
+def decode(plan: Plan, codes: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    """Element values times their block's scale (float32 multipliers, one per block)."""
+    layout = plan.layout(codes.shape)
+    values = value_tensor(plan.format.element, plan.compute_dtype, codes.device)[codes.to(torch.int64)]
+    spreaded = spread(scale.reshape(layout.grid), layout).reshape(codes.shape)
+    result = (values * spreaded.to(plan.compute_dtype)).to(plan.dtype)
+    return result if out is None else out.copy_(result)

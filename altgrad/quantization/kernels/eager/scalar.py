@@ -13,7 +13,8 @@ from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat, Specials
 from altgrad.jit.grid_table import INF_PROBLEM, NAN_PROBLEM
 from altgrad.quantization.codec import code_dtype, value_tensor
-from altgrad.quantization.quantized import Outputs
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import measure
 from altgrad.randomness.counter import random_bits as draw_bits
 
@@ -36,7 +37,7 @@ def round_payload(
     scale: Tensor | float,
     rounding: Rounding,
     overflow: Overflow,
-    key: Tensor | None = None,
+    key: tuple[int, int] | Tensor | None = None,
     random_bits: int = 24,
     clamp: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ def round_payload(
         away = (rest > 0) & ~odd
     else:
         assert key is not None
-        drawn = draw_bits(key, x.numel(), random_bits).view(x.shape).to(x.device)
+        words = key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64)
+        drawn = draw_bits(words, x.numel(), random_bits).view(x.shape).to(x.device)
         away = (rest * 2.0**random_bits).floor().to(torch.int64) + drawn >= 2**random_bits
     result = (whole + away) * _pow2(-shift)
 
@@ -109,43 +111,31 @@ def overflow_value(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, neg
     return torch.where(to_inf, torch.inf, fmt.max).to(torch.float64)
 
 
-def process(
-    x: Tensor,
-    fmt: FloatFormat,
-    scale: Tensor | float,
-    *,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: tuple[int, int] | None = None,
-    random_bits: int = 24,
-    clamp: bool = False,
-    out: Tensor | None = None,
-    values: bool = True,
-    codes: bool = False,
-    stats: bool = False,
-) -> Outputs:
-    """Quantized values, codes and statistics, as asked for; see `dispatch`."""
-    words = None if key is None else torch.tensor(key, dtype=torch.int64)
-    payload, over = round_payload(x, fmt, scale, rounding, overflow, words, random_bits, clamp)
-    value = (payload.to(compute_dtype(x.dtype)) * scale).to(x.dtype)
-    vector = measure(x, value, over).vector if stats else None
+def run(
+    plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Tensor | None, out: Tensor | None
+) -> Quantized:
+    """One pass: values, codes and statistics, as the plan wants them."""
+    x = x.detach()
+    payload, over = round_payload(x, plan.grid, scale, plan.rounding, plan.overflow, key, plan.random_bits, plan.clamp)
+    value = (payload.to(plan.compute_dtype) * scale).to(x.dtype)
+    stats = measure(x, value, over) if plan.stats else None
     coded, problems = None, 0
-    if codes:
-        found = payload_codes(payload, fmt)
+    if plan.codes:
+        found = payload_codes(payload, plan.grid)
         missing = found < 0
         problems = (missing & torch.isnan(payload)).any() * NAN_PROBLEM + (
             missing & torch.isinf(payload)
         ).any() * INF_PROBLEM
-        coded = torch.where(missing, 0, found).to(code_dtype(fmt))
+        coded = torch.where(missing, 0, found).to(code_dtype(plan.grid))
     if out is not None:
         value = out.copy_(value)
-    return Outputs(value if values else None, coded, vector, problems)
+    return Quantized(value if plan.values else None, coded, None, stats, None, problems)
 
 
-def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
     """scale * value(code), by a table of values."""
-    table = value_tensor(fmt, torch.float64 if dtype == torch.float64 else torch.float32, codes.device)
-    result = (table[codes.to(torch.int64)] * scale).to(dtype)
+    table = value_tensor(plan.format, plan.compute_dtype, codes.device)
+    result = (table[codes.to(torch.int64)] * scale).to(plan.dtype)
     return result if out is None else out.copy_(result)
 
 

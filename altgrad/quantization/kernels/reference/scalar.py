@@ -19,7 +19,9 @@ from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM, NAN_PROBLEM
 from altgrad.quantization.codec import code_dtype, value_table
-from altgrad.quantization.quantized import Outputs
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
+from altgrad.quantization.stats import QuantStats
 from altgrad.randomness.counter import random_bits as draw_bits
 
 _WIDEST = 19  # bits of the widest format whose values are listed
@@ -145,35 +147,27 @@ def codes_by_search(payload: np.ndarray, fmt: FloatFormat) -> tuple[np.ndarray, 
     return codes, problems
 
 
-def process(
-    x: Tensor,
-    fmt: FloatFormat,
-    scale: Tensor | float,
-    *,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: tuple[int, int] | None = None,
-    random_bits: int = 24,
-    clamp: bool = False,
-    out: Tensor | None = None,
-    values: bool = True,
-    codes: bool = False,
-    stats: bool = False,
-) -> Outputs:
-    """Quantized values, codes and statistics, as asked for; see `dispatch`. Slow: for tests."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    work = x.to(compute)
+def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | None, out: Tensor | None) -> Quantized:
+    """One pass: values, codes and statistics, as the plan wants them. Slow: for tests."""
+    work = x.detach().to(plan.compute_dtype)
     wide = work.double().numpy()
     words = None
     if key is not None:
-        drawn = draw_bits(torch.tensor(key, dtype=torch.int64), x.numel(), random_bits)
+        drawn = draw_bits(torch.tensor(key, dtype=torch.int64), x.numel(), plan.random_bits)
         words = drawn.view(x.shape).numpy().astype(np.float64)
     payload, over = round_by_search(
-        (work / scale).double().numpy(), wide, fmt, rounding, overflow, words, random_bits, clamp
+        (work / scale).double().numpy(),
+        wide,
+        plan.grid,
+        plan.rounding,
+        plan.overflow,
+        words,
+        plan.random_bits,
+        plan.clamp,
     )
-    value = (torch.from_numpy(np.asarray(payload)).to(compute) * scale).to(x.dtype)
-    vector = None
-    if stats:
+    value = (torch.from_numpy(np.asarray(payload)).to(plan.compute_dtype) * scale).to(x.dtype)
+    stats = None
+    if plan.stats:
         result = value.double().numpy()
         kept = np.isfinite(wide) & np.isfinite(result)
         fields = (
@@ -185,19 +179,18 @@ def process(
             ((wide[kept] - result[kept]) ** 2).sum(),
             (wide[kept] ** 2).sum(),
         )
-        vector = torch.tensor([float(f) for f in fields], dtype=torch.float64)
+        stats = QuantStats(torch.tensor([float(f) for f in fields], dtype=torch.float64))
     coded, problems = None, 0
-    if codes:
-        found, problems = codes_by_search(np.asarray(payload), fmt)
-        coded = torch.from_numpy(found).to(code_dtype(fmt))
+    if plan.codes:
+        found, problems = codes_by_search(np.asarray(payload), plan.grid)
+        coded = torch.from_numpy(found).to(code_dtype(plan.grid))
     if out is not None:
         value = out.copy_(value)
-    return Outputs(value if values else None, coded, vector, problems)
+    return Quantized(value if plan.values else None, coded, None, stats, None, problems)
 
 
-def decode(codes: Tensor, fmt: FloatFormat, scale: Tensor | float, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
     """scale * value(code), by indexing the table of values."""
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.from_numpy(value_table(fmt)[codes.numpy()]).to(compute)
-    result = (values * scale).to(dtype)
+    values = torch.from_numpy(value_table(plan.format)[codes.numpy()]).to(plan.compute_dtype)
+    result = (values * scale).to(plan.dtype)
     return result if out is None else out.copy_(result)

@@ -1,0 +1,407 @@
+"""One value for one cast: a format with all that says how tensors are rounded to it, resolved once.
+
+    cast = Cast("E4M3", rounding="stochastic", overflow="saturate")
+    found = cast(x, scale, key=(seed, stream), want=Want.VALUES | Want.CODES)
+
+A cast holds the plan for each dtype, device, kernel and choice of outputs that it met; a plan holds what depends on
+shapes. A call is then: find the plan, pass the gate (`checks.check_call`, the one place where the arguments of a call are
+judged, outside of tracing and inside), run the kernel. Tensors that are traced, subclassed or transformed go through the
+operators of `altgrad.quantization.operators`, which take the cast's text and end in the same call. `ops` has the faces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad.errors import BlockError, FormatError, OptionError, RandomKeyError
+from altgrad.formats.block import BlockFormat, block_format_from_spec
+from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import Overflow, Rounding, as_option
+from altgrad.formats.scalar import FloatFormat, format_from_spec
+from altgrad.quantization.block_layout import BlockLayout, block_layout
+from altgrad.quantization.checks import (
+    as_key,
+    as_scale,
+    check_block_dtype,
+    check_call,
+    check_dtype,
+    check_encodable,
+    check_problems,
+    traced,
+)
+from altgrad.quantization.codec import check_codes, scale_values
+from altgrad.quantization.kernels.choose import kernel_name, load
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized, QuantizedTensor, Want
+from altgrad.quantization.scaling import amax, two_level_scale
+from altgrad.quantization.stats import QuantStats
+
+VALUES, CODES = Want.VALUES, Want.CODES
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How tensors are rounded to a format; frozen, hashable, and `Cast.parse(str(cast)) == cast`.
+
+    Args:
+        format: a scalar or block format, or its name.
+        rounding, overflow, subnormals, random_bits: as for `altgrad.quantization.quantize`.
+        clamp: clamp finite quotients to +-max first (scalar formats; a block's scale follows its amax anyway).
+        axis, pad: for block formats: the axis that blocks run along, and whether the last block may be short.
+
+    Raises:
+        FormatError, OptionError, RandomKeyError: a field is out of range, or the fields contradict one another.
+    """
+
+    format: Any
+    rounding: Rounding = Rounding.NEAREST_EVEN
+    overflow: Overflow = Overflow.NATIVE
+    subnormals: bool = True
+    clamp: bool = False
+    random_bits: int = 24
+    axis: int = -1
+    pad: bool = False
+    grid: FloatFormat = field(init=False, repr=False, compare=False)  # what elements are rounded to
+    spec: str = field(init=False, repr=False, compare=False)
+    _plans: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "format", get_format(self.format))
+        put(self, "rounding", as_option(Rounding, self.rounding))
+        put(self, "overflow", as_option(Overflow, self.overflow))
+        for name in ("subnormals", "clamp", "pad"):
+            put(self, name, bool(getattr(self, name)))
+        if type(self.random_bits) is not int or not 1 <= self.random_bits <= 32:
+            raise RandomKeyError(f"random_bits {self.random_bits} is outside 1..32")
+        if type(self.axis) is not int:
+            raise OptionError(
+                f"axis {self.axis!r} is not an integer; blocks run along one axis, such as -1 for the last"
+            )
+        element = self.format.element if self.is_block else self.format
+        put(self, "grid", element if self.subnormals else element.without_subnormals())
+        put(self, "spec", _written(self))
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the scales come from blocks of the tensor."""
+        return isinstance(self.format, BlockFormat)
+
+    # -- text -----------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return self.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __reduce__(self):
+        return Cast.parse, (self.spec,)  # plans hold addresses of this process
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(text: str) -> Cast:
+        """The cast that `str` wrote, such as "E4M3(stochastic,saturate)".
+
+        Raises:
+            FormatError, OptionError: the format or one of the options in parentheses is unknown.
+        """
+        name, bracket, options = text.rpartition("(") if text.endswith(")") else (text, "", "")
+        read = block_format_from_spec if ";" in name else format_from_spec if "|" in name else get_format
+        return Cast(read(name), **dict(_option(word) for word in options[:-1].split(",") if bracket))
+
+    # -- plans ----------------------------------------------------------------------------------------------------
+
+    def check(self, dtype: torch.dtype, want: Want) -> None:
+        """Refuse what no tensor of that dtype can give.
+
+        Raises:
+            DtypeError, FormatError, CodeError: with value, limit and remedy.
+        """
+        if self.is_block:
+            check_block_dtype(dtype, self.format)
+        else:
+            check_dtype(dtype, self.grid if want else self.format)
+            if want and not self.format.has_zero:
+                raise FormatError(
+                    f"{self.format} is a scale format without zero; put an element format such as E4M3 on a tensor"
+                )
+        if want & CODES and not want & VALUES:
+            check_encodable(self.grid, self.overflow)
+
+    def plan(self, dtype: torch.dtype, device: torch.device, want: Want = VALUES, kernel: str | None = None) -> Plan:
+        """The cast resolved; `want` 0 is for decoding to `dtype`.
+
+        Raises:
+            KernelError, OptionError: no such kernel, or it does not cover the case; and as `check`.
+        """
+        found = self._plans.get((dtype, device, want, kernel))
+        if found is None:
+            self.check(dtype, want)
+            name = kernel_name(self.format, dtype, device, kernel)
+            found = Plan(
+                self.format,
+                self.grid,
+                self.rounding,
+                self.overflow,
+                self.clamp,
+                self.random_bits,
+                self.axis,
+                self.pad,
+                dtype,
+                device,
+                bool(want & VALUES),
+                bool(want & CODES),
+                bool(want & Want.STATS),
+                load(name, "blocks" if self.is_block else "scalar"),
+            )
+            self._plans[dtype, device, want, kernel] = found
+        return found
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: Tensor,
+        scale: Tensor | float = 1.0,
+        *,
+        key: tuple[int, int] | Tensor | None = None,
+        out: Tensor | None = None,
+        want: Want = VALUES,
+        kernel: str | None = None,
+    ) -> Quantized:
+        """Values, codes and statistics of x in one pass; arguments, edge values and errors as for `quantize`."""
+        if traced(x):
+            return call_traced(self.spec, x, scale, key, out, want, kernel)
+        return self.run(x, scale, key, out, want, kernel)
+
+    def run(
+        self,
+        x: Tensor,
+        scale: Tensor | float | None,
+        key: tuple[int, int] | Tensor | None,
+        out: Tensor | None,
+        want: Want,
+        kernel: str | None,
+    ) -> Quantized:
+        """The call on a plain tensor: what `__call__` comes to outside of tracing, and an operator inside."""
+        plan = self._plans.get((x.dtype, x.device, want, kernel)) or self.plan(x.dtype, x.device, want, kernel)
+        scale, key = check_call(x, scale, key, out, plan.draws, plan.upper, x.dtype if plan.values else None)
+        if scale is None and plan.upper:
+            scale = two_level_scale(amax(x), self.format)
+        found = plan.run(plan, x, scale, key, out)
+        if plan.codes and not plan.values:
+            check_problems(found.problems, self.format)
+        return found
+
+    def decode(
+        self,
+        codes: Tensor | QuantizedTensor,
+        scale: Tensor | float = 1.0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        kernel: str | None = None,
+    ) -> Tensor:
+        """scale * value(code), of the codes' shape and of `dtype`; as the face `altgrad.quantization.decode`."""
+        upper = None
+        if isinstance(codes, QuantizedTensor):
+            codes, scale, upper = codes.codes, codes.scales, codes.tensor_scale
+        elif self.is_block:
+            raise _plain_codes(self.spec)
+        if traced(codes):
+            return decode_traced(self.spec, codes, scale, upper, dtype, out, kernel)
+        return self.run_decode(codes, scale, upper, dtype, out, kernel)
+
+    def run_decode(
+        self,
+        codes: Tensor,
+        scale: Any,
+        upper: Tensor | None,
+        dtype: torch.dtype,
+        out: Tensor | None,
+        kernel: str | None,
+    ) -> Tensor:
+        """Decoding on a plain tensor; for block formats `scale` has the stored scales, `upper` the tensor scale."""
+        plan = self._plans.get((dtype, codes.device, 0, kernel)) or self.plan(dtype, codes.device, Want(0), kernel)
+        scale, _ = check_call(codes, scale, None, out, False, plan.upper, dtype, decodes=True)
+        check_codes(codes, plan.grid)
+        if plan.upper is not None:
+            self.check_stored_scales(codes.shape, scale.shape)
+            scale = scale_values(scale, self.format, upper)
+        return plan.kernel.decode(plan, codes, scale, out)
+
+    def layout(self, shape: torch.Size) -> BlockLayout:
+        """Where the blocks lie in a tensor of that shape."""
+        return block_layout(shape, self.format, self.axis, pad=self.pad)
+
+    def check_stored_scales(self, codes: torch.Size, scales: torch.Size) -> None:
+        """Refuse stored scales that do not fit the codes of a block format.
+
+        Raises:
+            BlockError: their shapes do not belong to each other.
+        """
+        expected = self.layout(codes).scale_shape
+        if tuple(scales) != expected:
+            raise BlockError(
+                f"scales of shape {list(scales)} for codes of shape {list(codes)}; {self.format} along axis "
+                f"{self.axis} has {list(expected)}"
+            )
+
+
+# -- traced calls -----------------------------------------------------------------------------------------------------
+
+
+def outputs_of(cast: Cast, want: Want) -> tuple[bool, bool, bool, bool, bool]:
+    """Which of values, codes, stored scales, statistics and tensor scale an operator returns, in this order."""
+    two_levels = cast.is_block and cast.format.tensor_scale
+    return bool(want & VALUES), bool(want & CODES), cast.is_block, bool(want & Want.STATS), two_levels
+
+
+def _traced_facts(spec: str, want: Want) -> tuple:
+    """(number of `want`, whether bits are drawn, `Plan.upper`, `outputs_of`): constants while tracing."""
+    cast = Cast.parse(spec)
+    upper = cast.format.tensor_scale if cast.is_block else None
+    return int(want), cast.rounding is Rounding.STOCHASTIC, upper, outputs_of(cast, want)
+
+
+_traced_facts._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without the compiler
+
+
+def call_traced(
+    spec: str,
+    x: Tensor,
+    scale: Tensor | float,
+    key: tuple[int, int] | Tensor | None,
+    out: Tensor | None,
+    want: Want,
+    kernel: str | None,
+) -> Quantized:
+    """The call as one operator; what cannot be known while tracing is checked when it runs."""
+    number, draws, upper, there = _traced_facts(spec, want)
+    given, key = check_call(x, scale, key, out, draws, upper, x.dtype if there[0] else None)
+    given = None if given is None else as_scale(given, x.device, x.dtype)
+    parts = iter(torch.ops.altgrad.cast(x.detach(), given, as_key(key), spec, number, kernel))
+    values, codes, scales, vector, level = [next(parts) if here else None for here in there]
+    if out is not None:
+        values = out.copy_(values)
+    return Quantized(values, codes, scales, None if vector is None else QuantStats(vector), level)
+
+
+def decode_traced(
+    spec: str,
+    codes: Tensor,
+    scale: Tensor | float,
+    upper: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    kernel: str | None,
+) -> Tensor:
+    """Decoding as one operator."""
+    _, _, level, _ = _traced_facts(spec, VALUES)
+    scale, _ = check_call(codes, scale, None, out, False, level, dtype, decodes=True)
+    found = torch.ops.altgrad.decode(codes, as_scale(scale, codes.device, dtype), upper, spec, dtype, kernel)
+    return found if out is None else out.copy_(found)
+
+
+class TracedCast:
+    """A cast inside a compiled graph, where only its text is a constant."""
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+
+    def __call__(self, x, scale=1.0, *, key=None, out=None, want=VALUES, kernel=None) -> Quantized:
+        return call_traced(self.spec, x, scale, key, out, want, kernel)
+
+    def decode(self, codes, scale=1.0, *, dtype=torch.float32, out=None, kernel=None) -> Tensor:
+        if isinstance(codes, QuantizedTensor):
+            return decode_traced(self.spec, codes.codes, codes.scales, codes.tensor_scale, dtype, out, kernel)
+        if _traced_facts(self.spec, VALUES)[2] is not None:
+            raise _plain_codes(self.spec)
+        return decode_traced(self.spec, codes, scale, None, dtype, out, kernel)
+
+
+def _plain_codes(spec: str) -> FormatError:
+    return FormatError(f"format {spec} with plain codes; give a scalar format, or the QuantizedTensor that encode gave")
+
+
+def _traced_spec(*facts) -> str:
+    return Cast(*facts).spec
+
+
+_traced_spec._dynamo_marked_constant = True
+
+
+# -- casts by their facts -------------------------------------------------------------------------------------------
+
+_casts: dict[tuple, Cast] = {}
+
+
+def cast_for(
+    fmt: FloatFormat | BlockFormat | str,
+    rounding: Rounding | str = Rounding.NEAREST_EVEN,
+    overflow: Overflow | str = Overflow.NATIVE,
+    subnormals: bool = True,
+    clamp: bool = False,
+    random_bits: int = 24,
+    axis: int = -1,
+    pad: bool = False,
+) -> Cast | TracedCast:
+    """The cast of these facts, made once."""
+    if torch.compiler.is_compiling():
+        return TracedCast(_traced_spec(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad))
+    key = (fmt if type(fmt) is str else id(fmt), rounding, overflow, subnormals, clamp, random_bits, axis, pad)
+    try:
+        return _casts[key]
+    except (KeyError, TypeError):
+        made = Cast(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)  # type: ignore[arg-type]
+        return _casts.setdefault(key, made)  # which keeps fmt alive, and so its id
+
+
+def _written(cast: Cast) -> str:
+    """The text of a cast: the format, and in parentheses what differs from the defaults."""
+    words = [
+        (cast.rounding is not Rounding.NEAREST_EVEN, cast.rounding.value),
+        (cast.overflow is not Overflow.NATIVE, cast.overflow.value),
+        (not cast.subnormals, "no_subnormals"),
+        (cast.clamp, "clamp"),
+        (cast.random_bits != 24, f"random_bits={cast.random_bits}"),
+        (cast.axis != -1, f"axis={cast.axis}"),
+        (cast.pad, "pad"),
+    ]
+    shown = ",".join(word for there, word in words if there)
+    name = _format_text(cast.format)
+    return f"{name}({shown})" if shown else name
+
+
+def _format_text(fmt: FloatFormat | BlockFormat) -> str:
+    """The format's name where the catalog has it under that name, else its facts."""
+    try:
+        known = get_format(fmt.name) == fmt
+    except FormatError:
+        known = False
+    return fmt.name if known else fmt.spec
+
+
+_WORDS: dict[str, tuple[str, Any]] = {
+    **{mode.value: ("rounding", mode) for mode in Rounding},
+    **{policy.value: ("overflow", policy) for policy in Overflow},
+    "no_subnormals": ("subnormals", False),
+    "clamp": ("clamp", True),
+    "pad": ("pad", True),
+}
+
+
+def _option(word: str) -> tuple[str, Any]:
+    word = word.strip()
+    name, equals, number = word.partition("=")
+    if equals and name in ("random_bits", "axis") and number.lstrip("-").isdecimal():
+        return name, int(number)
+    if word not in _WORDS:
+        raise OptionError(f"{word!r} is no option of a cast; use random_bits=N, axis=N, {', '.join(_WORDS)}")
+    return _WORDS[word]
