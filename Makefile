@@ -39,6 +39,7 @@ format: $(READY)
 # Every figure of DESIGN's budgets; each file also runs by itself, such as `.venv/bin/python -m benchmarks.bench_step`.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_quantize
+	$(BIN)/python -m benchmarks.bench_calls
 	$(BIN)/python -m benchmarks.bench_blocks
 	$(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.bench_monitor
