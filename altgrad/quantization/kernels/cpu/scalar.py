@@ -35,8 +35,8 @@ def _machinery():
 
 
 def _prepare(plan: Plan) -> tuple:
-    """(address of the loop, address of its table, code dtype), kept in the plan."""
-    loops, _, _ = _machinery()
+    """(address of the loop, address of its table, code dtype, drivers on threads and on this one), kept in the plan."""
+    loops, run_on_threads, run_here = _machinery()
     fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
     wide = plan.dtype == torch.float64 or not float32_arithmetic_suffices(fmt)
     plain = not plan.stats and settles_plainly(fmt, rounding, overflow)
@@ -47,7 +47,7 @@ def _prepare(plan: Plan) -> tuple:
         loops.Variant(_KINDS[plan.dtype], int(family), wide, plan.values, code_bytes, plan.stats, alike)
     )
     table = grid_table(fmt, rounding, overflow, plan.clamp, plan.random_bits, wide)
-    plan.prepared = (loop, table.ctypes.data, code_dtype(fmt))
+    plan.prepared = (loop, table.ctypes.data, code_dtype(fmt), run_on_threads, run_here)
     return plan.prepared
 
 
@@ -85,7 +85,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
         key: (seed, stream) as signed 64-bit integers, where the plan draws.
         out: where the values go; x's shape and dtype; may be x.
     """
-    loop, table, code_kind = plan.prepared or _prepare(plan)
+    loop, table, code_kind, run_on_threads, run_here = plan.prepared or _prepare(plan)
     source = x
     if not x.is_contiguous() and (plan.draws or not is_dense(x)):
         source = x.contiguous()  # random bits belong to elements in logical order
@@ -102,9 +102,10 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
         partials, stats = _sums(count)
         partials_address = partials.data_ptr()
     if count:
-        scales, number, inner, channels = _scale_layout(source, scale, count)
+        scales, number, inner, channels = None, scale, count, 1
+        if isinstance(scale, Tensor):
+            scales, number, inner, channels = _scale_layout(source, scale, count)
         seed, stream = key or _NO_KEY
-        _, run_on_threads, run_here = _machinery()
         addresses = (loop, table, source.data_ptr(), target_address, coded_address)
         where = (0 if scales is None else scales.data_ptr(), number, inner, channels, seed, stream, partials_address)
         if count < ONE_THREAD:
