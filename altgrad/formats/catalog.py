@@ -13,11 +13,12 @@ from typing import Any
 from altgrad.errors import FormatError
 from altgrad.formats.block import BlockFormat, ScaleRule
 from altgrad.formats.rounding import as_option
-from altgrad.formats.scalar import FloatFormat
+from altgrad.formats.scalar import FloatFormat, Specials
 from altgrad.formats.scalar_rows import FORMAT_REGISTRY, SCALAR_ROWS
 
 _BY_KEY = {name.lower(): row for row in SCALAR_ROWS for name in (row.name, *row.aliases)}
-_EXMY = re.compile(r"e(\d{1,2})m(\d{1,2})")
+_EXMY = re.compile(r"e(?P<e>\d{1,2})m(?P<m>\d{1,2})(b(?P<bias>-?\d{1,3}))?(_(?P<specials>fn|ieee|fnuz|p3109))?")
+_SPECIALS = {"fn": Specials.NAN_ONLY, "ieee": Specials.IEEE, "fnuz": Specials.FNUZ, "p3109": Specials.P3109}
 
 
 @cache
@@ -26,14 +27,30 @@ def _parse(name: str) -> FloatFormat:
     if key in _BY_KEY:
         return _BY_KEY[key]
     if match := _EXMY.fullmatch(key):
-        e, m = int(match[1]), int(match[2])
-        return FloatFormat(
-            f"E{e}M{m}", e, m, 2 ** (e - 1) - 1 if e else None, source="ExMy with the IEEE bias, finite only"
-        )
+        e, m, bias, word = int(match["e"]), int(match["m"]), match["bias"], match["specials"]
+        return generic_format(e, m, None if bias is None else int(bias), _SPECIALS.get(word or "", Specials.NONE))
     known = {**{k: row.name for k, row in _BY_KEY.items()}, **{n.lower(): n for n in BLOCK_FORMATS}}
     near = list(dict.fromkeys(known[k] for k in get_close_matches(key, known, n=4, cutoff=0.4)))
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(FORMAT_REGISTRY)}"
     raise FormatError(f"unknown format {name!r}: {hint} Any E<exponent bits>M<mantissa bits> parses too, such as E3M4")
+
+
+def generic_format(
+    exponent_bits: int, mantissa_bits: int, bias: int | None = None, specials: Specials = Specials.NONE
+) -> FloatFormat:
+    """A format by its numbers alone, under a name that `get_format` reads back: E4M4, E3M5b1, E3M5b3_ieee.
+
+    Args:
+        bias: None is the IEEE bias, 2^(exponent_bits - 1) - 1.
+    """
+    usual = 2 ** (exponent_bits - 1) - 1 if exponent_bits else None
+    chosen = usual if bias is None else bias
+    suffix = "" if chosen == usual else f"b{chosen}"
+    suffix += next((f"_{word}" for word, kind in _SPECIALS.items() if kind is specials), "")
+    rule = "the IEEE bias" if chosen == usual else f"bias {chosen}"
+    kind = "finite only" if specials is Specials.NONE else f"special codes: {specials.value}"
+    name = f"E{exponent_bits}M{mantissa_bits}{suffix}"
+    return FloatFormat(name, exponent_bits, mantissa_bits, chosen, specials, source=f"ExMy with {rule}, {kind}")
 
 
 def get_format(name) -> Any:
@@ -41,7 +58,7 @@ def get_format(name) -> Any:
 
     Args:
         name: a catalog name or alias, a block format's name (`MXFP4`), any `E<e>M<m>` (IEEE bias, finite only, unless
-            the catalog has a row of that name), or a format.
+            the catalog has a row of that name), with another bias and special codes on demand (`E3M5b1_ieee`), or a format.
 
     Raises:
         FormatError: unknown name (with the nearest valid ones), or a format that the float32 carrier cannot hold.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from altgrad.training.step.interventions import Interventions
 from altgrad.training.step.judge import Judge, StepFacts
 from altgrad.training.step.measuring import Measuring
 from altgrad.training.step.optimizers import build_optimizer, lr_at
+from altgrad.training.step.replay import Schedule, replay
 from altgrad.training.step.state_tree import load_model_state, load_optimizer_state, model_state, optimizer_state
 from altgrad.training.step.stepping import (
     clip_to,
@@ -45,6 +46,9 @@ from altgrad.training.step.stepping import (
     usable_device,
     wide_norm,
 )
+
+if TYPE_CHECKING:
+    from altgrad.nn import Recipe
 
 LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -107,16 +111,17 @@ class Trainer:
         self.formats.at(1)
         self.step = 0  # steps taken, skipped ones included
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of step 1, 2, ...: a function of (seed, step)."""
+    def batch(self, step: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of step 1, 2, ...: a function of (seed, step); the seed is the config's unless given."""
         sizes = self.config.data.batch_size, self.config.model.block_size
-        x, y = self.corpus.batch(self.config.seed, step, *sizes)
+        x, y = self.corpus.batch(self.config.seed if seed is None else seed, step, *sizes)
         return x.to(self.device), y.to(self.device)
 
-    def train_step(self, x: Tensor, y: Tensor) -> StepRecord:
+    def train_step(self, x: Tensor, y: Tensor, *, schedule: Schedule | None = None) -> StepRecord:
         """Train on one batch, int64 of shape (batch, time), and return what happened. Ranks all get the whole batch.
 
         The batch is split into `data.grad_accumulation` micro-batches. Nothing of a non-finite step is applied.
+        `schedule` gives the learning rate of a step in place of the config's.
         """
         step, settings = self.step + 1, self.config.optimizer
         before = self.formats.snapshot()
@@ -136,7 +141,7 @@ class Trainer:
         if overflow is not None:
             overflow = self.ranks.max(overflow)  # the clip must act on every rank or on none
         events: list[dict[str, Any]] = []
-        lr = lr_at(step, self.config.max_steps, settings)
+        lr = schedule(step) if schedule is not None else lr_at(step, self.config.max_steps, settings)
         figures = StorageFigures()
         if finite:
             if clipped := self.interventions.clip(overflow):
@@ -206,6 +211,27 @@ class Trainer:
         self.interventions.load_state(state["interventions"])
         self.judge.load_state_dict(state["judge"])
         self.step = state["step"]
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Gradients of the next step on a batch, without taking it; the loss."""
+        return self._forward_backward(self.step + 1, x, y)
+
+    def replay(
+        self,
+        state: dict[str, Any],
+        steps: int,
+        recipe: Recipe | None = None,
+        rounding_seed: int | None = None,
+        data_seed: int | None = None,
+        schedule: Schedule | None = None,
+    ) -> list[StepRecord]:
+        """Fork a captured state, change what is given, take `steps` steps, and return their records.
+
+        The trainer goes on as if nothing had been; with nothing changed the records are the run's own, bit for bit
+        (`altgrad.training.step.replay` says what each argument changes).
+        """
+        changes = {"recipe": recipe, "rounding_seed": rounding_seed, "data_seed": data_seed, "schedule": schedule}
+        return replay(self, state, steps, **changes)  # type: ignore[arg-type]
 
     def _forward_backward(self, step: int, x: Tensor, y: Tensor) -> Tensor:
         """Accumulate gradients over the micro-batches; their mean loss."""

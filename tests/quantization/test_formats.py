@@ -192,3 +192,19 @@ def test_index_of_refuses_values_off_the_grid():
             fmt.index_of(value)
     with pytest.raises(FormatError, match="too many"):
         get_format("FP32").values()
+
+
+@pytest.mark.parametrize("name", ["E3M5b1", "E3M5b3_ieee", "E4M4_fn", "E5M3_fnuz", "E2M4b-3"])
+def test_generic_names_read_back_to_the_same_facts(name):
+    fmt = get_format(name)
+    expected = (name[:2] + name[2:4]).upper()
+    assert fmt.name.upper().startswith(expected)
+    assert get_format(fmt.name) == fmt
+    assert get_format(name.upper()) == fmt
+
+
+def test_a_generic_bias_moves_the_range_and_special_codes_end_it():
+    assert get_format("E3M5b1").max == 4 * get_format("E3M5").max
+    assert get_format("E4M3_ieee").max == 240  # the catalog's row of that name
+    assert get_format("E3M5_ieee").has_inf
+    assert not get_format("E3M5").has_nan

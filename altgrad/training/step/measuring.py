@@ -6,8 +6,8 @@ the clip on it is a small meter; with neither there is none and nothing is compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Measuring:
     def __init__(
         self, config: ExperimentConfig, model: nn.Module, optimizer: torch.optim.Optimizer, formats: FormatsOfRun
     ) -> None:
+        self._model = model
         self.sink: Callable[[list[dict[str, Any]]], None] = lambda records: None  # the runner puts its file here
         self.monitor: Any = None
         self.meter: OverflowMeter | None = None
@@ -101,7 +102,38 @@ class Measuring:
         """Within the block nothing is recorded."""
         return self.monitor.paused() if self.monitor is not None else nullcontext()
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within the block steps are neither monitored nor metered, and nobody observes the layers."""
+        monitor, meter = self.monitor, self.meter
+        with self.paused(), _unobserved(self._model):
+            self.monitor = self.meter = None
+            try:
+                yield
+            finally:
+                self.monitor, self.meter = monitor, meter
+
     def close(self) -> None:
         """Hand over what is still held back, and let go of the model."""
         if self.monitor is not None:
             self.monitor.close()
+
+
+@contextmanager
+def _unobserved(model: nn.Module) -> Iterator[None]:
+    """Within the block the model's quantized layers, if it has any, have no observer."""
+    from altgrad.errors import RecipeError
+    from altgrad.nn.session import sessions_of
+
+    try:
+        sessions = sessions_of(model)
+    except RecipeError:
+        sessions = []
+    observers = [session.observer for session in sessions]
+    for session in sessions:
+        session.observer = None
+    try:
+        yield
+    finally:
+        for session, observer in zip(sessions, observers, strict=True):
+            session.observer = observer
