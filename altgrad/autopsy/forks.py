@@ -48,9 +48,9 @@ class Forks:
         self.stage = ""
         self.run = 0
         self.seconds = 0.0
-        self._known: dict[str, Outcome] = _read(log)
+        self.known: dict[str, Outcome] = _read(log)
         self._torn = log is not None and log.exists() and log.stat().st_size > 0 and log.read_bytes()[-1:] != b"\n"
-        self.found = len(self._known)
+        self.found = len(self.known)
 
     def __call__(self, fork: Fork) -> Outcome:
         """The fork's outcome.
@@ -58,7 +58,7 @@ class Forks:
         Raises:
             BudgetSpent: it would have to be run, and the budget is spent.
         """
-        known = self._known.get(fork.key)
+        known = self.known.get(fork.key)
         if known is not None:
             return known
         if self.run >= self.budget:
@@ -66,7 +66,7 @@ class Forks:
         outcome = self.oracle.run(fork)
         self.run += 1
         self.seconds += outcome.seconds
-        self._known[fork.key] = outcome
+        self.known[fork.key] = outcome
         if self.log is not None:
             line = json.dumps({"key": fork.key, "stage": self.stage, **outcome.as_dict()})
             with self.log.open("a", encoding="utf-8") as file:
@@ -80,7 +80,7 @@ class Forks:
         """The outcomes of several forks, side by side where the oracle can (`prepare`)."""
         prepare = getattr(self.oracle, "prepare", None)
         if prepare is not None:
-            missing = [f for f in dict.fromkeys(forks) if f.key not in self._known]
+            missing = [f for f in dict.fromkeys(forks) if f.key not in self.known]
             prepare(missing[: self.budget - self.run])
         return [self(fork) for fork in forks]
 

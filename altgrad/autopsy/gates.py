@@ -53,7 +53,8 @@ def not_precision(forks: Forks, wrong: str, ceiling: float, longest: int) -> dic
     horizon = min(len(forks.oracle.history(TWIN)), longest)
     slower, other = Fork(frozenset(), 0, TWIN, horizon, lr_factor=0.5), Fork(frozenset(), 0, TWIN, horizon, data=1)
     for name, fork in (("half the learning rate", slower), ("other batches", other)):
-        if unwell(forks(fork).losses, ceiling) is None:
+        outcome = forks(fork)
+        if outcome.refused is None and unwell(outcome.losses, ceiling) is None:
             cured.append(name)
     remedy = (
         f"; {' or '.join(cured)} cures it" if cured else "; neither half the learning rate nor other batches cure it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def investigate(
     forks: Forks,
     *,
     symptom: int | None = None,
-    prior: Mapping[object, float] | None = None,
+    prior: Mapping[Any, float] | None = None,
     ceiling: float | None = None,
     settings: Settings | None = None,
 ) -> Verdict:

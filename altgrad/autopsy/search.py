@@ -43,7 +43,7 @@ class Search:
     """The state of one autopsy: the forks, the window once it is known, and what has been concluded."""
 
     def __init__(
-        self, forks: Forks, settings: Settings, prior: Mapping[object, float], ceiling: float, so_far: Verdict
+        self, forks: Forks, settings: Settings, prior: Mapping[Any, float], ceiling: float, so_far: Verdict
     ) -> None:
         self.forks, self.settings, self.ceiling = forks, settings, ceiling
         self.cells = tuple(forks.oracle.cells)

@@ -97,6 +97,39 @@ def report(
     run_pages.report(runs, out, force)
 
 
+_Run = Annotated[Path, typer.Argument(help="A run's folder, such as runs/e7m0-s42-1a2b3c4d.")]
+
+
+@app.command()
+def autopsy(
+    run: _Run,
+    budget: Annotated[int, typer.Option("--budget", help="Forks that may be run.")] = 120,
+    twin: Annotated[
+        Path | None, typer.Option("--twin", help="Folder of its float32 twin, to hold the replayed one against.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
+) -> None:
+    """Find out by replay why a run went wrong: which cells, since when, by what mechanism, what would have saved it."""
+    from altgrad.cli import autopsy_pages
+
+    raise typer.Exit(autopsy_pages.autopsy(run, budget, twin, dry_run=dry_run))
+
+
+@app.command()
+def replay(
+    run: _Run,
+    step: Annotated[int, typer.Option("--step", help="Captured step to fork from; an earlier one is found.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", help="Steps to take.")] = 40,
+    rescue: Annotated[
+        list[str] | None, typer.Option("--rescue", help="Cells to put in float32, by name or pattern such as head.*")
+    ] = None,
+) -> None:
+    """Fork a run at a step with some cells in float32, and set its losses beside the run's own."""
+    from altgrad.cli import autopsy_pages
+
+    autopsy_pages.replay(run, step, steps, rescue or [])
+
+
 @app.command()
 def pack(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, folders that hold run folders, or packs.")],

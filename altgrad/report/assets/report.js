@@ -171,4 +171,20 @@
     input.addEventListener("input", apply);
     apply();
   }
+
+  // The map of cells: choosing one says what is known of it and keeps its layer and its role lit.
+  for (const map of $$(".map")) {
+    const reading = map.querySelector(".map-reading"), cells = $$("td.cell[data-layer]", map);
+    for (const cell of cells) {
+      cell.querySelector("button").addEventListener("click", () => {
+        const same = cell.classList.contains("is-chosen");
+        for (const other of cells) {
+          const near = other.dataset.layer === cell.dataset.layer || other.dataset.role === cell.dataset.role;
+          other.classList.toggle("is-dim", !same && !near);
+          other.classList.toggle("is-chosen", !same && other === cell);
+        }
+        reading.textContent = same ? "Choose a cell to read what is known of it." : cell.title;
+      });
+    }
+  }
 })();

@@ -1,0 +1,94 @@
+"""What `autopsy` and `replay` print: the plan with its cost, progress, the verdict in words, and where the page is."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from altgrad.autopsy.forks import Told
+from altgrad.autopsy.run import autopsy as run_autopsy
+from altgrad.autopsy.run import fork_run, plan
+from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
+from altgrad.errors import ConfigError
+from altgrad.report.numbers import duration
+from altgrad.report.pages.autopsy import share_text
+
+
+def autopsy(run_dir: Path, budget: int, twin: Path | None, *, dry_run: bool) -> int:
+    """`altgrad autopsy`: exit code 0 for any verdict, 3 where it is inconclusive."""
+    console = Console()
+    planned = plan(run_dir, budget)
+    console.print(f"{planned}", highlight=False, markup=False)
+    if dry_run:
+        return 0
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, int] = {}
+
+        def moved(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+                if not console.is_terminal:
+                    console.print(what, highlight=False, markup=False)
+            bars.update(tasks[what], completed=done)  # type: ignore[arg-type]
+
+        def told(one: Told) -> None:
+            moved(f"forks: {one.stage}", one.done, one.budget)
+
+        verdict = run_autopsy(run_dir, budget=budget, twin=twin, tell=moved, told=told)
+    _print(console, verdict)
+    console.print(f"page: {run_dir / 'autopsy' / 'autopsy.html'}", highlight=False, markup=False, soft_wrap=True)
+    return 3 if verdict.kind == INCONCLUSIVE else 0
+
+
+def _print(console: Console, verdict: Verdict) -> None:
+    console.print()
+    console.print(verdict.sentence, highlight=False, markup=False)
+    facts = [f"level: {verdict.level}" if verdict.level else "", f"{verdict.forks} forks", duration(verdict.seconds)]
+    if verdict.kind == CAUSE:
+        sure = "not calibrated" if verdict.confidence is None else f"{verdict.confidence:.0%}"
+        facts.append(f"confidence: {sure}")
+    if verdict.onset is not None:
+        facts.append(f"onset: step {verdict.onset}")
+    if verdict.no_return is not None:
+        facts.append(f"no return after step {verdict.no_return}")
+    console.print(" · ".join(fact for fact in facts if fact), highlight=False, markup=False)
+    made = [one for one in verdict.interventions if one.closed is not None]
+    if made:
+        table = Table("on the cells found", "gap closed", "bits it adds a value", box=None, header_style="dim")
+        for one in sorted(made, key=lambda one: -one.closed.value):  # type: ignore[union-attr]
+            table.add_row(one.says, share_text(vars(one.closed)), f"{one.cost_bits:g}" if one.cost_bits else "none")
+        console.print(table)
+
+
+def replay(run_dir: Path, step: int, steps: int, patterns: list[str]) -> None:
+    """`altgrad replay`: losses of the fork beside the run's own."""
+    console = Console()
+
+    def chosen(cells: list) -> frozenset:
+        found = frozenset(c for c in cells for p in patterns if fnmatchcase(str(c), p))
+        for pattern in patterns:
+            if not any(fnmatchcase(str(cell), pattern) for cell in cells):
+                known = ", ".join(map(str, cells[:6]))
+                raise ConfigError(
+                    f"no cell of this run is named {pattern!r}; its cells are {known}, ... ({len(cells)})"
+                )
+        return found
+
+    start, own, forked, rescued = fork_run(run_dir, step, steps, chosen)
+    console.print(
+        f"from the state after step {start}, {len(rescued)} cells in float32"
+        + (f": {', '.join(sorted(map(str, rescued))[:4])}" if rescued else ""),
+        highlight=False,
+        markup=False,
+    )
+    table = Table("step", "run", "fork", "difference", box=None, header_style="dim")
+    for i, loss in enumerate(forked):
+        was = own[start + i] if start + i < len(own) else None
+        difference = "" if was is None else f"{loss - was:+.4f}"
+        table.add_row(str(start + i + 1), "" if was is None else f"{was:.4f}", f"{loss:.4f}", difference)
+    console.print(table)

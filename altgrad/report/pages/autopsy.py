@@ -1,0 +1,404 @@
+"""Draws the page of an autopsy from its verdict.json: one offline HTML file, and the same as Markdown.
+
+Words are fixed: a set of cells *caused* the damage (its rescue closes most of the gap, and it does most of it alone),
+*contributed*, is *exonerated* (with the reason), or is *inconclusive*. No share stands without its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from altgrad.report.charts.figures import line_figure
+from altgrad.report.charts.intervals import IntervalRow, interval_chart
+from altgrad.report.charts.lines import Mark, Series
+from altgrad.report.charts.svg import el
+from altgrad.report.charts.thinning import thin
+from altgrad.report.numbers import count, duration, loss, number, percent, plural
+from altgrad.report.pages.page import render_markdown, render_page
+from altgrad.report.tables import Column, Table, TableCell
+from altgrad.report.theme import Style
+
+Data = Mapping[str, Any]
+MATTERS, MOST = 0.25, 0.5
+"""Shares of the gap from which a set contributed, and from which it can have caused the damage."""
+
+_LEVELS = {
+    "phenomenon": "that there is, or is no, damage",
+    "bound": "when it began",
+    "boundary": "which roles it needs",
+    "cause": "which cells caused it",
+    "repair": "what would have saved the run",
+}
+_ROLE_NAMES = {
+    "forward.input": "x, forward",
+    "forward.weight": "w, forward",
+    "input_grad.grad_output": "dy, input gradient",
+    "input_grad.weight": "w, input gradient",
+    "weight_grad.grad_output": "dy, weight gradient",
+    "weight_grad.input": "x, weight gradient",
+    "storage": "stored weight",
+    "norm_weight": "norm weight",
+}
+
+
+def render_autopsy(data: Data) -> tuple[str, str]:
+    """(html, markdown) of a verdict.
+
+    Args:
+        data: `altgrad.autopsy.Verdict.as_dict()` with, where known, "losses" ({"run": [...], "twin": [...]} by step),
+            "places" ({cell: [layer, gemm, role]}), "run" (facts: run_id, seed, formats), "command", "saving" (a recipe's
+            text).
+    """
+    content = {
+        "title": f"AltGrad: {data['sentence']}",
+        "kind": "autopsy",
+        "headline": _headline(data),
+        "facts": _facts(data),
+        "lede": [data["sentence"]] if data["sentence"] != _headline(data) else [],
+        "remarks": _remarks(data),
+        "numbers": _numbers(data),
+        "sets": _set_table(data),
+        "interventions": _intervention_table(data),
+        "gates": list(data.get("gates", ())),
+        "saving": data.get("saving"),
+        "saves": _saves(data),
+        "command": data.get("command"),
+        "footer": "Written by AltGrad. Every share is measured by forks of the replayed run, against its float32 twin on the "
+        "same batches.",
+    }
+    html = render_page(
+        "autopsy.html.j2",
+        **content,
+        strip=_strip(data),
+        ladder=_ladder(data),
+        bars=_bars(data),
+        cell_map=_cell_map(data),
+    )
+    return html, render_markdown("autopsy.md.j2", **content, cell_map=_map_table(data))
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+
+def _headline(data: Data) -> str:
+    if data["kind"] != "cause":
+        return data["sentence"].split(":")[0].rstrip(".") + "."
+    cells = data["cells"]
+    who = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
+    return f"{who} caused it: {data['mechanism']}."
+
+
+def _facts(data: Data) -> list[str]:
+    run = data.get("run") or {}
+    facts = [str(run[key]) for key in ("run_id", "formats") if run.get(key) is not None]
+    facts += [f"seed {run['seed']}"] if run.get("seed") is not None else []
+    return [*facts, plural(data["forks"], "fork"), duration(data["seconds"])]
+
+
+def _remarks(data: Data) -> list[str]:
+    level = data.get("level")
+    remarks = [f"Level reached: {level} ({_LEVELS[level]})."] if level in _LEVELS else []
+    if data["kind"] == "cause":
+        sure = data.get("confidence")
+        remarks.append(
+            "Confidence: not calibrated for a case like this."
+            if sure is None
+            else f"Confidence: {percent(sure)} of calibrated cases with this evidence named the right cells."
+        )
+    return remarks
+
+
+def _numbers(data: Data) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+
+    def add(name: str, value: Any, text: str) -> None:
+        if value is not None:
+            pairs.append((name, text))
+
+    window = data.get("window")
+    add("Onset", data.get("onset"), f"step {data.get('onset')}")
+    add(
+        "Point of no return",
+        data.get("no_return"),
+        f"after step {data.get('no_return')}, float32 no longer saves the run",
+    )
+    add("Verdict of the run", data.get("symptom"), f"step {data.get('symptom')}")
+    if window is not None:
+        pairs.append(("Compared over", f"steps {window[0] + 1} to {window[1]}"))
+    damage, noise = data.get("damage"), data.get("noise")
+    if damage is not None:
+        scatter = f"; single draws scatter by {number(noise, 2)}" if noise is not None else ""
+        pairs.append(("Damage", f"{loss(damage)} nats above the float32 twin{scatter}"))
+    add("Structure", data.get("structure"), _STRUCTURES.get(str(data.get("structure")), ""))
+    return pairs
+
+
+_STRUCTURES = {
+    "single": "one cell",
+    "redundant": "redundant: each set does the damage alone, so no single rescue shows it",
+    "interacting": "interacting: only together do they do damage",
+    "cumulative": "cumulative: each set does a part",
+}
+
+
+def share_text(share: Data | None) -> str:
+    """A share with its interval, as in "97% [93%, 101%]"."""
+    if share is None:
+        return "not measured"
+    return f"{percent(share['value'])} [{percent(share['low'])}, {percent(share['high'])}]"
+
+
+def word_for(rescue: Data | None, alone: Data | None) -> str:
+    """Caused, contributed, exonerated or inconclusive, by the intervals of both directions."""
+    known = [share for share in (rescue, alone) if share is not None]
+    if not known:
+        return "inconclusive"
+    if len(known) == 2 and all(share["value"] >= MOST for share in known):
+        return "caused"
+    if any(share["low"] >= MATTERS for share in known):
+        return "contributed"
+    return "exonerated" if all(share["high"] < MATTERS for share in known) else "inconclusive"
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _sets(data: Data) -> list[tuple[str, Data]]:
+    rows: list[tuple[str, Data]] = []
+    if data.get("rescue") is not None:
+        rows.append(("all found", {"cells": data["cells"], "rescue": data["rescue"], "alone": data.get("alone")}))
+    rows += [(f"set {i + 1}", one) for i, one in enumerate(data.get("groups", ()))]
+    rows += [("cell", one) for one in data.get("members", ())]
+    rows += [("placebo", one) for one in data.get("placebos", ())]
+    return rows
+
+
+def _set_table(data: Data) -> Table | None:
+    rows = [
+        [kind, ", ".join(one["cells"]), share_text(one.get("rescue")), share_text(one.get("alone")), _word(kind, one)]
+        for kind, one in _sets(data)
+    ]
+    columns = [
+        Column("Set"),
+        Column("Cells"),
+        Column("Rescue closes", True),
+        Column("Alone does", True),
+        Column("Word"),
+    ]
+    return Table(columns, rows, sortable=False) if rows else None
+
+
+def _word(kind: str, one: Data) -> str:
+    return "control" if kind == "placebo" else word_for(one.get("rescue"), one.get("alone"))
+
+
+def _intervention_table(data: Data) -> Table | None:
+    rows = [
+        [
+            one["says"],
+            TableCell(share_text(one["closed"]) if one["closed"] else one["refused"] or "not made", sort=_value(one)),
+            TableCell(
+                "none" if not one["cost_bits"] else f"{plural(one['cost_bits'], 'bit')} a value", sort=one["cost_bits"]
+            ),
+        ]
+        for one in data.get("interventions", ())
+    ]
+    columns = [Column("On the cells found"), Column("Gap closed", True), Column("Storage it adds", True)]
+    return Table(columns, rows, sortable=len(rows) > 3) if rows else None
+
+
+def _value(one: Data) -> float | None:
+    return one["closed"]["value"] if one.get("closed") else None
+
+
+def _saves(data: Data) -> list[str]:
+    saving = [one for one in data.get("interventions", ()) if (_value(one) or 0.0) >= 0.6]
+    saving.sort(key=lambda one: (one["cost_bits"] or 0.0, -(_value(one) or 0.0)))
+    return [
+        f"{one['says']} closes {share_text(one['closed'])}"
+        + (f" and adds {number(one['cost_bits'])} bits a value" if one["cost_bits"] else " and adds no storage")
+        for one in saving
+    ]
+
+
+# -- charts -------------------------------------------------------------------------------------------------------------
+
+
+def _strip(data: Data) -> Markup | None:
+    losses = data.get("losses") or {}
+    if not losses.get("run"):
+        return None
+    marks = [
+        Mark(data[key], f"{name}, step {count(data[key])}", calm=calm)
+        for key, name, calm in (
+            ("onset", "onset", False),
+            ("no_return", "no return", False),
+            ("symptom", "verdict", True),
+        )
+        if data.get(key)
+    ]
+    series = []
+    for key, name, style in (("twin", "float32 twin", Style(-1)), ("run", "this run", Style(7))):
+        values = np.array([np.nan if v is None else v for v in losses.get(key) or ()], dtype=np.float64)
+        if len(values):
+            t = thin(np.arange(1, len(values) + 1, dtype=np.float64), values, 300)
+            low, high = (t.low, t.high) if t.per_bucket > 1 else (None, None)
+            series.append(Series(name, t.x, t.mean, style, "", low, high))
+    noise = data.get("noise")
+    band = (
+        f" One draw of the rounding moves the mean over the window by {number(noise, 2)} nats."
+        if noise is not None
+        else ""
+    )
+    return line_figure(
+        series,
+        title="When",
+        description="Training loss of the run and of its float32 twin on the same batches, with onset, point of no return "
+        "and the run's own verdict.",
+        caption=f"Both see the same batches.{band}",
+        y_label="training loss, nats per token",
+        marks=marks,
+        height=320,
+    )
+
+
+def _ladder(data: Data) -> Markup | None:
+    rows = []
+    for kind, one in _sets(data):
+        share = one.get("rescue")
+        if share is None:
+            continue
+        label = ", ".join(one["cells"]) if len(one["cells"]) == 1 else f"{len(one['cells'])} cells"
+        name = {"all found": f"rescue {label}", "placebo": f"placebo: {label}"}.get(kind, f"{kind}: {label}")
+        style = Style(3) if kind == "placebo" else Style(7)
+        rows.append(IntervalRow(name, share["value"], share["low"], share["high"], style, share_text(share)))
+    if not rows:
+        return None
+    return _shares(
+        rows, "What rescue closes", "Share of the gap to the float32 twin that float32 in these cells closes.", data
+    )
+
+
+def _bars(data: Data) -> Markup | None:
+    rows = [
+        IntervalRow(
+            one["says"],
+            one["closed"]["value"],
+            one["closed"]["low"],
+            one["closed"]["high"],
+            Style(1),
+            share_text(one["closed"]),
+        )
+        for one in data.get("interventions", ())
+        if one.get("closed")
+    ]
+    if not rows:
+        return None
+    return _shares(
+        rows, "What would have saved it", "Share of the gap that each change of the cells found closes.", data
+    )
+
+
+def _shares(rows: Sequence[IntervalRow], title: str, description: str, data: Data) -> Markup:
+    noise, damage = data.get("noise"), data.get("damage")
+    spread = 2 * noise / damage if noise is not None and damage else None
+    return interval_chart(
+        rows,
+        title=title,
+        description=description,
+        x_label="share of the gap closed",
+        reference=0.0,
+        reference_band=None if spread is None else (-spread, spread),
+        reference_label="no effect",
+    )
+
+
+# -- the map -------------------------------------------------------------------------------------------------------------
+
+
+def _map(data: Data) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[str, Data | None]]]:
+    """(layers, roles, {(layer, role): (word, effect)}): every cell has a word."""
+    places = data.get("places") or {}
+    single = {one["cells"][0]: one for _, one in _sets(data) if len(one["cells"]) == 1}
+    guilty = set(data.get("cells", ()))
+    layers = list(dict.fromkeys(place[0] for place in places.values()))
+    roles = list(dict.fromkeys(_role(place) for place in places.values()))
+    cells = {}
+    for text, place in places.items():
+        effect = single.get(text)
+        if text in guilty:
+            word = "caused" if data["kind"] == "cause" else "contributed"
+        elif data["kind"] == "cause":
+            word = "exonerated"
+        else:
+            word = word_for(effect.get("rescue"), effect.get("alone")) if effect else "inconclusive"
+        cells[place[0], _role(place)] = (word, effect)
+    return layers, roles, cells
+
+
+def _role(place: Sequence[str]) -> str:
+    _, gemm, role = place
+    return _ROLE_NAMES.get(f"{gemm}.{role}", _ROLE_NAMES.get(role, f"{role}, {gemm}"))
+
+
+_WHY_INNOCENT = "with the cause in float32, all other cells stayed low and the run was unharmed"
+
+
+def _cell_map(data: Data) -> Markup | None:
+    layers, roles, cells = _map(data)
+    if not cells:
+        return None
+    head = el("tr", el("th", "layer", scope="col"), *(el("th", role, scope="col") for role in roles))
+    body = []
+    for layer in layers:
+        line = [el("th", layer, scope="row")]
+        for role in roles:
+            word, effect = cells.get((layer, role), ("", None))
+            if not word:
+                line.append(el("td", class_="cell absent"))
+                continue
+            measured = effect is not None and (effect.get("rescue") is not None)
+            rescue = percent(effect["rescue"]["value"]) if measured and effect else ""
+            alone = percent(effect["alone"]["value"]) if measured and effect and effect.get("alone") else ""
+            said = f"{layer}, {role}: {word}" + (
+                f"; rescue closes {share_text(effect.get('rescue'))}, alone does {share_text(effect.get('alone'))}"
+                if measured and effect
+                else f"; {_WHY_INNOCENT}"
+                if word == "exonerated"
+                else ""
+            )
+            line.append(
+                el(
+                    "td",
+                    el("button", el("b", rescue or "–"), el("small", alone or "–"), type="button", aria_label=said),
+                    class_=f"cell {word}",
+                    data_layer=layer,
+                    data_role=role,
+                    title=said,
+                )
+            )
+        body.append(el("tr", *line))
+    caption = (
+        "Above, the share of the gap that rescuing the cell alone closes; below, the damage that it does alone. "
+        f"Grey cells are exonerated: {_WHY_INNOCENT}."
+    )
+    table = el("table", el("caption", caption), el("thead", head), el("tbody", *body), class_="cell-map")
+    reading = el("p", "Choose a cell to read what is known of it.", class_="map-reading", aria_live="polite")
+    return el(
+        "div",
+        el("div", table, class_="table-scroll", tabindex="0", role="region", aria_label="Cells"),
+        reading,
+        class_="map",
+    )
+
+
+def _map_table(data: Data) -> Table | None:
+    layers, roles, cells = _map(data)
+    if not cells:
+        return None
+    rows = [[layer, *(cells.get((layer, role), ("", None))[0] for role in roles)] for layer in layers]
+    return Table([Column("Layer"), *(Column(role) for role in roles)], rows)

@@ -1,0 +1,177 @@
+"""Forks of a real trainer: bit-identical where nothing is changed, and an injected fault is found."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad.autopsy import Recorder, autopsy
+from altgrad.autopsy.fork import LOW, TWIN, Fork
+from altgrad.autopsy.forks import Forks
+from altgrad.autopsy.investigate import investigate
+from altgrad.autopsy.loop import TrainerLoop, jittered
+from altgrad.autopsy.oracle import LoopOracle
+from altgrad.autopsy.search import Settings
+from altgrad.errors import ConfigError, ReportError
+from altgrad.nn import attach_optimizer, quantize_model, uniform
+from altgrad.nn.recipe.cells import Cell
+from altgrad.nn.recipe.spec import OperandSpec
+from altgrad.training.format_runner import FormatExperimentRunner
+from tests.corpus import corpus_overrides
+from tests.training.tiny import tiny_config, tiny_trainer, train
+
+QUICK = Settings(draws=3, most_draws=2, placebos=1, longest=40)
+BROKEN = OperandSpec("E4M3", scaling={"policy": "static", "scale": 2.0**9})  # nearly all of the gradient underflows
+
+
+def broken_recipe():
+    return uniform("E4M3").with_cell("head", "input_grad", "grad_output", BROKEN).to_dict()
+
+
+def oracle_of(steps=40, **config):
+    config = config or {"formats": broken_recipe()}
+    return LoopOracle(TrainerLoop(tiny_trainer(**config)), steps, captures=8)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return oracle_of()
+
+
+def test_the_low_trajectory_is_the_run_and_the_twin_is_the_float32_run(oracle):
+    own = [r.loss for r in train(tiny_trainer(formats=broken_recipe()), 40)]
+    assert oracle.history(LOW) == own
+    assert oracle.history(TWIN) == [r.loss for r in train(tiny_trainer(), 40)]
+
+
+def test_an_unchanged_fork_repeats_the_run_to_the_bit(oracle):
+    start = oracle.captures(LOW)[3]
+    outcome = oracle.run(Fork(frozenset(oracle.cells), start, LOW, 10))
+    assert list(outcome.losses) == oracle.history(LOW)[start : start + 10]
+    twin = oracle.run(Fork(frozenset(), start, TWIN, 10))
+    assert list(twin.losses) == oracle.history(TWIN)[start : start + 10]
+
+
+def test_draws_differ_and_repeat(oracle):
+    forks = [Fork(frozenset(oracle.cells), 5, LOW, 6, draw=k) for k in (0, 1, 2, 1)]
+    losses = [oracle.run(fork).losses for fork in forks]
+    assert losses[1] == losses[3]
+    assert len({losses[0], losses[1], losses[2]}) == 3
+
+
+def test_a_draw_moves_weights_by_no_more_than_one_unit_in_the_last_place():
+    state = {"model": {"w": torch.randn(1000)}, "step": 3}
+    moved = jittered(state, 1)
+    changed = moved["model"]["w"] != state["model"]["w"]
+    assert 50 < int(changed.sum()) < 250
+    assert torch.equal(
+        torch.nextafter(state["model"]["w"], torch.full((1000,), math.inf))[changed], moved["model"]["w"][changed]
+    )
+    assert moved["step"] == 3
+
+
+def test_an_injected_underflow_is_found(oracle):
+    verdict = investigate(Forks(oracle, budget=300), prior=oracle.prior(5), settings=QUICK)
+    assert verdict.kind == "cause"
+    assert verdict.cells == ("head.input_grad.grad_output",)
+    assert verdict.mechanism in ("scale", "range")
+    assert {i.name: i.refused for i in verdict.interventions}["nearest"] == "it rounds to nearest even"
+
+
+def test_a_float32_run_has_no_cells():
+    with pytest.raises(ConfigError, match="float32"):
+        TrainerLoop(tiny_trainer())
+
+
+# -- a run folder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    config = tiny_config(*corpus_overrides(folder), f"runs_dir={folder}", formats=broken_recipe(), max_steps=40)
+    return FormatExperimentRunner(config).run().run_dir
+
+
+def test_the_autopsy_of_a_run_folder_leaves_its_page_and_verdict(run_folder):
+    verdict = autopsy(run_folder, budget=300, settings=QUICK)
+    assert verdict.cells == ("head.input_grad.grad_output",)
+    written = json.loads((run_folder / "autopsy" / "verdict.json").read_text())
+    assert written["cells"] == ["head.input_grad.grad_output"]
+    assert written["places"]["head.input_grad.grad_output"] == ["head", "input_grad", "grad_output"]
+    assert "head" in written["saving"]
+    assert "head.input_grad.grad_output" in (run_folder / "autopsy" / "autopsy.md").read_text()
+    again = autopsy(run_folder, budget=1, settings=QUICK)  # every fork is in the log
+    assert again.cells == verdict.cells
+
+
+def test_a_run_that_does_not_repeat_is_refused_with_the_step(run_folder, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other, ignore=shutil.ignore_patterns("autopsy"))
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    changed = [json.loads(line) for line in lines]
+    for record in changed:
+        if record["kind"] == "step" and record["step"] == 7:
+            record["loss"] += 1e-6
+    (other / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
+    with pytest.raises(ConfigError, match="step 7"):
+        autopsy(other)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ReportError, match=r"config\.yaml"):
+        autopsy(tmp_path)
+
+
+# -- a person's own loop ------------------------------------------------------------------------------------------------
+
+
+def own_loop(recipe, also=(), noise=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    quantize_model(model, recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    attach_optimizer(model, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(16, 4, generator=generator)
+
+    def step_fn(step):
+        drawn = torch.Generator().manual_seed(step if not noise else int(torch.seed() % 1000))
+        x = torch.randn(64, 16, generator=drawn)
+        loss = (model(x) - (x @ teacher).tanh()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Recorder(model, optimizer, step_fn, also=also, every=5)
+
+
+def test_the_recorder_finds_a_fault_in_a_loop_of_ones_own():
+    dead = OperandSpec("E4M3", scaling={"policy": "static", "scale": 4096.0})  # every activation underflows
+    recorder = own_loop(uniform("E4M3").with_cell("2", "forward", "input", dead))
+    losses = [recorder.step() for _ in range(60)]
+    verdict = recorder.autopsy(budget=300, settings=QUICK)
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(Cell("2", "forward", "input")),)
+    assert recorder.taken == 60
+    assert losses[-1] == recorder.losses[60]
+
+
+def test_a_loop_that_does_not_repeat_itself_is_refused_by_name():
+    recorder = own_loop(uniform("E4M3"), noise=True)
+    for _ in range(12):
+        recorder.step()
+    with pytest.raises(ConfigError, match="does not repeat itself"):
+        recorder.autopsy()
+
+
+def test_too_short_a_loop_is_refused():
+    recorder = own_loop(uniform("E4M3"))
+    recorder.step()
+    with pytest.raises(ConfigError, match="at least 10"):
+        recorder.autopsy()
