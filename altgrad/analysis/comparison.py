@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from altgrad.analysis.outcome import PAST_TENSE, Outcome, label_runs
+from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.records.run import read_run
 from altgrad.report.numbers import count, difference, listing, loss
+from altgrad.report.verdicts import past_tense
 
 IGNORED_KEYS = frozenset({"name", "runs_dir", "checkpoint_dir", "trackers", "device", "threads"})
 """Configuration keys that do not change what is computed."""
@@ -128,14 +129,10 @@ def _closest_of_the_collapsed(outcomes: Sequence[Outcome]) -> str | None:
     if len(fallen) < 2 or not known:
         return None
     gap, best = min(known, key=lambda pair: pair[0])
-    verbs = {PAST_TENSE.get(o.kind or "", "collapsed") for o in fallen}
+    verbs = {past_tense(o.kind) for o in fallen}
     verb = verbs.pop() if len(verbs) == 1 else "collapsed"
     said = f"All {len(fallen)} quantized runs {verb}; {best.label} came closest to FP32, {difference(gap)}"
-    return (
-        f"{said}, and {PAST_TENSE.get(best.kind or '', 'collapsed')} at step {count(best.onset)}."
-        if best.onset
-        else f"{said}."
-    )
+    return f"{said}, and {past_tense(best.kind)} at step {count(best.onset)}." if best.onset else f"{said}."
 
 
 def _collapse_clauses(outcomes: Sequence[Outcome]) -> list[str]:
@@ -146,7 +143,7 @@ def _collapse_clauses(outcomes: Sequence[Outcome]) -> list[str]:
             by_kind.setdefault(outcome.kind or "", []).append(outcome)
     clauses = []
     for kind, group in by_kind.items():
-        verb = PAST_TENSE.get(kind, "collapsed")
+        verb = past_tense(kind)
         if len(group) <= 3:
             named = [f"{o.label} at step {count(o.onset)}" if o.onset is not None else o.label for o in group]
             if len(group) == 1 and group[0].onset is not None:

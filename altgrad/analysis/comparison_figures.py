@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from altgrad.analysis.comparison import baseline_of
-from altgrad.analysis.outcome import PAST_TENSE, Outcome
+from altgrad.analysis.outcome import Outcome
 from altgrad.records.run import Curve, as_number
 from altgrad.report.charts.axes import Axis
 from altgrad.report.charts.figures import figure, line_figure
@@ -18,6 +18,7 @@ from altgrad.report.charts.svg import el
 from altgrad.report.charts.thinning import thin
 from altgrad.report.numbers import count, plural
 from altgrad.report.theme import BASELINE, Style
+from altgrad.report.verdicts import past_tense
 
 CURVE_POINTS = 240
 MOST_MARKS = 8
@@ -167,7 +168,7 @@ def _marks(outcomes: Sequence[Outcome]) -> list[Mark]:
     marks = []
     for outcome in outcomes:
         if outcome.collapsed and outcome.onset is not None:
-            verb = PAST_TENSE.get(outcome.kind or "", "collapsed")
+            verb = past_tense(outcome.kind)
             text = f"{outcome.label} {verb}, step {count(outcome.onset)}"
             marks.append(Mark(outcome.onset, text, outcome.loss_at(outcome.onset), outcome.label))
         for item in outcome.run.result.get("interventions") or []:

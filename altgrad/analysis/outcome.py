@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from altgrad.records.run import Metrics, Run, as_number
-from altgrad.report.numbers import count, duration, loss, number, percent
-
-PAST_TENSE = {"freeze": "froze", "divergence": "diverged", "nonfinite": "went non-finite"}
-NOUN = {"freeze": "freeze", "divergence": "divergence", "nonfinite": "non-finite gradients or loss"}
+from altgrad.report.numbers import count, duration, listing, loss, number, percent
+from altgrad.report.verdicts import past_tense
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Outcome:
 
     @property
     def kind(self) -> str | None:
-        """Kind of collapse: "freeze", "divergence", "nonfinite"; None without one."""
+        """Kind of collapse (`altgrad.report.verdicts`); None without one."""
         return str((self.run.verdict or {}).get("kind") or "collapse") if self.collapsed else None
 
     @property
@@ -81,22 +79,33 @@ class Outcome:
         """The verdict for a table cell."""
         if self.collapsed:
             at = f", step {count(self.onset)}" if self.onset is not None else ""
-            return f"{PAST_TENSE.get(self.kind or '', 'collapsed')}{at}"
-        return "no collapse" if self.run.status == "completed" else self.run.status
+            return f"{past_tense(self.kind)}{at}"
+        return (self._remarked or "no collapse") if self.run.status == "completed" else self.run.status
+
+    @property
+    def _remarked(self) -> str:
+        """What the run was remarked for, with its steps; "" for nothing."""
+        parts = []
+        for remark in self.run.remarks:
+            step = as_number(remark.get("onset_step"))
+            since = f" (from step {count(step)})" if step is not None else ""
+            parts.append(f"{past_tense(remark.get('kind'))}{since}")
+        return listing(parts)
 
     @property
     def said(self) -> str:
         """The verdict as a sentence."""
         of = f" of {count(self.run.max_steps)}" if self.run.max_steps else ""
         if self.collapsed:
-            verb = PAST_TENSE.get(self.kind or "", "collapsed")
+            verb = past_tense(self.kind)
             at = f" at step {count(self.onset)}{of}" if self.onset is not None else ""
             at += f", after the shift to {self.shifted_to}" if self.shifted_to else ""
             detected = as_number((self.run.verdict or {}).get("detected_step"))
             seen = f"; detected at step {count(detected)}" if detected is not None and detected != self.onset else ""
             return f"{verb[:1].upper()}{verb[1:]}{at}{seen}."
         if self.run.status == "completed":
-            return f"Completed {count(self.steps)} steps without a collapse."
+            but = f"; {self._remarked}" if self._remarked else ""
+            return f"Completed {count(self.steps)} steps without a collapse{but}."
         if self.run.status == "interrupted":
             return f"Interrupted at step {count(self.steps)}{of}; the same command goes on from there."
         if self.run.status == "failed":
@@ -118,6 +127,9 @@ class Outcome:
                 pairs.append(("Reason", str(verdict["reason"])))
             if (at := self.loss_at(self.onset)) is not None:
                 pairs.append(("Loss at onset", loss(at)))
+            if verdict.get("judged_on"):
+                pairs.append(("Judged on", str(verdict["judged_on"])))
+        pairs += [("Remark", str(remark["reason"])) for remark in self.run.remarks if remark.get("reason")]
         if (final := self.final("val_loss")) is not None:
             best = self.best("val_loss")
             pairs.append(("Validation", f"{loss(final)} at the end, {loss(best)} at best"))

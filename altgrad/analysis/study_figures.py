@@ -11,7 +11,6 @@ import numpy as np
 from markupsafe import Markup
 
 from altgrad.analysis.layers import LayerHistory, forward_order, mean_history, nan_mean, panel
-from altgrad.analysis.outcome import PAST_TENSE
 from altgrad.analysis.ranking import Ranked
 from altgrad.analysis.statistics import Estimate, NoiseFloor
 from altgrad.analysis.study import CURVE_BUCKETS, FORMAT, OPTIMIZER, RunSummary, Setting, Study
@@ -24,6 +23,7 @@ from altgrad.report.charts.svg import el
 from altgrad.report.charts.timeline import TimelineRow, timeline_chart
 from altgrad.report.numbers import count, difference, in_unit, listing, loss, number, plural
 from altgrad.report.theme import Style, styles_for
+from altgrad.report.verdicts import past_tense
 
 MOST_CURVES = 12
 MOST_RANKED = 60
@@ -119,9 +119,7 @@ def band_figure(study: Study, ranked: Sequence[Ranked]) -> Markup | None:
         series.append(_band(setting.label, x_train, rows, style, "train", faint=evaluated))
         onsets = [run.onset for run in runs if run.onset is not None]
         if onsets:
-            verb = PAST_TENSE.get(
-                Counter(run.kind for run in runs if run.collapsed).most_common(1)[0][0] or "", "collapsed"
-            )
+            verb = past_tense(Counter(run.kind for run in runs if run.collapsed).most_common(1)[0][0])
             words = f"{setting.label} {verb}, step {count(min(onsets))}" + (" on" if len(onsets) > 1 else "")
             marks.append(Mark(min(onsets), words, None, setting.label))
     if not series:
@@ -237,7 +235,7 @@ def _heat_cell(setting: Setting | None, ranked: Mapping[str, Ranked]) -> Cell:
     r = ranked[setting.label]
     found = r.against_baseline.difference if r.against_baseline else r.estimate
     if r.collapsed:
-        kinds = Counter(PAST_TENSE.get(run.kind or "", "collapsed") for run in setting.runs if run.collapsed)
+        kinds = Counter(past_tense(run.kind) for run in setting.runs if run.collapsed)
         return Cell(None, f"{kinds.most_common(1)[0][0]} {r.collapsed}/{r.runs}", failed=True)
     if found is None:
         return Cell(None, "no result")
@@ -261,7 +259,7 @@ def timeline_figure(study: Study) -> Markup | None:
         collapses = [(r.onset, _told(r)) for r in setting.runs if r.onset is not None]
         shifts = [step for run in setting.runs for step in run.shifts]
         if collapses or shifts:
-            kinds = Counter(PAST_TENSE.get(run.kind or "", "collapsed") for run in setting.runs if run.collapsed)
+            kinds = Counter(past_tense(run.kind) for run in setting.runs if run.collapsed)
             words = listing([f"{n} of {len(setting.runs)} {kind}" for kind, n in kinds.items()]) or plural(
                 len(shifts), "shift"
             )
@@ -284,7 +282,7 @@ def timeline_figure(study: Study) -> Markup | None:
 
 
 def _told(run: RunSummary) -> str:
-    return f"seed {run.seed}: {PAST_TENSE.get(run.kind or '', 'collapsed')} at step {run.onset}"
+    return f"seed {run.seed}: {past_tense(run.kind)} at step {run.onset}"
 
 
 def layer_sections(study: Study, ranked: Sequence[Ranked]) -> list[dict]:

@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from altgrad.analysis.comparison_report import relative_link
 from altgrad.analysis.layers import PASSES, mean_history, run_means, sqnr_by_type, worst_loss
-from altgrad.analysis.outcome import PAST_TENSE
 from altgrad.analysis.ranking import Contender, Ranked, certainly_better
 from altgrad.analysis.statistics import Comparison, estimate, holm, paired
 from altgrad.analysis.study import OPTIMIZER, RunSummary, Setting, Study
@@ -21,6 +20,7 @@ from altgrad.report.charts.glyphs import bit_strip, line_sample
 from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, duration, loss, number, percent, plural
 from altgrad.report.tables import Column, Table, TableCell
+from altgrad.report.verdicts import past_tense
 
 STANDARD_OPTIMIZERS = frozenset({"adamw", "adam", "sgd", "lion", "signsgd"})
 """Move weights by real distances; every other optimizer of AltGrad knows the grid."""
@@ -351,7 +351,7 @@ def collapse_words(study: Study) -> list[str]:
         ended = [run for run in setting.runs if run.finished or run.collapsed]
         for run in ended:
             if run.collapsed:
-                verb = PAST_TENSE.get(run.kind or "", "collapsed")
+                verb = past_tense(run.kind)
                 kinds[verb] = kinds.get(verb, 0) + 1
         out += [f"{setting.label} {verb} in {n} of {plural(len(ended), 'run')}" for verb, n in kinds.items()]
     return out

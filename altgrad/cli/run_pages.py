@@ -25,7 +25,7 @@ from altgrad.analysis import write_report
 from altgrad.errors import ConfigError
 from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
-from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.experiment import ExperimentConfig, is_twin
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
 from altgrad.training.run.folder import RunPlan
@@ -172,7 +172,8 @@ def _run_all(
     progress = LiveProgress(console, configs)
     with progress.bars:
         for config, command in zip(configs, commands, strict=True):
-            result = FormatExperimentRunner(config, listener=progress, command=command).run()
+            twin = next((r.run_dir for r, c in zip(results, configs, strict=False) if is_twin(c, config)), None)
+            result = FormatExperimentRunner(config, listener=progress, command=command, twin=twin).run()
             if result.already_finished:
                 progress.over(result)
             results.append(result)
@@ -233,8 +234,10 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
         "validation losses, nats per token; verdict at its step; stall: updates lost to rounding", style="dim"
     )
     for r in results:
-        if r.verdict and "failure_report" in r.figures:
-            console.print(f"{r.format}: {r.verdict['reason']}", highlight=False, soft_wrap=True)
+        for said in (r.verdict, *r.remarks):
+            if said:
+                console.print(f"{r.format}: {said['reason']}", highlight=False, soft_wrap=True)
+        if "failure_report" in r.figures:
             console.print(f"  failure report: {r.figures['failure_report']}", highlight=False, soft_wrap=True)
     if any(r.status == "interrupted" for r in results):
         console.print("interrupted; the same command continues", highlight=False)
@@ -243,4 +246,5 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
 def _verdict(result: ExperimentResult) -> str:
     if result.verdict:
         return f"{result.verdict['kind']} at {result.verdict['onset_step']}"
-    return "trained" if result.status == "completed" else result.status
+    remarks = [f"{r['kind']} at {r['onset_step']}" for r in result.remarks]
+    return ", ".join(["trained", *remarks]) if result.status == "completed" else result.status

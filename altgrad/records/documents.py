@@ -148,7 +148,11 @@ def _wrong_type(document: Mapping[str, Any], kinds: Mapping[str, str], prefix: s
 def _kinds_of(row: type) -> dict[str, str]:
     """Field -> kind, the first word of its annotation."""
     kinds = {f.name: re.match(r"\w+", str(f.type))[0] for f in fields(row)}  # type: ignore[index]
-    return {name: "str" if kind == "Literal" else kind for name, kind in kinds.items() if name not in _NOT_WRITTEN}
+    return {
+        name: "str" if kind in ("Literal", "VerdictKind") else kind
+        for name, kind in kinds.items()
+        if name not in _NOT_WRITTEN
+    }
 
 
 def _shown(value: Any) -> str:

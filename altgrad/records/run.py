@@ -144,6 +144,12 @@ class Run:
         return verdict if isinstance(verdict, dict) else None
 
     @property
+    def remarks(self) -> list[Mapping[str, Any]]:
+        """What is no collapse but should be known, as verdicts (kinds "stalled", "far_above", "no_learning")."""
+        found = self.result.get("remarks")
+        return [remark for remark in found if isinstance(remark, dict)] if isinstance(found, list) else []
+
+    @property
     def max_steps(self) -> int | None:
         return as_whole(self.result.get("max_steps", self.config.get("max_steps")))
 

@@ -13,23 +13,29 @@ FINISHED = ("completed", "collapsed")
 """Statuses of a run that came to its end: a collapse is a result."""
 
 
+VerdictKind = Literal["nonfinite", "divergence", "freeze", "no_learning", "stalled", "far_above"]
+"""The first four are collapses; "stalled", "far_above" and, at the end of a short run, "no_learning" are remarks."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """A collapse and its evidence.
+    """A collapse, or a remark, and its evidence.
 
     Args:
         onset_step: first step of the unbroken stretch that led to the verdict.
         detected_step: the step whose record completed it.
         metric, value, threshold: what was measured at detection, and the limit it crossed.
+        judged_on: the loss on which progress was judged; None where progress did not matter.
     """
 
-    kind: Literal["nonfinite", "divergence", "freeze"]
+    kind: VerdictKind
     onset_step: int
     detected_step: int
     metric: str
     value: float
     threshold: float
     reason: str
+    judged_on: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +104,7 @@ class ExperimentResult:
 
     Args:
         status: completed, collapsed (see `verdict`) or interrupted (the same command continues).
+        remarks: what is no collapse but should be known, as verdicts: a stall, a loss far above the FP32 twin's.
         final_loss, best_loss: training loss in nats per token of the last step and of the best one.
         stall_rate: mean over the steps after warmup of stalled / attempted weight updates; None without a grid.
         wall_s: seconds, pauses between interruption and resumption left out.
@@ -130,6 +137,7 @@ class ExperimentResult:
     data_fingerprint: str
     numerics_version: str
     figures: dict[str, Any] = field(default_factory=dict)
+    remarks: list[dict[str, Any]] = field(default_factory=list)
     run_dir: Path = Path()
     already_finished: bool = False
 

@@ -24,6 +24,7 @@ from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.documents import ENVIRONMENT, load_result, read_json, write_config, write_environment, write_result
 from altgrad.records.files import remove_leftovers
 from altgrad.records.metrics_log import METRICS, MetricsLog, cut_back
+from altgrad.records.run import read_run
 from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
@@ -47,6 +48,9 @@ from altgrad.training.step.formats_of_run import all_finite
 from altgrad.training.step.state_tree import tensors_of, to_device
 from altgrad.training.step.stepping import usable_device
 from altgrad.training.trainer import LossFunction, Trainer, next_token_loss
+
+REPORTED = ("no_learning", "far_above")
+"""Remarks that get a failure report although the run completed."""
 
 
 class RunListener:
@@ -79,6 +83,7 @@ class FormatExperimentRunner:
         listener: is told what happens.
         loss: the loss of (model, x, y).
         command: the shell command that repeats this run, for its failure report.
+        twin: run folder of the same run in FP32, finished or not: what this run loses is judged against it.
     """
 
     def __init__(
@@ -91,9 +96,10 @@ class FormatExperimentRunner:
         listener: RunListener | None = None,
         loss: LossFunction = next_token_loss,
         command: str | None = None,
+        twin: Path | None = None,
     ) -> None:
         self.config = config.model_copy(update={"device": device}) if device else config
-        self.model, self.loss, self.command = model, loss, command
+        self.model, self.loss, self.command, self.twin = model, loss, command, twin
         self.from_config = model is None and data_dir is None and loss is next_token_loss
         self.ranks = Ranks.from_environment(self.config)
         self.listener = (listener if self.ranks.is_main else None) or RunListener()
@@ -152,6 +158,8 @@ class FormatExperimentRunner:
 
     def _train(self) -> ExperimentResult:
         trainer = self.trainer = Trainer(self.config, self.model, self.plan.corpus, self.config.device, loss=self.loss)
+        twin = read_run(self.twin).metrics().validation if self.twin is not None else None
+        trainer.judge.twin = None if twin is None else dict(zip(twin.steps.tolist(), twin.values.tolist(), strict=True))
         wanted = self.plan.wanted_checkpoint_dir  # claimed only now: a config that cannot be trained claims nothing
         claimed = claim_directory(wanted, self.plan.hash) if self.ranks.is_main else None
         directory, said = self.ranks.broadcast(claimed)
@@ -238,6 +246,7 @@ class FormatExperimentRunner:
     def _evaluate(self) -> None:
         assert self.trainer is not None
         loss = self.trainer.evaluate()
+        self.trainer.judge.see_evaluation(self.trainer.step, loss)
         self.tally.add_evaluation(loss)
         perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())  # inf instead of an OverflowError
         self.metrics.write(Evaluation(self.trainer.step, loss, perplexity).row())
@@ -251,8 +260,10 @@ class FormatExperimentRunner:
         if not self.ranks.is_main:
             return
         save_checkpoint(self.directory, self.trainer.step, state)
-        limits = self.config.verdict
-        prune(self.directory, self.config.keep_checkpoints, reach=max(limits.divergence_window, limits.freeze_window))
+        limits, since = self.config.verdict, self.trainer.judge.stalled_since
+        stalling = 0 if since is None else self.trainer.step - since + 1  # a freeze begins with its stall
+        reach = max(limits.divergence_window, limits.freeze_window, stalling)
+        prune(self.directory, self.config.keep_checkpoints, reach=reach)
 
     def _state(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -263,6 +274,9 @@ class FormatExperimentRunner:
         config, tally, steps = self.config, self.tally, self.trainer.step
         said = format_facts(config)
         interrupted = steps < config.max_steps and not (tally.verdict and config.verdict.stop)
+        if not interrupted and not tally.verdict:
+            self.trainer.judge.conclude(steps)
+        remarks = self.trainer.judge.remarks
         figures: dict[str, Any] = {
             "skipped_steps": tally.skipped_steps,
             "optimizer_state_bytes": state_bytes(self.trainer.optimizer),
@@ -277,6 +291,7 @@ class FormatExperimentRunner:
             rounding=said["rounding"],
             status="interrupted" if interrupted else "collapsed" if tally.verdict else "completed",
             verdict=tally.verdict,
+            remarks=remarks,
             steps=steps,
             max_steps=config.max_steps,
             final_loss=tally.final_loss,
@@ -296,23 +311,24 @@ class FormatExperimentRunner:
         )
         if self.stop.signal is not None:
             figures["signal"] = self.stop.signal
-        state = self._state() if result.status == "collapsed" else None
+        failed = tally.verdict or next((r for r in remarks if r["kind"] in REPORTED and not interrupted), None)
+        state = self._state() if failed is not None and not interrupted else None
         if not self.ranks.is_main:
             return result
-        if state is not None:
-            figures["failure_report"] = str(self._report_failure(result, state))
+        if state is not None and failed is not None:
+            figures["failure_report"] = str(self._report_failure(result, state, failed))
         write_result(self.run_dir, result.as_dict())  # last: its presence says that all else is there
         self.trackers.finish(result.as_dict())
         return result
 
-    def _report_failure(self, result: ExperimentResult, state: dict[str, Any]) -> Path:
-        """Keep the last good state and the collapsed one, and write the report on both."""
+    def _report_failure(self, result: ExperimentResult, state: dict[str, Any], verdict: dict[str, Any]) -> Path:
+        """Keep the last good state and the collapsed (or last) one, and write the report on both."""
         from altgrad.training.run.failure_report import diagnose_collapse, write_failure_report
 
         assert self.trainer is not None
-        assert result.verdict is not None
-        collapsed = save_checkpoint(self.directory, self.trainer.step, state, label="collapsed")
-        good = last_good_checkpoint(self.directory, result.verdict["onset_step"])
+        label = "collapsed" if result.status == "collapsed" else "ended"
+        collapsed = save_checkpoint(self.directory, self.trainer.step, state, label=label)
+        good = last_good_checkpoint(self.directory, verdict["onset_step"])
         if good is not None:
             kept = good.with_name(good.name.replace("step-", "last-good-"))
             if not kept.exists():
@@ -321,7 +337,7 @@ class FormatExperimentRunner:
         return write_failure_report(
             run_dir=self.run_dir,
             checkpoint_dir=self.directory,
-            result=result.as_dict(),
+            result=result.as_dict() | {"verdict": verdict},
             config=self.config.model_dump(mode="json"),
             command=self._repeating_command(),
             last_good=good,

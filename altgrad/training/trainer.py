@@ -105,7 +105,8 @@ class Trainer:
         self.formats.attach(self.optimizer)
         self.measuring = Measuring(config, self.model, self.optimizer, self.formats)
         self.interventions = Interventions(config, self.model, self.optimizer, self.formats)
-        self.judge = Judge(config.verdict)
+        chance = math.log(gpt.config.vocab_size) if model is None and loss is next_token_loss else None
+        self.judge = Judge(config.verdict, chance)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._forward = self.ranks.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]
         self.formats.at(1)
@@ -168,7 +169,7 @@ class Trainer:
             self.judge.forget()
         verdict: Verdict | None = None
         if not shifted:
-            facts = StepFacts(step, loss_value, finite, norm_value, figures.stall_rate, warmup)
+            facts = StepFacts(step, loss_value, finite, norm_value, figures.stall_rate, warmup, figures.flip_rate)
             verdict = self.judge.see(facts, can_shift=can_shift)
         rate = None if overflow is None else float(overflow)
         return StepRecord(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from altgrad.diagnostics.kernels import cpu as diagnose_cpu
+from altgrad.diagnostics.kernels.cpu import supports
 from altgrad.diagnostics.update import (
     UPDATE_FIELDS,
     UpdateMeasurement,
@@ -24,7 +24,7 @@ from altgrad.quantization import (
     ulp_statistics,
 )
 
-CPU_FORMATS = [f for f in FORMAT_REGISTRY.values() if diagnose_cpu.supports(f, 1.0, None, None, None, None)]
+CPU_FORMATS = [f for f in FORMAT_REGISTRY.values() if supports(f, 1.0, None, None, None, None)]
 
 
 FLOAT32_SUMS = {name for name in UPDATE_FIELDS if "sum" in name} - {"steps_sum"}

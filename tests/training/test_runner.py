@@ -244,13 +244,13 @@ FREEZE = {
 
 def test_a_collapse_stops_the_run_with_its_evidence_and_both_states(tmp_path):
     result = run(tmp_path, **FREEZE)
-    assert (result.status, result.steps) == ("collapsed", 14)
+    assert (result.status, result.steps) == ("collapsed", 21)
     assert result.verdict["kind"] == "freeze"
-    assert (result.verdict["onset_step"], result.verdict["detected_step"]) == (2, 14)
+    assert (result.verdict["onset_step"], result.verdict["detected_step"]) == (2, 21)  # seen by evaluations 10 and 20
     events = [e for e in metrics(result.run_dir, "event") if e["event"] == "verdict"]
-    assert [e["step"] for e in events] == [14]
+    assert [e["step"] for e in events] == [21]
     kept = result.run_dir / "checkpoints"
-    assert (kept / "collapsed-00000014").is_dir()
+    assert (kept / "collapsed-00000021").is_dir()
     assert (kept / "last-good-00000000").is_dir()
     reports = list((kept / "failure_reports").iterdir())
     assert {p.suffix for p in reports} >= {".md", ".html"}
@@ -259,9 +259,9 @@ def test_a_collapse_stops_the_run_with_its_evidence_and_both_states(tmp_path):
 
 
 def test_a_collapse_can_be_trained_through(tmp_path):
-    result = run(tmp_path, "verdict.stop=false", **{**FREEZE, "max_steps": 20})
-    assert (result.status, result.steps) == ("collapsed", 20)
-    assert result.verdict["detected_step"] == 14
+    result = run(tmp_path, "verdict.stop=false", **{**FREEZE, "max_steps": 25})
+    assert (result.status, result.steps) == ("collapsed", 25)
+    assert result.verdict["detected_step"] == 21
 
 
 def test_the_last_good_checkpoint_is_finite_and_before_the_onset(tmp_path):

@@ -1,5 +1,6 @@
 """Verdicts: the exact onset and detection steps, and what is not a collapse."""
 
+import json
 import math
 import random
 
@@ -19,7 +20,10 @@ def judge(steps, *, can_shift=False, limits=LIMITS, state_at=None) -> Verdict | 
             state, watching = watching.state_dict(), Judge(limits)
             watching.load_state_dict(state)
         given = {"loss": 5.0, "finite": True, "grad_norm": 1.0, "stall_rate": None, **facts}
+        evaluated = given.pop("evaluated", None)
         verdict = watching.see(StepFacts(step=step, **given), can_shift=can_shift)
+        if evaluated is not None:
+            watching.see_evaluation(step, evaluated)
         if verdict:
             return verdict
     return None
@@ -83,9 +87,9 @@ def test_freeze_needs_stall_and_no_progress_and_gradients():
     assert (verdict.kind, verdict.onset_step, verdict.detected_step) == ("freeze", 21, 75)
     assert (verdict.metric, verdict.value, verdict.threshold) == ("stall_rate", 0.97, 0.95)
     assert judge([STUCK] * 80).onset_step == 1
-    assert judge([{**STUCK, "stall_rate": 0.94}] * 200) is None
-    assert judge([{**STUCK, "grad_norm": 0.0}] * 200) is None
-    assert judge([{**STUCK, "stall_rate": None}] * 200) is None
+    assert judge([{**STUCK, "stall_rate": 0.94}] * 199) is None
+    assert judge([{**STUCK, "grad_norm": 0.0}] * 199) is None
+    assert judge([{**STUCK, "stall_rate": None}] * 199) is None
     assert judge([{"loss": 5 - 0.01 * i, "stall_rate": 0.99} for i in range(200)]) is None
 
 
@@ -95,13 +99,12 @@ def test_one_step_that_moves_weights_starts_the_stretch_anew():
     assert (verdict.onset_step, verdict.detected_step) == (51, 100)
 
 
-def test_a_freeze_begins_where_progress_ends():
-    steps = [{"loss": 5 - 0.01 * min(i, 100), "stall_rate": 0.99} for i in range(300)]
+def test_a_freeze_is_dated_by_its_stall_and_detected_where_progress_ended():
+    steps = [{"loss": 5 - 0.01 * min(i, 100), "stall_rate": 0.99 if i >= 60 else 0.5} for i in range(300)]
     verdict = judge(steps)
     assert verdict is not None
-    assert verdict.kind == "freeze"
-    assert 101 <= verdict.onset_step <= 101 + LIMITS.freeze_smoothing
-    assert verdict.detected_step == verdict.onset_step + LIMITS.freeze_window - 1
+    assert (verdict.kind, verdict.onset_step, verdict.judged_on) == ("freeze", 61, "training loss")
+    assert 101 <= verdict.detected_step - LIMITS.freeze_window <= 101 + LIMITS.freeze_smoothing
 
 
 def test_a_run_frozen_from_the_start_has_its_onset_there():
@@ -143,3 +146,197 @@ def test_a_shift_starts_every_stretch_anew():
     watching.forget()
     verdicts = [watching.see(StepFacts(step, 4.8, True, 1.0, 0.99)) for step in range(40, 91)]
     assert [v.onset_step for v in verdicts if v] == [40, 40]
+
+
+# -- freeze or stall: what moves, what is gained, and when -------------------------------------------------------------
+
+
+def watched(steps, *, evaluations=(), twin=None, chance=None, warmup=0, limits=LIMITS):
+    """(verdict, judge) after the steps; `evaluations` maps a step to the loss evaluated after it."""
+    watching = Judge(limits, chance, twin)
+    evaluations = dict(evaluations)
+    for step in sorted(evaluations):
+        if step < 1:
+            watching.see_evaluation(step, evaluations[step])
+    for step, facts in enumerate(steps, start=1):
+        given = {"loss": 5.0, "finite": True, "grad_norm": 1.0, "stall_rate": None, **facts}
+        verdict = watching.see(StepFacts(step=step, warmup=step <= warmup, **given))
+        if step in evaluations:
+            watching.see_evaluation(step, evaluations[step])
+        if verdict:
+            return verdict, watching
+    return None, watching
+
+
+def stalling(n, since, flips=0.0, loss=4.0):
+    """Learns until the stall begins at step `since`; a fraction of codes still changes then."""
+    learning = [{"loss": 5 - (5 - loss) * i / since, "stall_rate": 0.7, "flip_rate": 0.2} for i in range(since - 1)]
+    return learning + [{"loss": loss, "stall_rate": 0.99, "flip_rate": flips}] * (n - since + 1)
+
+
+def flat(n, every=25, until=0, start=5.0, end=4.0):
+    """Evaluations that fall to `end` at step `until` and stay there."""
+    return {s: start - (start - end) * min(1.0, s / max(until, 1)) for s in range(0, n + 1, every)}
+
+
+def test_nothing_moves_and_the_evaluation_loss_stands_still_is_a_freeze():
+    verdict, watching = watched(stalling(200, 60), evaluations=flat(200, until=50))
+    assert (verdict.kind, verdict.onset_step, verdict.judged_on) == ("freeze", 60, "evaluation loss")
+    assert verdict.detected_step == 109  # the window's end; steps 75 and 100 were evaluated in it
+    assert watching.remarks == []
+
+
+def test_codes_that_still_change_make_it_a_stall_whatever_the_loss():
+    verdict, watching = watched(stalling(200, 60, flips=0.01), evaluations=flat(200, until=50))
+    assert verdict is None
+    (remark,) = watching.remarks
+    assert (remark["kind"], remark["onset_step"], remark["detected_step"]) == ("stalled", 60, 109)
+    assert (remark["metric"], remark["value"], remark["threshold"]) == ("stall_rate", 0.99, 0.95)
+
+
+def test_an_evaluation_loss_that_still_falls_makes_it_a_stall_although_no_code_changes():
+    verdict, watching = watched(stalling(190, 60), evaluations=flat(200, until=200))  # biases and norms still learn
+    assert verdict is None
+    assert [(r["kind"], r["onset_step"]) for r in watching.remarks] == [("stalled", 60)]
+
+
+def test_a_stall_that_becomes_a_freeze_is_told_once():
+    steps = [*stalling(150, 60, flips=0.01), *[{"loss": 4.0, "stall_rate": 1.0, "flip_rate": 0.0}] * 100]
+    verdict, watching = watched(steps, evaluations=flat(250, until=50))
+    assert (verdict.kind, verdict.onset_step, verdict.detected_step) == ("freeze", 60, 200)
+    assert "since step 151 at most 0.20% of the stored codes" in verdict.reason
+    assert watching.remarks == []
+
+
+def test_five_formats_on_shared_batches_have_dates_of_their_own():
+    """The losses stop falling at the same step, as shared batches and a shared decay make them; the stalls differ."""
+    onsets = [
+        watched(stalling(400, since, loss=4.0), evaluations=flat(400, until=150))[0].onset_step
+        for since in (11, 60, 118, 122, 140)
+    ]
+    assert onsets == [11, 60, 118, 122, 140]
+
+
+@pytest.mark.parametrize(("twin_end", "frozen"), [(3.0, True), (4.0, False)])
+def test_what_the_fp32_twin_does_not_gain_no_format_lost(twin_end, frozen):
+    """With a decay that ends at step 60 the twin stands still as well: nothing shows that the format froze."""
+    twin = flat(190, until=190, end=twin_end) if frozen else flat(190, until=50, end=twin_end)
+    verdict, watching = watched(stalling(190, 60), evaluations=flat(190, until=50), twin=twin)
+    assert (verdict is not None) is frozen
+    if frozen:
+        assert verdict.judged_on == "evaluation loss against the FP32 twin"
+        assert "while that of the FP32 twin did" in verdict.reason
+    else:
+        assert [r["kind"] for r in watching.remarks] == ["stalled"]
+
+
+def test_the_training_loss_is_judged_where_evaluations_are_too_rare():
+    verdict, _ = watched(stalling(400, 60), evaluations={0: 5.0})
+    assert (verdict.kind, verdict.judged_on) == ("freeze", "training loss")
+    assert verdict.detected_step == 60 + 3 * LIMITS.freeze_window - 1
+    verdict, _ = watched(stalling(400, 60))
+    assert verdict.detected_step < 60 + 2 * LIMITS.freeze_window
+
+
+# -- a run that never learned ------------------------------------------------------------------------------------------
+
+
+def noisy(n, level, seed=0, spread=0.03):
+    noise = random.Random(seed)
+    return [{"loss": level(i) * (1 + noise.gauss(0, spread))} for i in range(n)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_loss_that_never_leaves_its_start_is_no_learning(seed):
+    verdict, _ = watched(noisy(400, lambda i: 5.69, seed), warmup=20)
+    assert verdict is not None
+    assert (verdict.kind, verdict.onset_step, verdict.detected_step) == ("no_learning", 1, 220)
+    assert verdict.value >= verdict.threshold
+    assert "has not left its start" in verdict.reason
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_slow_learning_is_learning(seed):
+    verdict, watching = watched(noisy(500, lambda i: 5 - 0.002 * i, seed), warmup=20)
+    assert verdict is None
+    watching.conclude(500)
+    assert watching.remarks == []
+
+
+def test_a_run_stuck_at_the_loss_of_a_uniform_guess_has_not_learned():
+    steps = noisy(400, lambda i: 5.545 + 0.2 * math.exp(-i / 5), spread=0.002)
+    verdict, _ = watched(steps, chance=math.log(256), warmup=20)
+    assert verdict is not None
+    assert (verdict.kind, verdict.detected_step) == ("no_learning", 220)
+    assert "a uniform guess has 5.5452" in verdict.reason
+    assert watched(steps, warmup=20)[0] is None  # without knowing chance, 5.75 to 5.55 is a gain
+
+
+def test_a_model_that_begins_far_below_chance_has_learned_before():
+    assert watched(noisy(400, lambda i: 2.5), chance=math.log(256))[0] is None
+
+
+def test_an_evaluation_that_fell_is_learning():
+    steps = noisy(400, lambda i: 5.0)
+    assert watched(steps, evaluations={0: 5.0, 150: 4.0})[0] is None
+
+
+def test_a_short_run_that_never_learned_is_remarked_at_its_end():
+    verdict, watching = watched(noisy(100, lambda i: 5.0), warmup=20)
+    assert verdict is None
+    watching.conclude(100)
+    assert [(r["kind"], r["detected_step"]) for r in watching.remarks] == [("no_learning", 100)]
+    _, short = watched(noisy(60, lambda i: 5.0), warmup=20)
+    short.conclude(60)
+    assert short.remarks == []  # 40 steps say nothing yet
+
+
+# -- far above the twin ------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_far_above_the_twins_is_remarked_with_the_step_from_which_it_was():
+    twin = {0: 5.0, 50: 3.0, 100: 2.5, 150: 2.2, 200: 2.0}
+    own = {0: 5.0, 50: 3.5, 100: 2.7, 150: 2.6, 200: 2.5}
+    verdict, watching = watched(falling(200), evaluations=own, twin=twin)
+    watching.conclude(200)
+    (remark,) = watching.remarks
+    assert verdict is None
+    assert (remark["kind"], remark["onset_step"], remark["detected_step"]) == (
+        "far_above",
+        150,
+        200,
+    )  # at 100 it was near
+    assert (remark["value"], remark["threshold"]) == (pytest.approx(0.5), pytest.approx(0.3))
+    near = Judge(LIMITS, twin=twin)
+    near.see_evaluation(200, 2.29)
+    near.conclude(200)
+    assert near.remarks == []
+
+
+def test_a_twin_that_was_evaluated_elsewhere_says_nothing():
+    watching = Judge(LIMITS, twin={0: 5.0, 70: 1.0})
+    watching.see_evaluation(0, 5.0)
+    watching.see_evaluation(100, 5.0)
+    watching.conclude(100)
+    assert watching.remarks == []
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_holds_evaluations_and_remarks_but_not_what_the_run_was_given():
+    _, watching = watched(stalling(150, 60, flips=0.01), evaluations=flat(150), chance=5.5, twin={0: 1.0})
+    state = watching.state_dict()
+    assert not {"limits", "chance", "twin"} & set(state)
+    again = Judge(LIMITS, 5.5, {0: 1.0})
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert again == watching
+    facts = StepFacts(151, 4.0, True, 1.0, 1.0, flip_rate=0.0)
+    assert again.see(facts) == watching.see(facts)
+
+
+def test_an_older_state_is_read():
+    old = {"first_loss": 5.0, "best_mean": 4.0, "stalled_since": 7, "best_at": 3, "improved_at": 3, "losses": [5.0]}
+    watching = Judge(LIMITS)
+    watching.load_state_dict(old)
+    assert (watching.first_loss, watching.stalled_since, watching.still_since) == (5.0, 7, None)

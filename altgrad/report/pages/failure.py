@@ -28,6 +28,7 @@ from altgrad.report.pages.failure_data import (
 from altgrad.report.pages.page import render_markdown, render_page
 from altgrad.report.tables import Column, Table, TableCell
 from altgrad.report.theme import styles_for
+from altgrad.report.verdicts import past_tense
 
 __all__ = [
     "FailureData",
@@ -46,7 +47,6 @@ NOT_MEASURED = "not measured"
 ALARMING = 0.5
 """A share of numbers lost from here on is set in the signal colour."""
 
-_VERBS = {"freeze": "froze", "divergence": "diverged", "nonfinite": "went non-finite"}
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -75,7 +75,7 @@ def render_failure(data: FailureData) -> tuple[str, str]:
         "configuration": _facts_table(data.config, "Setting") if data.config else None,
         "environment": _facts_table(data.environment, "Fact") if data.environment else None,
         "not_measured": NOT_MEASURED,
-        "footer": "Written by AltGrad at the collapse; nothing is printed that was not measured.",
+        "footer": "Written by AltGrad when the run ended; nothing is printed that was not measured.",
     }
     html = render_page(
         "failure.html.j2",
@@ -96,7 +96,7 @@ def headline(data: FailureData) -> str:
     shifts = [i for i in data.interventions or () if i.to_format and i.step <= (verdict.onset_step or 0)]
     if shifts:
         who = f"{who}, shifted to {shifts[-1].to_format} at step {count(shifts[-1].step)},"
-    return f"{who} {_VERBS.get(verdict.kind, 'collapsed')}{when}."
+    return f"{who} {past_tense(verdict.kind)}{when}."
 
 
 def _sentence(text: str) -> str:
@@ -118,6 +118,8 @@ def _verdict(verdict: VerdictFacts) -> list[tuple[str, str]]:
     if verdict.metric:
         limit = f", threshold {number(verdict.threshold)}" if verdict.threshold is not None else ""
         pairs.append(("Evidence", f"{verdict.metric.replace('_', ' ')} = {number(verdict.value)}{limit}"))
+    if verdict.judged_on:
+        pairs.append(("Judged on", verdict.judged_on))
     return pairs + list(verdict.evidence)
 
 
@@ -231,7 +233,7 @@ def _intervention_table(interventions: Sequence[Intervention]) -> Table:
 
 def _checkpoints(data: FailureData) -> list[tuple[str, str]]:
     pairs = []
-    for name, kept in (("Last good state", data.checkpoint_good), ("Collapsed state", data.checkpoint_collapsed)):
+    for name, kept in (("Last good state", data.checkpoint_good), ("State at the end", data.checkpoint_collapsed)):
         if kept is None:
             pairs.append((name, "none was kept"))
         else:

@@ -30,7 +30,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class VerdictFacts:
-    """What kind of collapse, when it began, when it was detected, and the number that proves it."""
+    """What kind of collapse (or remark), when it began, when it was detected, and the number that proves it."""
 
     kind: str
     onset_step: int | None
@@ -39,6 +39,8 @@ class VerdictFacts:
     value: float | None = None
     threshold: float | None = None
     reason: str | None = None
+    judged_on: str | None = None
+    """The loss on which progress was judged."""
     evidence: Sequence[tuple[str, str]] = ()
     """Further (label, text) pairs."""
 

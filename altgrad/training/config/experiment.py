@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from altgrad.errors import AltGradError
 from altgrad.formats.catalog import get_format
-from altgrad.training.config.formats import identity_keys, recipe_of, refuse_two_spellings
+from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE, identity_keys, recipe_of, refuse_two_spellings
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -143,10 +143,16 @@ class VerdictSection(_Section):
     """Consecutive steps, after warmup, over which a freeze must show."""
     freeze_stall_rate: Fraction = 0.95
     """Of the attempted weight updates, the fraction lost to rounding in every step of the window."""
+    freeze_flip_rate: Fraction = 0.002
+    """Of the stored weights, the fraction whose code changes in a step of a frozen run at most."""
     freeze_smoothing: Positive = 25
-    """The loss is smoothed by the mean over so many steps: a batch's noise of 3% becomes 0.6%."""
+    """Where nothing is evaluated: the loss is smoothed by the mean over so many steps (a batch's noise of 3%: 0.6%)."""
     freeze_improvement: NonNegativeFloat = 0.001
-    """A smoothed loss lower than its best by this fraction counts as learning."""
+    """An evaluation loss (or smoothed loss) lower by this fraction counts as learning."""
+    no_learning_window: Positive = 200
+    """Steps after warmup within which a loss must have left its start by more than its noise."""
+    twin_gap: Fraction = 0.1
+    """Far above: an evaluation loss above the FP32 twin's by more than this fraction of what the twin gained."""
 
 
 class ClippingSection(_Section):
@@ -289,6 +295,9 @@ class ExperimentConfig(_Section):
 
 ADDED_LATER = (
     ("verdict", "divergence_smoothing"),
+    ("verdict", "freeze_flip_rate"),
+    ("verdict", "no_learning_window"),
+    ("verdict", "twin_gap"),
     ("monitor", "near_zero"),
     ("monitor", "rank_fraction"),
     ("monitor", "rank_fraction_projections"),
@@ -306,6 +315,21 @@ def identity(config: ExperimentConfig) -> dict[str, Any]:
         if resolved[section][key] == type(getattr(config, section)).model_fields[key].default:
             del resolved[section][key]
     return resolved
+
+
+OF_FORMATS = (
+    *(*SHORT_DEFAULTS, *WHOLE, "include", "exclude"),
+    *("enable_partition_clipping", "enable_emergency_shift", "clipping", "shift"),
+)
+"""Settings by which a run differs from its FP32 twin."""
+
+
+def is_twin(fp32: ExperimentConfig, other: ExperimentConfig) -> bool:
+    """Whether `fp32` is the run of `other` without its formats: unquantized, and the same seed, model, data and schedule."""
+    if fp32.quantized or not other.quantized:
+        return False
+    apart = {*OF_FORMATS, *NOT_IDENTITY, "name", "verdict", "monitor", "checkpoint_interval", "keep_checkpoints"}
+    return fp32.model_dump(exclude=apart) == other.model_dump(exclude=apart)
 
 
 def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:

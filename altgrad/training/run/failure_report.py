@@ -159,6 +159,7 @@ def gather(
             value=as_number(verdict.get("value")),
             threshold=as_number(verdict.get("threshold")),
             reason=verdict.get("reason"),
+            judged_on=verdict.get("judged_on"),
             evidence=_evidence(steps, verdict),
         ),
         loss=loss_around(steps, verdict.get("onset_step")),

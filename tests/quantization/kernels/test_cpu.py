@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from altgrad.errors import CodeError
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.jit import grid_table as grid_facts
-from altgrad.jit import threads as cpu_threads
+from altgrad.jit.grid_table import family_of, grid_table
+from altgrad.jit.threads import run_range
 from altgrad.quantization import E4M3, FORMAT_REGISTRY, FP16, amax, decode, encode, get_format, ops, quantize
-from altgrad.quantization.kernels.cpu import loops as cpu_loops
-from altgrad.quantization.kernels.cpu import scalar as cpu
+from altgrad.quantization.kernels.cpu import loops, scalar
 from altgrad.randomness.counter import random_bits
 from tests.quantization.kernels.samples import (
     ELEMENT_FORMATS,
@@ -203,12 +202,12 @@ def test_indices_beyond_32_bits(first):
     out = torch.empty_like(x)
     codes = torch.empty(count, dtype=torch.int32)
     scales = torch.rand(7) + 0.5
-    family = int(grid_facts.family_of(FP16, Rounding.STOCHASTIC, Overflow.NATIVE, 24, False))
-    loop = cpu_loops.compiled(cpu_loops.Variant(0, family, False, True, 4, False))
-    table = grid_facts.grid_table(FP16, Rounding.STOCHASTIC, Overflow.NATIVE, False, 24, False)
+    family = int(family_of(FP16, Rounding.STOCHASTIC, Overflow.NATIVE, 24, False))
+    loop = loops.compiled(loops.Variant(0, family, False, True, 4, False))
+    table = grid_table(FP16, Rounding.STOCHASTIC, Overflow.NATIVE, False, 24, False)
     addresses = [t.data_ptr() - first * 4 for t in (x, out, codes)]
     arguments = (table.ctypes.data, *addresses, scales.data_ptr(), 1.0, 3, 7, 11, 12, 0)
-    cpu_threads.run_range(loop, *arguments, first, first + count)
+    run_range()(loop, *arguments, first, first + count)
     index = torch.arange(first, first + count)
     scale = scales[index // 3 % 7]
     drawn = random_bits(torch.tensor([11, 12]), count, 24, first=first)
@@ -235,11 +234,11 @@ def test_loops_over_every_unit_of_a_tile_border():
 
 def test_dense_layouts_are_recognized():
     x = torch.zeros(4, 5, 6)
-    assert cpu.is_dense(x)
-    assert cpu.is_dense(x.permute(2, 0, 1))
-    assert cpu.is_dense(x[:, :1].permute(2, 1, 0)[:, 0].t()) is False
-    assert not cpu.is_dense(x[::2])
-    assert not cpu.is_dense(torch.zeros(1).expand(7))
+    assert scalar.is_dense(x)
+    assert scalar.is_dense(x.permute(2, 0, 1))
+    assert scalar.is_dense(x[:, :1].permute(2, 1, 0)[:, 0].t()) is False
+    assert not scalar.is_dense(x[::2])
+    assert not scalar.is_dense(torch.zeros(1).expand(7))
 
 
 def test_the_catalog_is_covered():

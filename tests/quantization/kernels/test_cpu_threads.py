@@ -7,7 +7,7 @@ import numba
 import pytest
 import torch
 
-from altgrad.jit import threads as cpu_threads
+from altgrad.jit.threads import threads_for
 from altgrad.quantization import fake_quantize, quantize
 
 LARGE = 300_000
@@ -18,10 +18,10 @@ def _tensor() -> torch.Tensor:
 
 
 def test_threads_follow_torchs_setting():
-    assert cpu_threads.threads_for(LARGE) == 1
+    assert threads_for(LARGE) == 1
     torch.set_num_threads(2)
-    assert cpu_threads.threads_for(LARGE) == min(2, numba.config.NUMBA_NUM_THREADS)
-    assert cpu_threads.threads_for(1000) == 1
+    assert threads_for(LARGE) == min(2, numba.config.NUMBA_NUM_THREADS)
+    assert threads_for(1000) == 1
 
 
 def test_callers_numba_setting_is_left_as_found():
