@@ -29,6 +29,7 @@ class Overflow(str, Enum):
 
     NATIVE = "native"  # formats with inf: IEEE 754-2019 7.4 (by rounding mode inf or max); all others saturate
     SATURATE = "saturate"  # +-max, also for an input of +-inf
+    SATURATE_FINITE = "saturate_finite"  # +-max for finite inputs, also where the format has inf; +-inf stays
     INF = "inf"  # +-inf, also where the format has no code for it
     NAN = "nan"  # NaN, also for an input of +-inf and where the format has no code for it
 

@@ -11,7 +11,15 @@ from altgrad.nn.recipe.cells import Cell, Finder
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.recipe import Override, Recipe, uniform
 from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
-from altgrad.nn.session import full_precision, set_amax_reduction, set_observer, set_rank, set_seed, set_step
+from altgrad.nn.session import (
+    full_precision,
+    set_amax_reduction,
+    set_observer,
+    set_rank,
+    set_seed,
+    set_step,
+    uncoded_uses,
+)
 from altgrad.nn.update_counts import UpdateCounts
 
 Finder.find = staticmethod(places)  # recipes, which know no layers, are told how a model's are found
@@ -40,5 +48,6 @@ __all__ = [
     "set_rank",
     "set_seed",
     "set_step",
+    "uncoded_uses",
     "uniform",
 ]

@@ -169,6 +169,21 @@ def set_amax_reduction(model: nn.Module, reduce: Callable[[Tensor], Tensor] | No
         session.reduce_amax = reduce
 
 
+def uncoded_uses(model: nn.Module) -> dict[str, int]:
+    """How often an operand held a NaN or inf that its format has no code for: {"layer role gemm": uses}, none left out.
+
+    Such an operand travels as values, and its product takes the float32 route. Counted on the CPU in eager mode, since
+    the model was quantized.
+    """
+    found: dict[str, int] = {}
+    for module in model.modules():
+        state = module.__dict__.get(STATE)
+        for operand in () if state is None else state.distinct():
+            if operand.as_values:
+                found[f"{operand.layer} {operand.role} {operand.gemm}"] = operand.as_values
+    return found
+
+
 @contextmanager
 def full_precision(model: nn.Module):
     """Within the block, forward and backward run without quantization at the present weights.

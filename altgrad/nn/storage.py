@@ -251,7 +251,9 @@ class GridStorage:
         if self.codes is not None or weight.is_meta:
             return
         self.original = weight.detach().clone() if keep_original else None
-        values, codes = ops.quantize_and_encode(weight, self.fmt, self.scale, overflow=Overflow.SATURATE, clamp=True)
+        values, codes = ops.quantize_and_encode(
+            weight, self.fmt, self.scale, overflow=Overflow.SATURATE_FINITE, clamp=True
+        )
         self._changed = ((values != weight) & ~weight.isnan()).sum()
         self._write(weight, values, codes)
 
@@ -299,7 +301,7 @@ class GridStorage:
         before = ops.decode(self.codes, self.fmt, self.scale, dtype=weight.dtype)
         if self._zero is not None and counted is None:
             self.grid = self._set_by(weight)
-        options: dict = {"rounding": self.spec.rounding, "overflow": Overflow.SATURATE}
+        options: dict = {"rounding": self.spec.rounding, "overflow": Overflow.SATURATE_FINITE}
         if self.spec.rounding is Rounding.STOCHASTIC:
             options |= {"key": self.session.key(self._base, per_rank=False), "random_bits": self.spec.random_bits}
         after, codes, stats = ops.quantize_and_encode_with_stats(weight, self.fmt, self.scale, **options)

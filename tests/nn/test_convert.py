@@ -242,8 +242,8 @@ ERRORS = {
     ),
     "grid in bf16": (lambda m: quantize_model(m.bfloat16(), uniform("E4M3", storage="grid")), "use float32 parameters"),
     "blocks": (
-        lambda m: quantize_model(m, "MXFP8"),
-        r"'lm_head': out_features 40 is not a multiple of MXFP8's block 32; exclude the layer, pad it to 64, or use",
+        lambda m: quantize_model(m, uniform("MXFP8", whole_blocks=True)),
+        r"'lm_head': out_features 40 is not a multiple of MXFP8's block 32; drop whole_blocks from the recipe, exclude the layer, pad it to 64, or use",
     ),
     "position": (
         lambda m: quantize_model(m, Recipe(None, (Override(layer_recipe("E4M3"), position="after_norm"),))),
@@ -286,7 +286,7 @@ def test_two_calls_on_disjoint_layers():
 
 def test_block_sizes_that_do_not_divide_the_tokens_are_refused_at_the_backward():
     layer = nn.Linear(32, 32)
-    quantize_model(layer, "MXFP8")
+    quantize_model(layer, uniform("MXFP8", whole_blocks=True))
     with pytest.raises(AltGradError, match="32"):
         layer(torch.randn(20, 32)).sum().backward()
 

@@ -61,7 +61,7 @@ def test_short_yaml_form():
 
 def test_uniform_defaults_are_those_of_the_design():
     for gemm, role, spec in uniform("E4M3").default.entries():
-        assert spec == OperandSpec("E4M3", "nearest_even", "saturate", CurrentScaling()), (gemm, role)
+        assert spec == OperandSpec("E4M3", "nearest_even", "saturate_finite", CurrentScaling()), (gemm, role)
     assert uniform("E4M3").default.storage is None
     assert uniform("E4M3").default.norm_weight.format is None
     assert uniform("FP32").default == uniform(None).default

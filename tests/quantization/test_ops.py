@@ -80,7 +80,7 @@ def test_native_overflow_of_formats_with_inf_follows_ieee_754(rounding, expected
 
 
 @pytest.mark.parametrize("fmt", SCALAR, ids=str)
-@pytest.mark.parametrize("overflow", ["native", "saturate", "inf", "nan"])
+@pytest.mark.parametrize("overflow", ["native", "saturate", "saturate_finite", "inf", "nan"])
 @pytest.mark.parametrize("rounding", ["nearest_even", "up", "stochastic"])
 def test_nan_stays_nan_and_inf_follows_the_policy(fmt, overflow, rounding):
     q = quantize(torch.tensor([nan, inf, -inf]), fmt, rounding=rounding, overflow=overflow, key=(1, 2))

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from altgrad.errors import DtypeError
+from altgrad.errors import BlockError, DtypeError
 from altgrad.nn.layer.contractions import Contraction
 from altgrad.nn.layer.gemm import Route
-from altgrad.nn.layer.operand import Operand, carrier
-from altgrad.nn.layer.products import Ready, ready_and_saved, restored, stash, unstash
+from altgrad.nn.layer.operand import Operand, Saved, carrier
+from altgrad.nn.layer.products import Ready, quantized, restored, stash, unstash
 from altgrad.nn.layer.state import LayerState
 
 
@@ -49,6 +49,12 @@ class Call(NamedTuple):
         sizes = self.products.sizes(gemm, a.shape, b)
         return Route.FLOAT32 if sizes is None else self.state.route(gemm, sizes, a.device, work_dtype(a))
 
+    def backward_route(
+        self, gemm: str, dy: Tensor, other: torch.Size, operand: Operand, saved: Saved, again: bool
+    ) -> Route:
+        """The unit of a gradient; float32 where that is differentiated again, or values without a code were saved."""
+        return Route.FLOAT32 if again or operand.is_values(saved) else self.route(gemm, dy, other)
+
 
 def multiply(
     state: LayerState, products: Contraction, x: Tensor, w: Tensor, bias: Tensor | None, training: bool
@@ -60,9 +66,20 @@ def multiply(
 
     Raises:
         DtypeError: two dtypes without autocast.
+        BlockError: an axis is no multiple of the block, and the recipe wants whole blocks.
     """
     record = state.records(training)
     call = Call(state, products, record, state.observed(record), output_dtype(x, w))
+    if not state.whole_blocks:
+        return _multiply(call, x, w, bias)
+    try:
+        return _multiply(call, x, w, bias)
+    except BlockError as error:
+        raise BlockError(f"layer {state.name!r}: {error}; or drop whole_blocks from the recipe") from None
+
+
+def _multiply(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    state, record = call.state, call.record
     if transformed():
         return _in_pieces(call, x, w, bias)
     sx, sx_back = state.scale_pair(state.x, state.x_back, x, record)
@@ -146,9 +163,11 @@ class _Products(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         route = call.route("forward", x, w.shape)
         keep_x, keep_w = need_w and state.x_back is state.x, need_x and state.w_back is state.w
-        qx, saved_x = ready_and_saved(state.x, x, sx, state.x.options(), route, call.observed, keep=keep_x)
-        qw, saved_w = ready_and_saved(state.w, w, sw, state.w.options(), route, call.observed, keep=keep_w)
-        y = call.products.multiply("forward", qx, qw, route, bias=bias).to(call.dtype)
+        qx = quantized(state.x, x, sx, state.x.options(), route, call.observed, keep=keep_x)
+        qw = quantized(state.w, w, sw, state.w.options(), route, call.observed, keep=keep_w)
+        route = Route.FLOAT32 if qx.needs_float32 or qw.needs_float32 else route
+        y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, bias=bias).to(call.dtype)
+        saved_x, saved_w = qx.saved, qw.saved
         del qx, qw
         if need_w and not keep_x:
             saved_x = state.x_back.save(x, sx_back, state.x_back.options(), call.observed)
@@ -157,8 +176,8 @@ class _Products(torch.autograd.Function):
         place = y.new_zeros(()) if need_x and need_w and not torch.compiler.is_compiling() else None
         stash(
             ctx,
-            x=saved_x,
-            w=saved_w,
+            x=saved_x if need_w else (),
+            w=saved_w if need_x else (),
             sx=sx if keep_x else sx_back,
             sw=sw if keep_w else sw_back,
             mask_x=state.x.saturated(x, sx) if need_x else None,
@@ -184,33 +203,32 @@ class _Products(torch.autograd.Function):
         state, kept, work = call.state, unstash(ctx), work_dtype(dy)
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the backward is part of a graph
         observed = call.record and state.session.observer is not None
-        dx = dw = None
-        shared: tuple[Ready, Route] | None = None
-        scale = None
+        dx = dw = qdy = made = None
         if need_x:
-            route = Route.FLOAT32 if again else call.route("input_grad", dy, ctx.shapes[1])
+            route = call.backward_route("input_grad", dy, ctx.shapes[1], state.w_back, kept["w"], again)
             scale = state.dy.scale_of(dy, call.record)
-            qdy, _ = ready_and_saved(state.dy, dy, scale, ctx.dy_options[0], route, observed, keep=False)
-            qw = restored(state.w_back, kept["w"], kept["sw"], route, work)
+            qdy = quantized(state.dy, dy, scale, ctx.dy_options[0], route, observed, keep=False)
+            route = Route.FLOAT32 if qdy.needs_float32 else route
+            a, b = qdy.ready(route), restored(state.w_back, kept["w"], kept["sw"], route, work)
+            made = (route, a) if state.dy_back is state.dy else None
             if again:
-                qdy, qw = Ready(straight(_Given(qdy.values), dy)), _standing_in(ctx, kept["place"], qw, 1)
-            dx = call.products.multiply("input_grad", qdy, qw, route, ctx.shapes[0])
-            shared = (qdy, route) if state.dy_back is state.dy else None
+                a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 1)
+            dx = call.products.multiply("input_grad", a, b, route, ctx.shapes[0])
             dx = _select(_sum(dx, of_x), kept["mask_x"]).to(ctx.dtypes[0])
-            del qw
+            del a, b
         if need_w:
-            route = Route.FLOAT32 if again else call.route("weight_grad", dy, ctx.shapes[0])
-            if shared is not None and shared[1] is route:
-                qdy = shared[0]
-            else:
-                if scale is None or state.dy_back is not state.dy:
-                    scale = state.dy_back.scale_of(dy, call.record)
-                fresh = observed and shared is None
-                qdy, _ = ready_and_saved(state.dy_back, dy, scale, ctx.dy_options[1], route, fresh, keep=False)
-                qdy = Ready(straight(_Given(qdy.values), dy)) if again else qdy
-            qx = restored(state.x_back, kept["x"], kept["sx"], route, work)
-            qx = _standing_in(ctx, kept["place"], qx, 0) if again else qx
-            dw = call.products.multiply("weight_grad", qdy, qx, route, ctx.shapes[1])
+            route = call.backward_route("weight_grad", dy, ctx.shapes[0], state.x_back, kept["x"], again)
+            if qdy is None or state.dy_back is not state.dy:
+                scale = state.dy_back.scale_of(dy, call.record)
+                qdy = quantized(state.dy_back, dy, scale, ctx.dy_options[1], route, observed, keep=False)
+            elif not qdy.saved and route is not Route.FLOAT32:  # the other product needed no codes
+                qdy = quantized(state.dy, dy, qdy.scale, ctx.dy_options[0], route, False, keep=False)
+            route = Route.FLOAT32 if qdy.needs_float32 else route
+            a = made[1] if made is not None and made[0] is route else qdy.ready(route)
+            b = restored(state.x_back, kept["x"], kept["sx"], route, work)
+            if again:
+                a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 0)
+            dw = call.products.multiply("weight_grad", a, b, route, ctx.shapes[1])
             dw = _select(_sum(dw, of_w), kept["mask_w"]).to(ctx.dtypes[1])
         db = None
         if need_bias:

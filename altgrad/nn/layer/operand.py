@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import struct
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from altgrad.formats.rounding import Rounding
+from altgrad.errors import CodeError
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.jit.grid_table import special_codes
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor, stream_base
@@ -49,20 +52,22 @@ class Operand:
     ) -> None:
         self.spec, self.session = spec, session
         self.layer, self.role, self.gemm = layer, role, gemm
-        self.axis, self.block_axis = axis, block_axis
         self.fmt: Any = spec.resolved  # a FloatFormat, a BlockFormat, or None
         self.block = is_block(self.fmt)
+        self.axis = axis
+        self.block_axis = -1 if self.block and self.fmt.is_tile else block_axis  # tiles lie on the last two axes
         self.saves_codes = self.fmt is not None and (self.block or self.fmt.bits <= 8)
         self.storage: GridStorage | None = None  # whose scale a stored weight has
         self.window: Tensor | None = None
         self.pending: Tensor | None = None
         self.key: Tensor | None = None
+        self.as_values = 0  # uses in which a NaN or inf without a code made the operand travel as values
         self.delayed = isinstance(spec.scaling, DelayedScaling)
         # A stored weight was rounded when it was written; reading it must not round it another way.
         rounding = Rounding.NEAREST_EVEN if isinstance(spec.scaling, StorageScaling) else spec.rounding
         self.stochastic = rounding is Rounding.STOCHASTIC
         self._base = stream_base(layer, role, gemm)
-        cast, along = spec.cast, block_axis if self.block else -1
+        cast, along = spec.cast, self.block_axis if self.block else -1
         self.cast = None if cast is None else replace(cast, rounding=rounding, axis=along)
         if self.stochastic or self.delayed:
             session.operands.append(self)
@@ -129,28 +134,79 @@ class Operand:
         return None if self.key is None else self.key.clone()
 
     def quantize(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Tensor:
-        """Values on the grid, of x's shape, in the carrier (float32, or float64 for float64)."""
+        """Values on the grid, of x's shape, in the carrier (float32, or float64 for float64); NaN and inf in place."""
         if self.cast is None:
             return carrier(x)
         values = self._run(x, scale, key, observed, Want.VALUES).values
         assert values is not None
+        if self.block and not self.fmt.element.has_nan and waits(x) and bool(x.isnan().any()):
+            return self._in_place(x, scale, key)
         return values
 
     def quantize_and_save(
         self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False
     ) -> tuple[Tensor, Saved]:
-        """Values on the grid, and what the backward needs to have them again."""
+        """Values on the grid, and what the backward needs to have them again.
+
+        A NaN or inf for which the format has no code keeps its place: the values themselves are saved then. Where that
+        cannot be decided without waiting (on a GPU, in compiled code) all that was saved becomes NaN instead.
+        """
         if not self.saves_codes:
             values = self.quantize(x, scale, key, observed)
             return values, (x if self.cast is None else values,)
         found = self._run(x, scale, key, observed, _VALUES_CODES)
         assert found.values is not None
-        return found.values, _parts(found)
+        if self._has_every_code:
+            return found.values, _parts(found)
+        if not waits(x):
+            return found.values, self._poisoned(found, traced(x))
+        if not found.problems and not self._has_nan_block(found):
+            return found.values, _parts(found)
+        self.as_values += 1
+        values = self._in_place(x, scale, key)
+        return values, (values,)
+
+    @property
+    def _has_every_code(self) -> bool:
+        """Whether the format has a code for each NaN and inf that the overflow policy lets pass."""
+        element = self.fmt.element if self.block else self.fmt
+        return element.has_nan and (element.has_inf or self.spec.overflow is Overflow.SATURATE)
+
+    def _has_nan_block(self, found: Quantized) -> bool:
+        if not self.block or self.fmt.element.has_nan:
+            return False
+        assert found.scales is not None
+        return bool((found.scales.isnan() if self.fmt.has_float_scale else found.scales == self._nan_scale).any())
+
+    @property
+    def _nan_scale(self) -> int:
+        return special_codes(self.fmt.scale_format)[1]
+
+    def _in_place(self, x: Tensor, scale: Tensor | float, key: Any) -> Tensor:
+        """Values of the elements that have a code; a NaN or inf stands where it stood."""
+        assert self.cast is not None
+        x = carrier(x)
+        special = x.isnan() if self.spec.overflow is Overflow.SATURATE else ~x.isfinite()
+        return torch.where(special, x, self.cast(torch.where(special, 0, x), scale, key=key).values)
+
+    def _poisoned(self, found: Quantized, is_traced: bool) -> Saved:
+        """What is saved, with a NaN to be added to it (block formats: with NaN scales) if a NaN or inf had no code."""
+        assert found.values is not None
+        lost = ~found.values.isfinite().all() if is_traced else torch.as_tensor(found.problems) > 0
+        if not self.block:
+            return *_parts(found), torch.where(lost, torch.nan, 0.0)
+        assert found.scales is not None
+        nan = torch.nan if self.fmt.has_float_scale else self._nan_scale
+        scales = torch.where(lost, torch.full_like(found.scales, nan), found.scales)
+        return _parts(found._replace(scales=scales))
 
     def save(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Saved:
         """What the backward needs to have the quantized values, without the values."""
-        if self.block and not observed:
-            return _parts(self._run(x, scale, key, False, Want.CODES))
+        if self.block and not observed and waits(x):
+            with suppress(CodeError):  # an inf without a code
+                found = self._run(x, scale, key, False, Want.CODES)
+                if not self._has_nan_block(found):
+                    return _parts(found)
         return self.quantize_and_save(x, scale, key, observed)[1]
 
     def _run(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
@@ -161,13 +217,19 @@ class Operand:
         self._publish(found.stats, scale)
         return found
 
+    def is_values(self, saved: Saved) -> bool:
+        """Whether values were saved although the format has codes: something in them has none."""
+        return self.saves_codes and saved[0].is_floating_point()
+
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""
-        if not self.saves_codes:
+        if saved[0].is_floating_point():
             return saved[0].to(dtype)
         assert self.cast is not None
         if not self.block:
-            return self.cast.decode(saved[0], scale, dtype=dtype)
+            codes, *poison = saved
+            values = self.cast.decode(codes, scale, dtype=dtype)
+            return values + poison[0] if poison else values
         codes, scales, *upper = saved
         packed = QuantizedTensor(codes, scales, self.fmt, self.block_axis, codes.shape, *upper)
         return self.cast.decode(packed, dtype=dtype)
@@ -183,6 +245,11 @@ class Operand:
         self.session.observer.observe(
             layer=self.layer, role=self.role, gemm=self.gemm, stats=stats, scale=scale, fmt=self.fmt
         )
+
+
+def waits(x: Tensor) -> bool:
+    """Whether the host may look into x: it is on the CPU and nothing is traced."""
+    return x.device.type == "cpu" and not traced(x)
 
 
 def as_float32(number: float) -> float:

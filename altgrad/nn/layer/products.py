@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from altgrad.nn.layer.gemm import Route, mm, pull_apart
-from altgrad.nn.layer.operand import Operand, Saved
+from altgrad.nn.layer.operand import Operand, Saved, waits
 
 
 class Ready(NamedTuple):
@@ -22,20 +22,37 @@ class Ready(NamedTuple):
         return Ready(self.values.transpose(-2, -1), self.factor)
 
 
-def ready_and_saved(
+class Cast(NamedTuple):
+    """A quantized operand before its unit is chosen: values in the carrier, and what was saved (`()`: nothing)."""
+
+    operand: Operand
+    values: Tensor
+    saved: Saved
+    scale: Tensor | float
+
+    @property
+    def needs_float32(self) -> bool:
+        """Whether something in it has no code, so that only its values can be multiplied."""
+        return bool(self.saved) and self.operand.is_values(self.saved)
+
+    def ready(self, route: Route) -> Ready:
+        """The operand for a GEMM on `route`."""
+        if route is Route.FLOAT32:
+            return Ready(self.values)
+        pulled, factor = _pulled(self.operand, self.saved, self.scale, self.values.dtype)
+        if not waits(self.values) and not (self.operand.fmt.has_nan and self.operand.fmt.has_inf):
+            pulled = torch.where(torch.isfinite(self.values), pulled, self.values)  # what has no code goes along
+        return Ready(pulled, factor)
+
+
+def quantized(
     operand: Operand, x: Tensor, scale: Tensor | float, options: dict, route: Route, observed: bool, *, keep: bool
-) -> tuple[Ready, Saved]:
-    """x quantized for a GEMM on `route`, and what to keep for the backward (nothing unless `keep`)."""
-    if route is Route.FLOAT32:
-        if keep or operand.block:
-            values, saved = operand.quantize_and_save(x, scale, options, observed)
-            return Ready(values), saved if keep else ()
-        return Ready(operand.quantize(x, scale, options, observed)), ()
+) -> Cast:
+    """x quantized for a GEMM that would like `route`, with codes where that or the backward (`keep`) needs them."""
+    if route is Route.FLOAT32 and not keep and not operand.block:
+        return Cast(operand, operand.quantize(x, scale, options, observed), (), scale)
     values, saved = operand.quantize_and_save(x, scale, options, observed)
-    pulled, factor = _pulled(operand, saved, scale, values.dtype)
-    if not operand.fmt.has_nan:
-        pulled = torch.where(torch.isnan(values), values, pulled)  # a NaN has no code: carry it along
-    return Ready(pulled, factor), saved if keep else ()
+    return Cast(operand, values, saved, scale)
 
 
 def restored(operand: Operand, saved: Saved, scale: Tensor | float, route: Route, dtype: torch.dtype) -> Ready:

@@ -74,6 +74,7 @@ class LayerState:
         self.dy_back, self.x_back = get["weight_grad", "grad_output"], get["weight_grad", "input"]
         self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "norm")  # a key of its own in states
         self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
+        self.whole_blocks = any(operand.spec.whole_blocks for operand in self.operands.values())
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
         """Replace the recipe. Operands whose entry stays keep their scale history, a grid that stays keeps its scale."""

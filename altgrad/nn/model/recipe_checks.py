@@ -15,7 +15,7 @@ _MANTISSA = {torch.float32: 23, torch.float64: 52, torch.bfloat16: 7, torch.floa
 
 
 def check_layer(name: str, module: nn.Module, kind: LayerKind, recipe: LayerRecipe) -> None:
-    """Refuse formats wider than the weight's dtype, and blocks that do not divide the layer's features.
+    """Refuse formats wider than the weight's dtype, and blocks that do not divide the layer's features where the recipe wants whole ones.
 
     Raises:
         RecipeError: with the layer, the value, the limit and the remedy.
@@ -56,13 +56,13 @@ def _check_blocks(name: str, weight, kind: LayerKind, recipe: LayerRecipe) -> No
 
 def _check_divides(name: str, what: str, size: int, spec) -> None:
     fmt = spec.resolved
-    if not is_block(fmt):
+    if not is_block(fmt) or not spec.whole_blocks:
         return
     side = max(fmt.tile)
     if size % side:
         divisors = [d for d in range(2, 129) if size % d == 0]
         raise RecipeError(
-            f"layer {name!r}: {what} {size} is not a multiple of {fmt.name}'s block {side}; exclude the layer, pad it to "
+            f"layer {name!r}: {what} {size} is not a multiple of {fmt.name}'s block {side}; drop whole_blocks from the recipe, exclude the layer, pad it to "
             f"{-(-size // side) * side}, or use a block of {', '.join(map(str, divisors[-6:])) or 'another size'}"
         )
 

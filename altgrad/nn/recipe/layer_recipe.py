@@ -19,13 +19,14 @@ def layer_recipe(
     grad=_SAME,
     rounding: Rounding | str = Rounding.NEAREST_EVEN,
     scaling="amax",
-    overflow: Overflow | str = Overflow.SATURATE,
+    overflow: Overflow | str = Overflow.SATURATE_FINITE,
     storage: str | StorageSpec = "master",
     storage_rounding: Rounding | str | None = None,
     norm_weight: FloatFormat | str | None = None,
     subnormals: bool = True,
     mask_saturated: bool = False,
     random_bits: int = 24,
+    whole_blocks: bool = False,
 ) -> LayerRecipe:
     """One format for x, w and dy of all three GEMMs, with any of the three replaced.
 
@@ -40,6 +41,8 @@ def layer_recipe(
         storage_rounding: of the write back to the grid; None is `rounding`.
         norm_weight: format of normalisation weights (current amax per tensor).
         mask_saturated: straight-through gradient only where |x / scale| <= max (x and w).
+        whole_blocks: refuse axes that are no multiple of a block format's block, instead of letting the last block be
+            short.
 
     Raises:
         RecipeError: contradictory arguments.
@@ -60,6 +63,7 @@ def layer_recipe(
             subnormals or is_block(get_format(name)),
             masked and not is_block(get_format(name)),
             random_bits,
+            whole_blocks and is_block(get_format(name)),
         )
 
     grid = _storage(storage, named(weight), storage_rounding or rounding, subnormals, random_bits)

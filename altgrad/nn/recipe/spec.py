@@ -43,11 +43,14 @@ class OperandSpec:
 
     Args:
         format: a format or its name; None or "FP32" leaves the operand unquantized.
-        rounding, overflow, subnormals, random_bits: as for `altgrad.quantization.quantize`.
+        rounding, overflow, subnormals, random_bits: as for `altgrad.quantization.quantize`. Finite values saturate and
+            +-inf stays, unless another overflow policy is named ("saturate" makes a finite number of an inf, too).
         scaling: policy, its name, or a mapping; None is the default for the format (current amax per tensor; scale 1
             for BF16 and TF32). A policy's axis refers to the operand as a matrix: input [tokens, in], weight
             [out, in], grad_output [tokens, out]; the named axis keeps scales of its own.
         mask_saturated: let no gradient through where |x / scale| > max (input and weight operands).
+        whole_blocks: refuse a tensor whose axis is no multiple of a block format's block; otherwise the last block is
+            short, which is the same as padding with zeros.
 
     Raises:
         RecipeError: the fields contradict one another.
@@ -55,11 +58,12 @@ class OperandSpec:
 
     format: str | None = None
     rounding: Rounding = Rounding.NEAREST_EVEN
-    overflow: Overflow = Overflow.SATURATE
+    overflow: Overflow = Overflow.SATURATE_FINITE
     scaling: Scaling | None = None
     subnormals: bool = True
     mask_saturated: bool = False
     random_bits: int = 24
+    whole_blocks: bool = False
 
     def __post_init__(self) -> None:
         fmt = _format_or_none(self.format)
@@ -93,6 +97,8 @@ class OperandSpec:
                     f"{fmt.name}: block scales follow each block's amax, so no element is masked; drop mask_saturated"
                 )
             return
+        if self.whole_blocks:
+            raise RecipeError(f"{fmt.name} has no blocks; drop whole_blocks")
         if not fmt.has_zero:
             raise RecipeError(
                 f"{fmt.name} is a scale format without zero; put an element format such as E4M3 on tensors"
@@ -101,7 +107,7 @@ class OperandSpec:
         if lacks:
             raise RecipeError(
                 f"{fmt.name} has no code for {self.overflow.value}, and layers save codes for the backward; "
-                f'use overflow="saturate" instead of "{self.overflow.value}"'
+                f'use overflow="saturate_finite" instead of "{self.overflow.value}"'
             )
         if not self.subnormals:
             try:
@@ -120,7 +126,8 @@ class OperandSpec:
         if self.format is None:
             return None
         clamp = isinstance(self.scaling, CurrentScaling)
-        return Cast(self.format, self.rounding, self.overflow, self.subnormals, clamp, self.random_bits)
+        short = is_block(get_format(self.format)) and not self.whole_blocks
+        return Cast(self.format, self.rounding, self.overflow, self.subnormals, clamp, self.random_bits, pad=short)
 
     @property
     def resolved(self):
@@ -138,6 +145,7 @@ class OperandSpec:
             (not self.subnormals, "no subnormals"),
             (self.mask_saturated, "masked"),
             (self.random_bits != OperandSpec.random_bits, f"bits={self.random_bits}"),
+            (self.whole_blocks, "whole blocks"),
         ]
         shown = ",".join(text for there, text in notes if there)
         return f"{self.format}({shown})" if shown else self.format

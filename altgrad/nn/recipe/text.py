@@ -143,6 +143,8 @@ def _option(note: str, where: str) -> tuple[str, object]:
         return "overflow", note
     if note in ("no subnormals", "masked"):
         return ("subnormals", False) if note == "no subnormals" else ("mask_saturated", True)
+    if note == "whole blocks":
+        return "whole_blocks", True
     if note.startswith("bits="):
         return "random_bits", _literal(note[5:], where)
     name, arguments = _call(note, where)

@@ -222,8 +222,9 @@ class ExperimentConfig(_Section):
     """grid: of the write back after the optimizer's step; None: as `rounding`."""
     scaling: str | dict[str, Any] = "amax"
     """A scaling policy by name (amax: current, per tensor; none; delayed; ...) or as {policy: name, ...arguments}."""
-    overflow: Literal["native", "saturate", "inf", "nan"] = "saturate"
-    """What operands beyond the format's max become. `native` is IEEE 754's overflow to inf where the format has inf."""
+    overflow: Literal["native", "saturate", "saturate_finite", "inf", "nan"] = "saturate_finite"
+    """What operands beyond the format's max become. `saturate_finite` lets an inf pass, `saturate` makes the format's
+    max of it; `native` is IEEE 754's overflow to inf where the format has inf."""
     gradient_format: str | None = None
     """Format of the gradient operands where it differs from fp8_format; None: the same."""
     storage_refresh_interval: Annotated[int, Field(ge=0)] = 10

@@ -22,7 +22,7 @@ SHORT_DEFAULTS: Mapping[str, Any] = {
     "rounding": "nearest_even",
     "storage_rounding": None,
     "scaling": "amax",
-    "overflow": "saturate",
+    "overflow": "saturate_finite",
     "gradient_format": None,
     "storage_refresh_interval": 10,
 }
@@ -30,6 +30,10 @@ SHORT_DEFAULTS: Mapping[str, Any] = {
 
 WHOLE = ("formats", "recipe")
 """The keys that hold a whole recipe."""
+
+
+_HASHED_OVERFLOW = {"saturate_finite": "saturate", "saturate": "saturate, inf too"}
+# The default was called "saturate" when it made a finite number of an inf, too: runs without one keep their names.
 
 
 def recipe_of(config: Any) -> Recipe | None:
@@ -114,14 +118,17 @@ def identity_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     says becomes the short keys where they can say it, else the whole recipe under `recipe`.
     """
     plain = {key: value for key, value in keys.items() if key != "formats"}
-    if keys.get("formats") is None:
-        return plain
-    recipe = recipe_of(keys)
-    short = short_keys(recipe)
-    if short is not None:
-        return {**plain, **short, "recipe": None}
-    assert recipe is not None
-    return {**plain, **SHORT_DEFAULTS, "recipe": recipe.to_dict()}
+    if keys.get("formats") is not None:
+        recipe = recipe_of(keys)
+        short = short_keys(recipe)
+        if short is not None:
+            plain |= {**short, "recipe": None}
+        else:
+            assert recipe is not None
+            plain |= {**SHORT_DEFAULTS, "recipe": recipe.to_dict()}
+    if "overflow" in plain:
+        plain["overflow"] = _HASHED_OVERFLOW.get(plain["overflow"], plain["overflow"])
+    return plain
 
 
 def with_formats(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _prepare(plan: Plan, x: Tensor) -> _Prepared:
         "emax": fmt.element_emax,
         "up_from": fmt.round_up_from(23),
         "smallest_scale": int(np.float32(fmt.scale_format.min_subnormal).view(np.uint32)),
-        "plain": int(plan.overflow in (Overflow.NATIVE, Overflow.SATURATE) and plan.grid.has_negative_zero),
+        "plain": int(plan.overflow not in (Overflow.INF, Overflow.NAN) and plan.grid.has_negative_zero),
         "poison": int(not plan.grid.has_nan),
         "group": group,
         "element_max": int(np.float64(fmt.element.max).view(np.int64)),

@@ -96,7 +96,8 @@ def round_payload(
 
 def overflow_value(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, negative: Tensor) -> Tensor:
     """Magnitude that an overflowing element gets, float64 of the shape of `negative`."""
-    if overflow is Overflow.SATURATE or (overflow is Overflow.NATIVE and not fmt.has_inf):
+    saturates = overflow in (Overflow.SATURATE, Overflow.SATURATE_FINITE)
+    if saturates or (overflow is Overflow.NATIVE and not fmt.has_inf):
         to_inf = torch.zeros_like(negative)
     elif overflow is Overflow.NAN:
         return torch.full_like(negative, torch.nan, dtype=torch.float64)

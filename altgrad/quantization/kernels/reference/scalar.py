@@ -81,7 +81,7 @@ def _beyond_max(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, negati
         return np.full(negative.shape, np.nan)
     if overflow is Overflow.INF:
         return np.full(negative.shape, np.inf)
-    if overflow is Overflow.SATURATE or not fmt.has_inf:
+    if overflow in (Overflow.SATURATE, Overflow.SATURATE_FINITE) or not fmt.has_inf:
         return np.full(negative.shape, fmt.max)
     inward = {
         Rounding.TOWARD_ZERO: np.ones_like(negative),
