@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.errors import AltGradError
-from altgrad.records.run import Run, read_run
+from altgrad.records.run import Run
 from altgrad.sweep import Plan, SweepOptions, describe_plan, describe_result, make_plan, matrix_from_mapping, run_sweep
 from altgrad.training.config.document import merged, nested, read_document, resolved, setting
 from experiments.manifold_results import Results, final_loss, main_table, run_record
@@ -81,9 +81,8 @@ def by_cell(study: dict[str, Any], out: Path, plan: Plan) -> Cells:
     }
     for planned in plan.runs:
         folder = out / planned.name
-        if not (folder / "result.json").exists():
+        if not (run := Run(folder)).finished:
             continue
-        run = read_run(folder)
         optimizer = run.config["optimizer"]
         own = {k: v for k, v in optimizer["options"].items() if k not in OFF_GRID}
         arm = arms[(optimizer["name"], run.config["storage_rounding"], json.dumps(own, sort_keys=True))]

@@ -161,6 +161,7 @@ def load_study(source: str | Path | Sequence[str | Path], *, force: bool = False
     return Study(folder, settings, axes, max_steps, warnings, [*circumstances(runs), *_damage(settings)])
 
 
+@np.errstate(over="ignore")  # what float32 cannot hold is drawn as infinite
 def summarize(run: Run, max_steps: int) -> RunSummary:
     """Read one run and keep its summary."""
     outcome = Outcome(run, run.format)

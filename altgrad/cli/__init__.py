@@ -153,6 +153,16 @@ def unpack(
 
 
 @app.command()
+def verify(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders that hold run folders, or packs.")],
+) -> None:
+    """Say for each run folder whether its records are whole; exit with 0 if all are, 1 if one is damaged."""
+    from altgrad.cli import record_pages
+
+    raise typer.Exit(record_pages.verify(runs))
+
+
+@app.command()
 def sweep(
     matrix: Annotated[Path, typer.Argument(help="A matrix file, such as experiments/matrix/formats.yaml.")],
     overrides: Annotated[

@@ -225,6 +225,16 @@ class Collector:
             vector = torch.cat([vector, more])
         self._measured.append(Measured(key, vector, found.histograms if histograms else None, watched, rounding))
 
+    def last_updates(self) -> dict[str, Tensor]:
+        """Histogram of each stored parameter's last measured update, by its name; the next predicted stall rests on it."""
+        return {self.names[key]: histogram.clone() for key, histogram in self._last_updates.items()}
+
+    def load_last_updates(self, histograms: Mapping[str, Tensor]) -> None:
+        """Go on from `last_updates`' result."""
+        keys = {name: key for key, name in self.names.items()}
+        known = {keys[name]: histogram for name, histogram in histograms.items() if name in keys}
+        self._last_updates = {key: h.to(self.parameters[key].device, copy=True) for key, h in known.items()}
+
     def _predictions(self, vectors: Tensor) -> Tensor:
         """Predicted stall of each measured parameter: weights before this step against the last measured update."""
         predicted = vectors.new_full((len(vectors),), torch.nan)

@@ -172,6 +172,21 @@ class Monitor:
             self._sink(records)
         return records
 
+    def state(self) -> dict[str, Any]:
+        """What later records depend on, as plain values and tensors: the first ranks, the last measured updates, and the
+        records of steps that were not handed over yet."""
+        return {
+            "ranks": self._ranks.state(),
+            "updates": self._collector.last_updates(),
+            "pending": [[step.step, to_records([step])] for step in self._pending],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`'s result, so that the records that follow are those that would have followed then."""
+        self._ranks.load_state(state["ranks"])
+        self._collector.load_last_updates(state["updates"])
+        self._pending = [Step(step, list(records)) for step, records in state["pending"]]
+
     def summary(self, *, rows: int = 40, width: int | None = None) -> str:
         """The last measurements as a table, one line per layer, and the warnings."""
         self.flush()

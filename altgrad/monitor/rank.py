@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,15 @@ class RankWatch:
         self.limits = limits
         self.warnings: list[str] = []
         self._first: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """The first effective rank of each layer, and the warnings."""
+        return {"first": dict(self._first), "warnings": list(self.warnings)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`'s result."""
+        self._first = dict(state["first"])
+        self.warnings[:] = state["warnings"]
 
     def measure(self, step: int, layer: str, weight: Tensor) -> dict[str, Any]:
         """The metrics of one layer's weight, [out, ...], with at least one element; waits for the device."""

@@ -25,7 +25,7 @@ from altgrad.records.values import as_number, jsonable
 
 METRICS = "metrics.jsonl"
 KINDS = ("step", "eval", "event", "monitor")
-_LAST_STEP = 2**53
+_LAST_STEP = 2**31
 _CRC, _CRC_BYTES = b', "crc": "', 20
 
 Row = Mapping[str, Any]

@@ -11,26 +11,36 @@ import shlex
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from altgrad.errors import CheckpointError
+from altgrad.errors import CheckpointError, ReportError
 from altgrad.optim import state_bytes
 from altgrad.quantization import NUMERICS_VERSION
-from altgrad.records.documents import ENVIRONMENT, load_result, read_json, write_config, write_environment, write_result
+from altgrad.records.documents import (
+    ENVIRONMENT,
+    RESULT,
+    load_result,
+    read_json,
+    write_config,
+    write_environment,
+    write_result,
+)
 from altgrad.records.files import remove_leftovers
-from altgrad.records.metrics_log import METRICS, MetricsLog, cut_back
-from altgrad.records.run import read_run
+from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back, until
+from altgrad.records.run import Run, read_run
 from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
+from altgrad.records.values import as_whole
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.data import Corpus
 from altgrad.training.run.checkpoint import (
+    Checkpoint,
     checkpoints,
     claim_directory,
     load_checkpoint,
@@ -119,7 +129,7 @@ class FormatExperimentRunner:
             CheckpointError: there are checkpoints, and all are damaged.
         """
         main = self.ranks.is_main
-        finished = self.ranks.broadcast(load_result(self.run_dir) if main else None)
+        finished = self.ranks.broadcast(self._finished_before() if main else None)
         if finished is not None and finished.finished:
             return finished
         device = usable_device(self.ranks.device(self.config.device))
@@ -134,24 +144,42 @@ class FormatExperimentRunner:
         self.listener.ended(result)
         return result
 
+    def _finished_before(self) -> ExperimentResult | None:
+        """The result in the folder; a damaged one counts as none, and is made again from the checkpoints."""
+        try:
+            found = load_result(self.run_dir)
+        except ReportError as error:
+            self.listener.said(f"{error.args[0].partition('; ')[0]}; it is made again")
+            return None
+        if found is not None and found.finished and (damage := Run(self.run_dir).damage()):
+            self.listener.said(
+                f"{self.plan.run_id}: {damage.said()}; delete its {RESULT} and repeat the command to make what can be made again"
+            )
+        return found
+
     def _open_folder(self, device: torch.device) -> int:
         """Write what identifies the run, once; the thread count to use."""
         remove_leftovers(self.run_dir)
-        begun = read_json(self.run_dir / ENVIRONMENT).content
-        if begun:
+        (self.run_dir / RESULT).unlink(missing_ok=True)  # a run that goes on has no result yet
+        record = read_json(self.run_dir / ENVIRONMENT)
+        begun, wanted = record.content, self.config.threads
+        threads = as_whole(begun.get("threads"))
+        if threads is not None and threads > 0:
             now = environment(self.plan, device, 0)
             for name in ("device", "torch", "numba", "altgrad"):
-                if begun[name] != now[name]:
+                if begun.get(name) != now[name]:
                     self.listener.said(
-                        f"this run began with {name} {begun[name]} and goes on with {now[name]}: "
+                        f"this run began with {name} {begun.get(name)} and goes on with {now[name]}: "
                         "its losses may differ in the last bits from those of an unbroken run"
                     )
-            threads = int(begun["threads"])
-            wanted = self.config.threads
             if wanted not in (None, threads):
                 self.listener.said(f"this run began with {threads} CPU threads and keeps them (threads={wanted} asked)")
             return threads
-        threads = self.config.threads or torch.get_num_threads()
+        if begun or record.problem:
+            self.listener.said(
+                f"{record.problem or f'{ENVIRONMENT} is incomplete'}; it is made again with the versions and threads of now"
+            )
+        threads = wanted or torch.get_num_threads()
         write_config(self.run_dir, dump_config(self.config))
         write_environment(self.run_dir, {**environment(self.plan, device, threads), **self.ranks.facts()})
         return threads
@@ -180,10 +208,8 @@ class FormatExperimentRunner:
         trainer.measuring.sink = self._log_all
         self._since = time.monotonic() - self.tally.elapsed_s
         try:
-            if resumed:
-                self.metrics.write({"kind": "event", "step": trainer.step, "event": "resume"})
             self.listener.started(self.plan, trainer.step)
-            if trainer.step == 0:
+            if not resumed:
                 self._evaluate()
                 self._checkpoint()
             while not self._over():
@@ -195,19 +221,43 @@ class FormatExperimentRunner:
         return self._conclude()
 
     def _resume(self) -> bool:
-        """Go back to the newest sound checkpoint, and the metrics with it."""
+        """Go back to the newest sound checkpoint (or, to make damaged records again, to one before), and the metrics with it."""
         assert self.trainer is not None
         found = load_newest(self.directory)
         for line in found.damaged if found else ():
             self.listener.said(line)
-        step = found.step if found else 0
         if found:
+            wanted = self.ranks.broadcast(self._with_sound_records(found) if self.ranks.is_main else None)
+            found = found if wanted == found.path else load_checkpoint(wanted)
             self.trainer.restore(to_device(found.state["trainer"], self.trainer.device))
+            self.trainer.measuring.load_state(found.state.get("monitor", {}))
             self.tally = Tally(**found.state["tally"])
-            self.listener.said(f"continuing {self.plan.run_id} after step {step}")
+            self.tally.resumed_after.append(found.step)
+            self.listener.said(f"continuing {self.plan.run_id} after step {found.step}")
         if self.ranks.is_main:
-            cut_back(self.run_dir / METRICS, step if found else -1)
+            damage = cut_back(self.run_dir / METRICS, found.step if found else -1, _mark(found))
+            if damage:
+                self.listener.said(f"{damage.said()}; no checkpoint is old enough to make them again")
         return found is not None
+
+    def _with_sound_records(self, newest: Checkpoint) -> Path:
+        """The newest checkpoint until which the metrics are as they were written; the newest of all where none is."""
+        path = self.run_dir / METRICS
+        data = path.read_bytes() if path.exists() else b""
+        mark = _mark(newest)
+        if mark is None or until(data, mark) is not None:
+            return newest.path
+        for older in checkpoints(self.directory):
+            with suppress(CheckpointError):
+                candidate = load_checkpoint(older)
+                mark = _mark(candidate)
+                if candidate.step < newest.step and mark is not None and until(data, mark) is not None:
+                    self.listener.said(
+                        f"{METRICS} was damaged before step {newest.step}; the steps after {candidate.step} are taken "
+                        "again, which makes the same records"
+                    )
+                    return older
+        return newest.path
 
     def _over(self) -> bool:
         assert self.trainer is not None
@@ -231,8 +281,9 @@ class FormatExperimentRunner:
         last = trainer.step == config.max_steps or (record.verdict is not None and config.verdict.stop)
         if last or trainer.step % config.evaluation.interval == 0:
             self._evaluate()
-        if last or trainer.step % config.checkpoint_interval == 0 or self._stopping:
-            self._checkpoint()
+        planned = last or trainer.step % config.checkpoint_interval == 0
+        if planned or self._stopping:
+            self._checkpoint(planned=planned)
 
     def _log_all(self, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -252,9 +303,13 @@ class FormatExperimentRunner:
         self.metrics.write(Evaluation(self.trainer.step, loss, perplexity).row())
         self.listener.evaluated(self.trainer.step, loss)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, planned: bool = True) -> None:
+        """Save everything. What the monitor holds back is handed over first, or, where an unbroken run would have no
+        checkpoint, saved with it: the records must come in the same order whether the run is broken or not."""
         assert self.trainer is not None
         self.tally.elapsed_s = time.monotonic() - self._since
+        if planned:
+            self.trainer.measuring.flush()
         self.metrics.sync()
         state = self._state()  # on every rank: spread tensors are gathered
         if not self.ranks.is_main:
@@ -267,7 +322,12 @@ class FormatExperimentRunner:
 
     def _state(self) -> dict[str, Any]:
         assert self.trainer is not None
-        return {"trainer": self.trainer.capture(), "tally": self.tally.state_dict()}
+        return {
+            "trainer": self.trainer.capture(),
+            "tally": self.tally.state_dict(),
+            "monitor": self.trainer.measuring.state(),
+            "metrics": list(self.metrics.mark),
+        }
 
     def _conclude(self) -> ExperimentResult:
         assert self.trainer is not None
@@ -278,6 +338,7 @@ class FormatExperimentRunner:
             self.trainer.judge.conclude(steps)
         remarks = self.trainer.judge.remarks
         figures: dict[str, Any] = {
+            **({"resumed_after": tally.resumed_after} if tally.resumed_after else {}),
             "skipped_steps": tally.skipped_steps,
             "optimizer_state_bytes": state_bytes(self.trainer.optimizer),
             "checkpoint_dir": str(self.directory),
@@ -354,8 +415,15 @@ class FormatExperimentRunner:
         return f"{command} runs_dir={again}" + (" checkpoint_dir=null" if self.config.checkpoint_dir else "")
 
 
+def _mark(checkpoint: Checkpoint | None) -> Mark | None:
+    """How far the metrics were at a checkpoint; None for those of before this was noted."""
+    return Mark(*checkpoint.state["metrics"]) if checkpoint is not None and "metrics" in checkpoint.state else None
+
+
 class _NoLog:
     """In place of the metrics on ranks that write no files."""
+
+    mark = Mark(0, 0)
 
     def write(self, record: dict[str, Any]) -> None:
         pass

@@ -108,7 +108,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_continues(tmp_path, number)
     assert notes.steps == list(range(9, 15))
     assert finished.status == "completed"
     assert losses(finished.run_dir) == losses(whole.run_dir)
-    assert [e["step"] for e in metrics(finished.run_dir, "event") if e["event"] == "resume"] == [8]
+    assert finished.figures["resumed_after"] == [8]
 
 
 def test_threads_are_recorded_and_restored(tmp_path):

@@ -22,8 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from altgrad.errors import CheckpointError
+from altgrad.records.documents import read_json
 from altgrad.records.files import file_sha256, new_folder, remove_leftovers, write_json
+from altgrad.records.verify import CHECKSUMS, broken_checkpoint
 
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
 _TENSOR, _TUPLE, _DICT = "$tensor", "$tuple", "$dict"
 
 
@@ -50,10 +53,10 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, label:
     plain = _flatten(state, "", tensors)
     path = directory / f"{label}-{step:08d}"
     with new_folder(path) as folder:
-        save_file(tensors, folder / "tensors.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": step, "state": plain}))
-        sums = {name: file_sha256(folder / name) for name in ("tensors.safetensors", "state.json")}
-        (folder / "checksums.json").write_text(json.dumps(sums))
+        save_file(tensors, folder / _TENSORS)
+        (folder / _STATE).write_text(json.dumps({"step": step, "state": plain}))
+        sums = {name: file_sha256(folder / name) for name in (_TENSORS, _STATE)}
+        (folder / CHECKSUMS).write_text(json.dumps(sums))
     return path
 
 
@@ -64,14 +67,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: it is incomplete or does not match its checksums.
     """
     try:
-        sums = json.loads((path / "checksums.json").read_text())
-        for name in ("tensors.safetensors", "state.json"):
-            if file_sha256(path / name) != sums[name]:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its checksum; delete it")
-        content = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "tensors.safetensors")
+        if broken := broken_checkpoint(path, (_TENSORS, _STATE)):
+            raise CheckpointError(f"checkpoint {path} is damaged: {broken}; delete it")
+        content = json.loads((path / _STATE).read_text())
+        tensors = load_file(path / _TENSORS)
         return Checkpoint(path, content["step"], _unflatten(content["state"], tensors))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}; delete it") from None
@@ -141,12 +142,9 @@ def _belongs_to(directory: Path, run_hash: str) -> bool:
         return True
     if not directory.is_dir():
         return False
-    try:
-        return json.loads((directory / "owner.json").read_text())["run"] == run_hash
-    except FileNotFoundError:
+    if not (directory / "owner.json").exists():
         return not any(directory.iterdir())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return read_json(directory / "owner.json").content.get("run") == run_hash
 
 
 def _flatten(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

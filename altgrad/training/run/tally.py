@@ -26,6 +26,7 @@ class Tally:
     elapsed_s: float = 0.0
     verdict: dict[str, Any] | None = None
     interventions: list[dict[str, Any]] = field(default_factory=list)
+    resumed_after: list[int] = field(default_factory=list)
 
     def add_step(self, record: StepRecord, tokens: int, seconds: float, warmup: bool) -> None:
         """Take a step into account."""

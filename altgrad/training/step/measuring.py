@@ -113,6 +113,20 @@ class Measuring:
             finally:
                 self.monitor, self.meter = monitor, meter
 
+    def flush(self) -> None:
+        """Hand over what is held back: a checkpoint must not be newer than its records."""
+        if self.monitor is not None:
+            self.monitor.flush()
+
+    def state(self) -> dict[str, Any]:
+        """What later records depend on; empty without a monitor."""
+        return {} if self.monitor is None else self.monitor.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`'s result; a checkpoint of before there was one has none."""
+        if self.monitor is not None and state:
+            self.monitor.load_state(state)
+
     def close(self) -> None:
         """Hand over what is still held back, and let go of the model."""
         if self.monitor is not None:

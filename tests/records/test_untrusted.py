@@ -1,0 +1,86 @@
+"""JSON and YAML that anybody may have written: refused with a reason, in bounded time, never taken for what it is not."""
+
+import json
+import time
+
+import pytest
+
+from altgrad.records.untrusted import MOST_DEPTH, Malformed, parse_json, parse_line, parse_yaml
+
+REFUSED_JSON = {
+    "an integer of 5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "an integer beyond 64 bits": b'{"a": 99999999999999999999}',
+    "1e400": b'{"a": 1e400}',
+    "NaN": b'{"a": NaN}',
+    "Infinity": b'{"a": -Infinity}',
+    "half of a surrogate pair": b'{"a": "\\ud800"}',
+    "half of a surrogate pair as a name": b'{"\\udc00": 1}',
+    "deep": b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
+    "as deep as the stack": b"[" * 200_000,
+    "not UTF-8": b'{"a": "\xff"}',
+    "cut off": b'{"a": 1',
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED_JSON.values(), ids=REFUSED_JSON)
+@pytest.mark.parametrize("parse", [parse_json, parse_line])
+def test_json_that_no_run_writes_is_refused(parse, text):
+    with pytest.raises(Malformed) as told:
+        parse(text)
+    assert 0 < len(str(told.value)) < 300
+
+
+def test_json_that_runs_write_is_read():
+    text = b'{"a": [1, -2.5e-310, null, true, "nan", "\\u00e9\\ud83d\\ude00"], "b": {}}'
+    assert parse_json(text) == parse_line(text) == json.loads(text)
+    assert parse_json(b"9223372036854775807") == 2**63 - 1
+    assert parse_line(b'{"a": 0.00012345678901234567}') == {"a": 0.00012345678901234567}
+
+
+def bomb(levels=9, width=9):
+    rows = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels)]
+    return "\n".join(rows).encode()
+
+
+def merge_bomb(levels=9, width=9):
+    rows = ["a0: &a0 {x: 1}"]
+    rows += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * width)}]}}" for i in range(1, levels)]
+    return "\n".join(rows).encode()
+
+
+REFUSED_YAML = {
+    "aliases by the billion": bomb(),
+    "merges by the billion": merge_bomb(),
+    "an alias inside of itself": b"a: &a [*a]",
+    "deep brackets": b"[" * 300_000,
+    "deep dashes": b"- " * 300_000,
+    "deep braces": b"{a: " * 200_000,
+    "an integer of 5,000 digits": b"a: " + b"9" * 5000,
+    "an integer beyond 64 bits": b"a: 99999999999999999999",
+    "a Python object": b"a: !!python/object/apply:os.system [ls]",
+    "bytes": b"a: !!binary aGk=",
+    "a set": b"a: !!set {x, y}",
+    "a list as a key": b"? [a]\n: 1",
+    "an impossible date": b"a: 2024-13-45",
+    "not UTF-8": b"a: \xff",
+    "half written": b"a: [1, 2\n b: }",
+    "two documents": b"a: 1\n---\nb: 2",
+    "too long": b"#" * (1 << 21),
+}
+
+
+@pytest.mark.parametrize("text", REFUSED_YAML.values(), ids=REFUSED_YAML)
+def test_yaml_that_no_run_writes_is_refused_at_once(text):
+    begun = time.process_time()
+    with pytest.raises(Malformed):
+        parse_yaml(text)
+    assert time.process_time() - begun < 5
+
+
+def test_yaml_that_runs_write_is_read():
+    assert parse_yaml(b"a: 1\nb: [x, 1e-3, .inf, null]\nc: &c {d: 2024-01-05}\ne: *c\n1: true")["a"] == 1
+    assert parse_yaml(b"") is None
+    assert parse_yaml(b"x: " + b"[" * (MOST_DEPTH - 2) + b"]" * (MOST_DEPTH - 2))
+    with pytest.raises(Malformed, match="deeper"):
+        parse_yaml(b"x: " + b"[" * MOST_DEPTH + b"]" * MOST_DEPTH)
