@@ -71,11 +71,19 @@ class Session:
         self.lead_optimizer: Callable[[], object] | None = (
             None  # weak reference to the optimizer that advances the clock
         )
+        self.model: Callable[[], nn.Module | None] | None = None  # weak reference to the model that was quantized
         self.operands: list[Stepped] = []  # those with random keys or scale histories
 
     def __getstate__(self) -> dict:
         # A copy of the model is neither observed nor part of the process group.
-        return {**self.__dict__, "observer": None, "bypass": False, "reduce_amax": None, "lead_optimizer": None}
+        return {
+            **self.__dict__,
+            "observer": None,
+            "bypass": False,
+            "reduce_amax": None,
+            "lead_optimizer": None,
+            "model": None,
+        }
 
     def key(self, base: int, per_rank: bool) -> tuple[int, int]:
         """(seed, stream) of a tensor now."""

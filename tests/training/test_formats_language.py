@@ -277,8 +277,9 @@ class TestShift:
             tiny_trainer("enable_emergency_shift=true", "shift.chain={E4M3: MXFP8}", formats=grid)
 
     def test_a_chain_that_does_not_fit_the_model_is_refused_at_the_start(self):
-        with pytest.raises(ConfigError, match=r"E4M3 to E4M3/24.*this model cannot take.*not a multiple"):
-            tiny_trainer("enable_emergency_shift=true", "shift.chain={E4M3: E4M3/24}", formats="E4M3")
+        strict = {"uniform": "E4M3/8", "whole_blocks": True}
+        with pytest.raises(ConfigError, match=r"to E4M3/24.*this model cannot take.*not a multiple"):
+            tiny_trainer("enable_emergency_shift=true", "shift.chain={E4M3/8: E4M3/24}", formats=strict)
 
     def test_a_recipe_by_position_shifts(self):
         formats = {"default": None, "overrides": [{"position": "after_norm", "recipe": "E3M4"}]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from weakref import ref
 
 from torch import nn
 
@@ -87,7 +88,7 @@ def quantize_model(
     check_ties(model, {name: one for name, (_, one, _) in plan.items()})
 
     session = Session(seed)
-    session.recipe = recipe
+    session.recipe, session.model = recipe, ref(model)
     for name, module in reach:
         module.__dict__[REACH] = Reach(session, name, None if example is None else positions.get(name, frozenset()))
     swapped = {}
@@ -230,6 +231,10 @@ def _out_of_reach(name, module, kind, included, excluded, opaque) -> str | None:
         return f"excluded by {excluded[name]!r}"
     if included and name not in included:
         return "not included"
+    if "weight" not in module._parameters:
+        return (
+            "its weight is computed from other parameters (a parametrization, weight_norm, pruning); remove that first"
+        )
     if is_quantized(module):
         raise RecipeError(
             f"two recipes claim layer {name!r}: it is quantized as {module.__dict__[STATE].recipe} already; "

@@ -1,13 +1,14 @@
 """The hook on optimizer steps: rounds grid weights back, rolls scale histories, advances the random streams.
 
 `attach_optimizer` attaches it and hands back the counts of each step. A model whose recipe needs steps (grid storage,
-delayed scaling, stochastic rounding) is never left without: an optimizer that steps one of its weights and was not
-attached is attached by itself before that step. A step with learning rate 0 and without a gradient, as
+delayed scaling, stochastic rounding) is never left without: an optimizer that steps one of its parameters (its
+adapters' or biases, too) and was not attached is attached by itself before that step. A step with learning rate 0 and without a gradient, as
 `torch.distributed.checkpoint` makes one to have an optimizer fill its state, is no step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from weakref import WeakKeyDictionary, ref
 
@@ -238,9 +239,17 @@ def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for modules in waiting.values():
-        if any(id(m._parameters.get("weight")) in stepped for m in modules):
+        if any(id(p) in stepped for p in _parameters(modules)):
             layers = sorted(((m.__dict__[STATE].name, m) for m in modules), key=lambda pair: pair[0])
             OptimizerHandle(optimizer, layers)._before(optimizer, args, kwargs)
+
+
+def _parameters(modules: list[nn.Module]) -> Iterator[nn.Parameter]:
+    """All parameters of the model that the modules were quantized in, as adapters train it; else their own."""
+    model = modules[0].__dict__[STATE].session.model
+    root = None if model is None else model()
+    for one in [root] if root is not None else modules:
+        yield from one.parameters()
 
 
 _watching = False
