@@ -1,8 +1,11 @@
 """One exception family: every error that a person can cause is an `AltGradError`.
 
 Each message gives the value, the limit and the remedy. The subclasses also derive from the built-in exception that a
-caller would expect, so `except ValueError` keeps working.
+caller would expect, so `except ValueError` keeps working. Errors of the operating system stay `OSError`s in Python;
+`os_error_text` is what the command line says of them.
 """
+
+import errno
 
 
 class AltGradError(Exception):
@@ -71,3 +74,27 @@ class SweepError(AltGradError, ValueError):
 
 class DistributedError(AltGradError, RuntimeError):
     """A run on several processes was asked for something it cannot do."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some of the quota, or choose another disk",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another disk",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that you may write to, or change its permissions",
+    errno.EPERM: "choose a folder that you may write to, or change its permissions",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder, or move the file",
+    errno.EEXIST: "a file stands where a folder is needed; choose another folder, or move the file",
+    errno.EISDIR: "a folder stands where a file is needed; choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name or folder",
+    errno.ENOENT: "correct the path",
+    errno.EMFILE: "close files, or raise the limit of open ones (ulimit -n)",
+}
+
+
+def os_error_text(error: OSError) -> str:
+    """What the operating system refused, of which file, and what helps: one sentence."""
+    files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    said = error.strerror or str(error) or type(error).__name__
+    remedy = _REMEDIES.get(error.errno or 0)
+    return (f"{files}: " if files else "") + said + (f"; {remedy}" if remedy else "")

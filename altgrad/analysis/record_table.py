@@ -10,6 +10,7 @@ from altgrad.analysis.outcome import Outcome
 from altgrad.records.run import Run
 from altgrad.report.numbers import count, loss, percent
 from altgrad.report.tables import Column, Table, table_markdown
+from altgrad.report.text import for_markdown
 
 _COLUMNS = (
     *(Column("run"), Column("seed", True), Column("format"), Column("storage"), Column("optimizer")),
@@ -31,4 +32,4 @@ def record_table(runs: Sequence[Path], root: Path, title: str) -> str:
             [path.relative_to(root).as_posix(), seed, *facts, *losses, percent(row["stall_rate"]), row["verdict"]]
         )
     note = "Losses are validation losses in nats per token; stall: attempted weight updates that changed no code."
-    return f"# {title}\n\n{len(rows)} runs. {note}\n\n{table_markdown(Table(_COLUMNS, rows))}\n"
+    return f"# {for_markdown(title)}\n\n{len(rows)} runs. {note}\n\n{table_markdown(Table(_COLUMNS, rows))}\n"

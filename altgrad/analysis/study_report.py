@@ -34,6 +34,7 @@ from altgrad.records.files import write_text
 from altgrad.records.folders import page_path
 from altgrad.report.numbers import count, difference, listing, number, plural
 from altgrad.report.pages.page import render_markdown, render_page
+from altgrad.report.text import for_spreadsheet
 
 _AXIS_NAMES = {FORMAT: "format", OPTIMIZER: "optimizer", STORAGE: "weight storage"}
 
@@ -231,12 +232,12 @@ def export(study: Study, ranked: Sequence[Ranked], page: Path) -> list[str]:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records as CSV, columns in order of first appearance; None is an empty field."""
+    """Records as CSV, columns in order of first appearance; None is an empty field, and no text is a formula."""
     out = io.StringIO()
     columns = list(dict.fromkeys(key for record in records for key in record))
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([for_spreadsheet(column) for column in columns])
+    writer.writerows([for_spreadsheet(record.get(column)) for column in columns] for record in records)
     return out.getvalue()
 
 

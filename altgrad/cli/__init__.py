@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+
+from altgrad.errors import os_error_text
 
 app = typer.Typer(
     help="AltGrad: the wind tunnel and flight recorder for low-precision training.",
@@ -201,14 +206,37 @@ def sweep(
 
 
 def main() -> None:
-    """Entry point: a person's mistake ends in one line on stderr and exit code 2, never in a traceback."""
+    """Entry point: a person's mistake, a full disk or a closed pipe ends in one line on stderr, never in a traceback."""
     from altgrad.errors import AltGradError
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except AltGradError as error:
-        print(f"altgrad: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except BrokenPipeError:  # whoever read our output has gone
+        _forget_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        _fail(f"{os_error_text(error)}. What was written before is whole; the same command goes on from there.")
     except KeyboardInterrupt:
-        print("altgrad: stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail("stopped", 130)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    from altgrad.report.text import for_terminal, shortened
+
+    _forget_output()
+    with contextlib.suppress(OSError):
+        print(f"altgrad: {for_terminal(shortened(message, 4000))}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _forget_output() -> None:
+    """Drop what could not be printed: the interpreter would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

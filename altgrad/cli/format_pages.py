@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from altgrad.formats.catalog import BLOCK_FORMATS, get_format
 from altgrad.formats.describe import binades, density_chart, equivalent_groups, facts, number
 from altgrad.formats.scalar import FloatFormat
 from altgrad.formats.scalar_rows import FORMAT_REGISTRY
+from altgrad.report.console import Terminal
 
 _SOURCES = list(dict.fromkeys(fmt.source for fmt in FORMAT_REGISTRY.values()))
 
@@ -36,7 +36,7 @@ def print_catalog() -> None:
             str(binades(fmt)),
             "inf nan" if fmt.has_inf else "nan" if fmt.has_nan else "-",
         )
-    console = Console()
+    console = Terminal()
     console.print(table)
     console.print(
         "A rule parts the sources. Facts, source and a chart of one: altgrad formats E3M4. Any E<e>M<m> parses too.",
@@ -49,7 +49,7 @@ def print_catalog() -> None:
 def print_format(name: str) -> None:
     """All facts of one format, with a chart of where its values lie."""
     fmt = get_format(name)
-    console = Console()
+    console = Terminal()
     table = Table(
         title=fmt.name, show_header=False, box=None, title_style="bold", title_justify="left", padding=(0, 2, 0, 0)
     )
@@ -68,7 +68,7 @@ def print_format(name: str) -> None:
 
 def print_equivalent() -> None:
     """Groups of formats whose grids are one another's multiples, found by comparing every value."""
-    console = Console()
+    console = Terminal()
     console.print("Formats that are one grid under scaling (every value compared):", style="bold")
     for members in equivalent_groups(FORMAT_REGISTRY.values()):
         first = members[0]

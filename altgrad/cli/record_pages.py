@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from altgrad.analysis.record_table import record_table
 from altgrad.errors import ReportError
 from altgrad.records.archive import SUFFIX
@@ -14,6 +12,7 @@ from altgrad.records.files import write_text
 from altgrad.records.pack import pack_runs, unpack
 from altgrad.records.run import find_runs
 from altgrad.records.verify import verify_run
+from altgrad.report.console import Terminal
 
 
 def pack(runs: Sequence[Path], out: Path) -> None:
@@ -44,4 +43,4 @@ def verify(runs: Sequence[Path]) -> int:
 
 
 def _say(line: str) -> None:
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    Terminal().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -22,9 +22,10 @@ from rich.progress import (
 from rich.table import Table
 
 from altgrad.analysis import write_report
-from altgrad.errors import ConfigError
+from altgrad.errors import ConfigError, os_error_text
 from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
+from altgrad.report.console import Terminal
 from altgrad.training.config.experiment import ExperimentConfig, is_twin
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
@@ -42,10 +43,10 @@ class LiveProgress(RunListener):
         self.done_before = 0  # steps of the runs that are over
         self.val_loss = math.nan
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.fields[shown]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -162,7 +163,7 @@ def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: b
 
 def _console() -> Console:
     """Standard output; of several processes under torchrun only the first talks and writes reports."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _run_all(
@@ -205,8 +206,7 @@ def _print_result(console: Console, result: ExperimentResult) -> None:
         console.print(f"{result.run_id} was finished before; this is its result", highlight=False)
     _print_table(console, [result])
     if result.finished:
-        path = write_report([result.run_dir], result.run_dir / "report.html")
-        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+        _write_report(console, [result], result.run_dir / "report.html")
 
 
 def _print_comparison(console: Console, results: list[ExperimentResult], target: Path) -> None:
@@ -214,7 +214,18 @@ def _print_comparison(console: Console, results: list[ExperimentResult], target:
         return
     _print_table(console, results)
     if all(result.finished for result in results):
+        _write_report(console, results, target)
+
+
+def _write_report(console: Console, results: Sequence[ExperimentResult], target: Path) -> None:
+    """Write the report; runs that were only looked up are told also where nothing can be written."""
+    try:
         written = write_report([result.run_dir for result in results], target)
+    except OSError as error:
+        if not all(result.already_finished for result in results):
+            raise
+        console.print(f"no report was written: {os_error_text(error)}", highlight=False, soft_wrap=True)
+    else:
         console.print(f"report: {written}", highlight=False, soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ run's other files as they were when it was written (`"files"`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -91,8 +92,10 @@ def load_result(folder: Path) -> ExperimentResult | None:
     """The result in a run folder, or None if there is none yet.
 
     Raises:
-        ReportError: result.json is not what a run writes.
+        ReportError: result.json is not what a run writes. OSError: there cannot be such a folder (a file is in its way).
     """
+    with contextlib.suppress(FileNotFoundError):
+        (folder / RESULT).stat()
     document = read_result(folder / RESULT)
     if document.problem is None and not document.content:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from altgrad.report.charts.svg import el
+from altgrad.report.text import for_markdown
 
 
 @dataclass(frozen=True)
@@ -113,4 +114,4 @@ def table_markdown(table: Table) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return for_markdown(text.replace("\\", "\\\\").replace("|", "\\|"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_MARKDOWN = re.compile(r"([\\`*_\[\]|<>~])")
+_MARKDOWN = re.compile(r"[`\[\]]")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what CommonMark reads as HTML
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -27,8 +28,14 @@ def for_terminal(text: object) -> str:
 
 
 def for_markdown(text: object) -> str:
-    """`text` as itself in Markdown, also in a table's cell: no markup, no HTML, no line break."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(for_terminal(text).split()))
+    """`text` on one line of Markdown, where it makes no HTML, link, image or code; bars are escaped by tables."""
+    line = for_terminal(text).replace("\n", " ")
+    return _TAG.sub("&lt;", _MARKDOWN.sub(lambda found: "\\" + found[0], line))
+
+
+def for_code_block(text: object) -> str:
+    """`text` inside a fenced block of Markdown, which it cannot end."""
+    return for_terminal(text).replace("```", "` ` `")
 
 
 def for_spreadsheet(value: object) -> object:
@@ -36,7 +43,15 @@ def for_spreadsheet(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = for_terminal(value)
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{text}" if text.startswith(_FORMULA) and len(text) > 1 and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _controls(character: str) -> bool:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -30,9 +31,12 @@ from typing import Any
 from altgrad.errors import ConfigError, SweepError
 from altgrad.sweep.keys import OPEN, changed, dotted, grid, listed, matches, plain, variant_name
 from altgrad.training.config.document import literal, read_document, setting
-from altgrad.training.config.experiment import ExperimentConfig, identity
+from altgrad.training.config.experiment import ExperimentConfig, checked_name, identity
 from altgrad.training.config.formats import WHOLE, with_formats
 from altgrad.training.config.loading import key_paths, load_config, nearest_key
+
+MOST_RUNS = 20_000
+"""More is a slip of the pen."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Matrix:
         base = _with(self.base, self.overrides)
         default = load_config(base)
         seeds = self.seeds or [default.seed]
+        self._refuse_too_many(len(seeds))
         combinations = grid(self.axes) if self.axes else []
         explicit = [choice for entry in self.include for choice in grid(listed(entry))]
         if not combinations and not explicit:
@@ -128,6 +133,15 @@ class Matrix:
         if "name" not in choice:
             own["name"] = variant_name(self.name, choice, facts)
         return Variant(choice, config.model_copy(update=own))
+
+    def _refuse_too_many(self, seeds: int) -> None:
+        """Count before anything is multiplied out."""
+        sizes = [[len(values) for values in axes.values()] for axes in (self.axes, *map(listed, self.include)) if axes]
+        total = seeds * sum(math.prod(size) for size in sizes)
+        if total > MOST_RUNS:
+            raise SweepError(
+                f"{self.origin}: {total:,} runs; a matrix has at most {MOST_RUNS:,}: take fewer values or seeds"
+            )
 
     def _refuse_duplicates(self, variants: Sequence[Variant]) -> None:
         seen: dict[str, Variant] = {}
@@ -186,7 +200,7 @@ def matrix_from_mapping(content: Any, folder: str | Path = ".", origin: str = "m
     if "seed" in axes and content.get("seeds") is not None:
         raise SweepError(f"{origin}: seeds and the axis 'seed' both set the seeds; remove one of the two")
     seeds = _seeds(axes.pop("seed") if "seed" in axes else content.get("seeds"), changed(base, overrides), origin)
-    name = str(content.get("name") or named)
+    name = checked_name(content.get("name") or named, f"{origin}: name")
     return Matrix(base, name, overrides, seeds, axes, include, exclude, origin)
 
 
@@ -218,6 +232,8 @@ def _seeds(value: Any, base: Mapping[str, Any], origin: str) -> list[int]:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise SweepError(f"{origin}: {value} seeds; use at least 1, and 3 or more for error bars")
+        if value > MOST_RUNS:
+            raise SweepError(f"{origin}: {value:,} seeds; a matrix has at most {MOST_RUNS:,} runs")
         first = load_config(base).seed
         return list(range(first, first + value))
     if not isinstance(value, list) or not value or any(isinstance(s, bool) or not isinstance(s, int) for s in value):

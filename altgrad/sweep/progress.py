@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from altgrad.report.console import Terminal
 from altgrad.sweep.estimate import schedule
 from altgrad.sweep.job import Job, Position, position
 from altgrad.sweep.local import Event
@@ -37,7 +38,7 @@ class SweepProgress:
         estimates: Mapping[str, float] | None = None,
         console: Console | None = None,
     ) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or Terminal(markup=True, stderr=True)
         self._jobs = list(jobs)
         self._before = already_done
         self._slots = slots
@@ -135,7 +136,7 @@ class SweepProgress:
                 at = position(job.folder)
                 left = _left(job, at, time.monotonic() - begun)
                 table.add_row(
-                    job.name if kind == "started" else f"{job.name} (another process)",
+                    escape(job.name) + (" (another process)" if kind != "started" else ""),
                     f"{at.step}/{job.max_steps}",
                     ProgressBar(job.max_steps, at.step, width=16),
                     "" if at.loss is None else f"{at.loss:.3f}",

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from altgrad.errors import SweepError
+from altgrad.report.console import Terminal
 from altgrad.sweep.estimate import Estimate, calibrate, estimate_all, measure_finished, schedule
 from altgrad.sweep.job import Job, Outcome, State
 from altgrad.sweep.local import LocalExecutor, available_cores, cuda_devices, threads_per_run
@@ -120,7 +121,7 @@ def describe_plan(
     console: Console | None = None,
 ) -> float | None:
     """Print what the sweep would do and how long it would take; returns the estimate in seconds, None if unknown."""
-    screen = console or Console()
+    screen = console or Terminal(markup=True)
     missing = plan.missing
     slots = slots_of(plan, options)
     estimates = estimate_all(missing, measure_finished(_history(plan)), calibration)
@@ -150,7 +151,7 @@ def describe_plan(
 
 def describe_result(result: SweepResult, console: Console | None = None) -> None:
     """Print how the runs ended: collapses are results, failures are listed with their reason."""
-    screen = console or Console()
+    screen = console or Terminal(markup=True)
     out = result.plan.runs[0].folder.parent
     before = len(result.plan.runs) - len(result.outcomes)
     ended = Counter(str(o.result.get("status")) for o in result.outcomes.values() if o.status == "done" and o.result)

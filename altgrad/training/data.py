@@ -108,7 +108,9 @@ def load_corpus(config: DataSection, vocab_size: int | None = None) -> Corpus:
         return _text(config)
     if config.source == "tokens":
         assert config.path is not None
-        return _token_files(Path(config.path if isinstance(config.path, str) else config.path[0]), vocab_size)
+        return _token_files(
+            Path(config.path if isinstance(config.path, str) else config.path[0]), vocab_size, config.token_dtype
+        )
     return _hugging_face(config)
 
 
@@ -159,7 +161,7 @@ def _text(config: DataSection) -> Corpus:
     for path in given:
         if not path.exists():
             raise DataError(f"text {path} does not exist; data.path is relative to {Path.cwd()}")
-        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        found = sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
         if not found:
             raise DataError(f"folder {path} holds no *.txt files; name the files in data.path")
         files += found
@@ -172,24 +174,29 @@ def _read_until(max_bytes: int, files: Sequence[Path]) -> bytes:
     room = max_bytes
     for file in files:
         with file.open("rb") as stream:
-            parts.append(stream.read(room))
+            parts.append(stream.read(min(room, os.fstat(stream.fileno()).st_size)))
         room -= len(parts[-1])
         if room <= 0:
             break
     return b"".join(parts)
 
 
-def _token_files(folder: Path, vocab_size: int | None) -> Corpus:
+def _token_files(folder: Path, vocab_size: int | None, dtype: str) -> Corpus:
     arrays = []
     for name in ("train.bin", "val.bin"):
         path = folder / name
         if not path.is_file():
             raise DataError(
-                f"{path} does not exist; data.source=tokens needs train.bin and val.bin (uint16) in data.path"
+                f"{path} does not exist; data.source=tokens needs train.bin and val.bin ({dtype}) in data.path"
             )
-        if (size := path.stat().st_size) == 0 or size % 2:
-            raise DataError(f"{path} has {size} bytes, which is no whole number of uint16 tokens; write it anew")
-        arrays.append(np.memmap(path, dtype="<u2", mode="r"))
+        kind = np.dtype(dtype).newbyteorder("<")
+        if (size := path.stat().st_size) == 0 or size % kind.itemsize:
+            raise DataError(f"{path} has {size} bytes, which is no whole number of {dtype} tokens; write it anew")
+        tokens = np.memmap(path, dtype=kind, mode="r")
+        if kind.kind == "i" and int(tokens[: _BLOCK // kind.itemsize].min()) < 0:
+            raise DataError(f"{path} holds negative numbers as {dtype}, which are no tokens; set data.token_dtype")
+        _refuse_another_dtype(path, dtype)
+        arrays.append(tokens)
     train, val = arrays
     top = max(_largest(train), _largest(val))
     if vocab_size is not None and top >= vocab_size:
@@ -199,6 +206,31 @@ def _token_files(folder: Path, vocab_size: int | None) -> Corpus:
         )
     facts = hashlib.sha256((_fingerprint(train) + _fingerprint(val)).encode()).hexdigest()
     return Corpus(train, val, vocab_size or top + 1, facts, f"{folder} ({len(train):,} tokens)")
+
+
+def _refuse_another_dtype(path: Path, dtype: str) -> None:
+    """Tokens read as narrower numbers than they were written as are every second one zero, or bits of floats.
+
+    Raises:
+        DataError: the head of the file looks like another dtype than the one declared.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(1 << 16)
+    words = np.frombuffer(head[: len(head) // 8 * 8], dtype="<u2")
+    if len(words) < 64:
+        return
+    zero = [bool((words[part::4] == 0).all()) for part in range(4)]
+    found = "int64" if zero == [False, True, True, True] else "int32" if zero == [False, True, False, True] else dtype
+    floats = np.frombuffer(head[: len(head) // 4 * 4], dtype="<f4")
+    with np.errstate(invalid="ignore"):
+        whole = bool((np.isfinite(floats) & (floats >= 0) & (floats < 1 << 24) & (floats == np.floor(floats))).all())
+    if whole and floats.max() >= 1:
+        raise DataError(f"{path} holds float32 numbers, not tokens; write the tokens as {dtype}")
+    if np.dtype(found).itemsize > np.dtype(dtype).itemsize:
+        raise DataError(
+            f"{path} looks like {found} (as {dtype}, all but every {np.dtype(found).itemsize // 2}th number is 0); set "
+            f"data.token_dtype={found}"
+        )
 
 
 def _spread(tokens: np.ndarray) -> Iterator[np.ndarray]:

@@ -42,9 +42,9 @@ from altgrad.training.data import Corpus
 from altgrad.training.run.checkpoint import (
     Checkpoint,
     checkpoints,
-    claim_directory,
     load_checkpoint,
     load_newest,
+    lock_directory,
     prune,
     save_checkpoint,
 )
@@ -189,8 +189,16 @@ class FormatExperimentRunner:
         twin = read_run(self.twin).metrics().validation if self.twin is not None else None
         trainer.judge.twin = None if twin is None else dict(zip(twin.steps.tolist(), twin.values.tolist(), strict=True))
         wanted = self.plan.wanted_checkpoint_dir  # claimed only now: a config that cannot be trained claims nothing
-        claimed = claim_directory(wanted, self.plan.hash) if self.ranks.is_main else None
-        directory, said = self.ranks.broadcast(claimed)
+        directory, said, lock = None, None, None
+        if self.ranks.is_main:
+            directory, said, lock = lock_directory(wanted, self.plan.hash, self.run_dir)
+        directory, said = self.ranks.broadcast((directory, said) if self.ranks.is_main else None)
+        with lock or nullcontext():
+            return self._train_in(directory, said)
+
+    def _train_in(self, directory: Path, said: str | None) -> ExperimentResult:
+        trainer = self.trainer
+        assert trainer is not None
         if said:
             self.listener.said(said)
         if self.config.enable_emergency_shift and not trainer.interventions.can_shift:

@@ -149,7 +149,8 @@ def test_settings_that_came_later_leave_earlier_runs_their_names():
     assert digest == hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     for section, key in ADDED_LATER:
         value = getattr(getattr(config, section), key)
-        changed = load_config(config, [f"{section}.{key}={value * 2 if isinstance(value, int) else value / 2}"])
+        other = {"uint16": "int64"}.get(value) or (value * 2 if isinstance(value, int) else value / 2)
+        changed = load_config(config, [f"{section}.{key}={other}"])
         assert experiment_hash(changed, "data", "1") != digest, key
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from altgrad.report.numbers import count, difference, duration, loss, number, percent
 from altgrad.report.tables import table_html, table_markdown
+from altgrad.report.text import for_code_block, for_markdown
 from altgrad.report.theme import palette_css
 
 
 @cache
 def _environment(html: bool) -> Environment:
-    """Templates of pages (escaped) or of Markdown (plain text: nothing in it is HTML)."""
+    """Templates of pages (escaped by autoescape) or of Markdown (escaped by `_in_markdown`)."""
     environment = Environment(
         loader=PackageLoader("altgrad.report", "templates"),
         autoescape=html,
@@ -24,6 +26,7 @@ def _environment(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=None if html else _in_markdown,
     )
     environment.filters |= {
         "number": number,
@@ -32,9 +35,16 @@ def _environment(html: bool) -> Environment:
         "percent": percent,
         "duration": duration,
         "count": count,
-        "table": table_html if html else table_markdown,
+        "table": table_html if html else lambda table: Markup(table_markdown(table)),
+        "code": lambda text: Markup(for_code_block(text)),
+        "target": lambda path: Markup(quote(str(path), safe="/")),
     }
     return environment
+
+
+def _in_markdown(value: Any) -> Any:
+    """What a template prints: text is made harmless, what is Markdown by itself (a table) stays."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else for_markdown(value)
 
 
 @cache

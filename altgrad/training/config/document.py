@@ -28,7 +28,7 @@ _FLOAT = re.compile(
     |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )  # YAML 1.2: 3e-4 is a number
-_REFERENCE = re.compile(r"(\\*)\$\{([^${}]*)(\})?")
+_REFERENCE = re.compile(r"(\\*)\$\{([^${}\\]*)(\})?")
 _PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 
 

@@ -9,18 +9,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from altgrad.errors import AltGradError
+from altgrad.errors import AltGradError, ConfigError
 from altgrad.formats.catalog import get_format
+from altgrad.report.text import shortened
 from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE, identity_keys, recipe_of, refuse_two_spellings
 
 Positive = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=1 << 24)]  # of a model
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$"
+"""What may become part of a path: 200 characters leave room for seed and hash in a folder's name of 255."""
+
+
+def checked_name(name: Any, what: str) -> str:
+    """The name, if it may become part of a path: no separator, no dot in front, nothing that a shell or a page reads.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    if isinstance(name, str) and re.match(NAME, name) and not name.endswith("\n"):
+        return name
+    raise ConfigError(
+        f"{what} {shortened(repr(name))} is no name: write 1 to 200 letters, digits, '_', '-' and '.', the first of them a "
+        "letter or digit"
+    )
+
+
+def _usable_path(path: Any) -> Any:
+    """A path as it is, unless no system could open it."""
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
+        raise ValueError(f"path {shortened(repr(path))} holds a control character; write it without")
+    return path
+
+
+UsablePath = Annotated[str, AfterValidator(_usable_path)]
 
 
 class _Section(BaseModel):
@@ -30,12 +62,12 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The GPT that is trained. `style` sets the five choices below it; each can still be set by itself."""
 
-    n_layer: Positive = 4
-    n_head: Positive = 4
-    n_embd: Positive = 128
-    block_size: Positive = 64
+    n_layer: Size = 4
+    n_head: Size = 4
+    n_embd: Size = 128
+    block_size: Size = 64
     """Context length in tokens; also the length of the training windows."""
-    vocab_size: Positive | None = None
+    vocab_size: Size | None = None
     """None: as many tokens as the data has (256 for bytes)."""
     style: Literal["modern", "gpt2"] = "modern"
     norm: Literal["rmsnorm", "layernorm"] | None = None
@@ -83,9 +115,11 @@ class DataSection(_Section):
     source: Literal["stdlib", "text", "tokens", "huggingface"] = "stdlib"
     """stdlib: the running Python's own library sources as bytes. text: files as bytes. tokens: nanoGPT's train.bin and
     val.bin (uint16). huggingface: a dataset by name, or a folder written by its `save_to_disk`."""
-    path: str | list[str] | None = None
+    path: UsablePath | list[UsablePath] | None = None
     """text: files or folders (their *.txt); tokens: the folder with the two .bin files."""
-    name: str | None = None
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """tokens: how the two .bin files are written, least significant byte first."""
+    name: UsablePath | None = None
     """huggingface: the dataset's name or folder."""
     config_name: str | None = None
     split: str = "train"
@@ -205,7 +239,7 @@ class TrackersSection(_Section):
 class ExperimentConfig(_Section):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "experiment"
+    name: Annotated[str, Field(pattern=NAME)] = "experiment"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     max_steps: Positive = 500
     formats: str | dict[str, Any] | None = None
@@ -237,8 +271,8 @@ class ExperimentConfig(_Section):
     exclude: list[str] = Field(default_factory=list)
     enable_partition_clipping: bool = False
     enable_emergency_shift: bool = False
-    runs_dir: str = "runs"
-    checkpoint_dir: str | None = None
+    runs_dir: UsablePath = "runs"
+    checkpoint_dir: UsablePath | None = None
     """None: the run folder's checkpoints/."""
     checkpoint_interval: Positive = 100
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -295,6 +329,7 @@ class ExperimentConfig(_Section):
 
 
 ADDED_LATER = (
+    ("data", "token_dtype"),
     ("verdict", "divergence_smoothing"),
     ("verdict", "freeze_flip_rate"),
     ("verdict", "no_learning_window"),

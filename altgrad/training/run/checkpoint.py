@@ -12,6 +12,8 @@ A damaged checkpoint is reported, and the newest sound one before it is used.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from altgrad.errors import CheckpointError
+from altgrad.errors import CheckpointError, RunBusyError
 from altgrad.records.documents import read_json
 from altgrad.records.files import file_sha256, new_folder, remove_leftovers, write_json
 from altgrad.records.verify import CHECKSUMS, broken_checkpoint
+from altgrad.training.run.lock import LOCK, RunLock
 
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _TENSOR, _TUPLE, _DICT = "$tensor", "$tuple", "$dict"
@@ -53,7 +56,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, label:
     plain = _flatten(state, "", tensors)
     path = directory / f"{label}-{step:08d}"
     with new_folder(path) as folder:
-        save_file(tensors, folder / _TENSORS)
+        _save_tensors(tensors, folder / _TENSORS)
         (folder / _STATE).write_text(json.dumps({"step": step, "state": plain}))
         sums = {name: file_sha256(folder / name) for name in (_TENSORS, _STATE)}
         (folder / CHECKSUMS).write_text(json.dumps(sums))
@@ -137,14 +140,46 @@ def claim_directory(wanted: Path, run_hash: str) -> tuple[Path, str | None]:
     return directory, taken and f"{wanted} belongs to another run; this run's checkpoints go to {directory}"
 
 
+def lock_directory(wanted: Path, run_hash: str, run_dir: Path) -> tuple[Path, str | None, RunLock | None]:
+    """`claim_directory`, under the directory's own lock; no lock below `run_dir`, which the run has locked already.
+
+    Raises:
+        RunBusyError: another process writes there.
+        CheckpointError: as `claim_directory`.
+    """
+    directory = wanted if _belongs_to(wanted, run_hash) else Path(f"{wanted}-{run_hash[:8]}")
+    inside = directory.resolve().is_relative_to(run_dir.resolve())
+    lock = None if inside or not _belongs_to(directory, run_hash) else RunLock.acquire(directory)
+    try:
+        claimed, said = claim_directory(wanted, run_hash)
+        if claimed != directory:  # another run took it between the look and the lock
+            raise RunBusyError(f"another process is working in {directory}; wait until it ends, or set checkpoint_dir")
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return claimed, said, lock
+
+
 def _belongs_to(directory: Path, run_hash: str) -> bool:
     if not directory.exists():
         return True
     if not directory.is_dir():
         return False
     if not (directory / "owner.json").exists():
-        return not any(directory.iterdir())
+        return all(child.name == LOCK for child in directory.iterdir())
     return read_json(directory / "owner.json").content.get("run") == run_hash
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write the tensors; what the disk refuses is an OSError, as of any other file."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise CheckpointError(f"checkpoint {path.parent} cannot be written: {error}") from None
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def _flatten(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -114,7 +114,13 @@ def _commit() -> str | None:
     try:
         asked = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
         head, changes = (
-            subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, timeout=10, check=True).stdout
+            subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(root), *a],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout
             for a in asked
         )
     except (OSError, subprocess.SubprocessError):

@@ -6,6 +6,7 @@ killed, the runs that it started keep their folders locked until they end, and n
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -91,7 +92,7 @@ class RunLock:
 def is_locked(folder: str | Path) -> bool:
     """Whether some process is working in `folder` right now; a missing folder is not locked."""
     try:
-        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = _open_to_look(Path(folder) / LOCK)
     except FileNotFoundError:
         return False
     try:
@@ -101,6 +102,16 @@ def is_locked(folder: str | Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _open_to_look(path: Path) -> int:
+    """For writing, which some file systems need for a lock; for reading where nothing can be written."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _identity(folder: Path) -> str:
