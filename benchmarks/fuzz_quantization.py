@@ -31,7 +31,8 @@ def work(seed: int, first: int, count: int, report: Path) -> None:
     """Run cases first .. first + count - 1, writing each number to the report before it runs and its fault after."""
     import torch
 
-    from benchmarks.fuzz.calls import draw_case, judge
+    from benchmarks.fuzz.calls import draw_case
+    from benchmarks.fuzz.judge import judge
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -134,7 +135,8 @@ def only(seed: int, index: int) -> None:
 
     import torch
 
-    from benchmarks.fuzz.calls import draw_case, judge
+    from benchmarks.fuzz.calls import draw_case
+    from benchmarks.fuzz.judge import judge
 
     faulthandler.enable()
     torch.set_num_threads(1)

@@ -16,7 +16,8 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.formats.scalar_rows import E0M7
-from altgrad.quantization.checks import FLOAT_DTYPES
+from altgrad.quantization.checks import FLOAT_DTYPES, check_scale
+from altgrad.quantization.memory import readable
 from altgrad.quantization.ops import encode, quantize
 
 
@@ -40,7 +41,7 @@ def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | Floa
         OptionError: a negative number of bits. DtypeError: weights that are not floating. FormatError: an unknown
             format, or one without a grid of its own.
     """
-    _check_floating(weights)
+    w = _floating(weights)
     if isinstance(mantissa_bits_or_format, int) and not isinstance(mantissa_bits_or_format, bool):
         mantissa_bits = mantissa_bits_or_format
         if mantissa_bits < 0:
@@ -49,7 +50,6 @@ def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | Floa
     else:
         fmt = _scalar(mantissa_bits_or_format)  # type: ignore[arg-type]  # which refuses a bool
         mantissa_bits, uniform = fmt.mantissa_bits, fmt.bias is None
-    w = weights.detach()
     exponent = torch.zeros_like(w, dtype=torch.int64) if uniform else floor_log2(w)
     stiffness = _power_of_two(exponent - mantissa_bits)
     stiffness = torch.where((w == 0) | ~torch.isfinite(w), torch.nan, stiffness)
@@ -62,10 +62,10 @@ def grid_spacing(weights: Tensor, format: FloatFormat | str, scale: Tensor | flo
     This is the distance that a weight has to travel to the next code, subnormals and scale included. Defined at 0 (the
     smallest step); NaN for inf and NaN weights. Shape, dtype and errors as for `compute_stiffness_field`.
     """
-    _check_floating(weights)
+    w = _floating(weights)
     fmt = _scalar(format)
-    w = weights.detach()
     work = w if w.dtype == torch.float64 else w.float()
+    check_scale(w, scale, w.dtype)
     y = work / scale
     exponent = torch.where(y == 0, fmt.emin, floor_log2(y)).clamp(min=fmt.emin)
     if fmt.bias is None:
@@ -91,7 +91,7 @@ def grid_alignment_error(
     Returns:
         Tensor of the weights' shape and dtype. NaN for NaN weights and for infinite weights that stay infinite.
     """
-    w = weights.detach()
+    w = _floating(weights)
     return (w - quantize(w, format, scale, overflow=overflow)).abs()
 
 
@@ -121,7 +121,7 @@ def grid_index(x: Tensor, format: FloatFormat | str, scale: Tensor | float = 1.0
     Overflow saturates. NaN elements have no index; they give 0 and are the caller's to mask.
     """
     fmt = _scalar(format)
-    x = x.detach()
+    x = _floating(x, "x")
     finite = torch.where(torch.isnan(x), 0.0, x)
     magnitude: Any = encode(finite.abs(), fmt, scale, overflow=Overflow.SATURATE)
     return magnitude.to(torch.int64) * torch.sign(finite).to(torch.int64)
@@ -148,13 +148,12 @@ def compute_ulp_distance(
     Raises:
         OptionError: shapes or dtypes differ. DtypeError: they are not floating.
     """
-    _check_floating(before)
+    before, after = _floating(before, "before"), _floating(after, "after")
     if before.shape != after.shape or before.dtype != after.dtype:
         raise OptionError(
             f"before is {before.dtype} {list(before.shape)}, after {after.dtype} {list(after.shape)}; "
             "pass the same weights at two times"
         )
-    before, after = before.detach(), after.detach()
     finite = torch.isfinite(before) & torch.isfinite(after)
     if format is not None:
         distance = (grid_index(after, format, scale) - grid_index(before, format, scale)).abs().double()
@@ -229,10 +228,16 @@ def floor_log2(x: Tensor) -> Tensor:
     return torch.frexp(x)[1].to(torch.int64) - 1
 
 
-def _check_floating(x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
-        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise DtypeError(f"{what} is not a tensor of float32, float64, bfloat16 or float16; cast it first")
+def _floating(x: Tensor, name: str = "weights") -> Tensor:
+    """The tensor, detached, with its values in memory.
+
+    Raises:
+        DtypeError: no dense tensor of float32, float64, bfloat16 or float16.
+    """
+    x = readable(x, name)
+    if x.dtype not in FLOAT_DTYPES:
+        raise DtypeError(f"{name} is {x.dtype}, not a tensor of float32, float64, bfloat16 or float16; cast it first")
+    return x.detach()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

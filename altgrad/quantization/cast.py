@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad.errors import BlockError, FormatError, OptionError, RandomKeyError
+from altgrad.errors import BlockError, CodeError, DtypeError, FormatError, OptionError, RandomKeyError, ScaleError
 from altgrad.formats.block import BlockFormat, block_format_from_spec
 from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import Overflow, Rounding, as_option
 from altgrad.formats.scalar import FloatFormat, format_from_spec
+from altgrad.quantization import subnormals
 from altgrad.quantization.block_layout import BlockLayout, block_layout
 from altgrad.quantization.checks import (
     as_key,
@@ -34,8 +35,9 @@ from altgrad.quantization.checks import (
     check_problems,
     traced,
 )
-from altgrad.quantization.codec import check_codes, scale_values
-from altgrad.quantization.kernels.choose import kernel_name, load
+from altgrad.quantization.codec import check_codes, check_integers, scale_values, stored_scale_dtype
+from altgrad.quantization.kernels.choose import check_kernel, kernel_name, load
+from altgrad.quantization.memory import check_dense, is_unusual, needs_a_detour, readable, written
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized, QuantizedTensor, Want
 from altgrad.quantization.scaling import amax, two_level_scale
@@ -140,6 +142,7 @@ class Cast:
         Raises:
             KernelError, OptionError: no such kernel, or it does not cover the case; and as `check`.
         """
+        check_kernel(kernel)
         found = self._plans.get((dtype, device, want, kernel))
         if found is None:
             self.check(dtype, want)
@@ -176,8 +179,10 @@ class Cast:
         kernel: str | None = None,
     ) -> Quantized:
         """Values, codes and statistics of x in one pass; arguments, edge values and errors as for `quantize`."""
-        if traced(x):
-            return call_traced(self.spec, x, scale, key, out, want, kernel)
+        if traced(x) or is_unusual(x):
+            x = readable(x)
+            if traced(x) or x.is_meta:
+                return call_traced(self.spec, x, scale, key, out, want, kernel)
         return self.run(x, scale, key, out, want, kernel)
 
     def run(
@@ -190,11 +195,26 @@ class Cast:
         kernel: str | None,
     ) -> Quantized:
         """The call on a plain tensor: what `__call__` comes to outside of tracing, and an operator inside."""
-        plan = self._plans.get((x.dtype, x.device, want, kernel)) or self.plan(x.dtype, x.device, want, kernel)
+        if subnormals.are_flushed():
+            with subnormals.kept():
+                return self.run(x, scale, key, out, want, kernel)
+        try:
+            plan = self._plans[x.dtype, x.device, want, kernel]
+        except (KeyError, TypeError):
+            plan = self.plan(x.dtype, x.device, want, kernel)
         scale, key = check_call(x, scale, key, out, plan.draws, plan.upper, x.dtype if plan.values else None)
+        if out is not None:
+            recounts = plan.stats and out.data_ptr() == x.data_ptr()  # the statistics may need x again
+            if recounts or needs_a_detour(out, x, scale):
+                found = self.run(x, 1.0 if scale is None else scale, key, None, want, kernel)
+                return found._replace(values=out.copy_(found.values))
+            written(out)
         if scale is None and plan.upper:
             scale = two_level_scale(amax(x), self.format)
         found = plan.run(plan, x, scale, key, out)
+        if plan.stats and _last_step_may_overflow(plan, scale, found):
+            again = self.plan(x.dtype, x.device, VALUES | Want.STATS, "eager")
+            found = found._replace(stats=again.run(again, x, scale, key, None).stats)
         if plan.codes and not plan.values:
             check_problems(found.problems, self.format)
         return found
@@ -209,13 +229,18 @@ class Cast:
         kernel: str | None = None,
     ) -> Tensor:
         """scale * value(code), of the codes' shape and of `dtype`; as the face `altgrad.quantization.decode`."""
-        upper = None
+        upper: Any = None
         if isinstance(codes, QuantizedTensor):
             codes, scale, upper = codes.codes, codes.scales, codes.tensor_scale
         elif self.is_block:
             raise _plain_codes(self.spec)
-        if traced(codes):
-            return decode_traced(self.spec, codes, scale, upper, dtype, out, kernel)
+        if not isinstance(dtype, torch.dtype):
+            raise DtypeError(f"dtype {dtype!r} is no torch.dtype; pass torch.float32, float64, bfloat16 or float16")
+        if traced(codes) or is_unusual(codes):
+            plain = readable(codes, "codes", CodeError)
+            if traced(plain) or plain.is_meta:
+                return decode_traced(self.spec, plain, scale, upper, dtype, out, kernel)
+            codes = plain
         return self.run_decode(codes, scale, upper, dtype, out, kernel)
 
     def run_decode(
@@ -228,13 +253,44 @@ class Cast:
         kernel: str | None,
     ) -> Tensor:
         """Decoding on a plain tensor; for block formats `scale` has the stored scales, `upper` the tensor scale."""
-        plan = self._plans.get((dtype, codes.device, 0, kernel)) or self.plan(dtype, codes.device, Want(0), kernel)
-        scale, _ = check_call(codes, scale, None, out, False, plan.upper, dtype, decodes=True)
+        if subnormals.are_flushed():
+            with subnormals.kept():
+                return self.run_decode(codes, scale, upper, dtype, out, kernel)
+        try:
+            plan = self._plans[dtype, codes.device, 0, kernel]
+        except (KeyError, TypeError):
+            plan = self.plan(dtype, codes.device, Want(0), kernel)
         check_codes(codes, plan.grid)
+        scale, _ = check_call(codes, scale, None, out, False, plan.upper, dtype, decodes=True)
         if plan.upper is not None:
-            self.check_stored_scales(codes.shape, scale.shape)
-            scale = scale_values(scale, self.format, upper)
+            scale = self.stored_scales(codes, scale, upper)
+        if out is not None:
+            if needs_a_detour(out, codes, scale):
+                return out.copy_(plan.kernel.decode(plan, codes, scale, None))
+            written(out)
         return plan.kernel.decode(plan, codes, scale, out)
+
+    def stored_scales(self, codes: Tensor, stored: Any, upper: Any) -> Tensor:
+        """The float32 multipliers of a block format's stored scales.
+
+        Raises:
+            ScaleError: not of the dtype that the format stores, or on another device than the codes; CodeError,
+            BlockError: codes out of range, or shapes that do not belong to each other.
+        """
+        parts: list[tuple[str, Any]] = [("scales", stored)]
+        parts += [] if upper is None else [("tensor_scale", upper)]
+        for name, given in parts:
+            check_dense(given, name, ScaleError)
+            if given.device != codes.device or given.is_meta or (given.numel() and is_unusual(given)):
+                raise ScaleError(f"{name} are on {given.device}, the codes on {codes.device}; pass both on one device")
+        if stored.dtype != stored_scale_dtype(self.format):
+            raise ScaleError(
+                f"scales have dtype {stored.dtype}; {self.format} stores {stored_scale_dtype(self.format)} (from encode)"
+            )
+        self.check_stored_scales(codes.shape, stored.shape)
+        if not self.format.has_float_scale:
+            check_codes(stored, self.format.scale_format)
+        return scale_values(stored, self.format, upper)
 
     def layout(self, shape: torch.Size) -> BlockLayout:
         """Where the blocks lie in a tensor of that shape."""
@@ -252,6 +308,18 @@ class Cast:
                 f"scales of shape {list(scales)} for codes of shape {list(codes)}; {self.format} along axis "
                 f"{self.axis} has {list(expected)}"
             )
+
+
+def _last_step_may_overflow(plan: Plan, scale: Any, found: Quantized) -> bool:
+    """Whether scale * payload can exceed the tensor's own dtype, where the compiled loops count payloads alone."""
+    if not getattr(plan.kernel, "COUNTS_PAYLOADS", False):
+        return False
+    limit = torch.finfo(plan.dtype).max
+    if plan.upper is not None:
+        assert found.stats is not None
+        return float(found.stats.amax) > limit / 4  # a block's scale follows its amax
+    largest = float(scale.max()) if isinstance(scale, Tensor) and scale.numel() else scale
+    return isinstance(largest, float) and largest * plan.grid.max > limit
 
 
 # -- traced calls -----------------------------------------------------------------------------------------------------
@@ -283,9 +351,10 @@ def call_traced(
     kernel: str | None,
 ) -> Quantized:
     """The call as one operator; what cannot be known while tracing is checked when it runs."""
+    check_kernel(kernel)
     number, draws, upper, there = _traced_facts(spec, want)
     given, key = check_call(x, scale, key, out, draws, upper, x.dtype if there[0] else None)
-    given = None if given is None else as_scale(given, x.device, x.dtype)
+    given = None if given is None else as_scale(x, given, x.dtype)
     parts = iter(torch.ops.altgrad.cast(x.detach(), given, as_key(key), spec, number, kernel))
     values, codes, scales, vector, level = [next(parts) if here else None for here in there]
     if out is not None:
@@ -303,9 +372,13 @@ def decode_traced(
     kernel: str | None,
 ) -> Tensor:
     """Decoding as one operator."""
+    check_kernel(kernel)
+    check_integers(codes)
     _, _, level, _ = _traced_facts(spec, VALUES)
+    if level is not None:
+        check_dense(scale, "scales", ScaleError)
     scale, _ = check_call(codes, scale, None, out, False, level, dtype, decodes=True)
-    found = torch.ops.altgrad.decode(codes, as_scale(scale, codes.device, dtype), upper, spec, dtype, kernel)
+    found = torch.ops.altgrad.decode(codes, as_scale(codes, scale, dtype), upper, spec, dtype, kernel)
     return found if out is None else out.copy_(found)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM
+from altgrad.quantization.memory import PLAIN_TYPES, check_dense, check_writable, is_unusual, readable
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NARROW = {torch.bfloat16: (7, -126, 127), torch.float16: (10, -14, 15)}  # mantissa bits, emin, emax
@@ -63,9 +65,8 @@ def traced(x: Tensor) -> bool:
     """Whether x must go through a torch operator: it is being compiled, is no plain tensor, or a mode is watching."""
     if torch.compiler.is_compiling():
         return True
-    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
     return (
-        not plain
+        type(x) not in PLAIN_TYPES
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -92,6 +93,8 @@ def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor 
         return _scale_tensor(x, scale, wide)
     if torch.compiler.is_compiling():  # the operator checks the number when it runs
         return scale
+    if not isinstance(scale, Real):
+        raise ScaleError(f"scale is a {type(scale).__name__}; pass one positive number, or a floating tensor")
     return _scale_number(float(scale), wide)
 
 
@@ -105,8 +108,13 @@ def _scale_number(scale: float, wide: bool) -> float:
 
 
 def _scale_tensor(x: Tensor, scale: Tensor, wide: bool) -> Tensor:
-    if not scale.dtype.is_floating_point:
-        raise ScaleError(f"scale has dtype {scale.dtype}; pass a floating tensor or a number")
+    is_traced = traced(x)
+    if not is_traced and (type(scale) not in PLAIN_TYPES or is_unusual(scale)):
+        scale = _scale_in_memory(x, scale)
+    if not scale.dtype.is_floating_point or scale.dtype.itemsize == 1:
+        raise ScaleError(f"scale has dtype {scale.dtype}; pass a float32 or float64 tensor, or a number")
+    if scale.device != x.device and (scale.ndim or scale.device.type != "cpu"):
+        raise ScaleError(f"scale is on {scale.device}, x on {x.device}; move the scale to x's device")
     lead = x.ndim - scale.ndim
     if scale.ndim and (lead < 0 or any(n not in (1, x.shape[lead + d]) for d, n in enumerate(scale.shape))):
         raise ScaleError(
@@ -114,12 +122,31 @@ def _scale_tensor(x: Tensor, scale: Tensor, wide: bool) -> Tensor:
             "use one number, or size 1 on every axis that shares a scale"
         )
     tensor = scale.detach().to(device=x.device, dtype=torch.float64 if wide else torch.float32)
-    if traced(x) or type(tensor) is not Tensor or tensor.device.type != "cpu" or not tensor.numel():
+    if is_traced or tensor.device.type != "cpu" or not tensor.numel():
         return tensor
     low, high = (tensor.item(),) * 2 if tensor.numel() == 1 else (float(v) for v in torch.aminmax(tensor))
     if not (low > 0 and high < math.inf):  # false for NaN, too
         raise ScaleError(f"scale holds {low if not low > 0 else high}; every scale must be positive and finite")
     return tensor
+
+
+def _scale_in_memory(x: Tensor, scale: Tensor) -> Tensor:
+    """A scale that is no plain tensor, as one.
+
+    Raises:
+        ScaleError: it has no values that a kernel could read.
+    """
+    if scale.is_meta or (scale.layout is torch.strided and scale._is_zerotensor()):
+        kind = "meta" if scale.is_meta else "efficient zero"
+        raise ScaleError(f"scale is a {kind} tensor on {scale.device} without values, x is on {x.device}; pass values")
+    if hasattr(scale, "fake_mode"):
+        raise ScaleError(f"scale is a fake tensor on {scale.device} without values, x is on {x.device}; pass values")
+    found = readable(scale, "scale", ScaleError)
+    if hasattr(type(found), "__torch_dispatch__") and type(found).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ScaleError(
+            f"scale is a {type(scale).__name__} on {scale.device}, x a plain tensor on {x.device}; pass values"
+        )
+    return found.as_subclass(Tensor)
 
 
 def check_call(
@@ -149,20 +176,10 @@ def check_call(
     elif not decodes:
         scale = check_upper_scale(x, scale, upper)
     if out is not None:
-        check_out(x, out, dtype)
+        if dtype is None:
+            raise OptionError("out takes the values, and this call returns none; leave out away")
+        check_writable(out, x, dtype, is_traced=traced(x))
     return scale, check_key(x, key) if draws else None
-
-
-def check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None) -> None:
-    """Refuse an `out` that is not of the shape and dtype of the values.
-
-    Raises:
-        OptionError: the call returns no values. DtypeError: another shape or dtype.
-    """
-    if dtype is None:
-        raise OptionError("out takes the values, and this call returns none; leave out away")
-    if out.shape != x.shape or out.dtype != dtype:
-        raise DtypeError(f"out is {out.dtype} {list(out.shape)}; it must be x's {dtype} {list(x.shape)}")
 
 
 def check_upper_scale(x: Tensor, scale: Any, two_levels: bool) -> Tensor | None:
@@ -175,20 +192,21 @@ def check_upper_scale(x: Tensor, scale: Any, two_levels: bool) -> Tensor | None:
         return None
     if not two_levels:
         raise ScaleError("a block format takes its scales from its blocks, but a scale was given; leave scale at 1.0")
-    number = scale if isinstance(scale, Tensor) else torch.full((), float(scale), dtype=torch.float64)
-    if number.numel() != 1:
-        raise ScaleError(
-            f"a two-level format takes one scale per tensor, not {number.numel()}; pass a number or leave it out"
-        )
-    checked = check_scale(x, torch.reshape(number, ()), x.dtype)
-    return torch.as_tensor(checked, dtype=torch.float32, device=x.device)
+    if isinstance(scale, Tensor):
+        check_dense(scale, "scale", ScaleError)
+        if scale.numel() != 1:
+            raise ScaleError(
+                f"a two-level format takes one scale per tensor, not {scale.numel()}; pass a number or leave it out"
+            )
+        scale = scale if scale.ndim == 0 else scale.detach().reshape(())
+    return as_scale(x, check_scale(x, scale, torch.float32), torch.float32)
 
 
-def as_scale(scale: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The scale as a tensor of the compute dtype, as operators take it."""
+def as_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """The scale as a tensor of the compute dtype beside x, as operators take it."""
     if isinstance(scale, Tensor):
         return scale
-    return torch.full((), scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    return x.new_full((), scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def as_key(key: tuple[int, int] | Tensor | None) -> Tensor | None:
@@ -197,7 +215,9 @@ def as_key(key: tuple[int, int] | Tensor | None) -> Tensor | None:
     Raises:
         RandomKeyError: as `key_words`.
     """
-    return key if key is None or isinstance(key, Tensor) else torch.tensor(key_words(key), dtype=torch.int64)
+    if key is None or isinstance(key, Tensor):
+        return key
+    return torch.tensor(key_words(key), dtype=torch.int64, device="cpu")
 
 
 def check_key(x: Tensor, key: Any) -> tuple[int, int] | Tensor:
@@ -212,13 +232,16 @@ def check_key(x: Tensor, key: Any) -> tuple[int, int] | Tensor:
         )
     if not isinstance(key, Tensor):
         return key_words(key)
+    check_dense(key, "key", RandomKeyError)
     if key.dtype != torch.int64 or key.shape != (2,):
         raise RandomKeyError(
             f"key tensor is {key.dtype} of shape {list(key.shape)}; pass int64 of shape [2]: seed, stream"
         )
-    if traced(x) or not (key.device.type == "cpu" or x.device.type == "cpu"):
+    if traced(x) or x.is_meta or not (key.device.type == "cpu" or x.device.type == "cpu"):
         return key
-    seed, stream = key.tolist()
+    if key.is_meta or hasattr(key, "fake_mode"):
+        raise RandomKeyError(f"key tensor is a {type(key).__name__} on {key.device} without values; pass two integers")
+    seed, stream = readable(key, "key", RandomKeyError).tolist()
     return seed, stream
 
 
@@ -228,10 +251,10 @@ def key_words(key: tuple[int, int]) -> tuple[int, int]:
     Raises:
         RandomKeyError: not two integers of 64 bits.
     """
-    try:
-        seed, stream = (int(word) for word in key)
-    except (TypeError, ValueError):
-        raise RandomKeyError(f"key {key!r} is not (seed, stream), two integers") from None
+    words = tuple(key) if isinstance(key, tuple | list) else ()
+    if len(words) != 2 or any(not isinstance(word, Integral) or isinstance(word, bool) for word in words):
+        raise RandomKeyError(f"key {key!r} is not (seed, stream), two integers of 64 bits")
+    seed, stream = int(words[0]), int(words[1])
     for name, word in (("seed", seed), ("stream", stream)):
         if not -(2**63) <= word < 2**64:
             raise RandomKeyError(f"{name} {word} does not fit 64 bits")

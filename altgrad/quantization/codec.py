@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from altgrad.errors import CodeError
+from altgrad.errors import CodeError, FormatError
 from altgrad.formats.block import BlockFormat
+from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat, Specials
+from altgrad.quantization.memory import check_dense
+
+CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def code_dtype(fmt: FloatFormat) -> torch.dtype:
@@ -75,7 +79,8 @@ def check_codes(codes: Tensor, fmt: FloatFormat) -> None:
     Raises:
         CodeError: with the offending value and the limit.
     """
-    if codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+    check_dense(codes, "codes", CodeError)
+    if codes.dtype not in CODE_DTYPES:
         raise CodeError(f"codes have dtype {codes.dtype}; {fmt} codes are {code_dtype(fmt)} (from encode)")
     if codes.numel() and not (codes.dtype == torch.uint8 and fmt.bits >= 8):
         low, high = (int(v) for v in torch.aminmax(codes))
@@ -83,11 +88,34 @@ def check_codes(codes: Tensor, fmt: FloatFormat) -> None:
             raise CodeError(f"code {low if low < 0 else high} is outside 0..{2**fmt.bits - 1}, the codes of {fmt}")
 
 
-def code_index(codes: Tensor, fmt: FloatFormat) -> Tensor:
+def _scalar(fmt: FloatFormat | str) -> FloatFormat:
+    found = get_format(fmt)
+    if not isinstance(found, FloatFormat):
+        raise FormatError(f"{found} is a block format; name its element format, {found.element}")
+    return found
+
+
+def check_integers(codes: Tensor, what: str = "codes") -> None:
+    """Refuse what holds no integers.
+
+    Raises:
+        CodeError: no dense tensor of uint8, int16, int32 or int64.
+    """
+    check_dense(codes, what, CodeError)
+    if codes.dtype not in CODE_DTYPES:
+        raise CodeError(f"{what} has dtype {codes.dtype}; pass integers, as encode gives them")
+
+
+def code_index(codes: Tensor, fmt: FloatFormat | str) -> Tensor:
     """Ordered index (int32) of each code: sign * magnitude code; both zeros are 0.
 
     NaN codes are ordered as their bit pattern says and have no meaning; inf lies one step beyond max.
+
+    Raises:
+        CodeError: codes are no integers. FormatError: no scalar format.
     """
+    fmt = _scalar(fmt)
+    check_integers(codes, "codes")
     codes = codes.to(torch.int32)
     if not fmt.signed:
         return codes
@@ -97,8 +125,14 @@ def code_index(codes: Tensor, fmt: FloatFormat) -> Tensor:
     return torch.where(codes >= half, half - codes, codes)
 
 
-def from_code_index(index: Tensor, fmt: FloatFormat) -> Tensor:
-    """Codes of ordered indices; indices beyond the finite range are clamped to it. 0 becomes +0."""
+def from_code_index(index: Tensor, fmt: FloatFormat | str) -> Tensor:
+    """Codes of ordered indices; indices beyond the finite range are clamped to it. 0 becomes +0.
+
+    Raises:
+        CodeError: indices are no integers. FormatError: no scalar format.
+    """
+    fmt = _scalar(fmt)
+    check_integers(index, "index")
     top = len(fmt.magnitudes()) - 1
     index = index.clamp(-top if fmt.signed else 0, top).to(torch.int32)
     half = 2**fmt.magnitude_bits

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from altgrad.errors import CodeError
 from altgrad.quantization.cast import Cast, outputs_of
 from altgrad.quantization.codec import code_dtype, stored_scale_dtype
+from altgrad.quantization.memory import readable
 from altgrad.quantization.quantized import Want
 from altgrad.quantization.stats import FIELDS
 
@@ -28,7 +30,7 @@ def _like(x: Tensor, result: Tensor) -> Tensor:
 )
 def cast(x: Tensor, scale: Tensor | None, key: Tensor | None, spec: str, want: int, kernel: str | None) -> list[Tensor]:
     """The outputs that `outputs_of` lists; `scale` None is for block formats that find their scales themselves."""
-    found = Cast.parse(spec).run(x, scale, key, None, Want(want), kernel)
+    found = Cast.parse(spec).run(readable(x), scale, key, None, Want(want), kernel)
     parts = [_like(x, part) for part in found[:2] if part is not None]
     parts += [found.scales] if found.scales is not None else []
     parts += [found.stats.vector] if found.stats is not None else []
@@ -97,6 +99,7 @@ def decode(
     codes: Tensor, scale: Tensor, upper: Tensor | None, spec: str, dtype: torch.dtype, kernel: str | None
 ) -> Tensor:
     """scale * value(code) in `dtype`; for block formats `scale` has the stored scales, `upper` the tensor scale."""
+    codes = readable(codes, "codes", CodeError)
     return _like(codes, Cast.parse(spec).run_decode(codes, scale, upper, dtype, None, kernel))
 
 

@@ -13,11 +13,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from altgrad.errors import OptionError, ScaleError
+from altgrad.errors import DtypeError, FormatError, OptionError, ScaleError
 from altgrad.formats.block import BlockFormat
+from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
-from altgrad.quantization.checks import traced
+from altgrad.quantization import subnormals
+from altgrad.quantization.checks import FLOAT_DTYPES, traced
 from altgrad.quantization.kernels.choose import load
+from altgrad.quantization.memory import is_unusual, readable
 
 
 def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
@@ -30,15 +33,26 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
 
     Returns:
         0-d tensor, or x's shape with every other axis of size 1. No finite element, or none at all, gives 0.
+
+    Raises:
+        DtypeError: x is no dense floating tensor. OptionError: an axis that x does not have.
     """
+    plain = not traced(x)
+    if (not plain or is_unusual(x)) and not torch.compiler.is_compiling():
+        x = readable(x)
+    if plain and subnormals.are_flushed():
+        with subnormals.kept():
+            return amax(x, axis)
+    if x.dtype not in FLOAT_DTYPES:
+        raise DtypeError(f"amax of a tensor of dtype {x.dtype}; cast it to float32, float64, bfloat16 or float16 first")
     work = x.detach()
-    if axis is None and x.device.type == "cpu" and x.is_floating_point() and not traced(x):
+    if axis is None and plain and x.device.type == "cpu":
         return load("cpu").amax(work)
     magnitude = torch.where(torch.isfinite(work), work.abs(), 0)
     magnitude = magnitude.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if axis is None:
         return magnitude.amax() if x.numel() else magnitude.new_zeros(())
-    keep = {a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
+    keep = _kept_axes(axis, x.ndim)
     reduced = [d for d in range(x.ndim) if d not in keep]
     if not reduced:
         return magnitude
@@ -47,14 +61,52 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
     return magnitude.amax(dim=reduced, keepdim=True)
 
 
-def scale_from_amax(amax: Tensor, fmt: FloatFormat, *, power_of_two: bool = False) -> Tensor:
+def _kept_axes(axis: int | tuple[int, ...], ndim: int) -> set[int]:
+    """The axes as non-negative numbers.
+
+    Raises:
+        OptionError: no integers, out of range, or one of them twice.
+    """
+    axes = axis if isinstance(axis, tuple | list) else (axis,)
+    if any(type(a) is not int or not -ndim <= a < ndim for a in axes):
+        raise OptionError(f"axis {axis!r} is not within -{ndim}..{ndim - 1}, the axes of a tensor of {ndim} dimensions")
+    kept = {a % ndim for a in axes}
+    if len(kept) < len(axes):
+        raise OptionError(f"axis {axis!r} names one axis of {ndim} dimensions twice")
+    return kept
+
+
+def _largest_value(fmt: FloatFormat | str) -> float:
+    """The format's max.
+
+    Raises:
+        FormatError: no scalar format.
+    """
+    found = get_format(fmt)
+    if not isinstance(found, FloatFormat):
+        raise FormatError(
+            f"{found} finds its scales from its blocks; name a scalar format, such as its element {found.element}"
+        )
+    return found.max
+
+
+_largest_value._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without the compiler
+
+
+def scale_from_amax(amax: Tensor, fmt: FloatFormat | str, *, power_of_two: bool = False) -> Tensor:
     """amax / fmt.max, rounded up to a power of two on demand; amax 0 scales as if amax were 1.
 
     A quotient below float32's smallest normal number is raised to it, so that dividing by the scale stays exact enough.
+
+    Raises:
+        ScaleError: amax is no floating tensor. FormatError: fmt is no scalar format, nor the name of one.
     """
-    largest = torch.full_like(
-        amax, fmt.max
-    )  # CUDA turns division by a Python number into a product with its reciprocal
+    if not torch.compiler.is_compiling():
+        amax = readable(amax, "amax", ScaleError)
+    if not amax.is_floating_point():
+        raise ScaleError(f"amax has dtype {amax.dtype}; pass the floating tensor that altgrad.quantization.amax gives")
+    # CUDA turns division by a Python number into a product with its reciprocal
+    largest = torch.full_like(amax, _largest_value(fmt))
     scale = torch.where(amax > 0, amax, 1.0) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return round_up_to_power_of_two(scale) if power_of_two else scale
@@ -68,9 +120,10 @@ def round_up_to_power_of_two(scale: Tensor) -> Tensor:
 
 
 def amax_scale(
-    x: Tensor, fmt: FloatFormat, *, axis: int | tuple[int, ...] | None = None, power_of_two: bool = False
+    x: Tensor, fmt: FloatFormat | str, *, axis: int | tuple[int, ...] | None = None, power_of_two: bool = False
 ) -> Tensor:
-    """Current amax scale of x: `scale_from_amax(amax(x, axis), fmt)`."""
+    """Current amax scale of x: `scale_from_amax(amax(x, axis), fmt)`; fmt is a scalar format or its name."""
+    _largest_value(fmt)
     return scale_from_amax(amax(x, axis), fmt, power_of_two=power_of_two)
 
 

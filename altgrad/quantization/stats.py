@@ -17,8 +17,8 @@ SUM_ERROR = 8e-6
 class QuantStats:
     """Statistics of one quantization, in one float64 tensor of shape [7] on the tensor's device; nothing is synced.
 
-    amax: largest finite |x|. count: elements. overflow: finite x beyond the largest value after rounding (and, under
-    `saturate` and `nan`, x = +-inf). underflow: nonzero x whose result is zero. nonfinite: x that are inf or NaN.
+    amax: largest finite |x|. count: elements. overflow: finite x beyond the largest value after rounding, or
+    whose result is inf because scale * value exceeds the tensor's own dtype (and, under `saturate` and `nan`, x = +-inf). underflow: nonzero x whose result is zero. nonfinite: x that are inf or NaN.
     sse, sum_sq: sums of (x - result)^2 and of x^2 over finite x with a finite result. On the CPU 512 elements at a time
     are summed in the lanes of float32 vectors, these sums in float64: off by at most `SUM_ERROR` of the sum with four lanes
     (2^-24 for each of 128 additions, and the square's own), by 1e-8 on random data; the other fields are exact.
@@ -93,7 +93,7 @@ def measure(x: Tensor, result: Tensor, overflow: Tensor) -> QuantStats:
         [
             magnitude.amax() if x.numel() else magnitude.new_zeros(()),
             torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device),
-            overflow.sum().double(),
+            (overflow | (finite & torch.isinf(quantized))).sum().double(),
             ((wide != 0) & (quantized == 0)).sum().double(),
             (~finite).sum().double(),
             (error * error).sum(),

@@ -1,4 +1,4 @@
-"""Draws one call of `altgrad.quantization`, runs it in its surroundings and judges what came of it."""
+"""Draws one call of `altgrad.quantization`, and runs it in its surroundings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.two_tensor import TwoTensor
 
 from altgrad import quantization
-from altgrad.errors import AltGradError
 from altgrad.quantization import QuantizedTensor, QuantStats, get_format, ops
-from altgrad.quantization.stats import EXACT_FIELDS, FIELDS, SUM_ERROR
 from benchmarks.fuzz import inputs
 from benchmarks.fuzz.inputs import BAD, FLOATS, ODD, SOUND, Draw, Given, Marked
 
@@ -116,7 +113,7 @@ def _on_first(transform: Callable) -> Callable:
 
     def run(function: Callable, values: dict) -> Any:
         (first, x), *rest = values.items()
-        return transform(lambda t: _leaves(function(**{first: t}, **dict(rest))), x)
+        return transform(lambda t: leaves(function(**{first: t}, **dict(rest))), x)
 
     return run
 
@@ -128,7 +125,7 @@ def _vmap(run: Callable, x: Tensor) -> Any:
 def _vmap_scale(function: Callable, values: dict) -> Any:
     rest = {name: value for name, value in values.items() if name not in ("x", "scale")}
     batch = torch.full((len(values["x"]),), 0.25, dtype=torch.float32)
-    return torch.vmap(lambda t, s: _leaves(function(t, scale=s, **rest)))(values["x"], batch)
+    return torch.vmap(lambda t, s: leaves(function(t, scale=s, **rest)))(values["x"], batch)
 
 
 def _compile(run: Callable, x: Tensor) -> Any:
@@ -151,7 +148,7 @@ TRANSFORMS: dict[str, Callable] = {
 }
 
 
-def _leaves(result: Any) -> tuple[Tensor, ...]:
+def leaves(result: Any) -> tuple[Tensor, ...]:
     """The tensors of a result, in order."""
     if isinstance(result, QuantStats):
         return (result.vector,)
@@ -160,7 +157,7 @@ def _leaves(result: Any) -> tuple[Tensor, ...]:
     if isinstance(result, dict):
         return tuple(result.values())
     if isinstance(result, tuple | list):
-        return tuple(leaf for part in result for leaf in _leaves(part))
+        return tuple(leaf for part in result for leaf in leaves(part))
     return (result,)
 
 
@@ -224,7 +221,9 @@ def _transform(draw: Draw, case: Case) -> None:
         return
     if x.says.split()[0] in ("inference",):
         return
-    names = ["make_fx", "make_fx_fake", "functionalize"]
+    names = [] if case.name == "fake_quantize" else ["functionalize"]  # torch has no rule for autograd functions there
+    if not isinstance(case.arguments["scale"].value, Tensor):  # which the traced function would hold fast
+        names += ["make_fx", "make_fx_fake"]
     if plain.ndim and plain.shape[0] and case.name in ELEMENTWISE:
         whole = case.arguments["scale"].plain
         scale_is_whole = not isinstance(whole, Tensor) or whole.ndim == 0
@@ -238,6 +237,8 @@ def _transform(draw: Draw, case: Case) -> None:
         names += ["grad", "jvp"]
     if draw.random() < 0.02:
         names = ["compile"]
+    if not names:
+        return
     case.transform = draw.choice(names)
     if case.transform == "vmap_scale":
         case.arguments["scale"] = Given(0.25, 0.25, "0.25 each")
@@ -257,7 +258,7 @@ def _block_cast(draw: Draw, names: tuple[str, ...]) -> Case:
     if draw.random() < 0.4:
         axis = draw.choice((0, -1, 1, -2, 0, -1, 7, "0", None, 1.0))
         good = type(axis) is int and axis < 7
-        arguments["axis"] = Given(axis, axis, f"axis {axis!r}", SOUND if good else BAD)
+        arguments["axis"] = Given(axis, axis, f"axis {axis!r}", SOUND if good else ODD if axis == 1 else BAD)
     target = inputs.out(draw, x) if name == "quantize" else None
     if target is not None:
         arguments["out"] = target
@@ -348,7 +349,7 @@ def _block_decode(draw: Draw, names: tuple[str, ...]) -> Case:
         spoiled = draw.choice(("codes", "scales", "shape", "axis", "meta scales", "range"))
         status = BAD
         if spoiled == "codes":
-            codes = draw.choice((sound.codes.float(), sound.codes.to("meta"), sound.codes[:1], None))
+            codes: Any = draw.choice((sound.codes.float(), sound.codes.to("meta"), sound.codes[:1], None))
             fits = isinstance(codes, Tensor) and codes.shape == sound.codes.shape and not codes.is_floating_point()
             parts["codes"], status = codes, ODD if fits or (codes is not None and len(sound.codes) == 1) else BAD
         elif spoiled == "scales":
@@ -383,9 +384,9 @@ def _amax(draw: Draw, names: tuple[str, ...]) -> Case:
     if draw.random() < 0.6:
         ndim = plain.ndim if isinstance(plain, Tensor) else 1
         axis = draw.choice((None, 0, -1, (0,), (0, -1), 5, -9, "x", 1.5, (0, 9), None, 0))
-        inside = axis is None or all(
-            type(a) is int and -ndim <= a < ndim for a in (axis if isinstance(axis, tuple) else (axis,))
-        )
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        inside = axis is None or all(type(a) is int and -ndim <= a < ndim for a in axes)
+        inside = inside and (axis is None or len({a % ndim for a in axes}) == len(axes))
         arguments["axis"] = Given(axis, axis, f"axis {axis!r}", SOUND if inside else BAD)
 
     def largest() -> Tensor:
@@ -456,83 +457,3 @@ def _diagnostics(draw: Draw, names: tuple[str, ...]) -> Case:
 
     known = all(argument.plain is not None for argument in arguments.values())
     return Case(name, function, arguments, oracle if known else None)
-
-
-def judge(case: Case) -> tuple[str, str]:
-    """(verdict, words): `bits`, `refused` or `shape` are right; `foreign`, `wrong`, `accepted`, `overrefused` are faults."""
-    status = case.status
-    expected, refusal = None, None
-    if case.oracle is not None and status != BAD:
-        try:
-            expected = [leaf.detach().clone() for leaf in _leaves(case.oracle()) if isinstance(leaf, Tensor)]
-        except AltGradError as error:
-            refusal = error
-    before = {name: _bytes(argument) for name, argument in case.arguments.items() if name in ("x", "scale", "codes")}
-    try:
-        found = _leaves(case.call())
-    except AltGradError as error:
-        excused = status != SOUND or refusal is not None or case.oracle is None
-        return ("refused", "") if excused else ("overrefused", f"{type(error).__name__}: {error}")
-    except BaseException as error:  # every other exception is what this program looks for
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return "foreign", f"{type(error).__module__}.{type(error).__name__}: {str(error)[:300]}"
-    if status == BAD:
-        return "accepted", "a bad argument was not refused"
-    if refusal is not None and case.transform not in WRAPPED:
-        return "accepted", f"the oracle refuses: {refusal}"
-    for name, bits in before.items():
-        out = case.arguments.get("out")
-        apart = out is None or (out.status == SOUND and out.says != "out is x")
-        if bits is not None and apart and _bytes(case.arguments[name]) != bits:
-            return "wrong", f"{name} was written to"
-    if expected is None or refusal is not None:
-        return "shape", ""
-    return _compare(case, found, expected)
-
-
-def _bytes(argument: Given) -> bytes | None:
-    value = argument.value
-    if argument.plain is None or type(value) is not Tensor or argument.status != SOUND or value.numel() > 5000:
-        return None
-    flat = value.detach().resolve_neg().flatten().clone(memory_format=torch.contiguous_format)
-    return flat.double().numpy().tobytes()
-
-
-def _compare(case: Case, found: tuple, expected: list[Tensor]) -> tuple[str, str]:
-    found = tuple(leaf.a if isinstance(leaf, TwoTensor) else leaf for leaf in found if isinstance(leaf, Tensor))
-    if len(found) != len(expected):
-        return "wrong", f"{len(found)} results for {len(expected)}"
-    for place, (ours, right) in enumerate(zip(found, expected)):
-        if ours.device.type == "meta" or case.arguments[next(iter(case.arguments))].plain is None:
-            return "shape", ""
-        ours = ours.detach().resolve_neg().as_subclass(Tensor)
-        if ours.shape != right.shape or ours.dtype != right.dtype:
-            return "wrong", f"result {place} is {ours.dtype} {list(ours.shape)} for {right.dtype} {list(right.shape)}"
-        if right.dtype == torch.float64 and right.shape == (len(FIELDS),) and "stats" in case.name and place:
-            fault = _statistics(ours.tolist(), right.tolist())
-        else:
-            fault = _bits(ours, right)
-        if fault:
-            return "wrong", f"result {place}: {fault}"
-    return "bits", ""
-
-
-def _bits(ours: Tensor, right: Tensor) -> str:
-    same = ours == right
-    if right.is_floating_point():
-        same = (same & (torch.signbit(ours) == torch.signbit(right))) | (ours.isnan() & right.isnan())
-    wrong = (~same).flatten().nonzero().flatten()
-    if not len(wrong):
-        return ""
-    i = int(wrong[0])
-    return f"{len(wrong)} of {right.numel()} differ, element {i}: {ours.flatten()[i].item()!r} for {right.flatten()[i].item()!r}"
-
-
-def _statistics(ours: list[float], right: list[float]) -> str:
-    for name, mine, theirs in zip(FIELDS, ours, right):
-        exact = name in EXACT_FIELDS
-        same = mine == theirs or (mine != mine and theirs != theirs)
-        if not same and (exact or not abs(mine - theirs) <= SUM_ERROR * abs(theirs) + 1e-300):
-            return f"{name} is {mine!r} for {theirs!r}"
-    return ""

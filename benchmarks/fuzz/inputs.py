@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
-from altgrad.quantization import BLOCK_FORMATS, FORMAT_REGISTRY, Overflow, Rounding
+from altgrad.quantization import BLOCK_FORMATS, FORMAT_REGISTRY, Overflow, Rounding, get_format
 
 SOUND, ODD, BAD = 0, 1, 2
 """A sound input must give the oracle's bits; an odd one may be refused instead; a bad one must be refused."""
@@ -209,7 +209,7 @@ def scalar_format(draw: Draw) -> Given:
         return Given(spelled, FORMAT_REGISTRY[name], f"{spelled!r:.20}", status)
     if kind == "short":
         name = draw.choice(("e3m3", "E5M3", "fp8_e4m3", "bf16", "float8_e5m2"))
-        return Given(name, name, name)
+        return Given(name, get_format(name), name)
     if kind == "own":
         return Given(OWN, OWN, "own E3M2 bias 5")
     value = draw.choice(("E99M1", "", "fp7", None, 3, 1.5, torch.float32, {}, ["E4M3"], "E9M9", "\0", b"E4M3"))
@@ -304,7 +304,7 @@ def options(draw: Draw) -> dict[str, Given]:
     if draw.random() < 0.2:
         value = draw.choice((1, 8, 23, 24, 25, 32) if draw.random() < 0.7 else (0, 33, 2.5, "8", None, -1, 2**70, True))
         good = type(value) is int and 1 <= value <= 32
-        status = SOUND if good else BAD if stochastic else ODD
+        status = SOUND if good else BAD if stochastic and value is not True else ODD
         found["random_bits"] = Given(value, value if good else 24, f"random_bits {value!r}", status)
     for name in ("subnormals", "clamp"):
         if draw.random() < 0.25:
@@ -340,7 +340,7 @@ def out(draw: Draw, x: Given) -> Given | None:
     if kind == "windows":
         return Given(_expanded(empty), None, "out with elements that share memory", ODD if p.numel() < 2 else BAD)
     if kind == "leaf":
-        return Given(empty.requires_grad_(), None, "leaf out", BAD if torch.is_grad_enabled() else ODD)
+        return Given(empty.requires_grad_(), None, "leaf out", ODD)  # allowed where no gradient is recorded
     if kind == "hollow":
         name = draw.choice(list(WITHOUT_VALUES))
         return Given(WITHOUT_VALUES[name](empty), None, f"{name} out", BAD)

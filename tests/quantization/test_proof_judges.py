@@ -1,7 +1,7 @@
 """Proof by outside judges: ml_dtypes, gfloat and torch casts, wherever their semantics are ours.
 
-Where they are not: ml_dtypes and torch turn overflow of formats without inf into NaN (E4M3 by torch and ml_dtypes; all
-fnuz formats), while `native` saturates here, so those are compared within range only. gfloat rounds float64 and saturates on request.
+Where they are not: ml_dtypes turns overflow of formats without inf into NaN (E4M3, all fnuz formats), torch that of the fnuz
+formats (and of E4M3 in some versions and devices), while `native` saturates here: compared within range only. gfloat rounds float64 and saturates on request.
 """
 
 import gfloat

@@ -23,6 +23,16 @@ _BY_DEVICE = {"cpu": "cpu", "cuda": "cuda"}
 _loaded: dict[str, ModuleType] = {}
 
 
+def check_kernel(kernel: str | None) -> None:
+    """Refuse what is no name of a kernel.
+
+    Raises:
+        OptionError: with the names.
+    """
+    if kernel is not None and (not isinstance(kernel, str) or kernel not in KERNELS):
+        raise OptionError(f"kernel {kernel!r} is not one of {', '.join(KERNELS)}")
+
+
 def kernel_name(fmt: FloatFormat | BlockFormat, dtype: torch.dtype, device: torch.device, kernel: str | None) -> str:
     """The kernel that runs: the one asked for, else by device.
 

@@ -35,6 +35,7 @@ __all__ = ["decode", "run"]
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _GROUP_ELEMENTS = 8192  # elements per partial sum of the statistics, about
 _NO_KEY = (0, 0)
+COUNTS_PAYLOADS = True  # as in `cpu.scalar`
 _TABLE_BYTES = 8 * len(PARAMETERS)
 _WORDS = len(PARAMETERS)
 _GIVEN = len(CALL_PARAMETERS)
@@ -149,9 +150,9 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
         coded_address = coded.data_ptr()
     if plan.stats:
         rows = -(-prepared.units // prepared.group)
-        partials = torch.empty((rows, PARTIAL_BYTES // 8), dtype=torch.float64)
+        partials = torch.empty((rows, PARTIAL_BYTES // 8), dtype=torch.float64, device="cpu")
         partials_address = partials.data_ptr()
-    stored = torch.empty(prepared.scale_shape, dtype=scale_kind)
+    stored = torch.empty(prepared.scale_shape, dtype=scale_kind, device="cpu")
     seed, stream = key or _NO_KEY
     upper = 1.0 if scale is None else float(scale)
     call = (x.data_ptr(), written_address, coded_address, stored.data_ptr(), partials_address, seed, stream, upper)
@@ -160,7 +161,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
     else:
         problems = _serial(prepared.loop, prepared.template, *call, prepared.units)
     if partials is not None:
-        vector = torch.empty(len(FIELDS), dtype=torch.float64)
+        vector = torch.empty(len(FIELDS), dtype=torch.float64, device="cpu")
         total(partials_address, len(partials), x.numel(), vector.data_ptr())
         stats = QuantStats(vector)
     if out is not None and written is not out:

@@ -21,6 +21,7 @@ from altgrad.quantization.stats import FIELDS, QuantStats
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as cpu_llvm names them
 _NO_KEY = (0, 0)
+COUNTS_PAYLOADS = True  # an overflow of the last step, scale * payload in the tensor's own dtype, is not counted
 ONE_THREAD = 4096  # elements below which no driver is asked on how many threads to run
 
 
@@ -127,8 +128,8 @@ def _sums(count: int) -> tuple[Tensor, Tensor]:
     loops = _machinery()[0]
     rows = -(-count // loops.STATS_TILE)
     return (
-        torch.empty((rows, loops.PARTIAL_BYTES // 8), dtype=torch.float64),
-        torch.empty(len(FIELDS), dtype=torch.float64),
+        torch.empty((rows, loops.PARTIAL_BYTES // 8), dtype=torch.float64, device="cpu"),
+        torch.empty(len(FIELDS), dtype=torch.float64, device="cpu"),
     )
 
 
@@ -181,8 +182,8 @@ def amax(x: Tensor) -> Tensor:
     count = source.numel()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not count:
-        return torch.zeros((), dtype=dtype)
-    partials = torch.empty(-(-count // loops.STATS_TILE), dtype=torch.float64)
+        return torch.zeros((), dtype=dtype, device="cpu")
+    partials = torch.empty(-(-count // loops.STATS_TILE), dtype=torch.float64, device="cpu")
     loop = loops.compiled_amax(loops.AmaxVariant(_KINDS[x.dtype]))
     run_on_threads(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
     return partials.amax().to(dtype)

@@ -77,7 +77,7 @@ def round_payload(
         away = (rest > 0) & ~odd
     else:
         assert key is not None
-        words = key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64)
+        words = key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device="cpu")
         drawn = draw_bits(words, x.numel(), random_bits).view(x.shape).to(x.device)
         away = (rest * 2.0**random_bits).floor().to(torch.int64) + drawn >= 2**random_bits
     result = (whole + away) * _pow2(-shift)
@@ -109,7 +109,8 @@ def overflow_value(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, neg
         to_inf = negative
     else:
         to_inf = torch.zeros_like(negative)
-    return torch.where(to_inf, torch.inf, fmt.max).to(torch.float64)
+    largest = torch.full(negative.shape, fmt.max, dtype=torch.float64, device=negative.device)
+    return torch.where(to_inf, torch.inf, largest)
 
 
 def run(

@@ -153,7 +153,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
     wide = work.double().numpy()
     words = None
     if key is not None:
-        drawn = draw_bits(torch.tensor(key, dtype=torch.int64), x.numel(), plan.random_bits)
+        drawn = draw_bits(torch.tensor(key, dtype=torch.int64, device="cpu"), x.numel(), plan.random_bits)
         words = drawn.view(x.shape).numpy().astype(np.float64)
     payload, over = round_by_search(
         (work / scale).double().numpy(),
@@ -173,13 +173,13 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
         fields = (
             np.abs(wide[np.isfinite(wide)]).max(initial=0.0),
             wide.size,
-            over.sum(),
+            (over | (np.isfinite(wide) & np.isinf(result))).sum(),
             ((wide != 0) & (result == 0)).sum(),
             (~np.isfinite(wide)).sum(),
             ((wide[kept] - result[kept]) ** 2).sum(),
             (wide[kept] ** 2).sum(),
         )
-        stats = QuantStats(torch.tensor([float(f) for f in fields], dtype=torch.float64))
+        stats = QuantStats(torch.tensor([float(f) for f in fields], dtype=torch.float64, device="cpu"))
     coded, problems = None, 0
     if plan.codes:
         found, problems = codes_by_search(np.asarray(payload), plan.grid)
@@ -191,6 +191,6 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
 
 def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
     """scale * value(code), by indexing the table of values."""
-    values = torch.from_numpy(value_table(plan.format)[codes.numpy()]).to(plan.compute_dtype)
+    values = torch.from_numpy(np.asarray(value_table(plan.format)[codes.numpy()])).to(plan.compute_dtype)
     result = (values * scale).to(plan.dtype)
     return result if out is None else out.copy_(result)

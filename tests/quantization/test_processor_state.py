@@ -1,0 +1,64 @@
+"""No result depends on the processor's flags, its thread count or its class: the same bits, counts and sums."""
+
+import numpy as np
+import pytest
+import torch
+
+from altgrad.quantization import amax, decode, encode, ops, quantize, quantize_with_stats
+from altgrad.quantization.stats import EXACT_FIELDS, SUM_ERROR
+
+FLUSHED = {
+    "BF16": lambda x: quantize(x, "BF16"),
+    "FP32": lambda x: quantize(x, "FP32"),
+    "E4M3 under a small scale": lambda x: quantize(x, "E4M3", 2.0**-130),
+    "stochastic": lambda x: quantize(x, "BF16", rounding="stochastic", key=(1, 2)),
+    "upwards": lambda x: quantize(x, "E4M3", rounding="up"),
+    "codes": lambda x: encode(x, "BF16"),
+    "decode": lambda x: decode(torch.full(x.shape, 3, dtype=torch.int32), "BF16"),
+    "MXFP8": lambda x: quantize(x, "MXFP8"),
+    "statistics": lambda x: quantize_with_stats(x, "E4M3", rounding="up")[1].vector[:5],
+    "amax": lambda x: amax(x),
+    "amax of an axis": lambda x: amax(x, 0),
+    "eager": lambda x: quantize(x, "BF16", kernel="eager"),
+    "reference": lambda x: quantize(x, "BF16", kernel="reference"),
+}
+
+
+@pytest.mark.parametrize("name", FLUSHED)
+def test_flushed_subnormals_change_no_bit_on_any_thread(name):
+    small = name in ("eager", "reference")
+    x = torch.full((1 << 10 if small else 1 << 18,), 3e-39) * torch.tensor([1.0, -1.0]).repeat(
+        1 << 9 if small else 1 << 17
+    )
+    x = x.view(-1, 32)
+    expected = FLUSHED[name](x)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.set_flush_denormal(True)
+        try:
+            found = FLUSHED[name](x)
+            assert 5e-324 == 0.0  # the flag is left as it was found
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(found.flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
+
+
+@pytest.mark.parametrize("fmt", ["E4M3", "E0M7", "MXFP8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_are_the_same_by_every_route(fmt, dtype):
+    """Counts to the bit; the two sums to their stated bound, whatever is computed beside them and on however many threads."""
+    x = (torch.randn(300, 1024, generator=torch.Generator().manual_seed(3)) * 30).to(dtype)
+    wide, values = x.double(), quantize(x, fmt).double()
+    sums = [float(((wide - values) ** 2).sum()), float((wide**2).sum())]
+    vectors = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        vectors.append(quantize_with_stats(x, fmt)[1].vector)
+        vectors.append(ops.quantize_and_encode_with_stats(x, fmt)[2].vector)
+        vectors.append(ops.encode_with_stats(x, fmt)[1].vector)
+    count = len(EXACT_FIELDS)
+    for vector in vectors:
+        assert torch.equal(vector[:count], vectors[0][:count])
+        np.testing.assert_allclose(vector[count:].numpy(), sums, rtol=SUM_ERROR)
+    for one, two in zip(vectors[:3], vectors[3:], strict=True):
+        assert torch.equal(one, two)
