@@ -238,7 +238,7 @@ def check_key(x: Tensor, key: Any) -> tuple[int, int] | Tensor:
             f"key tensor is {key.dtype} of shape {list(key.shape)}; pass int64 of shape [2]: seed, stream"
         )
     if traced(x) or x.is_meta or not (key.device.type == "cpu" or x.device.type == "cpu"):
-        return key
+        return key  # an operator reads it when it runs
     if key.is_meta or hasattr(key, "fake_mode"):
         raise RandomKeyError(f"key tensor is a {type(key).__name__} on {key.device} without values; pass two integers")
     seed, stream = readable(key, "key", RandomKeyError).tolist()

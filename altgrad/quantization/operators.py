@@ -30,7 +30,8 @@ def _like(x: Tensor, result: Tensor) -> Tensor:
 )
 def cast(x: Tensor, scale: Tensor | None, key: Tensor | None, spec: str, want: int, kernel: str | None) -> list[Tensor]:
     """The outputs that `outputs_of` lists; `scale` None is for block formats that find their scales themselves."""
-    found = Cast.parse(spec).run(readable(x), scale, key, None, Want(want), kernel)
+    plain = readable(x).as_subclass(Tensor)  # so that the gate reads scale and key
+    found = Cast.parse(spec).run(plain, scale, key, None, Want(want), kernel)
     parts = [_like(x, part) for part in found[:2] if part is not None]
     parts += [found.scales] if found.scales is not None else []
     parts += [found.stats.vector] if found.stats is not None else []
@@ -99,7 +100,7 @@ def decode(
     codes: Tensor, scale: Tensor, upper: Tensor | None, spec: str, dtype: torch.dtype, kernel: str | None
 ) -> Tensor:
     """scale * value(code) in `dtype`; for block formats `scale` has the stored scales, `upper` the tensor scale."""
-    codes = readable(codes, "codes", CodeError)
+    codes = readable(codes, "codes", CodeError).as_subclass(Tensor)
     return _like(codes, Cast.parse(spec).run_decode(codes, scale, upper, dtype, None, kernel))
 
 

@@ -311,6 +311,21 @@ def test_lazy_negative_scales_and_outs():
     assert_same_bits(out.resolve_neg(), quantize(x, "E4M3"))
 
 
+class Marked(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("fmt", ["E4M3", "MXFP8"])
+def test_subclasses_draw_the_same_bits_and_have_their_scales_judged(fmt):
+    x = draws(4, 32)
+    expected = quantize(x, fmt, rounding="stochastic", key=(1, 2))
+    found = quantize(x.as_subclass(Marked), fmt, rounding="stochastic", key=(1, 2))
+    assert_same_bits(found.as_subclass(torch.Tensor), expected)
+    if fmt == "E4M3":
+        with pytest.raises(ScaleError, match="scale holds -1"):
+            quantize(x.as_subclass(Marked), fmt, torch.tensor(-1.0))
+
+
 # -- scales and codes in traced code: N2, N7 ------------------------------------------------------------------------
 
 
