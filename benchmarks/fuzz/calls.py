@@ -222,7 +222,8 @@ def _transform(draw: Draw, case: Case) -> None:
     if x.says.split()[0] in ("inference",):
         return
     names = [] if case.name == "fake_quantize" else ["functionalize"]  # torch has no rule for autograd functions there
-    if not isinstance(case.arguments["scale"].value, Tensor):  # which the traced function would hold fast
+    held = [case.arguments[key].value for key in ("scale", "key") if key in case.arguments]
+    if not any(isinstance(value, Tensor) for value in held):  # which torch's tracer refuses to hold fast
         names += ["make_fx", "make_fx_fake"]
     if plain.ndim and plain.shape[0] and case.name in ELEMENTWISE:
         whole = case.arguments["scale"].plain

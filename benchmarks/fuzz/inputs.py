@@ -247,9 +247,8 @@ def scale(draw: Draw, x: Given, block: bool = False) -> Given:
     if kind == "away":
         device = draw.choice(("meta", "fake", "zero", "leaked"))
         whole = torch.tensor(0.5)
-        make = {"meta": lambda: whole.to("meta"), "zero": lambda: torch._efficientzerotensor(()), **WITHOUT_VALUES}
-        make["leaked"] = lambda: _leaked(whole)
-        return Given(make[device](*([whole] if device == "fake" else [])), None, f"{device} scale", BAD)
+        make = {"zero": lambda p: torch._efficientzerotensor(()), "leaked": _leaked, **WITHOUT_VALUES}
+        return Given(make[device](whole), None, f"{device} scale", BAD)
     wanted = {"whole": draw.choice(((), (1,))) if shape else (), "full": shape}.get(kind)
     if wanted is None:
         axis = draw.randrange(len(shape)) if shape else 0
