@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from altgrad.quantization import amax, decode, encode, ops, quantize, quantize_with_stats
+from altgrad.quantization import (
+    amax,
+    compute_stiffness_field,
+    compute_ulp_distance,
+    decode,
+    encode,
+    ops,
+    quantize,
+    quantize_with_stats,
+)
 from altgrad.quantization.stats import EXACT_FIELDS, SUM_ERROR
 
 FLUSHED = {
@@ -19,6 +28,8 @@ FLUSHED = {
     "statistics": lambda x: quantize_with_stats(x, "E4M3", rounding="up")[1].vector[:5],
     "amax": lambda x: amax(x),
     "amax of an axis": lambda x: amax(x, 0),
+    "stiffness": lambda x: compute_stiffness_field(x[:8], "E4M3"),
+    "ULP distance": lambda x: compute_ulp_distance(x[:8], 2 * x[:8]),
     "eager": lambda x: quantize(x, "BF16", kernel="eager"),
     "reference": lambda x: quantize(x, "BF16", kernel="reference"),
 }
