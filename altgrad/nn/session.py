@@ -1,7 +1,8 @@
 """What the quantized layers of one model share: the clock (step, micro-batch), the seed, and who observes.
 
-Random streams are functions of (tensor, role, step, micro-batch, and for activations the rank); nothing is drawn from a
-generator with hidden state, so any step can be replayed by setting the clock.
+Random streams are functions of (tensor, role, step, micro-batch, use within it, and for activations the rank); nothing is
+drawn from a generator with hidden state, so any step can be replayed by setting the clock. Setting it starts the count of
+uses anew.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _rank() -> int:
 
 
 class Stepped(Protocol):
-    """What has random keys or a scale history, and so lives by the clock."""
+    """What has random keys, a scale history or a count of uses, and so lives by the clock."""
 
     def renew_key(self) -> None:
         """Set the random key of the session's present step."""
@@ -72,7 +73,7 @@ class Session:
             None  # weak reference to the optimizer that advances the clock
         )
         self.model: Callable[[], nn.Module | None] | None = None  # weak reference to the model that was quantized
-        self.operands: list[Stepped] = []  # those with random keys or scale histories
+        self.operands: list[Stepped] = []  # those with random keys or scale histories, and counts of uses
 
     def __getstate__(self) -> dict:
         # A copy of the model is neither observed nor part of the process group.
@@ -91,7 +92,7 @@ class Session:
         return self.seed, stream_at(base, self.step, self.micro_batch, rank)
 
     def set_clock(self, step: int, micro_batch: int) -> None:
-        """Move to a step and micro-batch and renew the random keys."""
+        """Move to a step and micro-batch, renew the random keys and start the count of uses anew."""
         self.step, self.micro_batch = step, micro_batch
         for operand in self.operands:
             operand.renew_key()
@@ -136,9 +137,10 @@ def sessions_of(model: nn.Module) -> list[Session]:
 def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
     """Set the step and micro-batch that the random streams of stochastic rounding are functions of.
 
-    The optimizer hook (`attach_optimizer`) advances the step by itself; a loop that accumulates gradients calls this
-    before each micro-batch, so that micro-batches draw different bits. Call it before the forward, not between a
-    forward and its backward.
+    The optimizer hook (`attach_optimizer`) advances the step by itself, and each use of a layer within a step draws its
+    own bits, in the order of the forwards. A loop that calls this before each micro-batch makes the bits of a
+    micro-batch independent of how many went before it. Call it before the forward, not between a forward and its
+    backward: it starts the count of uses anew.
     """
     for session in sessions_of(model):
         session.set_clock(int(step), int(micro_batch))

@@ -35,7 +35,8 @@ class Call(NamedTuple):
     """What the products of one call of a layer have in common.
 
     state: the layer's operands. products: its formulas. record: whether scale histories and observers hear of the call.
-    observed: whether the forward's statistics are published. dtype: of the output.
+    observed: whether the forward's statistics are published. dtype: of the output. use: of the layer within the step,
+    which forward and backward draw their random bits with.
     """
 
     state: LayerState
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     record: bool
     observed: bool
     dtype: torch.dtype
+    use: int | Tensor
 
     def route(self, gemm: str, a: Tensor, b: torch.Size) -> Route:
         """The unit that multiplies operand a by one of shape b."""
@@ -69,7 +71,7 @@ def multiply(
         BlockError: an axis is no multiple of the block, and the recipe wants whole blocks.
     """
     record = state.records(training)
-    call = Call(state, products, record, state.observed(record), output_dtype(x, w))
+    call = Call(state, products, record, state.observed(record), output_dtype(x, w), state.use(training))
     if not state.whole_blocks:
         return _multiply(call, x, w, bias)
     try:
@@ -163,16 +165,16 @@ class _Products(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         route = call.route("forward", x, w.shape)
         keep_x, keep_w = need_w and state.x_back is state.x, need_x and state.w_back is state.w
-        qx = quantized(state.x, x, sx, state.x.options(), route, call.observed, keep=keep_x)
-        qw = quantized(state.w, w, sw, state.w.options(), route, call.observed, keep=keep_w)
+        qx = quantized(state.x, x, sx, state.x.options(call.use), route, call.observed, keep=keep_x)
+        qw = quantized(state.w, w, sw, state.w.options(call.use), route, call.observed, keep=keep_w)
         route = Route.FLOAT32 if qx.needs_float32 or qw.needs_float32 else route
         y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, bias=bias).to(call.dtype)
         saved_x, saved_w = qx.saved, qw.saved
         del qx, qw
         if need_w and not keep_x:
-            saved_x = state.x_back.save(x, sx_back, state.x_back.options(), call.observed)
+            saved_x = state.x_back.save(x, sx_back, state.x_back.options(call.use), call.observed)
         if need_x and not keep_w:
-            saved_w = state.w_back.save(w, sw_back, state.w_back.options(), call.observed)
+            saved_w = state.w_back.save(w, sw_back, state.w_back.options(call.use), call.observed)
         place = y.new_zeros(()) if need_x and need_w and not torch.compiler.is_compiling() else None
         stash(
             ctx,
@@ -186,7 +188,7 @@ class _Products(torch.autograd.Function):
         )
         ctx.call = call
         ctx.shapes, ctx.dtypes = (x.shape, w.shape), (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        ctx.dy_options = (state.dy.options(), state.dy_back.options())
+        ctx.dy_options = (state.dy.options(call.use), state.dy_back.options(call.use))
         ctx.set_materialize_grads(False)
         if place is None:
             return y
@@ -379,7 +381,7 @@ class _Pieces(torch.autograd.Function):
 def _quantized(call: Call, operand: Operand, x: Tensor, observed: bool) -> Tensor:
     if operand.fmt is None:
         return carrier(x)
-    return straight(Quantizer(operand, operand.options(), call.record, observed), x)
+    return straight(Quantizer(operand, operand.options(call.use), call.record, observed), x)
 
 
 def _in_pieces(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from altgrad.errors import CodeError
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.jit.grid_table import special_codes
+from altgrad.nn.layer.uses import offset
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor, stream_base
@@ -129,9 +130,13 @@ class Operand:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def options(self) -> Any:
-        """What this use draws its random bits with: a copy of the present key, None where nothing is drawn."""
-        return None if self.key is None else self.key.clone()
+    def options(self, use: int | Tensor) -> Any:
+        """The key that a use of the layer (`Uses.take`) draws its random bits with; None where nothing is drawn."""
+        if self.key is None:
+            return None
+        if isinstance(use, int):
+            return self.key + offset(use) if use else self.key.clone()
+        return self.key + use
 
     def quantize(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Tensor:
         """Values on the grid, of x's shape, in the carrier (float32, or float64 for float64); NaN and inf in place."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from altgrad.nn.layer.contractions import LINEAR_REDUCED
 from altgrad.nn.layer.gemm import Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
+from altgrad.nn.layer.uses import Uses
 from altgrad.nn.recipe.scaling_choice import StorageScaling, is_block
 from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec
 from altgrad.nn.session import Session, recomputing
@@ -73,15 +74,18 @@ class LayerState:
         self.dy, self.w_back = get["input_grad", "grad_output"], get["input_grad", "weight"]
         self.dy_back, self.x_back = get["weight_grad", "grad_output"], get["weight_grad", "input"]
         self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "norm")  # a key of its own in states
+        self.uses = Uses(self.session) if any(operand.stochastic for operand in self.distinct()) else None
         self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
         self.whole_blocks = any(operand.spec.whole_blocks for operand in self.operands.values())
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
         """Replace the recipe. Operands whose entry stays keep their scale history, a grid that stays keeps its scale."""
         before = {**self.operands, ("norm", "weight"): self.norm}
-        storage = self.storage
+        storage, uses = self.storage, self.uses
         self.leave_session()
         self.set_recipe(recipe)
+        if uses is not None and self.uses is not None:
+            self.uses.count[:1].copy_(uses.count[:1])
         for place, operand in (*self.operands.items(), (("norm", "weight"), self.norm)):
             if operand.spec == before[place].spec and operand.window is None and operand.pending is None:
                 operand.window, operand.pending = before[place].window, before[place].pending
@@ -90,7 +94,7 @@ class LayerState:
 
     def leave_session(self) -> None:
         """Have the clock forget this layer's operands: their keys and histories end here."""
-        dropped = {id(operand) for operand in self.distinct()}
+        dropped = {id(self.uses), *map(id, self.distinct())}
         self.session.operands[:] = [o for o in self.session.operands if id(o) not in dropped]
 
     def set_storage(self, storage: GridStorage | None) -> None:
@@ -143,6 +147,10 @@ class LayerState:
     def records(self, training: bool) -> bool:
         """Whether this call belongs to training: scale histories and observers hear of it."""
         return training and torch.is_grad_enabled()
+
+    def use(self, training: bool) -> int | Tensor:
+        """Which use of the layer within the step this forward is, for its random bits (`Uses.take`)."""
+        return 0 if self.uses is None else self.uses.take(training)
 
     def observed(self, record: bool) -> bool:
         """Whether this forward's statistics are published: not those of a recomputation."""

@@ -14,12 +14,13 @@ from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.state import LayerState
 
 
-def quantized_weight(state: LayerState, operand: Operand, w: Tensor, scale, record: bool) -> Tensor:
+def quantized_weight(state: LayerState, operand: Operand, w: Tensor, scale, training: bool) -> Tensor:
     """w (or rows of it) on the operand's grid, in w's dtype, with the straight-through gradient.
 
     scale: None finds it from w.
     """
-    return straight(Quantizer(operand, operand.options(), record, state.observed(record), scale), w).to(w.dtype)
+    record, key = state.records(training), operand.options(state.use(training))
+    return straight(Quantizer(operand, key, record, state.observed(record), scale), w).to(w.dtype)
 
 
 def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) -> Tensor:
@@ -28,15 +29,14 @@ def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) ->
     rest = (module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse)
     if state.session.bypass or operand.fmt is None:
         return F.embedding(index, w, *rest)
-    record = state.records(module.training)
     if transformed():
-        return F.embedding(index, quantized_weight(state, operand, w, None, record), *rest)
-    scale = operand.scale_of(w, record)
+        return F.embedding(index, quantized_weight(state, operand, w, None, module.training), *rest)
+    scale = operand.scale_of(w, state.records(module.training))
     per_row = isinstance(scale, Tensor) and scale.numel() > 1  # pyright: ignore[reportAttributeAccessIssue]
     if per_row or operand.stochastic:
-        return F.embedding(index, quantized_weight(state, operand, w, scale, record), *rest)
+        return F.embedding(index, quantized_weight(state, operand, w, scale, module.training), *rest)
     rows = F.embedding(index, w, *rest)
-    return quantized_weight(state, operand, rows, scale, record)
+    return quantized_weight(state, operand, rows, scale, module.training)
 
 
 def with_quantized_weight(state: LayerState, module: nn.Module, forward, *args, **kwargs):
@@ -44,8 +44,7 @@ def with_quantized_weight(state: LayerState, module: nn.Module, forward, *args, 
     w, operand = module._parameters.get("weight"), state.norm
     if state.session.bypass or operand.fmt is None or w is None:
         return forward(*args, **kwargs)
-    record = state.records(module.training)
-    module.__dict__["weight"] = quantized_weight(state, operand, w, None, record)  # shadows the parameter
+    module.__dict__["weight"] = quantized_weight(state, operand, w, None, module.training)  # shadows the parameter
     try:
         return forward(*args, **kwargs)
     finally:
