@@ -3,7 +3,8 @@
     python -m benchmarks.bench_blocks [--size 24] [--rounds 15] [--threads N] [--no-others] [--json FILE]
 
 The tensor is square: 2^24 elements are 4096 x 4096. Every ratio is the median over rounds that time the variant and
-`out.copy_(x)` alternately in one process; encoding reads 4 bytes and writes 1 per element and is held to bytes moved.
+`out.copy_(x)` alternately in one process; encoding reads 4 bytes and writes 1 per element and is held to bytes moved,
+decoding to the copy of what it writes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def rows(x: torch.Tensor) -> list[Row]:
     out = torch.empty_like(x)
     half, half_out = x.bfloat16(), torch.empty_like(x, dtype=torch.bfloat16)
     key = (1, 2)
-    encoded = encode(x, "MXFP8")
+    encoded, across, narrow = encode(x, "MXFP8"), encode(x, "MXFP8", axis=0), encode(x, "MXFP4")
+    two_level, tiles = encode(x, "NVFP4"), encode(x, "E4M3/128x128:FP32")
 
     def to(name: str, axis: int = -1, **options) -> Callable[[], object]:
         return lambda: quantize(x, name, axis=axis, out=out, **options)
@@ -57,7 +59,13 @@ def rows(x: torch.Tensor) -> list[Row]:
         Row("MXFP8, stochastic", to("MXFP8", rounding="stochastic", key=key), 8, None),
         Row("MXFP8, other axis, stochastic", to("MXFP8", 0, rounding="stochastic", key=key), 8, None),
         Row("MXFP8, encode", lambda: encode(x, "MXFP8"), 5, None),
-        Row("MXFP8, decode", lambda: decode(encoded, out=out), 5, None),
+        Row("MXFP8, decode", lambda: decode(encoded, out=out), 8, 0.5),
+        Row("MXFP8, other axis, decode", lambda: decode(across, out=out), 8, None),
+        Row("MXFP4, decode", lambda: decode(narrow, out=out), 8, None),
+        Row("NVFP4, decode", lambda: decode(two_level, out=out), 8, None),
+        Row("E4M3, tiles of 128 x 128, float32 scale, decode", lambda: decode(tiles, out=out), 8, None),
+        Row("MXFP8, decode to bf16", lambda: decode(encoded, dtype=torch.bfloat16, out=half_out), 4, None),
+        Row("MXFP8, decode, plain torch (kernel eager)", lambda: decode(encoded, out=out, kernel="eager"), 8, None),
         Row("MXFP8, with statistics", lambda: quantize_with_stats(x, "MXFP8"), 8, None),
         Row("MXFP8, plain torch (kernel eager)", to("MXFP8", kernel="eager"), 8, None),
     ]

@@ -2,23 +2,24 @@
 
 `measure_update` returns sums and counts in one float64 vector (`UPDATE_FIELDS`) and two histograms of magnitudes, all on
 the tensors' device; `altgrad.monitor` turns them into the named statistics. On the CPU a fused kernel computes them; the
-plain torch version here defines them and serves every other device, dtype and layout. `predict_stall` says from the two
-histograms how many updates a grid would swallow.
+plain torch version here defines them and serves every other device, dtype and layout. From the two histograms
+`diagnostics.stall.predict_stall` says how many updates a grid would swallow.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from altgrad.diagnostics.fields import BINS, FIELD, NEAR_ZERO, UPDATE_FIELDS
+from altgrad.diagnostics.stall import bin_edges
 from altgrad.errors import KernelError, OptionError
 from altgrad.formats.catalog import get_format
-from altgrad.formats.rounding import Overflow, Rounding, as_option
+from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.formats.scalar_rows import BF16, FP16, FP32
 from altgrad.quantization.advanced_diagnostics import compute_stiffness_field, compute_ulp_distance, grid_index
@@ -70,7 +71,7 @@ def measure_update(
             (`carrier_format`).
         scale: of the grid at the start of the step; a number, or a tensor that broadcasts.
         near_zero: gradients below it count as near zero.
-        histograms: whether the two histograms, which `predict_stall` takes, are wanted.
+        histograms: whether the two histograms, which `diagnostics.stall.predict_stall` takes, are wanted.
         kernel: "cpu" or "eager"; None: the fused CPU kernel for contiguous float32 on the CPU and formats that it
             knows (`diagnostics.kernels.cpu.supports`), else eager.
 
@@ -106,9 +107,9 @@ def measure_update(
 
 @cache
 def _fused():
-    from altgrad.diagnostics.kernels import cpu as diagnose_cpu
+    from altgrad.diagnostics.kernels import cpu
 
-    return diagnose_cpu
+    return cpu
 
 
 def carrier_format(dtype: torch.dtype) -> FloatFormat:
@@ -224,83 +225,9 @@ def _histogram(x: Tensor, valid: Tensor) -> Tensor:
     return torch.bincount(torch.where(valid, bins, BINS), minlength=BINS + 1)[:BINS]
 
 
-def bin_edges(device: torch.device | str = "cpu") -> Tensor:
-    """Lower edge of each bin as float32 (from 255 * 4 on: inf and NaN)."""
-    return (torch.arange(BINS, dtype=torch.int32, device=device) << 21).view(torch.float32)
-
-
 def _median(histogram: Tensor) -> Tensor:
     """Lower edge of the bin that holds the lower median; NaN for an empty histogram."""
     below = histogram.cumsum(0)
     position = torch.searchsorted(below, (below[-1:] + 1) // 2).clamp(max=BINS - 1)
     edge = bin_edges(histogram.device)[position[0]].double()
     return torch.where(below[-1] > 0, edge, torch.nan)
-
-
-# -- stall, predicted -------------------------------------------------------------------------------------------------
-
-_OCTAVES = torch.arange(-160, 129)  # exponents of grid spacings
-
-
-def stall_chances(update_histogram: Tensor, rounding: Rounding | str = Rounding.NEAREST_EVEN) -> Tensor:
-    """Chance that an update drawn from the histogram leaves a weight whose grid spacing is 2^t, for t = -160 .. 128.
-
-    Args:
-        update_histogram: [..., BINS] counts of |update / scale|.
-        rounding: nearest modes lose updates below half a spacing; stochastic rounding loses an update u with chance
-            1 - u / spacing (taken at the middle of its bin); rounding toward zero (and the directed modes, to a side)
-            those below a spacing.
-
-    Returns:
-        float64 [..., 289]; NaN where the histogram is empty.
-    """
-    rounding = as_option(Rounding, rounding)
-    counts = update_histogram.double()
-    total = counts.sum(-1, keepdim=True)
-    if rounding is Rounding.STOCHASTIC:
-        return counts @ _chances_by_chance(counts.device) / total
-    reach = 1 if rounding in (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY) else 0  # half a spacing, or a whole one
-    first_kept = ((_OCTAVES - reach + 127) * 4).clamp(0, BINS).to(counts.device)  # bin that begins at the spacing
-    below = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
-    return below[..., first_kept] / total
-
-
-@lru_cache(maxsize=8)
-def _chances_by_chance(device: torch.device) -> Tensor:
-    """[BINS, octaves]: 1 - u / spacing at the middle u of each bin, at least 0."""
-    edges = bin_edges(device).double()
-    middle = torch.cat([(edges[:-1] + edges[1:]) / 2, edges[-1:]])
-    spacing = torch.exp2(_OCTAVES.double()).to(device)
-    return torch.nan_to_num((1 - middle[:, None] / spacing).clamp(0, 1))
-
-
-def predict_stall(
-    weight_histogram: Tensor,
-    update_histogram: Tensor,
-    format: FloatFormat | str,
-    rounding: Rounding | str = Rounding.NEAREST_EVEN,
-) -> Tensor:
-    """Fraction of updates that a grid would swallow, from magnitudes alone: sum over weights of `stall_chances` at each.
-
-    Exact for updates that are independent of the weights they meet, whose grid spacing is that of their own binade
-    (a weight at a power of two has half the spacing below it).
-
-    Args:
-        weight_histogram, update_histogram: [..., BINS] counts of |w / scale| on the grid and |update / scale|, as
-            `UpdateMeasurement` holds them.
-        format: the grid.
-        rounding: of the storage.
-
-    Returns:
-        float64 [...] in [0, 1]; NaN where either histogram is empty.
-    """
-    fmt = get_format(format)
-    chances = stall_chances(update_histogram, rounding)
-    counts = weight_histogram.double()
-    per_binade = counts.view(*counts.shape[:-1], BINS // 4, 4).sum(-1)
-    exponent = torch.arange(BINS // 4, device=counts.device) - 127
-    spacing = exponent.clamp(min=fmt.emin) - fmt.mantissa_bits
-    if fmt.bias is None:
-        spacing = torch.full_like(spacing, -fmt.mantissa_bits)
-    at_weight = chances[..., (spacing - int(_OCTAVES[0])).clamp(0, len(_OCTAVES) - 1)]
-    return (per_binade * at_weight).sum(-1) / per_binade.sum(-1)

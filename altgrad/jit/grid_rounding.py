@@ -20,7 +20,6 @@ from altgrad.jit.machine import (
     bor,
     bxor,
     float_of,
-    load_word,
     low_word,
     mul,
     pick,
@@ -30,6 +29,8 @@ from altgrad.jit.machine import (
     sub,
     truncated,
 )
+from altgrad.jit.memory import load_word
+from altgrad.jit.template import table_reader
 from altgrad.randomness.counter import MULTIPLIERS
 
 Grid = namedtuple("Grid", GRID_FIELDS)
@@ -37,24 +38,12 @@ Grid = namedtuple("Grid", GRID_FIELDS)
 _inline = njit(forceinline=True, error_model="numpy")
 
 
-def _read_grid_source() -> str:
-    words = ", ".join(f"load_word(like, table, {i})" for i in range(len(GRID_FIELDS)))
-    return f"def read_grid(like, table):\n    return Grid({words})\n"
-
-
-_namespace: dict = {"Grid": Grid, "add": add, "load_word": load_word}
-
-
-def _scaled_grid_source() -> str:
-    moved = {"emin_field": "exponent", "min_normal_bits": "bits", "max_bits": "bits"}
-    words = ", ".join(f"add(grid.{f}, {moved[f]})" if f in moved else f"grid.{f}" for f in GRID_FIELDS)
-    return f"def scaled_grid(grid, exponent, bits):\n    return Grid({words})\n"
-
-
-exec(_read_grid_source(), _namespace)  # Numba has no loop over the fields of a named tuple
-read_grid = _inline(_namespace["read_grid"])
-exec(_scaled_grid_source(), _namespace)
-_moved_grid = _inline(_namespace["scaled_grid"])
+_MOVED = {"emin_field": "exponent", "min_normal_bits": "bits", "max_bits": "bits"}
+_move = f"Grid({', '.join(f'add(grid.{f}, {_MOVED[f]})' if f in _MOVED else f'grid.{f}' for f in GRID_FIELDS)})"
+_namespace: dict = {"Grid": Grid, "add": add}
+exec(f"def moved_grid(grid, exponent, bits):\n    return {_move}\n", _namespace)  # as in `table_reader`
+_moved_grid = _inline(_namespace["moved_grid"])
+read_grid = table_reader(Grid, lambda i, _: f"load_word(like, table, {i})", load_word=load_word)
 
 
 @_inline

@@ -108,10 +108,8 @@ class Family(IntEnum):
     BY_SHORT_CHANCE = 3  # stochastic for at most 7 significant bits
 
 
-SETTLED_ALIKE = (
-    Family.BY_ADDITION,
-    Family.BY_SHORT_CHANCE,
-)  # families that need `jit.grid_rounding.settled_alike` only
+SETTLED_ALIKE = (Family.BY_ADDITION, Family.BY_SHORT_CHANCE)  # need `jit.grid_rounding.settled_alike` only
+DRAWING = (Family.BY_CHANCE, Family.BY_SHORT_CHANCE)  # take random words
 
 
 def family_of(

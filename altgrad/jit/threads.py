@@ -13,41 +13,40 @@ from functools import cache
 
 import numba
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 
-from altgrad.jit.machine import call_loop
+from altgrad.jit.calls import call_loop
+from altgrad.jit.template import LOOP, function
 
 ELEMENTS_PER_THREAD = 32768  # below this a second thread costs more than it saves
-_GRAIN = 8192  # chunk borders are multiples of it: cpu_loops.STATS_TILE
+CHUNK = 8192  # elements; borders between threads are multiples of it, and sums are taken chunk by chunk
 
 if not numba.config.THREADING_LAYER or numba.config.THREADING_LAYER == "default":  # pyright: ignore
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # pyright: ignore
 
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _serial(function, table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, count):
-    """The whole loop on this thread."""
-    return call_loop(function, (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, 0, count))
+_ARGUMENTS = LOOP.args[:-2]  # all but the range
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@function(types.int64(types.int64, *_ARGUMENTS, types.int64, types.int64))
 def run_range(function, table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
-    """Elements start .. stop - 1 on this thread; the addresses are those of element 0."""
-    return call_loop(
+    """Units start .. stop - 1 on this thread; the addresses are those of unit 0."""
+    return call_loop(  # pyright: ignore[reportCallIssue]  (Numba hands in the typing context)
         function, (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop)
     )
 
 
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _parallel(function, table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, count, threads):
-    """The loop in one chunk per thread."""
-    chunk = (count + threads - 1) // threads
-    chunk = (chunk + _GRAIN - 1) // _GRAIN * _GRAIN
+@function(types.int64(types.int64, *_ARGUMENTS, types.int64, types.int64, types.int64), parallel=True)
+def _parallel(
+    function, table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, count, grain, threads
+):
+    """The loop in one range per thread."""
+    each = (count + threads - 1) // threads
+    each = (each + grain - 1) // grain * grain
     problems = 0
     for thread in prange(threads):
-        start = min(thread * chunk, count)
-        stop = min(start + chunk, count)
-        problems += call_loop(
+        start = min(thread * each, count)
+        stop = min(start + each, count)
+        problems += call_loop(  # pyright: ignore[reportCallIssue]
             function, (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop)
         )
     return problems
@@ -72,26 +71,44 @@ def threads_for(count: int) -> int:
     return min(torch.get_num_threads(), count // ELEMENTS_PER_THREAD, numba.config.NUMBA_NUM_THREADS)  # pyright: ignore
 
 
-def run(function: int, count: int, *arguments) -> int:
-    """Run the loop at address `function` over `count` elements; `arguments` are those of `kernels.cpu.loops` up to partials."""
+def run(loop: int, count: int, *arguments) -> int:
+    """Run the loop at an address over `count` elements.
+
+    Args:
+        loop: of `jit.template.loop`; its flags on several threads are added up.
+        arguments: those of the loop (`jit.template.LOOP`) up to partials.
+    """
     threads = threads_for(count)
     if threads == 1:
-        return _serial(function, *arguments, count)
+        return run_range()(loop, *arguments, 0, count)
+    return _on_threads(threads, loop, *arguments, count, CHUNK)
+
+
+def run_table(loop: int, table: int, units: int, *, grain: int = 1, threads: int = 1) -> int:
+    """Run a loop that finds all it needs in its table over `units` of work, `grain` of which stay on one thread."""
+    arguments = (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0)
+    if threads == 1:
+        return run_range()(loop, *arguments, 0, units)
+    return _on_threads(threads, loop, *arguments, units, grain)
+
+
+def _on_threads(threads: int, *arguments) -> int:
+    parallel, safe = _started()
     found = numba.get_num_threads()
     if found != threads:
         numba.set_num_threads(threads)
     try:
-        if _layer_is_thread_safe():
-            return _parallel(function, *arguments, count, threads)
+        if safe:
+            return parallel(*arguments, threads)
         with _not_thread_safe:
-            return _parallel(function, *arguments, count, threads)
+            return parallel(*arguments, threads)
     finally:
         if found != threads:
             numba.set_num_threads(found)  # the caller's own setting
 
 
 @cache
-def _layer_is_thread_safe() -> bool:
-    """Whether several threads may start parallel loops at once: not under Numba's `workqueue` layer."""
-    _parallel.compile(tuple([types.int64] * 6 + [types.float64] + [types.int64] * 7))  # which loads the layer
-    return numba.threading_layer() != "workqueue"
+def _started():
+    """(the compiled driver, whether several threads may start it at once: not under Numba's `workqueue` layer)."""
+    parallel = _parallel()  # which loads the layer
+    return parallel, numba.threading_layer() != "workqueue"

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from altgrad.diagnostics.update import FIELD, measure_update, predict_stall
+from altgrad.diagnostics.fields import FIELD
+from altgrad.diagnostics.stall import predict_stall
+from altgrad.diagnostics.update import measure_update
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.added import StepTensors, added_metrics, measure_added

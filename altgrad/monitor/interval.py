@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad.diagnostics.update import UPDATE_FIELDS
+from altgrad.diagnostics.fields import UPDATE_FIELDS
 from altgrad.monitor.records import Record, Watched, operand_records, update_records
 from altgrad.records.metrics import Metric
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad.diagnostics.update import NEAR_ZERO
+from altgrad.diagnostics.fields import NEAR_ZERO
 from altgrad.errors import OptionError
 from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.attaching import watch_steps

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from altgrad.diagnostics.update import FIELD
+from altgrad.diagnostics.fields import FIELD
 from altgrad.records.metrics import Metric, metrics
 
 Record = dict[str, Any]

@@ -16,13 +16,13 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.formats.scalar_rows import E0M7
+from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.checks import FLOAT_DTYPES, check_scale
 from altgrad.quantization.memory import readable
 from altgrad.quantization.ops import encode, quantize
-from altgrad.quantization.subnormals import keeps_subnormals
 
 
-@keeps_subnormals
+@unflushed
 def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | FloatFormat | str) -> Tensor:
     """Stiffness S(w) = 2^(floor(log2|w|) - M): the spacing, at each weight, of a grid of M mantissa bits.
 
@@ -58,7 +58,7 @@ def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | Floa
     return stiffness.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
 
 
-@keeps_subnormals
+@unflushed
 def grid_spacing(weights: Tensor, format: FloatFormat | str, scale: Tensor | float = 1.0) -> Tensor:
     """Exact spacing of the scaled format's grid at each weight: scale * 2^(max(floor(log2|w/scale|), emin) - M).
 
@@ -79,7 +79,7 @@ def grid_spacing(weights: Tensor, format: FloatFormat | str, scale: Tensor | flo
     return torch.where(torch.isfinite(w), (step * scale), torch.nan).to(work.dtype)
 
 
-@keeps_subnormals
+@unflushed
 def grid_alignment_error(
     weights: Tensor, format: FloatFormat | str, scale: Tensor | float, *, overflow: Overflow | str = Overflow.NATIVE
 ) -> Tensor:
@@ -99,7 +99,7 @@ def grid_alignment_error(
     return (w - quantize(w, format, scale, overflow=overflow)).abs()
 
 
-@keeps_subnormals
+@unflushed
 def grid_alignment_statistics(
     weights: Tensor, format: FloatFormat | str, scale: Tensor | float, *, overflow: Overflow | str = Overflow.NATIVE
 ) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def grid_alignment_statistics(
     }
 
 
-@keeps_subnormals
+@unflushed
 def grid_index(x: Tensor, format: FloatFormat | str, scale: Tensor | float = 1.0) -> Tensor:
     """Ordered code index (int64) of each element's nearest grid value: sign * magnitude code, 0 for both zeros.
 
@@ -133,7 +133,7 @@ def grid_index(x: Tensor, format: FloatFormat | str, scale: Tensor | float = 1.0
     return magnitude.to(torch.int64) * torch.sign(finite).to(torch.int64)
 
 
-@keeps_subnormals
+@unflushed
 def compute_ulp_distance(
     before: Tensor, after: Tensor, format: FloatFormat | str | None = None, scale: Tensor | float = 1.0
 ) -> Tensor:
@@ -173,7 +173,7 @@ def compute_ulp_distance(
     return torch.where(finite, (after.double() - before.double()).abs() / ulp, torch.nan)
 
 
-@keeps_subnormals
+@unflushed
 def ulp_statistics(
     before: Tensor, after: Tensor, format: FloatFormat | str | None = None, scale: Tensor | float = 1.0
 ) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ def ulp_statistics(
     }
 
 
-@keeps_subnormals
+@unflushed
 def gradient_stiffness_correlation(
     weights: Tensor, gradients: Tensor, mantissa_bits_or_format: int | FloatFormat | str
 ) -> dict[str, Tensor]:

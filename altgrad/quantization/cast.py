@@ -23,7 +23,7 @@ from altgrad.formats.block import BlockFormat, block_format_from_spec
 from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import Overflow, Rounding, as_option
 from altgrad.formats.scalar import FloatFormat, format_from_spec
-from altgrad.quantization import subnormals
+from altgrad.jit.subnormals import flushed, gradual_underflow
 from altgrad.quantization.block_layout import BlockLayout, block_layout
 from altgrad.quantization.checks import (
     as_key,
@@ -195,8 +195,8 @@ class Cast:
         kernel: str | None,
     ) -> Quantized:
         """The call on a plain tensor: what `__call__` comes to outside of tracing, and an operator inside."""
-        if subnormals.are_flushed():
-            with subnormals.kept():
+        if flushed():
+            with gradual_underflow():
                 return self.run(x, scale, key, out, want, kernel)
         try:
             plan = self._plans[x.dtype, x.device, want, kernel]
@@ -253,8 +253,8 @@ class Cast:
         kernel: str | None,
     ) -> Tensor:
         """Decoding on a plain tensor; for block formats `scale` has the stored scales, `upper` the tensor scale."""
-        if subnormals.are_flushed():
-            with subnormals.kept():
+        if flushed():
+            with gradual_underflow():
                 return self.run_decode(codes, scale, upper, dtype, out, kernel)
         try:
             plan = self._plans[dtype, codes.device, 0, kernel]

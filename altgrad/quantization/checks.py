@@ -19,6 +19,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM
+from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.memory import PLAIN_TYPES, check_dense, check_writable, is_unusual, readable
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -80,6 +81,7 @@ def _as_float32(number: float) -> float:
         return math.inf
 
 
+@unflushed
 def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """The scale as the kernels take it: a float, or a tensor of the compute dtype of `dtype`, on x's device.
 

@@ -16,6 +16,7 @@ from altgrad.errors import CodeError, FormatError
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat, Specials
+from altgrad.jit.subnormals import gradual_underflow
 from altgrad.quantization.memory import check_dense
 
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -57,7 +58,8 @@ def value_table(fmt: FloatFormat) -> np.ndarray:
 @lru_cache(maxsize=64)
 def value_tensor(fmt: FloatFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`value_table` as a tensor; shared, not to be written."""
-    return torch.from_numpy(value_table(fmt).copy()).to(dtype).to(device)
+    with gradual_underflow():
+        return torch.from_numpy(value_table(fmt).copy()).to(dtype).to(device)
 
 
 def stored_scale_dtype(fmt: BlockFormat) -> torch.dtype:

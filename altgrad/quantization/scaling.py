@@ -17,12 +17,13 @@ from altgrad.errors import DtypeError, FormatError, OptionError, ScaleError
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
-from altgrad.quantization import subnormals
+from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.checks import FLOAT_DTYPES, traced
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual, readable
 
 
+@unflushed
 def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
     """Largest magnitude among the finite elements, in float32 (float64 for float64).
 
@@ -40,9 +41,6 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
     plain = not traced(x)
     if (not plain or is_unusual(x)) and not torch.compiler.is_compiling():
         x = readable(x)
-    if plain and subnormals.are_flushed():
-        with subnormals.kept():
-            return amax(x, axis)
     if x.dtype not in FLOAT_DTYPES:
         raise DtypeError(f"amax of a tensor of dtype {x.dtype}; cast it to float32, float64, bfloat16 or float16 first")
     work = x.detach()
@@ -93,6 +91,7 @@ def _largest_value(fmt: FloatFormat | str) -> float:
 _largest_value._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without the compiler
 
 
+@unflushed
 def scale_from_amax(amax: Tensor, fmt: FloatFormat | str, *, power_of_two: bool = False) -> Tensor:
     """amax / fmt.max, rounded up to a power of two on demand; amax 0 scales as if amax were 1.
 

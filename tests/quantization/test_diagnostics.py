@@ -5,15 +5,10 @@ import math
 import pytest
 import torch
 
+from altgrad.diagnostics.fields import UPDATE_FIELDS
 from altgrad.diagnostics.kernels.cpu import supports
-from altgrad.diagnostics.update import (
-    UPDATE_FIELDS,
-    UpdateMeasurement,
-    bin_edges,
-    measure_update,
-    predict_stall,
-    stall_chances,
-)
+from altgrad.diagnostics.stall import bin_edges, predict_stall, stall_chances
+from altgrad.diagnostics.update import UpdateMeasurement, measure_update
 from altgrad.errors import KernelError, OptionError
 from altgrad.quantization import (
     FORMAT_REGISTRY,

@@ -1,28 +1,21 @@
 """The fused CPU kernel of `measure_update`: one pass over before, gradient, attempted and after.
 
-This module is the torch side and the threads; the arithmetic is in `diagnostics.kernels.tiles` and `diagnostics.kernels.careful`. Work is cut
-into chunks by the number of elements alone, so results do not depend on the number of threads.
+This module is the torch side and the two loops that are run: one measures, chunk by chunk, one puts the chunks together.
+The arithmetic is in `diagnostics.kernels.tiles` and `diagnostics.kernels.careful`. Work is cut into chunks by the number
+of elements alone, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import carray
 from torch import Tensor
 
-from altgrad.diagnostics import fields
 from altgrad.diagnostics.fields import BINS, UPDATE_FIELDS
-from altgrad.diagnostics.kernels import careful as diagnose_careful
-from altgrad.diagnostics.kernels import tiles as diagnose_tiles
 from altgrad.diagnostics.kernels.careful import tile_with_care
 from altgrad.diagnostics.kernels.tiles import (
     COPIES,
@@ -40,14 +33,14 @@ from altgrad.diagnostics.kernels.tiles import (
     tile,
 )
 from altgrad.formats.scalar import FloatFormat
-from altgrad.jit import machine as cpu_llvm
-from altgrad.jit import threads as cpu_threads
-from altgrad.jit.machine import FLOAT32, bits_of, float_of, load, scratch, shl, store
+from altgrad.jit.kinds import FLOAT32
+from altgrad.jit.machine import bits_of, float_of, shl
+from altgrad.jit.memory import load, load_word, pointer, scratch, store
+from altgrad.jit.template import Plain, loop, table_reader
+from altgrad.jit.threads import run_table, threads_for
 
 CHUNK = 32768  # elements
 FIELDS = len(UPDATE_FIELDS)
-_SOURCES = [Path(module.__file__) for module in (cpu_llvm, diagnose_tiles, diagnose_careful, fields)]
-_STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in [*_SOURCES, Path(__file__)])).hexdigest()[:12]
 _SCRATCH_BYTES = 4 * SCRATCH_ROW
 _SCALES_BYTES = 4 * TILE
 _MAXIMA = (F.w_amax, F.g_amax, F.pair_s_max, F.pair_g_max, F.error_max, F.u_amax, F.steps_max, F.ulp_max)
@@ -55,29 +48,46 @@ _MINIMA = (F.pair_s_min, F.pair_g_min)
 
 
 class Job(NamedTuple):
-    """One measurement, as the compiled functions take it."""
+    """One measurement, as a table of 64-bit words."""
 
     w: int  # addresses
     g: int
     a: int
     z: int
+    partial: int  # float64 [chunks, FIELDS]
+    histograms: int  # int32 [parts, COPIES, 4, HISTOGRAM]
+    rows_used: int  # uint8 [parts, rows] and [parts, columns]
+    columns_used: int
+    vector: int  # float64 [FIELDS]
+    kept: int  # int64 [2, BINS]
+    scales: int  # element i has scales[i // inner], or `scale` if inner is 0
+    parts: int  # of the work, one for each thread
     count: int
     rows: int
     columns: int
-    scales: int  # address; element i has scales[i // inner], or `scale` if inner is 0
-    scale: float
     inner: int
-    near_zero: float
-    has_gradient: bool
-    units: bool  # whether rows and columns without gradient are counted
-    magnitudes: bool  # which histograms are wanted: of weights and updates, of steps, of ULPs
-    steps: bool
-    ulps: bool
+    has_gradient: int
+    units: int  # whether rows and columns without gradient are counted
+    magnitudes: int  # which histograms are wanted: of weights and updates, of steps, of ULPs
+    steps: int
+    ulps: int
     mantissa_bits: int
     emin_field: int
     stiffness_field: int  # of a grid whose spacing is one; else 0
-    largest: float
-    own: bool  # float32's own grid
+    own: int  # float32's own grid
+    largest: float  # float64, as are the following
+    scale: float
+    near_zero: float
+
+
+_NUMBERS = ("largest", "scale", "near_zero")
+
+
+def _word(i: int, name: str) -> str:
+    return f"load_word(0.0, table, {i})" if name in _NUMBERS else f"np.int64(load_word(np.uint64(0), table, {i}))"
+
+
+_read_job = table_reader(Job, _word, load_word=load_word, np=np)
 
 
 @strict
@@ -106,10 +116,11 @@ def _chunk(p, job, at, count, histograms, used_rows, used_columns):
         np.uint32(job.emin_field),
         np.float32(job.largest),
         np.uint32(job.stiffness_field),
-        job.own,
+        job.own != 0,
     )
     scale, near_zero, inner = np.float32(job.scale), bits_of(np.float32(job.near_zero)), job.inner
-    counts = job.magnitudes, job.steps, job.ulps
+    counts = job.magnitudes != 0, job.steps != 0, job.ulps != 0
+    has_gradient = job.has_gradient != 0
     bins, tile_scales = scratch(_SCRATCH_BYTES), scratch(_SCALES_BYTES)
     # Multiplying by the reciprocal of a power of two is dividing.
     divides = inner > 0 or bits_of(scale) & 0x7FFFFF != 0 or not 2.0**-126 <= scale <= 2.0**126
@@ -124,33 +135,40 @@ def _chunk(p, job, at, count, histograms, used_rows, used_columns):
         tensors = job.w + here, job.g + here, job.a + here, job.z + here
         zeros = p[F.g_zero]
         if not tile(
-            p, tensors, tile_scales, scale, divides, near_zero, job.has_gradient, counts, grid, n, bins, histograms
+            p, tensors, tile_scales, scale, divides, near_zero, has_gradient, counts, grid, n, bins, histograms
         ):
-            tile_with_care(p, tensors, tile_scales, scale, divides, near_zero, job.has_gradient, grid, n, histograms)
+            tile_with_care(p, tensors, tile_scales, scale, divides, near_zero, has_gradient, grid, n, histograms)
         if job.units:
             _mark_used(job.g + here, start, n, job.columns, p[F.g_zero] == zeros, used_rows, used_columns)
 
 
 @inline
-def _prepared(job, parts):
-    """Empty partial results: fields of each chunk; histograms, used rows and used columns of each thread."""
-    partial = np.zeros(((job.count + CHUNK - 1) // CHUNK, FIELDS))
-    for c in range(len(partial)):
-        partial[c, F.pair_s_min] = partial[c, F.pair_g_min] = np.inf
-        partial[c, F.pair_s_max] = partial[c, F.pair_g_max] = -np.inf
-    histograms = np.zeros((parts, COPIES, 4, HISTOGRAM), np.int32)
-    rows_used = np.zeros((parts, job.rows if job.units else 0), np.uint8)
-    return partial, histograms, rows_used, np.zeros((parts, job.columns if job.units else 0), np.uint8)
+def _arrays(job):
+    """(partial, histograms, rows_used, columns_used) at their addresses."""
+    chunks = (job.count + CHUNK - 1) // CHUNK
+    return (
+        carray(pointer(job.partial), (chunks, FIELDS), np.float64),
+        carray(pointer(job.histograms), (job.parts, COPIES, 4, HISTOGRAM), np.int32),
+        carray(pointer(job.rows_used), (job.parts, job.rows if job.units else 0), np.uint8),
+        carray(pointer(job.columns_used), (job.parts, job.columns if job.units else 0), np.uint8),
+    )
 
 
-@inline
-def _part(part, parts, job, partial, histograms, rows_used, used):
-    """The chunks of one thread."""
+def _measure(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
+    """The parts start .. stop - 1 of the job in the table; each has a histogram of its own."""
+    job = _read_job(0, table)
+    partial, histograms, rows_used, columns_used = _arrays(job)
     chunks = len(partial)
-    each = (chunks + parts - 1) // parts
-    for c in range(part * each, min((part + 1) * each, chunks)):
-        here = c * CHUNK
-        _chunk(partial[c], job, here, min(CHUNK, job.count - here), histograms[part], rows_used[part], used[part])
+    each = (chunks + job.parts - 1) // job.parts
+    for p in range(start, stop):
+        for c in range(p * each, min((p + 1) * each, chunks)):
+            partial[c, :] = 0.0
+            partial[c, F.pair_s_min] = partial[c, F.pair_g_min] = np.inf
+            partial[c, F.pair_s_max] = partial[c, F.pair_g_max] = -np.inf
+            here = c * CHUNK
+            count = min(CHUNK, job.count - here)
+            _chunk(partial[c], job, here, count, histograms[p], rows_used[p], columns_used[p])
+    return np.int64(0)
 
 
 @strict
@@ -184,9 +202,11 @@ def _median(histograms, kind, counted, total, moved):
     return np.float64(float_of(shl(np.uint32(b), np.uint32(21))))
 
 
-@strict
-def _merge(partial, histograms, rows_used, used, job, vector, kept):
-    """Combine the chunks, in order, and the threads, whose counts are whole numbers; False if a median is missing."""
+def _merge(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
+    """Combine the chunks, in order, and the parts, whose counts are whole numbers; 1 if a median is missing."""
+    job = _read_job(0, table)
+    partial, histograms, rows_used, used = _arrays(job)
+    vector = carray(pointer(job.vector), (FIELDS,), np.float64)
     vector[:] = partial[0]
     for c in range(1, len(partial)):
         for f in range(FIELDS):
@@ -197,16 +217,18 @@ def _merge(partial, histograms, rows_used, used, job, vector, kept):
             else:
                 vector[f] += partial[c, f]
     moves = np.int64(vector[F.moves])
-    vector[F.steps_median] = _median(histograms, STEPS, job.steps, moves, np.int64(vector[F.flips]))
-    vector[F.ulp_median] = _median(histograms, ULPS, job.ulps, moves, np.int64(vector[F.moved]))
+    vector[F.steps_median] = _median(histograms, STEPS, job.steps != 0, moves, np.int64(vector[F.flips]))
+    vector[F.ulp_median] = _median(histograms, ULPS, job.ulps != 0, moves, np.int64(vector[F.moved]))
     vector[F.dead_rows] = vector[F.dead_columns] = np.nan
     if job.units:
         vector[F.dead_rows], vector[F.dead_columns] = _unused(rows_used), _unused(used)
     if job.magnitudes:
+        kept = carray(pointer(job.kept), (2, BINS), np.int64)
         kept[:] = 0
         _add_up(histograms, WEIGHTS, kept[0])
         _add_up(histograms, UPDATES, kept[1])
-    return (vector[F.steps_median] >= 0 and vector[F.ulp_median] >= 0) or moves == 0
+    missing = vector[F.steps_median] < 0 or vector[F.ulp_median] < 0
+    return np.int64(missing)
 
 
 @inline
@@ -218,43 +240,10 @@ def _unused(used):
     return unused
 
 
-def _stamped(function):
-    """The function under a name that carries its sources', so that Numba's cache on disk knows when they change."""
-    function.__qualname__ = f"{function.__name__}_{_STAMP}"
-    return function
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-@_stamped
-def _serial(job, parts, vector, kept):
-    """Measure on this thread."""
-    partial, histograms, rows_used, used = _prepared(job, parts)
-    for part in range(parts):
-        _part(part, parts, job, partial, histograms, rows_used, used)
-    return _merge(partial, histograms, rows_used, used, job, vector, kept)
-
-
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-@_stamped
-def _parallel(job, parts, vector, kept):
-    """Measure on as many threads as there are parts."""
-    partial, histograms, rows_used, used = _prepared(job, parts)
-    for part in prange(parts):
-        _part(part, parts, job, partial, histograms, rows_used, used)
-    return _merge(partial, histograms, rows_used, used, job, vector, kept)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Numba's pool set to `count` threads, and left as found."""
-    found = numba.get_num_threads()
-    lock = nullcontext() if cpu_threads._layer_is_thread_safe() else cpu_threads._not_thread_safe
-    with lock:
-        numba.set_num_threads(count)
-        try:
-            yield
-        finally:
-            numba.set_num_threads(found)
+@cache
+def _loops() -> tuple[int, int]:
+    """Addresses of (`_measure`, `_merge`)."""
+    return loop(_measure, Plain()), loop(_merge, Plain())
 
 
 def _scale_layout(scale: Tensor | float, like: Tensor) -> tuple[Tensor | None, float, int]:
@@ -302,21 +291,28 @@ def measure(
     rows, columns = before.shape if before.ndim == 2 else (1, count)
     units = before.ndim == 2 and gradient is not None
     scales, number, inner = _scale_layout(scale, before)
-    vector = np.empty(FIELDS)
+    parts = min(-(-count // CHUNK), threads_for(count))
+    vector, partial = np.empty(FIELDS), np.empty((-(-count // CHUNK), FIELDS))
     kept = np.empty((2 if magnitudes else 0, BINS), dtype=np.int64)
+    used = [np.zeros((parts, n if units else 0), dtype=np.uint8) for n in (rows, columns)]
+    mantissa_bits, emin_field, stiffness_field, largest, own = _facts(fmt)
     addresses = tuple((before if t is None else t).data_ptr() for t in (before, gradient, attempted, after))
-    where = 0 if scales is None else scales.data_ptr(), float(number), inner
-    parts = min(-(-count // CHUNK), cpu_threads.threads_for(count))
-    facts = _facts(fmt)
+    measure_loop, merge_loop = _loops()
     # A median of what mostly did not move is 0, without a histogram. Weights between the values of a grid do move.
     free = addresses[2] == addresses[3]
-    for counts in ((magnitudes, free and fmt.name == "FP32", free), (magnitudes, True, True)):
-        job = Job(*addresses, count, rows, columns, *where, near_zero, gradient is not None, units, *counts, *facts)
-        if parts == 1:
-            complete = _serial(job, parts, vector, kept)
-        else:
-            with _threads(parts):
-                complete = _parallel(job, parts, vector, kept)
-        if complete:
+    for steps, ulps in ((free and own, free), (True, True)):
+        histograms = np.zeros((parts, COPIES, 4, HISTOGRAM), dtype=np.int32)
+        results = (partial, histograms, *used, vector, kept)
+        whole = (
+            *addresses,
+            *(array.ctypes.data for array in results),
+            0 if scales is None else scales.data_ptr(),
+            *(parts, count, rows, columns, inner, gradient is not None, units, magnitudes, steps, ulps),
+            *(mantissa_bits, emin_field, stiffness_field, own),
+        )
+        table = np.array([*whole, 0, 0, 0], dtype=np.int64)
+        table[len(whole) :].view(np.float64)[:] = largest, number, near_zero
+        run_table(measure_loop, table.ctypes.data, parts, threads=parts)
+        if not run_table(merge_loop, table.ctypes.data, 1):
             break
     return torch.from_numpy(vector), torch.from_numpy(kept) if magnitudes else None

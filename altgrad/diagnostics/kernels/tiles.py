@@ -16,8 +16,8 @@ import numpy as np
 from numba import njit
 
 from altgrad.diagnostics.fields import BINS, UPDATE_FIELDS
+from altgrad.jit.kinds import FLOAT32
 from altgrad.jit.machine import (
-    FLOAT32,
     add,
     band,
     below,
@@ -25,18 +25,16 @@ from altgrad.jit.machine import (
     bxor,
     counted,
     float_of,
-    load,
     pick,
     plus,
     plus_product,
     plus_square,
-    reload_code,
     shl,
     shr,
     small_integer,
-    store_code,
     sub,
 )
+from altgrad.jit.memory import load, reload_code, store_code
 
 TILE = 512
 WEIGHTS, UPDATES, STEPS, ULPS = range(4)  # histograms

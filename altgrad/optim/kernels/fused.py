@@ -26,11 +26,10 @@ from altgrad.quantization.parameter_grid import ParameterGrid
 SHORTEST_ROW = 16
 RANDOM_BITS = 24  # of stochastic landings, as `quantize` has it
 _REALS = ParameterGrid(FP32)
-ADAM, RUNGS, LION, SIGN, MADAM, LNS, GATHER = range(
-    7
-)  # as cpu_parts.Rule, which imports Numba and is loaded on first use
-NONE, ROUND, KAHAN, ECO = range(4)  # as cpu_parts.Landing
-MOMENTUM, NESTEROV, READY = range(3)  # as cpu_parts.Pull
+# As Rule, Landing and Pull in `optim.kernels.parts`, which imports Numba and is loaded on first use.
+ADAM, RUNGS, LION, SIGN, MADAM, LNS, GATHER = range(7)
+NONE, ROUND, KAHAN, ECO = range(4)
+MOMENTUM, NESTEROV, READY = range(3)
 
 
 def why_not(slot: Any, group: dict[str, Any]) -> str | None:
@@ -75,10 +74,10 @@ def _has_fma() -> bool:
 
 @cache
 def _step(*fields: Any) -> int:
-    from altgrad.optim.kernels import parts as cpu_parts
-    from altgrad.optim.kernels import steps as cpu_steps
+    from altgrad.optim.kernels.parts import Variant
+    from altgrad.optim.kernels.steps import compiled
 
-    return cpu_steps.compiled(cpu_parts.Variant(*fields, _has_fma()))
+    return compiled(Variant(*fields, _has_fma()))
 
 
 @cache
@@ -120,7 +119,7 @@ def run(
     Returns:
         float64 [6], the counts of the landing; None without one.
     """
-    from altgrad.jit import threads as cpu_threads
+    from altgrad.jit import threads
     from altgrad.optim.kernels.parts import COUNT_FIELDS, COUNT_TILE, Field
 
     grid = slot.grid or _REALS
@@ -149,7 +148,7 @@ def run(
         values[Field[name.upper()]] = number
     partials = torch.empty(-(-count // COUNT_TILE), COUNT_FIELDS, dtype=torch.float64) if landing else None
     seed, stream = signed(key or (0, 0))
-    cpu_threads.run(
+    threads.run(
         loop,
         count,
         table.ctypes.data,

@@ -1,16 +1,9 @@
-"""What the fused CPU steps are made of: the table of a step's numbers, small arithmetic, counting, and binding.
-
-A step is a template whose constants (`Variant`) and parts are bound to its globals before it is compiled; its name, by
-which Numba keeps the result on disk, carries them with a stamp of the sources.
-"""
+"""What the fused CPU steps are made of: the table of a step's numbers, small arithmetic and counting."""
 
 # ruff: noqa: F821  (names are bound to the templates, and Numba compiles what is plain)
 from __future__ import annotations
 
-import hashlib
 from enum import IntEnum
-from pathlib import Path
-from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +11,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from altgrad.jit import grid_rounding as cpu_bits
-from altgrad.jit import machine as cpu_llvm
-from altgrad.jit.machine import FLOAT32, band, below, bits_of, counted, float_of, kept, low_word, reload, shl
-from altgrad.quantization.kernels.cpu import loops as cpu_loops
+from altgrad.jit.kinds import FLOAT32
+from altgrad.jit.machine import band, below, bits_of, counted, float_of, low_word, shl
+from altgrad.jit.memory import kept, reload
+from altgrad.jit.threads import CHUNK
 
 TILE = 512  # elements whose temporaries stay in the first-level cache: few, so that memory is read all the time
-COUNT_TILE = cpu_loops.STATS_TILE  # elements per row of counts; the driver's chunk borders are multiples of it
+COUNT_TILE = CHUNK  # elements per row of counts
 COUNT_FIELDS = 6  # attempted, flips, stalled, sign flips, clipped, saturated
 
 
@@ -239,22 +232,3 @@ def _tally(before, moves, w, count):
         tried = kept(moves, i) != np.float32(0)
         counts = with_weight(counts, tried, kept(before, i), reload(w, i, FLOAT32), False)
     return counts
-
-
-_SOURCES = [Path(module.__file__) for module in (cpu_bits, cpu_llvm, cpu_loops)]
-
-
-def stamp(*files: str) -> str:
-    """A hash of the sources that a compiled step depends on."""
-    paths = [*_SOURCES, Path(__file__), *map(Path, files)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
-
-
-def bind(template, variant: Variant, mark: str, **constants):
-    """A copy of `template` that sees the variant's fields and `constants` as globals, under a name of its own."""
-    bound = {**variant._asdict(), **constants}
-    label = "_".join(f"{k}{int(v)}" for k, v in variant._asdict().items()).lower()
-    name = f"{template.__name__}_{label}_{mark}"
-    function = FunctionType(template.__code__, {**template.__globals__, **bound}, name)
-    function.__qualname__ = name
-    return function

@@ -2,7 +2,7 @@
 
 Two loops over a tile that stays in the first-level cache. A rule updates its moments and writes the *aim* of every
 weight, with a random word where the landing is stochastic: its divisions and square roots leave the multipliers of the
-random words free. The landing rounds by the quantization kernel's own arithmetic (`kernels.cpu.loops._rounded`), counts, and
+random words free. The landing rounds by the quantization kernel's own arithmetic (`jit.element._rounded`), counts, and
 feeds its error back. (In one loop the chain of operations of an element outgrows the processor's window.)
 
 `n` holds a rule's numbers; `place` is (scale, grid in units of it, largest weight, index of element 0, two key words).
@@ -14,7 +14,9 @@ from __future__ import annotations
 import numpy as np
 
 from altgrad.jit.grid_rounding import random_word
-from altgrad.jit.machine import BFLOAT16, FLOAT32, add, bits_of, float_of, keep, kept, load, low_word, reload, store
+from altgrad.jit.kinds import BFLOAT16, FLOAT32
+from altgrad.jit.machine import add, bits_of, float_of, low_word
+from altgrad.jit.memory import keep, kept, load, reload, store
 
 
 def _aim_at(w, aim, words, i, target, place):

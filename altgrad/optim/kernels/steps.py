@@ -1,8 +1,8 @@
 """Fused optimizer steps on the CPU: one pass over weights, gradients and moments, compiled on first use.
 
 A step runs over tiles, under one scale each. Most rules move, land, count and feed back in one loop (`optim.kernels.rules`);
-GridOptim and LNS-Madam round in float64 in a second one (`optim.kernels.self_rounding`). The steps are C functions with the
-signature of `altgrad.quantization.kernels.cpu.loops`, run by the same threaded driver:
+GridOptim and LNS-Madam round in float64 in a second one (`optim.kernels.self_rounding`). The steps have the signature
+`altgrad.jit.template.LOOP`:
 
     table     the step's numbers (`Field`)                          x, out, codes   weights, gradients, first moment
     scales    one scale per `inner` elements, or 0 for `scale`     partials        six counts per COUNT_TILE elements
@@ -14,18 +14,19 @@ Arithmetic is float32 in the order of torch's kernels, with fused multiply-add w
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
 
+from altgrad.jit.element import Arithmetic, rounding_of
 from altgrad.jit.grid_rounding import key_words, read_grid, scaled_grid
-from altgrad.jit.machine import FLOAT32, FLOAT64, load, load_word, low_word, scratch, store_double
-from altgrad.optim.kernels import parts as cpu_parts
-from altgrad.optim.kernels import rules as cpu_rules
-from altgrad.optim.kernels import self_rounding as cpu_self_rounding
+from altgrad.jit.grid_table import DRAWING
+from altgrad.jit.kinds import FLOAT32, FLOAT64
+from altgrad.jit.machine import low_word
+from altgrad.jit.memory import load, load_word, scratch, store_double
+from altgrad.jit.template import loop, part
+from altgrad.optim.kernels import parts, rules, self_rounding
 from altgrad.optim.kernels.parts import COUNT_FIELDS, COUNT_TILE, TILE, Field, Landing, Pull, Rule, Variant
-from altgrad.quantization.kernels.cpu import loops as cpu_loops
-from altgrad.quantization.kernels.cpu.loops import DRAWING
 
 
 def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials, start, stop):
@@ -109,47 +110,42 @@ def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials
     return 0
 
 
-_MARK = cpu_parts.stamp(__file__, cpu_rules.__file__, cpu_self_rounding.__file__)
-_SIGNATURE = types.int64(*cpu_loops.LOOP_ARGUMENTS.types)
-_kept: list = []  # compiled functions must outlive their addresses
-
-
 @cache
 def compiled(variant: Variant) -> int:
     """Address of one fused step, compiled or loaded from Numba's cache on first use."""
-    landing = cpu_loops.Variant(FLOAT32, variant.FAMILY, PLAIN=variant.PLAIN)
     constants = {
         **{member.name: int(member) for enum in (Rule, Landing, Pull, Field) for member in enum},
         "TILE_BYTES": 4 * TILE,
         "DRAWS": variant.LANDING != Landing.NONE and variant.FAMILY in DRAWING,
-        "fma": cpu_parts.llvm_fma,
+        "fma": parts.llvm_fma,
     }
 
-    def part(template, **parts):
-        return njit(error_model="numpy")(cpu_parts.bind(template, variant, _MARK, **constants, **parts))
+    def of(template, **bound) -> Any:
+        return part(template, variant, **constants, **bound)
 
-    small = {"multiply_add": part(cpu_parts._multiply_add), "rounded": cpu_loops.rounding_of(landing)}
-    small |= {"no_counts": part(cpu_parts._no_counts), "with_weight": part(cpu_parts._with_weight)}
-    small |= {"within": part(cpu_parts._within), "aim_at": part(cpu_rules._aim_at)}
-    small |= {"lerp": part(cpu_parts._lerp, **small), "spacing": part(cpu_parts._spacing)}
-    small |= {"normalised": part(cpu_parts._normalised), "exponential": part(cpu_parts._exponential)}
-    rules = {
-        "adam": cpu_rules._adam,
-        "signs": cpu_rules._signs,
-        "madam": cpu_rules._madam,
-        "land": cpu_rules._land,
-        "gather": cpu_self_rounding._gather,
-        "rungs": cpu_self_rounding._rungs,
-        "land_rungs": cpu_self_rounding._land_rungs,
-        "pulls": cpu_self_rounding._pulls,
-        "tally": cpu_parts._tally,
+    small = {
+        "multiply_add": of(parts._multiply_add),
+        "rounded": rounding_of(Arithmetic(variant.FAMILY, PLAIN=variant.PLAIN)),
+        "no_counts": of(parts._no_counts),
+        "with_weight": of(parts._with_weight),
+        "within": of(parts._within),
+        "aim_at": of(rules._aim_at),
+        "spacing": of(parts._spacing),
+        "normalised": of(parts._normalised),
+        "exponential": of(parts._exponential),
     }
-    loops = {name: part(template, **small) for name, template in rules.items()}
-    loops |= {
-        "lns": part(cpu_self_rounding._lns, EXACT=True),
-        "lns_anywhere": part(cpu_self_rounding._lns, EXACT=False),
+    small["lerp"] = of(parts._lerp, **small)
+    loops = {
+        "adam": of(rules._adam, **small),
+        "signs": of(rules._signs, **small),
+        "madam": of(rules._madam, **small),
+        "land": of(rules._land, **small),
+        "gather": of(self_rounding._gather, **small),
+        "rungs": of(self_rounding._rungs, **small),
+        "land_rungs": of(self_rounding._land_rungs, **small),
+        "pulls": of(self_rounding._pulls, **small),
+        "tally": of(parts._tally, **small),
+        "lns": of(self_rounding._lns, EXACT=True),
+        "lns_anywhere": of(self_rounding._lns, EXACT=False),
     }
-    step = cpu_parts.bind(_step, variant, _MARK, **constants, **loops)
-    entry = cfunc(_SIGNATURE, cache=True, error_model="numpy")(step)
-    _kept.append(entry)
-    return entry.address
+    return loop(_step, variant, **constants, **loops)

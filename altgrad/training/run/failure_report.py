@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from altgrad.diagnostics.update import NEAR_ZERO
+from altgrad.diagnostics.fields import NEAR_ZERO
 from altgrad.records.files import write_text
 from altgrad.records.metrics import RUN, metrics
 from altgrad.records.run import FAILURE_REPORTS, Run

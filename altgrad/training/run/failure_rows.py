@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from altgrad.diagnostics.update import NEAR_ZERO
+from altgrad.diagnostics.fields import NEAR_ZERO
 from altgrad.records.metrics import OPERANDS, RECORD_KEYS, RUN, find_metric, mean, metrics
 from altgrad.records.run import as_number
 from altgrad.report.pages.failure import GradientFacts, LayerColumn, LayerRow, Trend

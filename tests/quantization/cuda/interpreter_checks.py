@@ -114,6 +114,10 @@ def check_blocks(device: str, names: tuple[str, ...], dtypes: tuple[torch.dtype,
                     good = same(a.values, b.values) and same(a.codes, b.codes) and same(a.scales, b.scales)
                     if not (good and close(a.stats.vector, b.stats.vector) and bool(a.problems) == bool(b.problems)):
                         bad.append(f"{name} {dtype} axis {axis} {rounding.value}")
+                packed = encode(torch.where(x.isfinite(), x, 0.0), name, axis=axis, pad=True, kernel="eager")
+                plain, compiled = (decode(packed, dtype=dtype, kernel=kernel) for kernel in ("eager", "cuda"))
+                if not same(plain, compiled):
+                    bad.append(f"decode {name} {dtype} axis {axis}")
     return bad
 
 

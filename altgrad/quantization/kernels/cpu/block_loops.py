@@ -2,31 +2,26 @@
 
 Two loops: `_tiles` walks tiles whose rows are contiguous (blocks along the last axis, 2-D tiles), `_strips` walks blocks
 along any other axis, a strip of neighbouring columns at a time. Both find the amax of a tile while bringing it into the
-cache, make the scale, and round the tile's elements from the cache: memory is read once. Each loop is a C function
-(table of parameters, first unit, last unit), so one threaded driver (`kernels.cpu.blocks.py`) serves all.
+cache, make the scale, and round the tile's elements from the cache: memory is read once. Where statistics are taken, runs
+of elements go to a buffer first, from which their squares are summed in fixed lanes (`jit.lanes`).
 """
 
+# ruff: noqa: F821  (names are bound to the templates)
 from __future__ import annotations
 
-import hashlib
 from functools import cache
-from pathlib import Path
-from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np
-from numba import cfunc, njit, types
 
-from altgrad.jit import grid_rounding as cpu_bits
-from altgrad.jit import grid_table as grid_facts
-from altgrad.jit import machine as cpu_llvm
 from altgrad.jit.grid_rounding import key_words, read_grid
-from altgrad.jit.grid_table import Family
-from altgrad.jit.machine import ITEM_BYTES, band, bits_of, float_of, load, low_word, scratch, store_code
-from altgrad.quantization.kernels.cpu import block_parts as cpu_block_parts
+from altgrad.jit.grid_table import DRAWING, Family
+from altgrad.jit.kinds import ITEM_BYTES
+from altgrad.jit.lanes import LANE_BYTES, add_squares, clear_lanes, lane_sums
+from altgrad.jit.machine import band, bits_of, float_of, low_word
+from altgrad.jit.memory import load, reload, scratch, store, store_code
+from altgrad.jit.template import loop, part
 from altgrad.quantization.kernels.cpu.block_parts import (
-    BY_ADDITION,
-    BY_SHORT_CHANCE,
     _element,
     _plain_span,
     _row_amax,
@@ -37,16 +32,12 @@ from altgrad.quantization.kernels.cpu.block_parts import (
     read_parameters,
     record,
 )
+from altgrad.quantization.kernels.cpu.loops import PARTIAL_BYTES
 
-BY_CHANCE = int(Family.BY_CHANCE)
 STRIP = 256  # columns that a strip works on at once
 STRIP_BYTES = 4 * STRIP
-# Names in the templates below that `compiled` replaces; the values here only say what they are.
-BLOCK = CODE_BYTES = SCALE_BYTES = ITEM = KIND = 0
-CHANCE = PLAIN = STATS = False
-plain_span = row_amax = scale_of = span = None
-
-PARTIAL_BYTES = 64  # amax, overflow, underflow, nonfinite, sse, sum_sq, two unused
+RUN = 512  # elements whose values wait in a buffer for their statistics
+RUN_BYTES = 4 * RUN
 
 
 class Variant(NamedTuple):
@@ -65,16 +56,18 @@ class Variant(NamedTuple):
 # -- the loops --------------------------------------------------------------------------------------------------------
 
 
-def _tiles(table, start, stop):
+def _tiles(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Tiles start .. stop - 1 in C order of the grid; a tile's rows are contiguous runs."""
-    p = read_parameters(table)
+    p = read_parameters(0, table)
     zero = np.uint32(0)
     grid = read_grid(zero, p.element_table)
     scale_grid = read_grid(zero, p.scale_table)
     tiles_across = (p.columns + p.tile_columns - 1) // p.tile_columns
     tiles_down = (p.rows + p.tile_rows - 1) // p.tile_rows
     problems = np.int64(0)
-    largest, overflows, underflows, nonfinites, sums = zero, 0, 0, 0, (0.0, 0.0)
+    largest, overflows, underflows, nonfinites = zero, 0, 0, 0
+    values, lanes = scratch(RUN_BYTES), scratch(LANE_BYTES)
+    clear_lanes(lanes)
     before, between = zero, zero
     across = start % tiles_across
     down = (start // tiles_across) % tiles_down
@@ -105,14 +98,17 @@ def _tiles(table, start, stop):
                 count = width - done
                 if not BLOCK:  # key words change every 2^32 elements, a multiple of BLOCK
                     count = min(count, (here | 0xFFFFFFFF) + 1 - here)
+                if STATS and not BLOCK:
+                    count = min(count, RUN)
                 if CHANCE:
                     before, between = key_words(np.uint64(p.seed), np.uint64(p.stream), np.uint64(here >> 32))
                 index = low_word(zero, here)
                 x, out, codes = p.x + here * ITEM, p.out + here * ITEM, p.codes + here * CODE_BYTES
                 run = BLOCK if BLOCK else count
-                found = span(grid, x, out, codes, run, s, reciprocal, 0, 0, index, before, between, sums)
-                sums = found[4]
+                target = values if STATS else out
+                found = span(grid, x, target, codes, run, s, reciprocal, 0, 0, index, before, between)
                 if STATS:
+                    settle(x, values, out, lanes, run)
                     overflows += np.int64(found[1])
                     underflows += np.int64(found[2])
                     nonfinites += np.int64(found[3])
@@ -122,8 +118,9 @@ def _tiles(table, start, stop):
         if STATS:
             largest = finite if finite > largest else largest
             if (tile + 1) % p.group == 0 or tile + 1 == stop:
-                record(p.partials + tile // p.group * PARTIAL_BYTES, largest, overflows, underflows, nonfinites, sums)
-                largest, overflows, underflows, nonfinites, sums = zero, 0, 0, 0, (0.0, 0.0)
+                place, sums = p.partials + tile // p.group * PARTIAL_BYTES, lane_sums(lanes, KIND, True)
+                record(place, largest, overflows, underflows, nonfinites, sums)
+                largest, overflows, underflows, nonfinites = zero, 0, 0, 0
         across += 1
         if across == tiles_across:
             across = 0
@@ -134,9 +131,9 @@ def _tiles(table, start, stop):
     return problems
 
 
-def _strips(table, start, stop):
+def _strips(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Strips start .. stop - 1 of up to STRIP columns, in C order of (outer, blocks along the axis, strips)."""
-    p = read_parameters(table)
+    p = read_parameters(0, table)
     zero, inf = np.uint32(0), np.uint32(0x7F800000)
     grid = read_grid(zero, p.element_table)
     scale_grid = read_grid(zero, p.scale_table)
@@ -144,6 +141,8 @@ def _strips(table, start, stop):
     blocks = (p.rows + p.tile_rows - 1) // p.tile_rows
     amaxes, multipliers, reciprocals = scratch(STRIP_BYTES), scratch(STRIP_BYTES), scratch(STRIP_BYTES)
     problems = np.int64(0)
+    values, lanes = scratch(STRIP_BYTES), scratch(LANE_BYTES)
+    clear_lanes(lanes)
     before, between, one = zero, zero, np.float32(1.0)
     for unit in range(start, stop):
         strip = unit % strips
@@ -179,7 +178,7 @@ def _strips(table, start, stop):
             store_code(p.scales, (outer * blocks + block) * p.columns + strip * STRIP + i, raw, SCALE_BYTES)
             poke(multipliers, i, s)
             poke(reciprocals, i, reciprocal)
-        overflows, underflows, nonfinites, sums = 0, 0, 0, (0.0, 0.0)
+        overflows, underflows, nonfinites = 0, 0, 0
         for row in range(height):
             position = corner + row * p.columns
             if PLAIN and p.plain != 0 and not specials:
@@ -189,52 +188,48 @@ def _strips(table, start, stop):
             done = 0
             while done < count:
                 here = position + done
-                part = min(count - done, (here | 0xFFFFFFFF) + 1 - here)
+                length = min(count - done, (here | 0xFFFFFFFF) + 1 - here)
                 if CHANCE:
                     before, between = key_words(np.uint64(p.seed), np.uint64(p.stream), np.uint64(here >> 32))
                 x, out, codes = p.x + here * ITEM, p.out + here * ITEM, p.codes + here * CODE_BYTES
-                scales = (one, one, multipliers + 4 * done, reciprocals + 4 * done)
-                found = span(grid, x, out, codes, part, *scales, low_word(zero, here), before, between, sums)
-                sums = found[4]
+                given = (one, one, multipliers + 4 * done, reciprocals + 4 * done)
+                target = values if STATS else out
+                found = span(grid, x, target, codes, length, *given, low_word(zero, here), before, between)
+                if STATS:
+                    settle(x, values, out, lanes, length)
                 problems |= np.int64(found[0])
                 overflows += np.int64(found[1])
                 underflows += np.int64(found[2])
                 nonfinites += np.int64(found[3])
-                done += part
+                done += length
         if STATS:
+            sums = lane_sums(lanes, KIND, True)
             record(p.partials + unit * PARTIAL_BYTES, largest, overflows, underflows, nonfinites, sums)
     return problems
 
 
-_SOURCES = [Path(module.__file__) for module in (cpu_bits, cpu_llvm, cpu_block_parts, grid_facts)] + [Path(__file__)]
-_STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
-_SIGNATURE = types.int64(types.int64, types.int64, types.int64)
-_kept: list = []  # compiled functions must outlive their addresses
+def _settle(x, values, out, lanes, count):
+    """Take the sums of a run whose values are in a buffer, and write these where they are wanted."""
+    add_squares(lanes, x, values, count, KIND, True)
+    if VALUES:
+        for i in range(count):
+            store(out, i, reload(values, i, KIND), KIND)
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
 
 
 @cache
 def compiled(variant: Variant, strips: bool) -> int:
-    """Address of the loop of one variant, compiled or loaded from Numba's cache on first use."""
-    simple = variant.FAMILY == BY_ADDITION and variant.VALUES and not variant.CODE_BYTES and not variant.STATS
-    constants = {**variant._asdict(), "ITEM": ITEM_BYTES[variant.KIND], "PLAIN": simple, "EACH": strips}
-    constants["CHANCE"] = variant.FAMILY in (BY_CHANCE, BY_SHORT_CHANCE)
-    label = "_".join(f"{name}{int(value)}" for name, value in sorted(constants.items())).lower()
-
-    def bind(template, **parts):
-        name = f"{template.__name__}_{label}_{_STAMP}"
-        function = FunctionType(template.__code__, {**template.__globals__, **constants, **parts}, name)
-        function.__qualname__ = name
-        return function
-
-    options = {"error_model": "numpy", "forceinline": True}
-    scale_of = njit(**options)(bind(_scale))
-    element = njit(**options)(bind(_element))
+    """Address of the loop of one variant."""
+    simple = variant.FAMILY == Family.BY_ADDITION and variant.VALUES and not variant.CODE_BYTES and not variant.STATS
+    constants = {"ITEM": ITEM_BYTES[variant.KIND], "PLAIN": simple, "EACH": strips, "CHANCE": variant.FAMILY in DRAWING}
+    element = part(_element, variant, inline=True)
     parts = {
-        "scale_of": scale_of,
-        "span": njit(**options)(bind(_span, element=element)),
-        "plain_span": njit(**options)(bind(_plain_span)),
-        "row_amax": njit(**options)(bind(_row_amax)),
+        "scale_of": part(_scale, variant, inline=True),
+        "span": part(_span, variant, inline=True, element=element, **constants),
+        "plain_span": part(_plain_span, variant, inline=True, **constants),
+        "row_amax": part(_row_amax, variant, inline=True),
+        "settle": part(_settle, variant, inline=True),
     }
-    loop = cfunc(_SIGNATURE, cache=True, error_model="numpy")(bind(_strips if strips else _tiles, **parts))
-    _kept.append(loop)
-    return loop.address
+    return loop(_strips if strips else _tiles, variant, **constants, **parts)

@@ -4,6 +4,7 @@ The functions with an underscore are templates: `kernels.cpu.block_loops.py` bin
 compiled.
 """
 
+# ruff: noqa: F821  (names are bound to the templates)
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -16,32 +17,14 @@ from numba.extending import intrinsic
 
 from altgrad.jit.grid_rounding import by_chance, by_rule, by_short_chance, code_of, nearest_even, random_word, settled
 from altgrad.jit.grid_table import Family
-from altgrad.jit.machine import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    add,
-    band,
-    bits_of,
-    bor,
-    bxor,
-    float_of,
-    load,
-    load_word,
-    low_word,
-    store,
-    store_code,
-    store_double,
-    widened,
-)
+from altgrad.jit.kinds import FLOAT32
+from altgrad.jit.machine import add, band, bits_of, bor, bxor, float_of, low_word, widened
+from altgrad.jit.memory import load, load_word, store, store_code, store_double, stored
+from altgrad.jit.storage import from_storage
+from altgrad.jit.template import table_reader
 
 BY_ADDITION, BY_RULE, BY_SHORT_CHANCE = int(Family.BY_ADDITION), int(Family.BY_RULE), int(Family.BY_SHORT_CHANCE)
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = 0, 1, 2  # kinds of scale
-
-# Names in the templates below that `kernels.cpu.block_loops.compiled` replaces; the values here only say what they are.
-BLOCK = CODE_BYTES = FAMILY = KIND = SCALE = 0
-EACH = STATS = VALUES = False
-element = None
 
 CALL_PARAMETERS = ("x", "out", "codes", "scales", "partials", "seed", "stream", "upper")  # the others stay for a shape
 PARAMETERS = (
@@ -66,17 +49,11 @@ _FLOATS = ("element_max", "upper")
 _inline = njit(forceinline=True, error_model="numpy")
 
 
-def _namespace() -> dict:
-    namespace = {"Parameters": Parameters, "load_word": load_word, "np": np}
-    fields = (
-        f"load_word(0.0, address, {i})" if name in _FLOATS else f"np.int64(load_word(np.uint64(0), address, {i}))"
-        for i, name in enumerate(PARAMETERS)
-    )
-    exec(f"def read_parameters(address):\n    return Parameters({', '.join(fields)})\n", namespace)
-    return namespace
+def _parameter(i: int, name: str) -> str:
+    return f"load_word(0.0, table, {i})" if name in _FLOATS else f"np.int64(load_word(np.uint64(0), table, {i}))"
 
 
-read_parameters = _inline(_namespace()["read_parameters"])  # Numba has no loop over the fields of a named tuple
+read_parameters = table_reader(Parameters, _parameter, load_word=load_word, np=np)
 
 
 @intrinsic
@@ -106,12 +83,11 @@ def run_amax(typing_context, address, index, kind, count):
         name = f"llvm.vector.reduce.umax.v{length}i{width}"
         reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(item, [vector]), name)
         largest = builder.call(reduce, [magnitudes])
-        if storage == FLOAT32:
-            return largest
-        if storage == BFLOAT16:
-            return builder.shl(builder.zext(largest, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        wide = builder.fpext(builder.bitcast(largest, ir.HalfType()), ir.FloatType())
-        return builder.bitcast(wide, ir.IntType(32))
+        return (
+            largest
+            if storage == FLOAT32
+            else builder.bitcast(from_storage(context, builder, largest, storage), ir.IntType(32))
+        )
 
     return types.uint32(types.int64, types.int64, kind, count), generate
 
@@ -137,37 +113,6 @@ def poke(typing_context, address, index, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), generate
-
-
-@intrinsic
-def lane_sum(typing_context, total, value):
-    """total + value, free to be summed in vector lanes."""
-
-    def generate(context, builder, signature, args):
-        return builder.fadd(args[0], args[1], flags=("reassoc",))
-
-    return types.float64(types.float64, types.float64), generate
-
-
-@intrinsic(prefer_literal=True)
-def stored(typing_context, value, kind):
-    """A float32 as it reads after being stored in the constant kind."""
-    storage = kind.literal_value
-
-    def generate(context, builder, signature, args):
-        value, i32 = args[0], ir.IntType(32)
-        if storage == FLOAT16:
-            return builder.fpext(builder.fptrunc(value, ir.HalfType()), ir.FloatType())
-        if storage == BFLOAT16:
-            bits = builder.bitcast(value, i32)
-            last = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
-            rounded = builder.add(bits, builder.add(last, ir.Constant(i32, 0x7FFF)))
-            is_nan = builder.fcmp_unordered("uno", value, value)
-            kept = builder.select(is_nan, bits, builder.and_(rounded, ir.Constant(i32, 0xFFFF0000)))
-            return builder.bitcast(kept, ir.FloatType())
-        return value
-
-    return types.float32(types.float32, kind), generate
 
 
 # -- scales -----------------------------------------------------------------------------------------------------------
@@ -234,13 +179,12 @@ def _element(v, s, reciprocal, index, before, between, grid):
     return settled(rounded, bits_of(v), sign, grid)
 
 
-def _span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals, index, before, between, sums):
-    """Quantize `count` contiguous elements; (problems, overflows, underflows, nonfinites, sums).
+def _span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals, index, before, between):
+    """Quantize `count` contiguous elements; (problems, overflows, underflows, nonfinites).
 
     The scale is s, or with EACH the entry of `multipliers`. Under a NaN scale nothing overflows and any code will do.
     """
     problems, overflows, underflows, nonfinites = grid.zero, grid.zero, grid.zero, grid.zero
-    errors, squares = sums
     for i in range(count):
         v = load(x, i, KIND)
         if EACH:
@@ -248,7 +192,7 @@ def _span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals, i
             reciprocal = peek(reciprocals, i)
         payload, over = element(v, s, reciprocal, add(index, low_word(index, i)), before, between, grid)
         r = float_of(payload) * s
-        if VALUES:
+        if VALUES or STATS:
             store(out, i, r, KIND)
         if CODE_BYTES:
             code, problem = code_of(payload, grid)
@@ -262,12 +206,7 @@ def _span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals, i
             vanished = x_magnitude != grid.zero and r_magnitude == grid.zero
             underflows = add(underflows, grid.one if vanished else grid.zero)
             nonfinites = add(nonfinites, grid.one if x_magnitude >= grid.inf_bits else grid.zero)
-            both = x_magnitude < grid.inf_bits and r_magnitude < grid.inf_bits
-            wide = widened(v, True) if both else 0.0
-            error = wide - widened(r, True) if both else 0.0
-            errors = lane_sum(errors, error * error)
-            squares = lane_sum(squares, wide * wide)
-    return problems, overflows, underflows, nonfinites, (errors, squares)
+    return problems, overflows, underflows, nonfinites
 
 
 def _plain_span(grid, x, out, count, s, reciprocal, multipliers, reciprocals):

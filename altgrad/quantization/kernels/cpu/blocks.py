@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import types
 from torch import Tensor
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.jit import threads as cpu_threads
+from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.calls import call_loop
+from altgrad.jit.code_table import Decoding, code_table, decoding_of
 from altgrad.jit.grid_table import GRID_FIELDS, INF_PROBLEM, family_of, grid_table
-from altgrad.jit.machine import BFLOAT16, FLOAT16, FLOAT32, call_loop, scratch
-from altgrad.quantization.codec import code_dtype, stored_scale_dtype
+from altgrad.jit.kinds import KINDS
+from altgrad.jit.memory import scratch
+from altgrad.jit.subnormals import gradual_underflow
+from altgrad.jit.template import function
+from altgrad.jit.threads import ELEMENTS_PER_THREAD, run_table, threads_for
+from altgrad.quantization.codec import code_dtype, stored_scale_dtype, value_table
+from altgrad.quantization.kernels.cpu.block_decode import STRIP as DECODE_STRIP
+from altgrad.quantization.kernels.cpu.block_decode import DecodeVariant, Parameters
+from altgrad.quantization.kernels.cpu.block_decode import compiled as decoding_loop
 from altgrad.quantization.kernels.cpu.block_loops import PARTIAL_BYTES, STRIP, Variant, compiled
 from altgrad.quantization.kernels.cpu.block_parts import (
     CALL_PARAMETERS,
@@ -25,14 +34,12 @@ from altgrad.quantization.kernels.cpu.block_parts import (
     put_word,
 )
 from altgrad.quantization.kernels.cpu.loops import total
-from altgrad.quantization.kernels.eager.blocks import decode
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import FIELDS, QuantStats
 
 __all__ = ["decode", "run"]
 
-_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _GROUP_ELEMENTS = 8192  # elements per partial sum of the statistics, about
 _NO_KEY = (0, 0)
 COUNTS_PAYLOADS = True  # as in `cpu.scalar`
@@ -41,8 +48,10 @@ _WORDS = len(PARAMETERS)
 _GIVEN = len(CALL_PARAMETERS)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _serial(function, template, x, out, codes, scales, partials, seed, stream, upper, units):
+@function(
+    types.int64(types.int64, types.int64[::1], *[types.int64] * 7, types.float64, types.int64),
+)
+def _serial(loop, template, x, out, codes, scales, partials, seed, stream, upper, units):
     """All units on this thread; the table of parameters is `template` with the addresses and words of this call."""
     table = scratch(_TABLE_BYTES)
     for i in range(_GIVEN, _WORDS):
@@ -55,18 +64,7 @@ def _serial(function, template, x, out, codes, scales, partials, seed, stream, u
     put_word(table, 5, seed)
     put_word(table, 6, stream)
     put_word(table, 7, upper)
-    return call_loop(function, (table, 0, units))
-
-
-@njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _parallel(function, table, units, grain, threads):
-    chunk = (units + threads - 1) // threads
-    chunk = (chunk + grain - 1) // grain * grain
-    problems = 0
-    for thread in prange(threads):
-        start = min(thread * chunk, units)
-        problems += call_loop(function, (table, start, min(start + chunk, units)))
-    return problems
+    return call_loop(loop, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
 
 
 class _Prepared(NamedTuple):
@@ -100,7 +98,7 @@ def _prepare(plan: Plan, x: Tensor) -> _Prepared:
     strips = layout.tile_columns == 1 and layout.columns > 1
     whole = layout.tile_columns in (16, 32) and layout.columns % layout.tile_columns == 0
     variant = Variant(
-        KIND=_KINDS[plan.dtype],
+        KIND=KINDS[plan.dtype],
         FAMILY=int(family_of(plan.grid, plan.rounding, plan.overflow, plan.random_bits, False)),
         SCALE=POWER_OF_TWO if fmt.power_of_two else PLAIN_FLOAT if fmt.has_float_scale else ROUNDED,
         VALUES=plan.values,
@@ -130,7 +128,7 @@ def _prepare(plan: Plan, x: Tensor) -> _Prepared:
         "element_max": int(np.float64(fmt.element.max).view(np.int64)),
     }
     template = np.array([0] * _GIVEN + [facts[name] for name in PARAMETERS[_GIVEN:]], dtype=np.int64)
-    many = cpu_threads.ELEMENTS_PER_THREAD * 2
+    many = ELEMENTS_PER_THREAD * 2
     prepared = _Prepared(compiled(variant, strips), template, units, group, x.numel() >= many, layout.scale_shape)
     return plan.keep(x.shape, prepared)
 
@@ -159,7 +157,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
     if prepared.threads_matter:
         problems = _on_threads(prepared, call, x.numel())
     else:
-        problems = _serial(prepared.loop, prepared.template, *call, prepared.units)
+        problems = _serial()(prepared.loop, prepared.template, *call, prepared.units)
     if partials is not None:
         vector = torch.empty(len(FIELDS), dtype=torch.float64, device="cpu")
         total(partials_address, len(partials), x.numel(), vector.data_ptr())
@@ -172,15 +170,54 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
 
 def _on_threads(prepared: _Prepared, call: tuple, elements: int) -> int:
     """The units in one chunk per thread."""
-    threads = cpu_threads.threads_for(elements)
+    threads = threads_for(elements)
     if threads == 1:
-        return _serial(prepared.loop, prepared.template, *call, prepared.units)
+        return _serial()(prepared.loop, prepared.template, *call, prepared.units)
     table = prepared.template.copy()
     table[: _GIVEN - 1] = call[:-1]
     table[_GIVEN - 1 : _GIVEN].view(np.float64)[:] = call[-1]
-    found = numba.get_num_threads()
-    numba.set_num_threads(threads)
-    try:
-        return _parallel(prepared.loop, table.ctypes.data, prepared.units, prepared.group, threads)
-    finally:
-        numba.set_num_threads(found)
+    return run_table(prepared.loop, table.ctypes.data, prepared.units, grain=prepared.group, threads=threads)
+
+
+def decode(plan: Plan, codes: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    """Element values times their block's multiplier; as `kernels.eager.blocks.decode`, bit for bit."""
+    if codes.dtype != torch.uint8:
+        codes = codes.to(torch.int32)
+    codes, scale, layout = codes.contiguous(), scale.contiguous(), plan.layout(codes.shape)
+    direct = out is not None and out.is_contiguous()
+    written = out if direct else torch.empty(codes.shape, dtype=plan.dtype, device="cpu")
+    strips = layout.tile_columns == 1 and layout.columns > 1
+    whole = layout.tile_columns in (16, 32) and layout.columns % layout.tile_columns == 0
+    element = plan.format.element
+    variant = DecodeVariant(
+        KIND=KINDS[plan.dtype],
+        CODE_BYTES=codes.dtype.itemsize,
+        BLOCK=layout.tile_columns if whole and not strips else 0,
+        DECODING=int(decoding_of(element) if codes.dtype == torch.uint8 else Decoding.BY_TABLE),
+    )
+    outer, down, across = layout.grid
+    units = outer * down * (-(-layout.columns // DECODE_STRIP) if strips else across)
+    values = _value_table(element)
+    facts = Parameters(
+        codes=codes.data_ptr(),
+        out=written.data_ptr(),
+        scales=scale.data_ptr(),
+        values=values.ctypes.data,
+        facts=code_table(element).ctypes.data,
+        last=len(values) - 1,
+        rows=layout.rows,
+        columns=layout.columns,
+        tile_rows=layout.tile_rows,
+        tile_columns=layout.tile_columns,
+    )
+    table = np.array(facts, dtype=np.int64)
+    run_table(decoding_loop(variant, strips), table.ctypes.data, units, threads=threads_for(codes.numel()))
+    return written if out is None or direct else out.copy_(written)
+
+
+@cache
+def _value_table(fmt: FloatFormat) -> np.ndarray:
+    """Value of each code as float32, a power of two of them and at least what a byte can name; beyond the codes NaN."""
+    with gradual_underflow():
+        values = value_table(fmt).astype(np.float32)
+    return np.pad(values, (0, max(256 - len(values), 0)), constant_values=np.nan)

@@ -1,106 +1,59 @@
 """The loops over elements, compiled on first use for each combination of storage, rounding family and outputs.
 
-A loop works on tiles that stay in the first-level cache. Each is a C function of addresses, so that one threaded driver
-(`jit.threads.py`) serves all of them; constants such as KIND are bound to a template's globals before it is compiled,
-and the name of the result, by which Numba keeps it on disk, carries them with a stamp of the sources.
+A loop works on tiles that stay in the first-level cache. All have the signature `jit.template.LOOP`, so that one threaded
+driver (`jit.threads`) serves them.
 
-Statistics are taken in the loop that rounds, as if all were finite and the squares neither too large nor too small for
-float32; where a tile's sums say that this may not hold, they are taken again with care, in float64.
+Statistics are taken from a tile that has just been rounded: counts in the loop that rounds, sums in fixed lanes after it
+(`jit.lanes`), as if all were finite and the squares neither too large nor too small for float32; where a tile's sums say
+that this may not hold, they are taken again with care, in float64.
 """
 
+# ruff: noqa: F821  (names are bound to the templates)
 from __future__ import annotations
 
-import hashlib
 from functools import cache
-from pathlib import Path
-from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cfunc, njit, types
 
-from altgrad.jit import grid_rounding as cpu_bits
-from altgrad.jit import grid_table as grid_facts
-from altgrad.jit import machine as cpu_llvm
-from altgrad.jit.grid_rounding import (
-    by_chance,
-    by_rule,
-    by_short_chance,
-    code_alike,
-    code_of,
-    key_words,
-    nearest_even,
-    random_word,
-    read_grid,
-    settled,
-    settled_alike,
-)
-from altgrad.jit.grid_table import SETTLED_ALIKE, Family
+from altgrad.jit.element import Arithmetic, rounding_of
+from altgrad.jit.grid_rounding import key_words, random_word, read_grid
+from altgrad.jit.grid_table import DRAWING, Family
+from altgrad.jit.kinds import FLOAT32, FLOAT64, ITEM_BYTES
+from altgrad.jit.lanes import LANE_BYTES, add_squares, clear_lanes, lane_sums
 from altgrad.jit.machine import (
-    FLOAT32,
-    FLOAT64,
-    ITEM_BYTES,
     add,
     band,
     below,
     bits_of,
     bor,
-    bxor,
-    compute_zero,
     counted,
     float_of,
-    load,
-    load_code,
     low_word,
     narrowed,
     pick,
-    plus_square,
-    reload,
-    scratch,
-    store,
-    store_code,
-    store_double,
-    stored,
     sub,
     widened,
 )
+from altgrad.jit.memory import compute_zero, load, load_code, reload, scratch, store, store_code, store_double, stored
+from altgrad.jit.template import loop, part
+from altgrad.jit.threads import CHUNK, run_range
 
-BY_ADDITION, BY_RULE = int(Family.BY_ADDITION), int(Family.BY_RULE)
-BY_CHANCE, BY_SHORT_CHANCE = int(Family.BY_CHANCE), int(Family.BY_SHORT_CHANCE)
-DRAWING = (BY_CHANCE, BY_SHORT_CHANCE)  # families that take random words
 TILE = 2048  # elements whose temporaries stay in the first-level cache
 SUM_TILE = 512  # elements that are squared and summed in float32: few, so that their rounding errors stay few
 LEAST_SUM, MOST_SUM = 2.0**-100, 2.0**120  # between them no float32 square in a sum can have been lost that counts
-STATS_TILE = 4 * TILE  # elements per partial sum, whatever the number of threads
+STATS_TILE = CHUNK  # elements per partial sum, whatever the number of threads
 SCRATCH_BYTES = 8 * TILE
 SHORT_RUN = 512  # runs of one scale shorter than this go through a buffer of scales
-PARTIAL_BYTES = 64  # amax, overflow, underflow, nonfinite, sse, sum_sq, two unused
-
-_SOURCES = [Path(module.__file__) for module in (cpu_bits, cpu_llvm, grid_facts)] + [Path(__file__)]
-_STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
-
-# Names in the templates below that `_bind` replaces; the values here only say what they are.
-KIND = COMPUTE_KIND = FAMILY = CODE_BYTES = 0
-WIDE = VALUES = STATS = DIVIDE = PLAIN = False
-ALIKE = False  # whether results settle alike for both signs
-DRAWS = False  # whether random words are drawn
-RUN = TILE  # elements per round of a loop
-ITEM = MAGNITUDE_MASK = INF_BITS = FRACTION_MASK = 0
-TINY = 0.0
-rounded = span_by_reciprocal = span_by_division = fill = count_tile = square_tile = None
-
-LOOP_ARGUMENTS = types.Tuple(
-    # table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop
-    [types.int64] * 5 + [types.float64] + [types.int64] * 7
-)
-_SIGNATURE = types.int64(*LOOP_ARGUMENTS.types)
+PARTIALS = ("amax", "overflow", "underflow", "nonfinite", "sse", "sum_sq")  # float64 fields of a partial sum
+PARTIAL_BYTES = 64  # room for them
 
 
 class Variant(NamedTuple):
     """What one compiled loop does: the constants of its template."""
 
     KIND: int  # storage of x and of the values written
-    FAMILY: int = BY_ADDITION
+    FAMILY: int = int(Family.BY_ADDITION)
     WIDE: bool = False  # round on float64's bits
     VALUES: bool = True  # write quantized values
     CODE_BYTES: int = 0  # write codes: 0 none, 1 uint8, 4 int32
@@ -108,44 +61,12 @@ class Variant(NamedTuple):
     PLAIN: bool = False  # what lies beyond max becomes max before it is rounded, and -0 stays (no statistics then)
 
 
-def _bind(template, variant: NamedTuple, **constants):
-    """A copy of `template` that sees the variant's fields and `constants` as globals."""
-    bound = {**variant._asdict(), **constants}
-    plain = {k: v for k, v in bound.items() if isinstance(v, int)}
-    label = "_".join(f"{k}{int(v)}" for k, v in sorted(plain.items())).lower()
-    name = f"{template.__name__}_{label}_{_STAMP}"
-    function = FunctionType(template.__code__, {**template.__globals__, **bound}, name)
-    function.__qualname__ = name
-    return function
-
-
-def _rounded(v, y, word, grid):
-    """(payload bits, overflowed, code, problem) of v from its quotient y by the scale and, where DRAWS, a random word."""
-    x_bits = bits_of(widened(v, WIDE))
-    y_bits = bits_of(widened(y, WIDE))
-    magnitude = bits_of(abs(float_of(y_bits)))
-    sign = bxor(y_bits, magnitude)
-    roof = grid.max_bits if PLAIN else grid.clamp_bits
-    magnitude = magnitude if magnitude < roof else roof
-    if ALIKE:
-        rounded, steps = by_short_chance(magnitude, word, grid) if DRAWS else nearest_even(magnitude, grid)
-        payload, over = settled_alike(rounded, x_bits, sign, grid, PLAIN)
-        code, problem = code_alike(steps, x_bits, sign, grid, PLAIN)
-    else:
-        rounded = by_chance(magnitude, word, grid) if DRAWS else by_rule(magnitude, sign != grid.zero, grid)
-        payload, over = settled(rounded, x_bits, sign, grid)
-        code, problem = code_of(payload, grid)
-    return payload, over, code, problem
-
-
 def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, between):
     """Quantize `count` elements under one scale (by reciprocal) or one scale per element (DIVIDE).
 
-    Returns (problems, overflows, underflows, bits of the largest |x|, sum of squared errors, sum of squares); the last
-    three hold for finite x and results only.
+    Returns (problems, overflows, underflows, bits of the largest |x|); the last holds for finite x only.
     """
     problems, overflows, zeros_in, zeros_out, largest = grid.zero, grid.zero, grid.zero, grid.zero, grid.zero
-    errors, squares = compute_zero(KIND), compute_zero(KIND)
     for i in range(count):
         v = load(x, i, KIND)
         s = load(scales, i, COMPUTE_KIND) if DIVIDE else scale
@@ -166,8 +87,7 @@ def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, 
             zeros_in = counted(zeros_in, size == 0)
             zeros_out = counted(zeros_out, band(bits_of(q), mask) == 0)
             largest = pick(below(largest, size), size, largest)
-            errors, squares = plus_square(errors, v - q), plus_square(squares, v)
-    return problems, overflows, sub(zeros_out, zeros_in), largest, errors, squares
+    return problems, overflows, sub(zeros_out, zeros_in), largest
 
 
 def _count(x, count):
@@ -182,20 +102,6 @@ def _count(x, count):
         largest = pick(below(largest, finite), finite, largest)
         nonfinites = counted(nonfinites, below(v, inf) == False)  # noqa: E712
     return widened(float_of(largest), True), float(nonfinites)
-
-
-def _square(x, q, count):
-    """(sum of squared errors, sum of squares) in float64 over elements finite on both sides; in vector lanes."""
-    errors, squares = 0.0, 0.0
-    for i in range(count):
-        v = widened(load(x, i, KIND), True)
-        error = v - widened(reload(q, i, KIND), True)
-        both = abs(error) < np.inf
-        error = error if both else 0.0
-        v = v if both else 0.0
-        errors += error * error
-        squares += v * v
-    return errors, squares
 
 
 def _fill(buffer, scales, position, inner, channels, count, scale):
@@ -236,7 +142,8 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
     buffer = scratch(SCRATCH_BYTES)
     buffered = nil  # the one scale that the buffer holds, 0 for another content
     period = inner * channels
-    values = scratch(SCRATCH_BYTES)
+    values, lanes = scratch(SCRATCH_BYTES), scratch(LANE_BYTES)
+    clear_lanes(lanes)
     before, between = np.uint32(0), np.uint32(0)
     problems = grid.zero
     position = start
@@ -262,7 +169,7 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
         reciprocal = narrowed(nil, 1.0) / s
         tiny = narrowed(nil, TINY)
         if not per_element and power_of_two and s >= tiny and reciprocal >= tiny:
-            found, overflows, underflows, top, errors, squares = span_by_reciprocal(
+            found, overflows, underflows, top = span_by_reciprocal(
                 grid, x_here, out_here, codes_here, buffer, count, s, reciprocal, index, before, between
             )
         else:
@@ -270,16 +177,18 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
                 for i in range(min(RUN, stop - start)):
                     store(buffer, i, s, COMPUTE_KIND)
                 buffered = s
-            found, overflows, underflows, top, errors, squares = span_by_division(
+            found, overflows, underflows, top = span_by_division(
                 grid, x_here, out_here, codes_here, buffer, count, s, reciprocal, index, before, between
             )
         problems = bor(problems, found)
         if STATS:
             largest, nonfinites = widened(float_of(top), True), 0.0
-            errors, squares = widened(errors, True), widened(squares, True)
+            add_squares(lanes, x_here, out_here, count, KIND, False)
+            errors, squares = lane_sums(lanes, KIND, False)
             if not (min(errors, squares) >= LEAST_SUM and max(errors, squares) <= MOST_SUM):
                 largest, nonfinites = count_tile(x_here, count)
-                errors, squares = square_tile(x_here, out_here, count)
+                add_squares(lanes, x_here, out_here, count, KIND, True)
+                errors, squares = lane_sums(lanes, KIND, True)
             record(partials, position, largest, float(overflows), float(underflows), nonfinites, errors, squares)
             if VALUES and in_place:
                 for i in range(count):
@@ -289,7 +198,11 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
 
 
 def _decode(table, codes, out, unused, scales, scale, inner, channels, entries, unused_too, partials, start, stop):
-    """Values of the codes start .. stop - 1: table[code] * scale, where `table` has `entries` float64 or float32."""
+    """Values of the codes start .. stop - 1: table[code] * scale, where `table` has `entries` float64 or float32.
+
+    `entries` is a power of two and at least what a code of one byte can name; an int32 code is taken modulo it.
+    """
+    last = entries - 1
     nil = compute_zero(KIND)
     s = narrowed(nil, scale)
     if scales != 0 and channels == 1:
@@ -307,11 +220,11 @@ def _decode(table, codes, out, unused, scales, scale, inner, channels, entries, 
         out_here = out + position * ITEM
         if by_table:
             for i in range(count):
-                store(out_here, i, load(scaled, load_code(codes_here, i, CODE_BYTES), KIND), KIND)
+                store(out_here, i, load(scaled, load_code(codes_here, i, CODE_BYTES) & last, KIND), KIND)
         else:
             fill(buffer, scales, position, inner, channels, count, s)
             for i in range(count):
-                value = load(table, load_code(codes_here, i, CODE_BYTES), COMPUTE_KIND)
+                value = load(table, load_code(codes_here, i, CODE_BYTES) & last, COMPUTE_KIND)
                 store(out_here, i, value * load(buffer, i, COMPUTE_KIND), KIND)
         position += count
     return np.int64(0)
@@ -336,8 +249,7 @@ def _amax(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
     return np.int64(0)
 
 
-@njit(error_model="numpy")
-def record(partials, position, largest, overflows, underflows, nonfinites, errors, squares):
+def _record(partials, position, largest, overflows, underflows, nonfinites, errors, squares):
     """Add a tile's statistics to its partial sums."""
     place = partials + (position // STATS_TILE) * PARTIAL_BYTES
     fresh = position % STATS_TILE == 0
@@ -346,11 +258,10 @@ def record(partials, position, largest, overflows, underflows, nonfinites, error
         store_double(place, slot, max(held, value) if slot == 0 else held + value)
 
 
-@njit(error_model="numpy", cache=True, nogil=True)
-def total(partials, count, elements, result):
-    """Add partial statistics in order into the seven fields of a QuantStats vector."""
+def _total(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
+    """Add partial statistics start .. stop - 1, in order, into the fields of a QuantStats vector at `out`."""
     largest, overflows, underflows, nonfinites, errors, squares = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for tile in range(count):
+    for tile in range(start, stop):
         place = partials + tile * PARTIAL_BYTES
         largest = max(largest, load(place, 0, FLOAT64))
         overflows += load(place, 1, FLOAT64)
@@ -358,15 +269,37 @@ def total(partials, count, elements, result):
         nonfinites += load(place, 3, FLOAT64)
         errors += load(place, 4, FLOAT64)
         squares += load(place, 5, FLOAT64)
-    for slot, value in enumerate((largest, float(elements), overflows, underflows, nonfinites, errors, squares)):
-        store_double(result, slot, value)
+    for slot, value in enumerate((largest, scale, overflows, underflows, nonfinites, errors, squares)):
+        store_double(out, slot, value)
+    return np.int64(0)
 
 
-_OPTIONS = {"error_model": "numpy"}
-_kept: list = []  # compiled functions must outlive their addresses
+def _largest(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
+    """The largest of the partial results start .. stop - 1 of `_amax`, into the one number at `out`."""
+    largest = 0.0
+    for tile in range(start, stop):
+        largest = max(largest, load(partials, tile, FLOAT64))
+    store(out, 0, narrowed(compute_zero(KIND), largest), COMPUTE_KIND)
+    return np.int64(0)
 
 
-def _constants(kind: int) -> dict:
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """The constant of loops that look at one kind of storage."""
+
+    KIND: int
+
+
+class DecodeVariant(NamedTuple):
+    """The constants of a decoding loop."""
+
+    KIND: int
+    CODE_BYTES: int
+
+
+def _constants(kind: int) -> dict[str, Any]:
     wide = kind == FLOAT64
     return {
         "COMPUTE_KIND": FLOAT64 if wide else FLOAT32,
@@ -378,61 +311,51 @@ def _constants(kind: int) -> dict:
     }
 
 
-def _address(template, variant: NamedTuple, **bound) -> int:
-    loop = cfunc(_SIGNATURE, cache=True, **_OPTIONS)(_bind(template, variant, **bound))
-    _kept.append(loop)
-    return loop.address
-
-
-def _family_constants(variant: Variant) -> dict:
-    constants = _constants(variant.KIND)
-    constants["ALIKE"] = variant.FAMILY in SETTLED_ALIKE
-    constants["DRAWS"] = variant.FAMILY in DRAWING
-    return constants
-
-
-def rounding_of(variant: Variant):
-    """The arithmetic of one element (see `_rounded`) as a function for other compiled loops."""
-    return njit(**_OPTIONS)(_bind(_rounded, variant, **_family_constants(variant)))
-
-
 @cache
 def compiled(variant: Variant) -> int:
-    """Address of the loop of one variant, compiled or loaded from Numba's cache on first use."""
-    constants = _family_constants(variant)
+    """Address of the loop of one variant."""
+    constants = _constants(variant.KIND)
+    constants["DRAWS"] = variant.FAMILY in DRAWING
     constants["RUN"] = SUM_TILE if variant.STATS else TILE
-    inner = {"rounded": rounding_of(variant), **constants}
+    rounded = rounding_of(Arithmetic(variant.FAMILY, variant.WIDE, variant.PLAIN))
     parts = {
-        "span_by_reciprocal": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=False, **inner)),
-        "span_by_division": njit(**_OPTIONS)(_bind(_span, variant, DIVIDE=True, **inner)),
-        "fill": njit(**_OPTIONS)(_bind(_fill, variant, **constants)),
-        "count_tile": njit(**_OPTIONS)(_bind(_count, variant, **constants)),
-        "square_tile": njit(fastmath={"reassoc"}, **_OPTIONS)(_bind(_square, variant, **constants)),
+        "span_by_reciprocal": part(_span, variant, DIVIDE=False, rounded=rounded, **constants),
+        "span_by_division": part(_span, variant, DIVIDE=True, rounded=rounded, **constants),
+        "fill": part(_fill, variant, **constants),
+        "count_tile": part(_count, variant, **constants),
+        "record": part(_record, variant),
     }
-    return _address(_loop, variant, **constants, **parts)
-
-
-class DecodeVariant(NamedTuple):
-    """The constants of a decoding loop."""
-
-    KIND: int
-    CODE_BYTES: int
-
-
-class AmaxVariant(NamedTuple):
-    """The constant of an amax loop."""
-
-    KIND: int
+    return loop(_loop, variant, **constants, **parts)
 
 
 @cache
 def compiled_decode(variant: DecodeVariant) -> int:
     """Address of a decoding loop."""
     constants = _constants(variant.KIND)
-    return _address(_decode, variant, **constants, fill=njit(**_OPTIONS)(_bind(_fill, variant, **constants)))
+    return loop(_decode, variant, **constants, fill=part(_fill, variant, **constants))
 
 
 @cache
-def compiled_amax(variant: AmaxVariant) -> int:
-    """Address of an amax loop."""
-    return _address(_amax, variant, **_constants(variant.KIND))
+def compiled_amax(kind: int) -> int:
+    """Address of the loop that finds the amax of each STATS_TILE elements of a kind of storage."""
+    return loop(_amax, _Kind(kind), **_constants(kind))
+
+
+@cache
+def _compiled_largest(kind: int) -> int:
+    return loop(_largest, _Kind(kind), **_constants(kind))
+
+
+@cache
+def _compiled_total() -> int:
+    return loop(_total, _Kind(FLOAT64))
+
+
+def total(partials: int, tiles: int, elements: int, result: int) -> None:
+    """Add partial statistics in order into the seven fields of a QuantStats vector; both are addresses."""
+    run_range()(_compiled_total(), 0, 0, result, 0, 0, float(elements), 0, 0, 0, 0, partials, 0, tiles)
+
+
+def largest(partials: int, tiles: int, kind: int, result: int) -> None:
+    """The largest of the float64 amaxes at one address, in the compute type of the kind, to another."""
+    run_range()(_compiled_largest(kind), 0, 0, result, 0, 0, 0.0, 0, 0, 0, 0, partials, 0, tiles)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import SETTLED_ALIKE, family_of, float32_arithmetic_suffices, grid_table, settles_plainly
+from altgrad.jit.kinds import KINDS
+from altgrad.jit.subnormals import gradual_underflow
 from altgrad.quantization.codec import code_dtype, value_table
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import FIELDS, QuantStats
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as cpu_llvm names them
 _NO_KEY = (0, 0)
 COUNTS_PAYLOADS = True  # an overflow of the last step, scale * payload in the tensor's own dtype, is not counted
 ONE_THREAD = 4096  # elements below which no driver is asked on how many threads to run
@@ -28,11 +30,11 @@ ONE_THREAD = 4096  # elements below which no driver is asked on how many threads
 @cache
 def _machinery():
     """(the loops, their driver on torch's threads, their driver on this thread), which import Numba."""
-    from altgrad.jit import threads as cpu_threads
-    from altgrad.quantization.kernels.cpu import loops as cpu_loops
+    from altgrad.jit import threads
+    from altgrad.quantization.kernels.cpu import loops
 
-    assert ONE_THREAD <= 2 * cpu_threads.ELEMENTS_PER_THREAD
-    return cpu_loops, cpu_threads.run, cpu_threads.run_range
+    assert ONE_THREAD <= 2 * threads.ELEMENTS_PER_THREAD
+    return loops, threads.run, threads.run_range()
 
 
 def _prepare(plan: Plan) -> tuple:
@@ -45,7 +47,7 @@ def _prepare(plan: Plan) -> tuple:
     code_bytes = code_dtype(fmt).itemsize if plan.codes else 0
     alike = plain and family in SETTLED_ALIKE
     loop = loops.compiled(
-        loops.Variant(_KINDS[plan.dtype], int(family), wide, plan.values, code_bytes, plan.stats, alike)
+        loops.Variant(KINDS[plan.dtype], int(family), wide, plan.values, code_bytes, plan.stats, alike)
     )
     table = grid_table(fmt, rounding, overflow, plan.clamp, plan.random_bits, wide)
     plan.prepared = (loop, table.ctypes.data, code_dtype(fmt), run_on_threads, run_here)
@@ -143,7 +145,7 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None)
     count = source.numel()
     if count:
         table, entries = _decoding_table(plan.format, plan.dtype == torch.float64)
-        loop = loops.compiled_decode(loops.DecodeVariant(_KINDS[plan.dtype], source.dtype.itemsize))
+        loop = loops.compiled_decode(loops.DecodeVariant(KINDS[plan.dtype], source.dtype.itemsize))
         scales, number, inner, channels = _scale_layout(source, scale, count)
         run_on_threads(
             loop,
@@ -167,7 +169,9 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None)
 
 @cache
 def _decoding_table(fmt: FloatFormat, wide: bool) -> tuple[int, int]:
-    values = value_table(fmt).astype("float64" if wide else "float32")
+    with gradual_underflow():
+        values = value_table(fmt).astype("float64" if wide else "float32")
+    values = np.pad(values, (0, max(256 - len(values), 0)), constant_values=np.nan)  # whatever a byte can name
     _tables.append(values)
     return values.ctypes.data, len(values)
 
@@ -184,6 +188,8 @@ def amax(x: Tensor) -> Tensor:
     if not count:
         return torch.zeros((), dtype=dtype, device="cpu")
     partials = torch.empty(-(-count // loops.STATS_TILE), dtype=torch.float64, device="cpu")
-    loop = loops.compiled_amax(loops.AmaxVariant(_KINDS[x.dtype]))
+    kind, result = KINDS[x.dtype], torch.empty((), dtype=dtype, device="cpu")
+    loop = loops.compiled_amax(kind)
     run_on_threads(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
-    return partials.amax().to(dtype)
+    loops.largest(partials.data_ptr(), len(partials), kind, result.data_ptr())
+    return result

@@ -7,6 +7,8 @@ again from the cache. Tested on a CPU through Triton's interpreter (`TRITON_INTE
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 import triton
@@ -14,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import Family, family_of
 from altgrad.quantization.block_layout import BlockLayout
-from altgrad.quantization.codec import code_dtype, stored_scale_dtype
+from altgrad.quantization.codec import code_dtype, stored_scale_dtype, value_tensor
 from altgrad.quantization.kernels.cuda.bits import (
     ADDITION,
     MODES,
@@ -35,12 +38,9 @@ from altgrad.quantization.kernels.cuda.bits import (
     total,
     widen,
 )
-from altgrad.quantization.kernels.eager.blocks import decode
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import QuantStats
-
-__all__ = ["decode", "run"]
 
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PATCH = 2048  # elements that a program holds at once
@@ -368,3 +368,65 @@ def run(
     stats = None if partials is None else QuantStats(total(partials, x.numel()))
     missing = 0 if problems is None or not programs else problems.amax()
     return Quantized(written, coded, scales, stats, scale, missing)
+
+
+@triton.jit
+def _decode(
+    codes,
+    scales,
+    values,
+    out,
+    count,
+    rows,
+    columns,
+    tiles_down,
+    tiles_across,
+    last,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """ELEMENTS neighbouring elements: a table's value times the multiplier of their tile; an index stays in its table."""
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    valid = index < count
+    line, column = index // columns, index % columns
+    outer, row = line // rows, line % rows
+    tile = (outer * tiles_down + row // TILE_ROWS) * tiles_across + column // TILE_COLUMNS
+    code = tl.load(codes + index, mask=valid, other=0).to(tl.int32) & last
+    value = tl.load(values + code, mask=valid, other=0.0) * tl.load(scales + tile, mask=valid, other=0.0)
+    tl.store(out + index, narrow(value, out.dtype.element_ty), mask=valid)
+
+
+def decode(plan: Plan, codes: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    """Element values times their block's multiplier; as `kernels.eager.blocks.decode`, bit for bit."""
+    codes, scale, layout = codes.contiguous(), scale.contiguous(), plan.layout(codes.shape)
+    direct = out is not None and out.is_contiguous()
+    written = out if direct else torch.empty(codes.shape, dtype=plan.dtype, device=codes.device)
+    values = _device_values(plan.format.element, codes.device)
+    _, down, across = layout.grid
+    if codes.numel():
+        with on_device(codes):
+            _decode[(-(-codes.numel() // PATCH),)](
+                codes,
+                scale,
+                values,
+                written,
+                codes.numel(),
+                layout.rows,
+                layout.columns,
+                down,
+                across,
+                len(values) - 1,
+                TILE_ROWS=layout.tile_rows,
+                TILE_COLUMNS=layout.tile_columns,
+                ELEMENTS=PATCH,
+                enable_fp_fusion=False,
+            )
+    return written if out is None or direct else out.copy_(written)
+
+
+@lru_cache(maxsize=64)
+def _device_values(fmt: FloatFormat, device: torch.device) -> Tensor:
+    """Value of each code as float32, a power of two of them and at least what a byte can name; beyond the codes NaN."""
+    values = value_tensor(fmt, torch.float32, device)
+    return torch.nn.functional.pad(values, (0, max(256 - len(values), 0)), value=torch.nan)

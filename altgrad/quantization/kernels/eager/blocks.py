@@ -13,6 +13,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM
+from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.block_layout import BlockLayout
 from altgrad.quantization.codec import code_dtype, scale_values, value_tensor
 from altgrad.quantization.kernels.eager import scalar as eager
@@ -94,6 +95,7 @@ def codes_of(payload: Tensor, element_scales: Tensor, element: FloatFormat) -> T
     return torch.where(torch.isnan(element_scales), 0, eager.payload_codes(payload, element))
 
 
+@unflushed
 def run(
     plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | Tensor | None, out: Tensor | None
 ) -> Quantized:
@@ -113,6 +115,7 @@ def run(
     )
 
 
+@unflushed
 def decode(plan: Plan, codes: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
     """Element values times their block's scale (float32 multipliers, one per block)."""
     layout = plan.layout(codes.shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat, Specials
 from altgrad.jit.grid_table import INF_PROBLEM, NAN_PROBLEM
+from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.codec import code_dtype, value_tensor
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
@@ -113,6 +114,7 @@ def overflow_value(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, neg
     return torch.where(to_inf, torch.inf, largest)
 
 
+@unflushed
 def run(
     plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Tensor | None, out: Tensor | None
 ) -> Quantized:
@@ -134,6 +136,7 @@ def run(
     return Quantized(value if plan.values else None, coded, None, stats, None, problems)
 
 
+@unflushed
 def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
     """scale * value(code), by a table of values."""
     table = value_tensor(plan.format, plan.compute_dtype, codes.device)

@@ -1,0 +1,156 @@
+"""From a loop template and its constants to machine code: the one way in which loops are compiled.
+
+A template is a plain function with free names: constants in capitals, which a frozen `Variant` (a NamedTuple of
+numbers) and what follows from it fill in, and parts, which are compiled functions. `part` compiles a template for use in
+others, `loop` to a C function that `jit.threads` runs by its address, `function` to a function that Python calls.
+
+Machine code is compiled on first use and kept on disk by Numba, under a name that carries the variant and a stamp of
+the sources: of the template's module and of all modules of this package that it imports, directly or not.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import logging
+import sys
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from numba import cfunc, njit, types
+
+PACKAGE = __name__.partition(".")[0]
+
+LOOP = types.int64(*[types.int64] * 5, types.float64, *[types.int64] * 7)
+"""Every loop: (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop) -> flags."""
+
+_OPTIONS = {"error_model": "numpy"}
+_kept: list = []  # compiled loops must outlive their addresses
+
+
+class Plain(NamedTuple):
+    """The variant of a template without constants."""
+
+
+def bind(template: Callable, variant: NamedTuple, **bound: Any) -> FunctionType:
+    """A copy of `template` that sees the variant's fields and `bound` as globals, under a name of its own."""
+    label = "_".join(f"{k}{int(v)}" for k, v in variant._asdict().items()).lower()
+    return _renamed(template, f"{template.__name__}_{label}_{stamp(template.__module__)}", variant._asdict() | bound)
+
+
+def part(template: Callable, variant: NamedTuple, *, inline: bool = False, **bound: Any) -> Any:
+    """`template` under these constants, compiled into whatever compiled function calls it."""
+    return njit(forceinline=inline, **_OPTIONS)(bind(template, variant, **bound))
+
+
+def loop(template: Callable, variant: NamedTuple, **bound: Any) -> int:
+    """Address of `template` as a C function of signature `LOOP`, compiled or loaded from disk now.
+
+    What is bound beside the variant must follow from it and the sources: only those tell kept machine code apart.
+    """
+    compiled = _kept_on_disk(lambda keep: cfunc(LOOP, cache=keep, **_OPTIONS)(bind(template, variant, **bound)))
+    _kept.append(compiled)
+    return compiled.address
+
+
+def function(signature: Any, *, parallel: bool = False) -> Callable[[Callable], Callable[[], Callable]]:
+    """Decorator: a call without arguments returns the function, compiled or loaded from disk the first time."""
+
+    def decorate(plain: Callable) -> Callable[[], Callable]:
+        @cache
+        def compiled() -> Callable:
+            named = _renamed(plain, f"{plain.__name__}_{stamp(plain.__module__)}", {})
+            options = {"parallel": parallel, "nogil": True, **_OPTIONS}
+            return _kept_on_disk(lambda keep: njit(signature, cache=keep, **options)(named))
+
+        return compiled
+
+    return decorate
+
+
+def _renamed(plain: Callable, name: str, bound: dict[str, Any]) -> FunctionType:
+    assert isinstance(plain, FunctionType)
+    copy = FunctionType(plain.__code__, {**plain.__globals__, **bound}, name)
+    copy.__qualname__ = name
+    return copy
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def stamp(module: str) -> str:
+    """A hash of the sources of a module and of all modules of this package that it imports, directly or not."""
+    sources = _sources(module)
+    return hashlib.sha256("\0".join(sources[name] for name in sorted(sources)).encode()).hexdigest()[:12]
+
+
+def _sources(module: str) -> dict[str, str]:
+    """Source by module name of everything that the machine code of a module's templates can come from."""
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name], imported = _read(name)
+            waiting += imported
+    return found
+
+
+@cache
+def _read(name: str) -> tuple[str, list[str]]:
+    """(source, modules of this package imported at its top level) of a loaded module."""
+    loader = getattr(sys.modules[name].__spec__, "loader", None)
+    source = loader.get_source(name) if loader is not None else ""
+    imported = []
+    for statement in ast.parse(source or "").body:
+        if isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+            imported += [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
+        elif isinstance(statement, ast.Import):
+            imported += [alias.name for alias in statement.names]
+    return source or "", [m for m in imported if m.partition(".")[0] == PACKAGE and m in sys.modules]
+
+
+# -- the cache on disk ------------------------------------------------------------------------------------------------
+
+_cache_refused = False
+
+
+def _kept_on_disk(compile_: Callable[[bool], Any]) -> Any:
+    """compile_(True), or compile_(False) where Numba's cache folder cannot be written, which is said once."""
+    global _cache_refused
+    if not _cache_refused:
+        try:
+            return compile_(True)
+        except OSError as error:
+            reason = str(error)
+        except RuntimeError as error:
+            reason = str(error)
+            if not reason.startswith("cannot cache function"):  # Numba found no folder that it may write
+                raise
+            reason = "no folder for it can be written"
+        _cache_refused = True
+        logging.getLogger(PACKAGE).warning(
+            "altgrad: compiled loops are not kept for the next process (%s); set NUMBA_CACHE_DIR to a writable folder",
+            reason,
+        )
+    return compile_(False)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table_reader(row: type, field: Callable[[int, str], str], **names: Any) -> Any:
+    """A compiled function (like, table) -> the named tuple `row`, as Numba has no loop over its fields.
+
+    Args:
+        row: the named tuple.
+        field: source of one field, from its index and name, in terms of `like` and `table`.
+        names: what that source refers to.
+    """
+    fields = ", ".join(field(i, name) for i, name in enumerate(row._fields))
+    namespace = {"row": row, **names}
+    exec(f"def read(like, table):\n    return row({fields})\n", namespace)
+    return njit(forceinline=True, **_OPTIONS)(namespace["read"])
