@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.quantization import Cast, Want, get_format, quantize
+from altgrad.quantization import Cast, Want, decode, encode, get_format, quantize
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
 
