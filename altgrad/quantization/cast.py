@@ -428,7 +428,8 @@ def cast_for(
     """The cast of these facts, made once."""
     if torch.compiler.is_compiling():
         return TracedCast(_traced_spec(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad))
-    key = (fmt if type(fmt) is str else id(fmt), rounding, overflow, subnormals, clamp, random_bits, axis, pad)
+    numbers = (random_bits, type(random_bits), axis, type(axis))  # 1.0 equals 1, and is no axis
+    key = (fmt if type(fmt) is str else id(fmt), rounding, overflow, subnormals, clamp, numbers, pad)
     try:
         return _casts[key]
     except (KeyError, TypeError):

@@ -265,7 +265,7 @@ def test_a_change_that_does_not_fit_changes_nothing():
     model = net()
     quantize_model(model, uniform("E4M3"))
     held, recipe = bits(model), quant_state(model)["recipes"]
-    tied = Recipe(layer_recipe("E4M3"), (Override(layer_recipe("E3M4/24"), name="2"),))
+    tied = Recipe(layer_recipe("E4M3"), (Override(layer_recipe("E3M4/24", whole_blocks=True), name="2"),))
     with pytest.raises(RecipeError, match="not a multiple"):
         change_format(model, tied)
     with pytest.raises(RecipeError, match="without watching it run"):

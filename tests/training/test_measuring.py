@@ -27,5 +27,5 @@ def test_groups_that_the_schedule_leaves_out_follow_the_interval():
 
 def test_thresholds_come_from_the_config():
     monitor = monitor_of(near_zero=1e-6, rank_fraction=0.2, rank_fraction_projections=0.4)
-    assert monitor.near_zero == 1e-6
-    assert (monitor.rank_limits.limit("blocks.0.mlp.up"), monitor.rank_limits.limit("head")) == (0.2, 0.4)
+    assert monitor._collector.near_zero == 1e-6
+    assert (monitor._ranks.limits.limit("blocks.0.mlp.up"), monitor._ranks.limits.limit("head")) == (0.2, 0.4)
