@@ -97,8 +97,8 @@ def test_fp8_format_is_an_alias_and_answers_to_max_representable_value():
     assert E4M3.max_representable_value == E4M3.max == 448
 
 
-@pytest.mark.parametrize("package", ["formats", "records", "analysis", "report"])
-def test_naming_a_format_or_reading_a_run_loads_no_torch(package):
+@pytest.mark.parametrize("package", ["formats", "records", "analysis", "report", "randomness"])
+def test_naming_a_format_a_stream_or_reading_a_run_loads_no_torch(package):
     code = f"""
 import importlib, pkgutil, sys
 package = importlib.import_module("altgrad.{package}")

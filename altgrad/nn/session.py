@@ -7,7 +7,6 @@ uses anew.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,27 +17,13 @@ from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
 from altgrad.quantization.observer import Observer
-from altgrad.randomness.counter import MASK64, splitmix64
+from altgrad.randomness.streams import stream_at
 
 if TYPE_CHECKING:
     from altgrad.nn.recipe.recipe import Recipe
 
 STATE = "_altgrad"  # attribute of a quantized module that holds its LayerState
 REACH = "_altgrad_reach"  # attribute of every module that a recipe may quantize, whether it does now or not: its Reach
-
-
-def stream_base(*words: str) -> int:
-    """64-bit hash of names, the same on every machine and in every process."""
-    digest = hashlib.blake2b("\x1f".join(words).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def stream_at(base: int, step: int, micro_batch: int, rank: int) -> int:
-    """The stream of a tensor at one step, micro-batch and rank: an int64."""
-    mixed = base
-    for word in (step, micro_batch, rank):
-        mixed = splitmix64(mixed ^ splitmix64(word & MASK64))
-    return mixed - 2**64 if mixed >= 2**63 else mixed
 
 
 def _rank() -> int:

@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from altgrad.errors import RecipeError
-from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.rounding import Rounding
 from altgrad.nn.kept_scale import kept_scale, lies_on
 from altgrad.nn.recipe.spec import StorageSpec
-from altgrad.nn.session import Session, stream_base
-from altgrad.quantization import amax, code_index, ops, scale_from_amax
+from altgrad.nn.session import Session
+from altgrad.quantization import Quantized, Want, amax, code_index, scale_from_amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, grid_owner
+from altgrad.randomness.streams import stream_base
 
+_VALUES_CODES = Want.VALUES | Want.CODES
 _NUMBERS = count()
 _BY_NUMBER: WeakValueDictionary[int, GridStorage] = WeakValueDictionary()
 
@@ -59,6 +61,8 @@ class GridStorage:
     def __init__(self, spec: StorageSpec, session: Session, name: str, channel_axis: int = 0) -> None:
         self.spec, self.session, self.name, self.channel_axis = spec, session, name, channel_axis
         self.fmt = spec.resolved
+        self.cast = spec.cast  # of the values that a step leaves
+        self._taking = replace(spec.cast, rounding=Rounding.NEAREST_EVEN, clamp=True)  # of what somebody else wrote
         self.grid = ParameterGrid(self.fmt, torch.ones(()))
         self.codes: Tensor | None = None  # of the values, where they were rounded to the grid
         self.steps = 0
@@ -202,7 +206,7 @@ class GridStorage:
         if self.codes.device != weight.device:
             self.codes = self.codes.to(weight.device)
         wide = weight.dtype == torch.float64
-        stored = ops.decode(self.codes, self.fmt, self.scale.to(weight.device), dtype=_carrier(wide))
+        stored = self.cast.decode(self.codes, self.scale.to(weight.device), dtype=_carrier(wide))
         values = weight.detach().to(_carrier(wide))
         return torch.equal(stored, values) or bool(((stored == values) | values.isnan()).all())
 
@@ -251,11 +255,9 @@ class GridStorage:
         if self.codes is not None or weight.is_meta:
             return
         self.original = weight.detach().clone() if keep_original else None
-        values, codes = ops.quantize_and_encode(
-            weight, self.fmt, self.scale, overflow=Overflow.SATURATE_FINITE, clamp=True
-        )
-        self._changed = ((values != weight) & ~weight.isnan()).sum()
-        self._write(weight, values, codes)
+        found = self._taking(weight, self.scale, want=_VALUES_CODES)
+        self._changed = ((found.values != weight) & ~weight.isnan()).sum()
+        self._write(weight, found)
 
     def set_grid(self, weight: Tensor, *, snap: bool, keep_original: bool = False) -> None:
         """Put a parameter on this grid, in place of any earlier one; the values of a meta tensor once there are some."""
@@ -264,9 +266,10 @@ class GridStorage:
             self.snap(weight, keep_original=keep_original)
         self._changed = None
 
-    def _write(self, weight: Tensor, values: Tensor, codes: Tensor) -> None:
-        weight.copy_(values)
-        self.codes = codes
+    def _write(self, weight: Tensor, found: Quantized) -> None:
+        assert found.values is not None
+        weight.copy_(found.values)
+        self.codes = found.codes
         self._know(weight)
 
     @torch.no_grad()
@@ -298,42 +301,44 @@ class GridStorage:
         """
         assert self.codes is not None
         self.original = self._stated = None
-        before = ops.decode(self.codes, self.fmt, self.scale, dtype=weight.dtype)
+        before = self.cast.decode(self.codes, self.scale, dtype=weight.dtype)
         if self._zero is not None and counted is None:
             self.grid = self._set_by(weight)
-        options: dict = {"rounding": self.spec.rounding, "overflow": Overflow.SATURATE_FINITE}
-        if self.spec.rounding is Rounding.STOCHASTIC:
-            options |= {"key": self.session.key(self._base, per_rank=False), "random_bits": self.spec.random_bits}
-        after, codes, stats = ops.quantize_and_encode_with_stats(weight, self.fmt, self.scale, **options)
+        draws = self.cast.rounding is Rounding.STOCHASTIC
+        key = self.session.key(self._base, per_rank=False) if draws else None
+        found = self.cast(weight, self.scale, key=key, want=_VALUES_CODES | Want.STATS)
+        assert found.values is not None
+        assert found.stats is not None
         attempted = weight != before
         if not self._powers_of_two:  # fl(s * p) / s may lie off the grid: what was not touched stays
-            after, codes = torch.where(attempted, after, before), torch.where(attempted, codes, self.codes)
+            codes = torch.where(attempted, found.codes, self.codes)
+            found = found._replace(values=torch.where(attempted, found.values, before), codes=codes)
         if observer is not None:
             observer.observe_update(
                 layer=layer,
                 parameter=weight,
                 before=before,
                 attempted=weight.detach(),
-                after=after,
+                after=found.values,
                 scale=self.scale,
                 fmt=self.fmt,
                 rounding=self.spec.rounding,
             )
         if counted is None:
-            flips = code_index(codes, self.fmt) != code_index(self.codes, self.fmt)
-            counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), stats.overflow]
+            flips = code_index(found.codes, self.fmt) != code_index(self.codes, self.fmt)
+            counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), found.stats.overflow]
         else:
             counts = [counted[0], counted[1], counted[2], counted[5]]
         hidden = None if counted is None else counted[5]
-        after, codes, regridded = self._refreshed(weight, after, codes, options, hidden)
+        found, regridded = self._refreshed(weight, found, key, hidden)
         regridded, self._changed = regridded if self._changed is None else regridded + self._changed, None
-        self._write(weight, after, codes)
+        self._write(weight, found)
         return torch.stack([number.to(torch.int64) for number in (*counts, regridded)])
 
     def _refreshed(
-        self, weight: Tensor, after: Tensor, codes: Tensor, options: dict, hidden: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The values to write, under a fresh scale where one is due; and the number of values that it changed.
+        self, weight: Tensor, landed: Quantized, key: tuple[int, int] | None, hidden: Tensor | None
+    ) -> tuple[Quantized, Tensor]:
+        """What to write, `landed` or under a fresh scale where one is due; and the number of values that it changed.
 
         Args:
             hidden: how many weights an optimizer that lands by itself aimed beyond max. It hands over the landed values,
@@ -342,7 +347,7 @@ class GridStorage:
         self.steps += 1
         none = torch.zeros((), dtype=torch.int64, device=weight.device)
         if not self.spec.refresh_every:
-            return after, codes, none
+            return landed, none
         scale = self.policy_scale(weight)  # of what was attempted: stored values could only shrink it
         if hidden is not None:
             largest = amax(weight, self._axis)
@@ -350,10 +355,10 @@ class GridStorage:
         if self.steps % self.spec.refresh_every:
             scale = torch.maximum(scale, self.scale)
         if torch.equal(scale, self.scale):
-            return after, codes, none
+            return landed, none
         self.grid = ParameterGrid(self.fmt, scale)
-        regridded, codes = ops.quantize_and_encode(weight, self.fmt, scale, **options)
-        return regridded, codes, (regridded != after).sum()
+        regridded = self.cast(weight, scale, key=key, want=_VALUES_CODES)
+        return regridded, (regridded.values != landed.values).sum()
 
 
 def _carrier(wide: bool) -> torch.dtype:

@@ -23,6 +23,7 @@ from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.memory import PLAIN_TYPES, check_dense, check_writable, is_unusual, readable
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOAT = struct.Struct("f")
 _NARROW = {torch.bfloat16: (7, -126, 127), torch.float16: (10, -14, 15)}  # mantissa bits, emin, emax
 
 
@@ -73,10 +74,10 @@ def traced(x: Tensor) -> bool:
     )
 
 
-def _as_float32(number: float) -> float:
+def as_float32(number: float) -> float:
     """The float32 nearest to a number; inf beyond float32's range."""
     try:
-        return struct.unpack("f", struct.pack("f", number))[0]
+        return _FLOAT.unpack(_FLOAT.pack(number))[0]
     except OverflowError:
         return math.inf
 
@@ -101,7 +102,7 @@ def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor 
 
 
 def _scale_number(scale: float, wide: bool) -> float:
-    carrier = scale if wide else _as_float32(scale)
+    carrier = scale if wide else as_float32(scale)
     if not (carrier > 0 and math.isfinite(carrier)):
         raise ScaleError(
             f"scale {scale} is not positive and finite in the compute dtype; it multiplies grid values back to x's range"

@@ -18,9 +18,11 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.subnormals import unflushed
-from altgrad.quantization.checks import FLOAT_DTYPES, traced
+from altgrad.quantization.checks import FLOAT_DTYPES, as_float32, traced
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual, readable
+
+_TINY = 2.0**-126  # the smallest normal float32
 
 
 @unflushed
@@ -109,6 +111,16 @@ def scale_from_amax(amax: Tensor, fmt: FloatFormat | str, *, power_of_two: bool 
     scale = torch.where(amax > 0, amax, 1.0) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return round_up_to_power_of_two(scale) if power_of_two else scale
+
+
+def host_scale(largest: float, top: float, power_of_two: bool) -> float:
+    """`scale_from_amax` of one float32 amax in Python: the same number, without a tensor for each step of it."""
+    # A float64 quotient of two float32 numbers rounds to the float32 quotient.
+    scale = max(as_float32((largest if largest > 0 else 1.0) / top), _TINY)
+    if not power_of_two or scale == math.inf:
+        return scale
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(1.0, min(exponent - (mantissa == 0.5), 127))
 
 
 def round_up_to_power_of_two(scale: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ Within a stream of 2^32 indices each word occurs once, so very long streams are 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -46,6 +49,8 @@ def random_bits(key: Tensor, count: int, bits: int, *, first: int = 0) -> Tensor
 
 def random_words(key: Tensor, count: int, *, first: int = 0) -> Tensor:
     """The 32-bit words that `random_bits` takes its upper bits from, as an int64 tensor of shape [count]."""
+    import torch  # whose tensors the caller has; streams and arrays of words do without it
+
     seed, stream = (int(word) for word in key.tolist())
     index = torch.arange(first, first + count, dtype=torch.int64, device=key.device)
     parts = []

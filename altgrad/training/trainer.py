@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from altgrad.randomness.streams import seed_of
 from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.data import Corpus, resolve_corpus
@@ -41,7 +42,6 @@ from altgrad.training.step.stepping import (
     gradient_norm,
     gradients,
     on_host,
-    seed_of,
     seeded,
     usable_device,
     wide_norm,

@@ -197,8 +197,8 @@ def test_layer_recipe_is_a_whole_recipe():
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_scale_found_on_the_host_is_that_of_the_tensor(power_of_two):
-    from altgrad.nn.layer.operand import host_scale
     from altgrad.quantization import FORMAT_REGISTRY, scale_from_amax
+    from altgrad.quantization.scaling import host_scale
 
     generator = np.random.default_rng(0)
     amaxes = np.concatenate(

@@ -6,8 +6,6 @@ seen: a maximum is idempotent, so a forward that activation checkpointing recomp
 
 from __future__ import annotations
 
-import math
-import struct
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,16 +19,14 @@ from altgrad.jit.grid_table import special_codes
 from altgrad.nn.layer.uses import offset
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.recipe.spec import OperandSpec
-from altgrad.nn.session import Session, as_key_tensor, stream_base
+from altgrad.nn.session import Session, as_key_tensor
 from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.checks import traced
-from altgrad.quantization.scaling import DelayedState
+from altgrad.quantization.scaling import DelayedState, host_scale
+from altgrad.randomness.streams import stream_base
 
 if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
-
-_FLOAT = struct.Struct("f")
-_TINY = 2.0**-126  # the smallest normal float32
 
 _VALUES_CODES = Want.VALUES | Want.CODES
 
@@ -255,24 +251,6 @@ class Operand:
 def waits(x: Tensor) -> bool:
     """Whether the host may look into x: it is on the CPU and nothing is traced."""
     return x.device.type == "cpu" and not traced(x)
-
-
-def as_float32(number: float) -> float:
-    """The float32 nearest to a number; inf beyond float32's range."""
-    try:
-        return _FLOAT.unpack(_FLOAT.pack(number))[0]
-    except OverflowError:
-        return math.inf
-
-
-def host_scale(largest: float, top: float, power_of_two: bool) -> float:
-    """`scale_from_amax` of one float32 amax in Python: the same number, without a tensor for each step of it."""
-    # A float64 quotient of two float32 numbers rounds to the float32 quotient.
-    scale = max(as_float32((largest if largest > 0 else 1.0) / top), _TINY)
-    if not power_of_two or scale == math.inf:
-        return scale
-    mantissa, exponent = math.frexp(scale)
-    return math.ldexp(1.0, min(exponent - (mantissa == 0.5), 127))
 
 
 def _parts(found: Quantized) -> Saved:

@@ -13,6 +13,7 @@ frozen value: it compares, hashes, prints in short form, and its contradictions 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from altgrad.errors import AltGradError, RecipeError
 from altgrad.formats.rounding import Overflow, Rounding, as_option
@@ -120,7 +121,7 @@ class OperandSpec:
                 "use delayed, static or no scaling, or drop the mask"
             )
 
-    @property
+    @cached_property
     def cast(self) -> Cast | None:
         """How the operand is rounded, blocks along the last axis; None where it has no format."""
         if self.format is None:
@@ -218,10 +219,11 @@ class StorageSpec:
                 f"refresh_every {self.refresh_every} and headroom {self.headroom} must be >= 0 (headroom <= 64 binades)"
             )
 
-    @property
+    @cached_property
     def cast(self) -> Cast:
-        """How the attempted weight is rounded back to the grid."""
-        return Cast(self.format, self.rounding, Overflow.SATURATE, self.subnormals, random_bits=self.random_bits)
+        """How the attempted weight is rounded back to the grid; a NaN or inf stays."""
+        overflow = Overflow.SATURATE_FINITE
+        return Cast(self.format, self.rounding, overflow, self.subnormals, random_bits=self.random_bits)
 
     @property
     def resolved(self):
