@@ -307,8 +307,9 @@ class GridStorage:
         draws = self.cast.rounding is Rounding.STOCHASTIC
         key = self.session.key(self._base, per_rank=False) if draws else None
         found = self.cast(weight, self.scale, key=key, want=_VALUES_CODES | Want.STATS)
+        stats = found.stats
         assert found.values is not None
-        assert found.stats is not None
+        assert stats is not None
         attempted = weight != before
         if not self._powers_of_two:  # fl(s * p) / s may lie off the grid: what was not touched stays
             codes = torch.where(attempted, found.codes, self.codes)
@@ -326,7 +327,7 @@ class GridStorage:
             )
         if counted is None:
             flips = code_index(found.codes, self.fmt) != code_index(self.codes, self.fmt)
-            counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), found.stats.overflow]
+            counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), stats.overflow]
         else:
             counts = [counted[0], counted[1], counted[2], counted[5]]
         hidden = None if counted is None else counted[5]

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from altgrad.errors import DtypeError, OptionError
 from altgrad.optim.adam_math import adam_attempt
-from altgrad.optim.grid import scalar_format
+from altgrad.optim.grid import landing_cast, scalar_format
 from altgrad.optim.kernels import fused
 from altgrad.optim.moments import MOMENT_ROUNDINGS, moment_formats
-from altgrad.quantization import FORMAT_REGISTRY, amax_scale, quantize
+from altgrad.quantization import FORMAT_REGISTRY, amax_scale
 from altgrad.quantization.checks import FLOAT_DTYPES
 from altgrad.quantization.parameter_grid import ParameterGrid, declared_grid
 from altgrad.randomness.streams import step_key
@@ -80,6 +80,7 @@ class GridOptimizer(Optimizer):
 
     needs_grid = False  # the rule is meaningless without a grid
     rounds_itself = False  # lands on the grid even where `rounding` is None
+    random_bits = 24  # of stochastic landings
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
         self._counts: dict[Tensor, Tensor] = {}
@@ -247,11 +248,11 @@ class GridOptimizer(Optimizer):
 
     def _fused_landing(self, group: dict[str, Any], slot: Slot) -> dict[str, Any]:
         """Landing options of a fused step."""
-        if not self._lands(group, slot):
+        if slot.grid is None or not self._lands(group, slot):
             return {"landing": fused.NONE}
         rounding = group["rounding"] or "nearest_even"
         key = step_key(group["seed"], slot.index, slot.step, "weight") if rounding == "stochastic" else None
-        return {"landing": fused.ROUND, "rounding": rounding, "key": key}
+        return {"landing": fused.ROUND, "cast": landing_cast(slot.grid.format, rounding, self.random_bits), "key": key}
 
     def _plain(self, group: dict[str, Any], slots: list[Slot]) -> None:
         """Attempt and land in plain torch operations, for any device and dtype."""
@@ -278,7 +279,9 @@ class GridOptimizer(Optimizer):
         assert slot.grid is not None
         rounding = group["rounding"] or "nearest_even"
         key = step_key(group["seed"], slot.index, slot.step, "weight") if rounding == "stochastic" else None
-        return quantize(attempted, slot.grid.format, slot.grid.scale, rounding=rounding, overflow="saturate", key=key)
+        landed = landing_cast(slot.grid.format, rounding, self.random_bits)(attempted, slot.grid.scale, key=key).values
+        assert landed is not None
+        return landed
 
     def _count(self, slot: Slot, before: Tensor, attempted: Tensor, landed: Tensor) -> None:
         assert slot.grid is not None

@@ -7,12 +7,13 @@ position extends the index to every real w by interpolating between neighbours, 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from altgrad.errors import FormatError
-from altgrad.quantization import FloatFormat, get_format
+from altgrad.quantization import Cast, FloatFormat, Overflow, get_format
 from altgrad.quantization.parameter_grid import ParameterGrid
 
 # integer view, position of the exponent field, mask of the exponent field, bias, least exponent of a normal number
@@ -32,6 +33,12 @@ def scalar_format(name: FloatFormat | str) -> FloatFormat:
     if not isinstance(fmt, FloatFormat) or not fmt.has_zero or not fmt.signed:
         raise FormatError(f"optimizers step along signed scalar formats such as E4M3, not along {fmt}")
     return fmt
+
+
+@cache
+def landing_cast(fmt: FloatFormat, rounding: str, random_bits: int) -> Cast:
+    """How an attempted weight is rounded to its grid: what lies beyond max becomes max, a NaN or inf stays."""
+    return Cast(fmt, rounding, Overflow.SATURATE_FINITE, random_bits=random_bits)  # type: ignore[arg-type]
 
 
 def _smallest_gap(fmt: FloatFormat) -> float:

@@ -19,12 +19,9 @@ from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.grid import position, spacing, value_at
 from altgrad.optim.kernels import fused
-from altgrad.quantization import quantize
 from altgrad.quantization.checks import as_key
 from altgrad.randomness.counter import random_bits as draw_bits
 from altgrad.randomness.streams import step_key
-
-RANDOM_BITS = 32
 
 
 class GridOptim(GridOptimizer):
@@ -50,6 +47,7 @@ class GridOptim(GridOptimizer):
     """
 
     needs_grid = True
+    random_bits = 32
 
     def __init__(
         self,
@@ -191,21 +189,7 @@ class GridOptim(GridOptimizer):
             self._count(slot, slot.weight, attempted, landed.to(slot.weight.dtype))
         slot.weight.copy_(landed)
 
-    def _rounded(self, group: dict[str, Any], slot: Slot, attempted: Tensor) -> Tensor:
-        assert slot.grid is not None
-        stochastic = group["rounding"] == "stochastic"
-        return quantize(
-            attempted,
-            slot.grid.format,
-            slot.grid.scale,
-            rounding=group["rounding"],
-            overflow="saturate",
-            key=step_key(group["seed"], slot.index, slot.step, "weight") if stochastic else None,
-            random_bits=RANDOM_BITS,
-        )
-
-    @staticmethod
-    def _round_codes(group: dict[str, Any], slot: Slot, rungs: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    def _round_codes(self, group: dict[str, Any], slot: Slot, rungs: Tensor, decay: float) -> tuple[Tensor, Tensor]:
         """(target, landed) with the code rounded: floor of code + r, one more with probability of the rest."""
         assert slot.grid is not None
         start = position(slot.weight, slot.grid)
@@ -216,10 +200,10 @@ class GridOptim(GridOptimizer):
             key = as_key(step_key(group["seed"], slot.index, slot.step, "weight"))
             assert key is not None
             below = target.floor()
-            drawn = draw_bits(key, target.numel(), RANDOM_BITS).view(target.shape).to(target.device)
-            up = ((target - below) * 2.0**RANDOM_BITS).floor() + drawn >= 2.0**RANDOM_BITS
+            drawn = draw_bits(key, target.numel(), self.random_bits).view(target.shape).to(target.device)
+            up = ((target - below) * 2.0**self.random_bits).floor() + drawn >= 2.0**self.random_bits
             index = below + up
         else:
             index = target.round()
         attempted = slot.weight.double() + (target - start) * spacing(slot.weight, slot.grid).double()
-        return attempted, torch.where(torch.isnan(target), target, value_at(index, slot.grid))
+        return attempted, torch.where(torch.isfinite(target), value_at(index, slot.grid), target)

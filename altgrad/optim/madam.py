@@ -105,8 +105,9 @@ class Madam(GridOptimizer):
         bounds = [_bound(group, slot) for slot in slots]
         for slot, pull, bound in zip(slots, _normalised(group, slots), bounds):
             factor = torch.exp(pull.mul_(torch.sign(slot.weight)).mul_(-float(group["lr"])))
-            weight = slot.weight.mul_(factor)
-            torch.minimum(torch.maximum(weight, -bound, out=weight), bound, out=weight)
+            moved = slot.weight * factor
+            torch.minimum(torch.maximum(moved, -bound, out=moved), bound, out=moved)
+            slot.weight.copy_(torch.where(slot.weight.isinf(), slot.weight, moved))
 
 
 class LNSMadam(Madam):
@@ -163,7 +164,7 @@ class LNSMadam(Madam):
         exponent = self._rounded_exponent(group, slot, aim)
         exponent = exponent.clamp(float(fmt.emin), float(fmt.emax))
         target = torch.copysign(torch.exp2(exponent) * scale, before.double())
-        landed = torch.where(before == 0, before.double(), target).to(before.dtype)
+        landed = torch.where((before == 0) | before.isinf(), before.double(), target).to(before.dtype)
         if group["rounding"] is not None:
             attempted = torch.copysign(torch.exp2(aim) * scale, before.double())
             self._count(slot, before, torch.where(aim == start, before.double(), attempted), landed)

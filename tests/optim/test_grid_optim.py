@@ -7,7 +7,6 @@ from torch.nn import Parameter
 
 from altgrad.errors import FormatError, OptionError
 from altgrad.optim import GridOptim, LNSMadam, position
-from altgrad.optim import grid_optim as module
 from altgrad.quantization import get_format, quantize
 from altgrad.quantization.parameter_grid import ParameterGrid
 from altgrad.randomness.counter import random_bits
@@ -30,7 +29,7 @@ def test_expectation_over_all_bits_is_exact(name, monkeypatch):
 
     Steps are multiples of 1/128 of a rung on and beside powers of two, where the gap below is half the gap above.
     """
-    monkeypatch.setattr(module, "RANDOM_BITS", 8)
+    monkeypatch.setattr(GridOptim, "random_bits", 8)
     fmt, n = get_format(name), 8192
     key = torch.tensor(step_key(0, 0, 1, "weight"), dtype=torch.uint64).view(torch.int64)
     draws = random_bits(key, n, 8).numpy()

@@ -19,12 +19,11 @@ from torch import Tensor
 from altgrad.errors import OptionError
 from altgrad.jit.grid_table import SETTLED_ALIKE, family_of, float32_arithmetic_suffices, grid_table, settles_plainly
 from altgrad.optim import moments
-from altgrad.optim.grid import scale_as_rows
-from altgrad.quantization import FP32, FloatFormat, Overflow, Rounding
+from altgrad.optim.grid import landing_cast, scale_as_rows
+from altgrad.quantization import FP32, Cast, FloatFormat, Rounding
 from altgrad.quantization.parameter_grid import ParameterGrid
 
 SHORTEST_ROW = 16
-RANDOM_BITS = 24  # of stochastic landings, as `quantize` has it
 _REALS = ParameterGrid(FP32)
 # As Rule, Landing and Pull in `optim.kernels.parts`, which imports Numba and is loaded on first use.
 ADAM, RUNGS, LION, SIGN, MADAM, LNS, GATHER = range(7)
@@ -81,12 +80,12 @@ def _step(*fields: Any) -> int:
 
 
 @cache
-def _landing_on(fmt: FloatFormat, rounding: str) -> tuple[int, bool, int]:
-    """(rounding family, whether it settles plainly, address of the grid's table) for float32 values and saturation."""
-    mode = Rounding(rounding)
-    plain = settles_plainly(fmt, mode, Overflow.SATURATE)
-    family = family_of(fmt, mode, Overflow.SATURATE, RANDOM_BITS, False, plain)
-    table = grid_table(fmt, mode, Overflow.SATURATE, False, RANDOM_BITS, False)
+def _landing_on(cast: Cast) -> tuple[int, bool, int]:
+    """(rounding family, whether it settles plainly, address of the grid's table) of a cast of float32 values."""
+    facts = cast.grid, cast.rounding, cast.overflow
+    plain = settles_plainly(*facts)
+    family = family_of(*facts, cast.random_bits, False, plain)
+    table = grid_table(*facts, cast.clamp, cast.random_bits, False)
     return int(family), plain and family in SETTLED_ALIKE, table.ctypes.data
 
 
@@ -98,7 +97,7 @@ def run(
     *,
     rule: int,
     landing: int = NONE,
-    rounding: str | None = None,
+    cast: Cast | None = None,
     key: tuple[int, int] | None = None,
     spacing: bool = False,
     on_gradient: bool = False,
@@ -111,7 +110,7 @@ def run(
     Args:
         first, second, extra: the state that the rule updates.
         rule, landing: `optim.kernels.parts.Rule` and `optim.kernels.parts.Landing`.
-        rounding, key: of the landing.
+        cast, key: of the landing.
         spacing, on_gradient, on_step: whether the grid spacing is used, and on what.
         pull: `optim.kernels.parts.Pull`, of the rule RUNGS.
         numbers: hyperparameters by `optim.kernels.parts.Field` name, in lower case.
@@ -125,12 +124,15 @@ def run(
     grid = slot.grid or _REALS
     fmt, count = grid.format, slot.weight.numel()
     kind = 0 if not spacing else (2 if fmt.bias is None else 1)
-    by_itself = rule in (RUNGS, LNS) and rounding == "stochastic"
+    by_itself = rule in (RUNGS, LNS) and cast is not None and cast.rounding is Rounding.STOCHASTIC
     rows = scale_as_rows(grid.scale, slot.weight)
     assert rows is not None
     scales, inner = rows
     lands_by_kernel = landing != NONE and rule not in (RUNGS, LNS)
-    family, plain, grid_address = _landing_on(fmt, rounding if lands_by_kernel and rounding else "nearest_even")
+    unused = landing_cast(
+        fmt, "nearest_even", 24
+    )  # a loop that rounds by itself, or not at all, reads a table and no more
+    family, plain, grid_address = _landing_on(cast if lands_by_kernel and cast is not None else unused)
     family, plain = (family, plain) if lands_by_kernel else (0, False)
     power = _is_one(scales) or (_powers_of_two(scales, fmt) and (plain or not lands_by_kernel))
     loop = _step(rule, landing, kind, on_gradient, on_step, by_itself, family, plain, pull, power)

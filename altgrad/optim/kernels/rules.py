@@ -80,7 +80,8 @@ def _madam(w, g, v, aim, words, count, n, place):
         store(v, i, second, FLOAT32)
         pull = normalised(pull, second, root, clip)
         pull = pull if x > zero else (-pull if x < zero else pull * zero)
-        aim_at(w, aim, words, i, within(x * exponential(pull * size), bound), place)
+        target = within(x * exponential(pull * size), bound)
+        aim_at(w, aim, words, i, target if abs(x) < np.float32(np.inf) else x, place)
 
 
 def _land(w, m, extra, aim, rest, words, count, share, place):

@@ -55,6 +55,7 @@ def _land_rungs(w, before, moves, words, count, s, emin, mantissa, top):
 
     A magnitude between k * ulp and (k + 1) * ulp goes up iff floor(frac * 2^32) + random >= 2^32 (stochastic), or to
     nearest, ties to even k: as the quantization kernels do it on float64, saturating at max. All steps but one are exact.
+    A target that is infinite, or no number, stays.
     """
     beyond = 0
     scale = np.float64(s)
@@ -78,7 +79,8 @@ def _land_rungs(w, before, moves, words, count, s, emin, mantissa, top):
             steps = magnitude * float_of(sub(np.uint64(2046 << 52), gap))
             whole = steps + 2.0**52 - 2.0**52  # ties to even
         landed = float_of(bor(bits_of(whole * float_of(gap)), band(bits_of(y), np.uint64(1 << 63))))
-        store(w, i, np.float32(landed if POWER else landed * scale), FLOAT32)
+        landed = landed if POWER else landed * scale
+        store(w, i, np.float32(landed if abs(target) < np.inf else target), FLOAT32)
     return beyond
 
 
@@ -127,6 +129,6 @@ def _lns(w, before, moves, words, count, s, size, low, high, roof):
         value = np.float32(power_of_two(whole) * scale)
         value = value if x > np.float32(0) else -value
         value = np.float32(goal) if goal != goal else value  # NaN
-        store(w, i, value if there else x, FLOAT32)
+        store(w, i, value if there and abs(x) < np.float32(np.inf) else x, FLOAT32)
         keep(moves, i, np.float32(1) if there and goal != start else np.float32(0))
     return beyond
