@@ -23,6 +23,7 @@ from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.memory import PLAIN_TYPES, check_dense, check_writable, is_unusual, readable
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_watching_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _FLOAT = struct.Struct("f")
 _NARROW = {torch.bfloat16: (7, -126, 127), torch.float16: (10, -14, 15)}  # mantissa bits, emin, emax
 
@@ -67,11 +68,7 @@ def traced(x: Tensor) -> bool:
     """Whether x must go through a torch operator: it is being compiled, is no plain tensor, or a mode is watching."""
     if torch.compiler.is_compiling():
         return True
-    return (
-        type(x) not in PLAIN_TYPES
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return type(x) not in PLAIN_TYPES or _watching_modes() > 0 or _transform() is not None
 
 
 def as_float32(number: float) -> float:

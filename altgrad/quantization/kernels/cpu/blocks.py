@@ -16,7 +16,7 @@ from altgrad.jit.calls import call_loop
 from altgrad.jit.code_table import Decoding, code_table, decoding_of
 from altgrad.jit.grid_table import GRID_FIELDS, INF_PROBLEM, family_of, grid_table
 from altgrad.jit.kinds import KINDS
-from altgrad.jit.memory import scratch
+from altgrad.jit.memory import load_word, scratch
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.jit.template import function
 from altgrad.jit.threads import ELEMENTS_PER_THREAD, run_table, threads_for
@@ -49,13 +49,13 @@ _GIVEN = len(CALL_PARAMETERS)
 
 
 @function(
-    types.int64(types.int64, types.int64[::1], *[types.int64] * 7, types.float64, types.int64),
+    types.int64(types.int64, types.int64, *[types.int64] * 7, types.float64, types.int64),
 )
 def _serial(loop, template, x, out, codes, scales, partials, seed, stream, upper, units):
-    """All units on this thread; the table of parameters is `template` with the addresses and words of this call."""
+    """All units on this thread; the table of parameters is that at `template` with the addresses and words of this call."""
     table = scratch(_TABLE_BYTES)
     for i in range(_GIVEN, _WORDS):
-        put_word(table, i, template[i])
+        put_word(table, i, np.int64(load_word(np.uint64(0), template, i)))
     put_word(table, 0, x)
     put_word(table, 1, out)
     put_word(table, 2, codes)
@@ -72,10 +72,12 @@ class _Prepared(NamedTuple):
 
     loop: int  # address
     template: np.ndarray  # the table of parameters; those of a call are still to be filled in
+    address: int  # of the template
     units: int
     group: int  # units per partial sum of the statistics
     threads_matter: bool  # whether the tensor is large enough for more than one
     scale_shape: tuple[int, ...]
+    scales: Tensor | None  # to be like, for tensors so small that making a tensor from its shape would cost twice
 
 
 def _element_table(plan: Plan) -> np.ndarray:
@@ -129,7 +131,11 @@ def _prepare(plan: Plan, x: Tensor) -> _Prepared:
     }
     template = np.array([0] * _GIVEN + [facts[name] for name in PARAMETERS[_GIVEN:]], dtype=np.int64)
     many = ELEMENTS_PER_THREAD * 2
-    prepared = _Prepared(compiled(variant, strips), template, units, group, x.numel() >= many, layout.scale_shape)
+    small = x.numel() < many
+    scales = torch.empty(layout.scale_shape, dtype=scale_kind, device="cpu") if small else None
+    address = template.ctypes.data
+    loop = compiled(variant, strips)
+    prepared = _Prepared(loop, template, address, units, group, not small, layout.scale_shape, scales)
     return plan.keep(x.shape, prepared)
 
 
@@ -150,14 +156,17 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
         rows = -(-prepared.units // prepared.group)
         partials = torch.empty((rows, PARTIAL_BYTES // 8), dtype=torch.float64, device="cpu")
         partials_address = partials.data_ptr()
-    stored = torch.empty(prepared.scale_shape, dtype=scale_kind, device="cpu")
+    if prepared.scales is None:
+        stored = torch.empty(prepared.scale_shape, dtype=scale_kind, device="cpu")
+    else:
+        stored = torch.empty_like(prepared.scales)
     seed, stream = key or _NO_KEY
     upper = 1.0 if scale is None else float(scale)
     call = (x.data_ptr(), written_address, coded_address, stored.data_ptr(), partials_address, seed, stream, upper)
     if prepared.threads_matter:
         problems = _on_threads(prepared, call, x.numel())
     else:
-        problems = _serial()(prepared.loop, prepared.template, *call, prepared.units)
+        problems = _serial()(prepared.loop, prepared.address, *call, prepared.units)
     if partials is not None:
         vector = torch.empty(len(FIELDS), dtype=torch.float64, device="cpu")
         total(partials_address, len(partials), x.numel(), vector.data_ptr())
@@ -172,7 +181,7 @@ def _on_threads(prepared: _Prepared, call: tuple, elements: int) -> int:
     """The units in one chunk per thread."""
     threads = threads_for(elements)
     if threads == 1:
-        return _serial()(prepared.loop, prepared.template, *call, prepared.units)
+        return _serial()(prepared.loop, prepared.address, *call, prepared.units)
     table = prepared.template.copy()
     table[: _GIVEN - 1] = call[:-1]
     table[_GIVEN - 1 : _GIVEN].view(np.float64)[:] = call[-1]

@@ -38,8 +38,8 @@ def _machinery():
 
 
 def _prepare(plan: Plan) -> tuple:
-    """(address of the loop, address of its table, code dtype, drivers on threads and on this one), kept in the plan."""
-    loops, run_on_threads, run_here = _machinery()
+    """(address of the loop, address of its table, code dtype, the driver on this thread), kept in the plan."""
+    loops, _, run_here = _machinery()
     fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
     wide = plan.dtype == torch.float64 or not float32_arithmetic_suffices(fmt)
     plain = not plan.stats and settles_plainly(fmt, rounding, overflow)
@@ -50,8 +50,14 @@ def _prepare(plan: Plan) -> tuple:
         loops.Variant(KINDS[plan.dtype], int(family), wide, plan.values, code_bytes, plan.stats, alike)
     )
     table = grid_table(fmt, rounding, overflow, plan.clamp, plan.random_bits, wide)
-    plan.prepared = (loop, table.ctypes.data, code_dtype(fmt), run_on_threads, run_here)
+    plan.prepared = (loop, table.ctypes.data, code_dtype(fmt), run_here)
     return plan.prepared
+
+
+def _drive(loop: int, *arguments) -> int:
+    """As the driver on this thread, on as many as torch uses."""
+    *given, _, count = arguments
+    return _machinery()[1](loop, count, *given)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -88,7 +94,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
         key: (seed, stream) as signed 64-bit integers, where the plan draws.
         out: where the values go; x's shape and dtype; may be x.
     """
-    loop, table, code_kind, run_on_threads, run_here = plan.prepared or _prepare(plan)
+    loop, table, code_kind, run_here = plan.prepared or _prepare(plan)
     source = x
     if not x.is_contiguous() and (plan.draws or not is_dense(x)):
         source = x.contiguous()  # random bits belong to elements in logical order
@@ -105,16 +111,28 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
         partials, stats = _sums(count)
         partials_address = partials.data_ptr()
     if count:
-        scales, number, inner, channels = None, scale, count, 1
-        if isinstance(scale, Tensor):
+        scales, scales_address, number, inner, channels = None, 0, scale, count, 1
+        if type(scale) is not float:
             scales, number, inner, channels = _scale_layout(source, scale, count)
+            scales_address = 0 if scales is None else scales.data_ptr()
         seed, stream = key or _NO_KEY
-        addresses = (loop, table, source.data_ptr(), target_address, coded_address)
-        where = (0 if scales is None else scales.data_ptr(), number, inner, channels, seed, stream, partials_address)
-        if count < ONE_THREAD:
-            problems = run_here(*addresses, *where, 0, count)
-        else:
-            problems = run_on_threads(loop, count, *addresses[1:], *where)
+        drive = run_here if count < ONE_THREAD else _drive
+        problems = drive(
+            loop,
+            table,
+            source.data_ptr(),
+            target_address,
+            coded_address,
+            scales_address,
+            number,
+            inner,
+            channels,
+            seed,
+            stream,
+            partials_address,
+            0,
+            count,
+        )
     if stats is not None:
         assert partials is not None
         _machinery()[0].total(partials_address, len(partials), count, stats.data_ptr())
