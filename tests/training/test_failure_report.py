@@ -68,6 +68,7 @@ def test_every_collapse_leaves_a_report_in_html_and_markdown(collapsed):
         assert str(detected) in text
         assert "altgrad run this.yaml" in text
         assert "head" in text  # the table per layer
+        assert ("altgrad autopsy" in text) == (kind != "divergence")  # that one is a float32 run
     assert not re.search(r"""(src|href)=["']?https?:""", html)  # opens offline
 
 

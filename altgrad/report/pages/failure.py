@@ -72,6 +72,8 @@ def render_failure(data: FailureData) -> tuple[str, str]:
         "checkpoints": _checkpoints(data),
         "continue_with": data.continue_with,
         "reproduce": data.reproduce,
+        "explain": data.explain,
+        "explained_at": data.explained_at,
         "configuration": _facts_table(data.config, "Setting") if data.config else None,
         "environment": _facts_table(data.environment, "Fact") if data.environment else None,
         "not_measured": NOT_MEASURED,

@@ -137,6 +137,10 @@ class FailureData:
     """Command that continues from the last good state."""
     reproduce: str | None = None
     """Command that reproduces the run."""
+    explain: str | None = None
+    """Command that finds the cause by replay."""
+    explained_at: str | None = None
+    """Where that command leaves its page, relative to this report."""
     environment: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()

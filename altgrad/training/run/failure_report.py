@@ -7,7 +7,10 @@ collapsed state under full observation and undoes it. `altgrad.report.pages.fail
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +68,11 @@ def write_failure_report(
         collapsed=collapsed,
         records=records,
     )
-    html, markdown = render_failure(data)
     folder = Path(checkpoint_dir) / FAILURE_REPORTS
+    if command is not None and config.get("formats", config.get("fp8_format")) not in (None, "FP32"):
+        page = os.path.relpath(run_dir / "autopsy" / "autopsy.html", folder)
+        data = replace(data, explain=shlex.join(["altgrad", "autopsy", str(run_dir)]), explained_at=page)
+    html, markdown = render_failure(data)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"step-{data.verdict.detected_step or 0:06d}-{data.verdict.kind}"
     write_text(folder / f"{stem}.md", markdown)
