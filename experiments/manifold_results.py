@@ -53,7 +53,7 @@ def final_loss(run: Run) -> float:
 
 
 def run_record(run: Run, arm: str, *, movement: bool) -> Record:
-    """The figures of one run; with `movement` also those that need its checkpoints and monitor records."""
+    """The numbers of one run; with `movement` also those that need its checkpoints and monitor records."""
     return {
         "format": run.format,
         "arm": arm,
@@ -61,11 +61,11 @@ def run_record(run: Run, arm: str, *, movement: bool) -> Record:
         "lr": float(run.config["optimizer"]["lr"]),
         "val_loss": final_loss(run),
         "stall_rate": run.number("stall_rate"),
-        **(movement_figures(run) if movement else {}),
+        **(movement_numbers(run) if movement else {}),
     }
 
 
-def movement_figures(run: Run) -> Record:
+def movement_numbers(run: Run) -> Record:
     """How far the weights on the grid went, in grid steps, means over weights.
 
     Returns:
@@ -79,16 +79,16 @@ def movement_figures(run: Run) -> Record:
     first = {n: p.detach().clone() for n, p in weights.items()}
     trainer.restore(load_checkpoint(checkpoints / f"step-{run.result['steps']:08d}").state["trainer"])
     parameters = sum(p.numel() for p in trainer.parameters)
-    figures = {"state_bytes": run.result["figures"]["optimizer_state_bytes"] / parameters, "path": None, "net": None}
+    numbers = {"state_bytes": run.result["details"]["optimizer_state_bytes"] / parameters, "path": None, "net": None}
     if not weights:
-        return figures
+        return numbers
     moved = torch.cat([_net(first[n], p).flatten() for n, p in weights.items()])
     sizes = {n.rpartition(".")[0]: p.numel() for n, p in weights.items()}
     total = 0.0
     for record in run.metrics(monitor_steps=None, columns=()).monitor:
         if record["role"] == "update" and record["layer"] in sizes:
             total += record.get("steps_mean", 0.0) * sizes[record["layer"]]
-    return {**figures, "path": total / sum(sizes.values()), "net": moved.mean().item()}
+    return {**numbers, "path": total / sum(sizes.values()), "net": moved.mean().item()}
 
 
 def _net(first: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -239,7 +239,7 @@ def make_run(
                 "config_hash": config_hash,
                 "data_fingerprint": data_fingerprint,
                 "numerics_version": numerics_version,
-                "figures": {},
+                "details": {},
             },
         )
     if collapse and finished:

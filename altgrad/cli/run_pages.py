@@ -156,7 +156,7 @@ def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: b
     """0 done, 1 a run collapsed and that was asked to count, 128 + signal interrupted."""
     for result in results:
         if result is not None and result.status == "interrupted":
-            return INTERRUPTED + int(result.figures.get("signal", 2))
+            return INTERRUPTED + int(result.details.get("signal", 2))
     collapsed = any(result is not None and result.status == "collapsed" for result in results)
     return 1 if collapsed and fail_on_collapse else 0
 
@@ -248,8 +248,8 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
         for said in (r.verdict, *r.remarks):
             if said:
                 console.print(f"{r.format}: {said['reason']}", highlight=False, soft_wrap=True)
-        if "failure_report" in r.figures:
-            console.print(f"  failure report: {r.figures['failure_report']}", highlight=False, soft_wrap=True)
+        if "failure_report" in r.details:
+            console.print(f"  failure report: {r.details['failure_report']}", highlight=False, soft_wrap=True)
     if any(r.status == "interrupted" for r in results):
         console.print("interrupted; the same command continues", highlight=False)
 

@@ -1,6 +1,6 @@
-"""GridOptim: momentum SGD in rungs, the steps of the weight's own grid, rounded without bias to actual neighbours.
+"""GridOptim: momentum SGD in grid steps, the steps of the weight's own grid, rounded without bias to actual neighbours.
 
-A step asks for r rungs, the distance d = r * S(w). The target w + d lies between two neighbours on the grid, a below
+A step asks for r grid steps, the distance d = r * S(w). The target w + d lies between two neighbours on the grid, a below
 and b above, and becomes b with probability (w + d - a) / (b - a): E[w'] = w + d, also at the edge of a binade, where
 at |w| = 2^k the gap below is only S / 2. Rounding *codes* instead makes E[code'] = code + r, which is biased in value
 wherever the two gaps differ.
@@ -25,17 +25,17 @@ from altgrad.randomness.streams import step_key
 
 
 class GridOptim(GridOptimizer):
-    """Momentum SGD in rungs: buf = momentum * buf + g, r = -lr * buf, w' = round(w + r * S(w)).
+    """Momentum SGD in grid steps: buf = momentum * buf + g, r = -lr * buf, w' = round(w + r * S(w)).
 
     Args:
         params: parameters or groups, as for any torch optimizer.
         format: grid of parameters that no storage declared one for; None: such parameters need `off_grid_lr`.
-        lr: rungs per unit of momentum (of its root mean square under normalize="rms").
+        lr: grid steps per unit of momentum (of its root mean square under normalize="rms").
         momentum, nesterov: as in `torch.optim.SGD`.
         weight_decay: decoupled; w loses lr * weight_decay * 2^-M of itself per step.
-        rung_clip: largest |r|; None does not clip.
+        step_clip: largest |r|; None does not clip. `rung_clip` is its former name.
         normalize: None, or "rms": divide the momentum by its root mean square over the tensor, so that lr is the
-            typical number of rungs per step whatever the gradient's size.
+            typical number of grid steps per step whatever the gradient's size.
         master: keep a float32 master weight; the step is added to it and the parameter is its rounding.
         unbiased: "value" (E[w'] = w + d) or "code" (E[code'] = code + r).
         rounding: "stochastic", "nearest_even", or None (the parameter takes the target; storage rounds it).
@@ -58,11 +58,12 @@ class GridOptim(GridOptimizer):
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        rung_clip: float | None = None,
+        step_clip: float | None = None,
         normalize: str | None = None,
         master: bool = False,
         unbiased: str = "value",
         rounding: str | None = "stochastic",
+        rung_clip: float | None = None,
         **options: Any,
     ) -> None:
         defaults = {
@@ -71,7 +72,7 @@ class GridOptim(GridOptimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
-            "rung_clip": rung_clip,
+            "step_clip": rung_clip if step_clip is None else step_clip,
             "normalize": normalize,
             "master": master,
             "unbiased": unbiased,
@@ -83,8 +84,8 @@ class GridOptim(GridOptimizer):
     def _check(self, group: dict[str, Any]) -> None:
         check_range(group, "momentum", 0, 1)
         check_range(group, "weight_decay", 0)
-        if group["rung_clip"] is not None and not group["rung_clip"] > 0:
-            raise OptionError(f"rung_clip {group['rung_clip']!r} must be above 0, or None")
+        if group["step_clip"] is not None and not group["step_clip"] > 0:
+            raise OptionError(f"step_clip {group['step_clip']!r} must be above 0, or None")
         if group["normalize"] not in (None, "rms"):
             raise OptionError(f'normalize {group["normalize"]!r} is not one of None, "rms"')
         if group["unbiased"] not in ("value", "code"):
@@ -119,7 +120,7 @@ class GridOptim(GridOptimizer):
         return fused.run(
             slot,
             along,
-            rule=fused.RUNGS,
+            rule=fused.GRID_STEPS,
             spacing=True,
             pull=pull,
             **self._fused_landing(group, slot),
@@ -127,7 +128,7 @@ class GridOptim(GridOptimizer):
             rms=rms,
             size=-lr,
             decayed=lr * group["weight_decay"] * 2.0**-slot.grid.format.mantissa_bits,
-            clip=float("inf") if group["rung_clip"] is None else group["rung_clip"],
+            clip=float("inf") if group["step_clip"] is None else group["step_clip"],
         )
 
     @staticmethod
@@ -169,15 +170,15 @@ class GridOptim(GridOptimizer):
     def _move(self, group: dict[str, Any], slot: Slot, pull: Tensor) -> None:
         assert slot.grid is not None
         base = self._base(group, slot)
-        rungs = pull * -float(group["lr"])
-        if group["rung_clip"] is not None:
-            slot.clipped = (rungs.abs() > group["rung_clip"]).sum()
-            rungs = rungs.clamp(-group["rung_clip"], group["rung_clip"])
+        grid_steps = pull * -float(group["lr"])
+        if group["step_clip"] is not None:
+            slot.clipped = (grid_steps.abs() > group["step_clip"]).sum()
+            grid_steps = grid_steps.clamp(-group["step_clip"], group["step_clip"])
         decay = float(group["lr"]) * group["weight_decay"] * 2.0**-slot.grid.format.mantissa_bits
         if group["unbiased"] == "code":
-            attempted, landed = self._round_codes(group, slot, rungs, decay)
+            attempted, landed = self._round_codes(group, slot, grid_steps, decay)
         else:
-            step = rungs * spacing(base, slot.grid)
+            step = grid_steps * spacing(base, slot.grid)
             if decay:
                 step = step - base * decay
             if group["master"]:
@@ -189,11 +190,13 @@ class GridOptim(GridOptimizer):
             self._count(slot, slot.weight, attempted, landed.to(slot.weight.dtype))
         slot.weight.copy_(landed)
 
-    def _round_codes(self, group: dict[str, Any], slot: Slot, rungs: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    def _round_codes(
+        self, group: dict[str, Any], slot: Slot, grid_steps: Tensor, decay: float
+    ) -> tuple[Tensor, Tensor]:
         """(target, landed) with the code rounded: floor of code + r, one more with probability of the rest."""
         assert slot.grid is not None
         start = position(slot.weight, slot.grid)
-        target = start + rungs.double()
+        target = start + grid_steps.double()
         if decay:
             target = target - decay * slot.weight.double() / spacing(slot.weight, slot.grid).double()
         if group["rounding"] == "stochastic":

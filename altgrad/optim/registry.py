@@ -64,7 +64,7 @@ _ROWS = (
     OptimizerRow(
         "grid_optim",
         GridOptim,
-        "momentum SGD in rungs, rounded without bias to actual neighbours",
+        "momentum SGD in grid steps, rounded without bias to actual neighbours",
         "AltGrad",
         lr_unit="grid steps",
     ),

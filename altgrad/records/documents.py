@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ def read_json(path: Path) -> Document:
 def read_result(path: Path) -> Document:
     """result.json, whose known fields have the types that a run writes; one that has others is damaged."""
     document = read_json(path)
+    if "figures" in document.content:  # the former name of the field
+        content = {("details" if key == "figures" else key): value for key, value in document.content.items()}
+        document = replace(document, content=content)
     wrong = _wrong_type(document.content, _RESULT_KINDS)
     if wrong is None and document.content.get("verdict"):
         wrong = _wrong_type(document.content["verdict"], _VERDICT_KINDS, "verdict.")

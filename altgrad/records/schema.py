@@ -110,6 +110,7 @@ class ExperimentResult:
         wall_s: seconds, pauses between interruption and resumption left out.
         tokens_per_s: training tokens over the time spent in steps.
         config_hash: SHA-256 (hex) of the run's identity; its first 8 digits end the folder's name.
+        details: skipped steps, bytes of optimizer state, where checkpoints and the failure report are, and the like.
         run_dir: the run's folder.
         already_finished: it was looked up, not made.
     """
@@ -136,7 +137,7 @@ class ExperimentResult:
     config_hash: str
     data_fingerprint: str
     numerics_version: str
-    figures: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     remarks: list[dict[str, Any]] = field(default_factory=list)
     run_dir: Path = Path()
     already_finished: bool = False

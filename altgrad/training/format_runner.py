@@ -345,7 +345,7 @@ class FormatExperimentRunner:
         if not interrupted and not tally.verdict:
             self.trainer.judge.conclude(steps)
         remarks = self.trainer.judge.remarks
-        figures: dict[str, Any] = {
+        details: dict[str, Any] = {
             **({"resumed_after": tally.resumed_after} if tally.resumed_after else {}),
             "skipped_steps": tally.skipped_steps,
             "optimizer_state_bytes": state_bytes(self.trainer.optimizer),
@@ -375,17 +375,17 @@ class FormatExperimentRunner:
             config_hash=self.plan.hash,
             data_fingerprint=self.plan.corpus.fingerprint,
             numerics_version=NUMERICS_VERSION,
-            figures=figures,
+            details=details,
             run_dir=self.run_dir,
         )
         if self.stop.signal is not None:
-            figures["signal"] = self.stop.signal
+            details["signal"] = self.stop.signal
         failed = tally.verdict or next((r for r in remarks if r["kind"] in REPORTED and not interrupted), None)
         state = self._state() if failed is not None and not interrupted else None
         if not self.ranks.is_main:
             return result
         if state is not None and failed is not None:
-            figures["failure_report"] = str(self._report_failure(result, state, failed))
+            details["failure_report"] = str(self._report_failure(result, state, failed))
         write_result(self.run_dir, result.as_dict())  # last: its presence says that all else is there
         self.trackers.finish(result.as_dict())
         return result

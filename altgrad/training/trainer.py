@@ -29,7 +29,7 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.data import Corpus, resolve_corpus
 from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.step.distributed import Ranks
-from altgrad.training.step.formats_of_run import FormatsOfRun, StorageFigures, all_finite
+from altgrad.training.step.formats_of_run import FormatsOfRun, StorageRates, all_finite
 from altgrad.training.step.interventions import Interventions
 from altgrad.training.step.judge import Judge, StepFacts
 from altgrad.training.step.measuring import Measuring
@@ -143,7 +143,7 @@ class Trainer:
             overflow = self.ranks.max(overflow)  # the clip must act on every rank or on none
         events: list[dict[str, Any]] = []
         lr = schedule(step) if schedule is not None else lr_at(step, self.config.max_steps, settings)
-        figures = StorageFigures()
+        rates = StorageRates()
         if finite:
             if clipped := self.interventions.clip(overflow):
                 events.append(clipped)
@@ -151,9 +151,9 @@ class Trainer:
             if settings.grad_clip and grads:
                 clip_to(grads, norm if clipped or norm_value < 1e18 else norm_value, settings.grad_clip)
             self._update(lr)
-            figures = self.formats.storage_figures()
-            if figures.regridded:
-                events.append({"event": "regrid", "values": figures.regridded})
+            rates = self.formats.storage_rates()
+            if rates.regridded:
+                events.append({"event": "regrid", "values": rates.regridded})
         else:
             self.formats.roll_back(before)
             self.formats.at(step + 1)  # as the optimizer's hook does
@@ -163,17 +163,17 @@ class Trainer:
 
         warmup = step <= settings.warmup_steps
         can_shift = self.interventions.can_shift
-        shifted = self.interventions.end_step(step, finite=finite, stall_rate=figures.stall_rate, warmup=warmup)
+        shifted = self.interventions.end_step(step, finite=finite, stall_rate=rates.stall_rate, warmup=warmup)
         if shifted:
             events.append(shifted)
             self.judge.forget()
         verdict: Verdict | None = None
         if not shifted:
-            facts = StepFacts(step, loss_value, finite, norm_value, figures.stall_rate, warmup, figures.flip_rate)
+            facts = StepFacts(step, loss_value, finite, norm_value, rates.stall_rate, warmup, rates.flip_rate)
             verdict = self.judge.see(facts, can_shift=can_shift)
         rate = None if overflow is None else float(overflow)
         return StepRecord(
-            step, loss_value, lr, norm_value, finite, figures.stall_rate, figures.flip_rate, rate, events, verdict
+            step, loss_value, lr, norm_value, finite, rates.stall_rate, rates.flip_rate, rate, events, verdict
         )
 
     @torch.no_grad()

@@ -120,14 +120,14 @@ def test_a_persons_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, 
 
 
 def test_exit_codes():
-    def result(status, **figures):
+    def result(status, **details):
         missing = dict.fromkeys(("name", "run_id", "seed", "format", "storage", "rounding", "verdict", "steps"))
         numbers = dict.fromkeys(
             ("max_steps", "final_loss", "best_loss", "best_step", "final_val_loss", "best_val_loss")
         )
         rest = dict.fromkeys(("stall_rate", "wall_s", "tokens_per_s", "interventions", "config_hash"))
         ends = dict.fromkeys(("data_fingerprint", "numerics_version"))
-        return ExperimentResult(**missing, **numbers, **rest, **ends, status=status, figures=figures)
+        return ExperimentResult(**missing, **numbers, **rest, **ends, status=status, details=details)
 
     collapsed = [result("completed"), result("collapsed")]
     assert exit_code(collapsed, fail_on_collapse=False) == 0

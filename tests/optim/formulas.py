@@ -57,14 +57,14 @@ def sgd(w, grads, *, lr, momentum=0.9, **_):
     return w
 
 
-def grid_optim(w, grads, *, lr, format, momentum=0.9, weight_decay=0.0, rung_clip=np.inf, normalize=None, **_):
+def grid_optim(w, grads, *, lr, format, momentum=0.9, weight_decay=0.0, step_clip=np.inf, normalize=None, **_):
     buffer = np.zeros_like(w)
     for g in grads:
         buffer = momentum * buffer + g
         size = np.sqrt(np.mean(buffer**2)) if normalize == "rms" else 1.0
-        rungs = np.clip(-lr * buffer / size, -rung_clip, rung_clip)
+        grid_steps = np.clip(-lr * buffer / size, -step_clip, step_clip)
         decay = lr * weight_decay * 2.0 ** -get_format(format).mantissa_bits
-        w = w + rungs * spacing(w, format) - decay * w
+        w = w + grid_steps * spacing(w, format) - decay * w
     return w
 
 
@@ -142,7 +142,7 @@ FORMULAS = {
         grid_optim,
         [
             {"lr": 0.2, "format": "E4M3", "rounding": None},
-            {"lr": 0.2, "format": "E7M0", "rounding": None, "rung_clip": 0.1, "weight_decay": 0.1},
+            {"lr": 0.2, "format": "E7M0", "rounding": None, "step_clip": 0.1, "weight_decay": 0.1},
             {"lr": 0.5, "format": "E3M4", "rounding": None, "normalize": "rms", "momentum": 0.5},
         ],
     ),

@@ -19,7 +19,7 @@ CASES = [
     ("sr_adamw", {"eps": 0.0, "format": "E5M2"}),
     ("kahan_adamw", {}),
     ("eco", {"rounding": "stochastic"}),
-    ("grid_optim", {"rung_clip": 0.5, "weight_decay": 0.1}),
+    ("grid_optim", {"step_clip": 0.5, "weight_decay": 0.1}),
     ("grid_optim", {"format": "E7M0"}),
     ("grid_optim", {"format": "E0M7", "rounding": "nearest_even", "scale": 0.3}),
     ("grid_optim", {"rounding": None}),

@@ -1,4 +1,4 @@
-"""GridOptim: rounding without bias to actual neighbours, rungs, clipping, masters and what it reports."""
+"""GridOptim: rounding without bias to actual neighbours, grid steps, clipping, masters and what it reports."""
 
 import numpy as np
 import pytest
@@ -15,10 +15,10 @@ from altgrad.randomness.streams import step_key
 FORMATS = ["E4M3", "E5M2", "E3M4", "E0M7", "E6M1", "E7M0"]
 
 
-def one_step(w, rungs, fmt, n, **options):
-    """n copies of weight w asked to move by `rungs`; the weights after the step."""
+def one_step(w, grid_steps, fmt, n, **options):
+    """n copies of weight w asked to move by `grid_steps`; the weights after the step."""
     p = Parameter(torch.full((n,), w))
-    p.grad = torch.full((n,), -rungs)
+    p.grad = torch.full((n,), -grid_steps)
     GridOptim([p], fmt, lr=1.0, momentum=0.0, **options).step()
     return p.detach()
 
@@ -27,7 +27,7 @@ def one_step(w, rungs, fmt, n, **options):
 def test_expectation_over_all_bits_is_exact(name, monkeypatch):
     """With 8 random bits every draw can be enumerated: the mean over the 256 draws is w + d to the last bit.
 
-    Steps are multiples of 1/128 of a rung on and beside powers of two, where the gap below is half the gap above.
+    Steps are multiples of 1/128 of a grid step on and beside powers of two, where the gap below is half the gap above.
     """
     monkeypatch.setattr(GridOptim, "random_bits", 8)
     fmt, n = get_format(name), 8192
@@ -37,9 +37,9 @@ def test_expectation_over_all_bits_is_exact(name, monkeypatch):
     first = np.array([np.flatnonzero(draws == r)[0] for r in range(256)])
     edge = 0.5 if fmt.bias is None else 2.0 ** max(fmt.emin + 2, -2)
     for w in (edge, fmt.next_up(edge), fmt.next_down(edge), -edge, 0.0):
-        for rungs in (0.5, -0.5, 1 / 128, -1 / 128, -0.25, 0.75, -1.0, 1.0):
-            after = one_step(w, rungs, name, n).double().numpy()
-            assert np.mean(after[first]) == w + rungs * fmt.ulp(w), (w, rungs)
+        for grid_steps in (0.5, -0.5, 1 / 128, -1 / 128, -0.25, 0.75, -1.0, 1.0):
+            after = one_step(w, grid_steps, name, n).double().numpy()
+            assert np.mean(after[first]) == w + grid_steps * fmt.ulp(w), (w, grid_steps)
 
 
 @pytest.mark.parametrize("name", ["E4M3", "E7M0"])
@@ -50,9 +50,9 @@ def test_targets_land_on_actual_neighbours(name):
 
 
 def test_full_resolution_expectation():
-    """With 32 bits a step of 1e-4 rungs is not lost; the mean over many weights agrees within four sigma."""
-    n, rungs = 400_000, -1e-3
-    after = one_step(1.0, rungs, "E4M3", n).double()
+    """With 32 bits a step of 1e-4 grid steps is not lost; the mean over many weights agrees within four sigma."""
+    n, grid_steps = 400_000, -1e-3
+    after = one_step(1.0, grid_steps, "E4M3", n).double()
     chance = 1e-3 * 0.125 / 0.0625  # down from 1.0 the gap is half the spacing
     moved = float((after != 1.0).double().mean())
     assert abs(moved - chance) < 4 * (chance / n) ** 0.5
@@ -62,10 +62,10 @@ def test_code_unbiased_variant():
     """E[code'] = code + r; in value it moves half as far down from a power of two."""
     n = 200_000
     grid = ParameterGrid(get_format("E4M3"))
-    for rungs in (-0.3, 0.3, -1.6):
-        after = one_step(1.0, rungs, "E4M3", n, unbiased="code")
+    for grid_steps in (-0.3, 0.3, -1.6):
+        after = one_step(1.0, grid_steps, "E4M3", n, unbiased="code")
         codes = position(after, grid) - position(torch.ones(1), grid)
-        assert abs(float(codes.mean()) - rungs) < 4 * (0.25 / n) ** 0.5
+        assert abs(float(codes.mean()) - grid_steps) < 4 * (0.25 / n) ** 0.5
         assert float(codes.max() - codes.min()) == 1.0
     value = one_step(1.0, -0.3, "E4M3", n, unbiased="value").mean()
     assert float(value) == pytest.approx(1 - 0.3 / 8, abs=4 * 0.0625 / n**0.5)
@@ -77,10 +77,10 @@ def test_code_unbiased_nearest_and_saturation():
     assert one_step(0.0, -2.0, "E4M3", 1, unbiased="code").item() == -(2.0**-8)
 
 
-def test_rung_clipping_is_counted():
+def test_step_clipping_is_counted():
     p = Parameter(torch.ones(4))
     p.grad = torch.tensor([0.5, -3.0, 8.0, 1.0])
-    optimizer = GridOptim([p], "E4M3", lr=1.0, momentum=0.0, rung_clip=2.0, rounding="nearest_even")
+    optimizer = GridOptim([p], "E4M3", lr=1.0, momentum=0.0, step_clip=2.0, rounding="nearest_even")
     optimizer.step()
     assert p.tolist() == [1.0 - 0.0625, 1.25, 0.75, 0.875]
     assert optimizer.grid_step_counts(p).tolist() == [4, 4, 0, 0, 2, 0]
@@ -101,11 +101,11 @@ def test_a_master_keeps_what_nearest_rounding_swallows():
 
 
 @pytest.mark.parametrize(("name", "crosses"), [("E0M7", True), ("E7M0", False)])
-def test_steps_below_one_rung_cannot_cross_zero_on_e7m0(name, crosses):
-    """One rung of E7M0 is the weight itself: a smaller step halves the weight at most. Uniform grids walk through zero."""
+def test_steps_below_one_grid_step_cannot_cross_zero_on_e7m0(name, crosses):
+    """One grid step of E7M0 is the weight itself: a smaller step halves the weight at most. Uniform grids walk through zero."""
     generator = torch.Generator().manual_seed(0)
     p = Parameter(quantize(torch.randn(2000, generator=generator) * 0.02, name))
-    optimizer = GridOptim([p], name, lr=0.7, momentum=0.0, rung_clip=0.9)
+    optimizer = GridOptim([p], name, lr=0.7, momentum=0.0, step_clip=0.9)
     start = p.detach().clone()
     for _ in range(30):
         p.grad = torch.randn(2000, generator=generator)
@@ -156,7 +156,7 @@ def test_nan_stays_nan():
     "options",
     [
         {"momentum": 1.0},
-        {"rung_clip": 0.0},
+        {"step_clip": 0.0},
         {"normalize": "max"},
         {"unbiased": "both"},
         {"unbiased": "code", "master": True},

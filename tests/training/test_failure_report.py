@@ -61,7 +61,7 @@ def test_every_collapse_leaves_a_report_in_html_and_markdown(collapsed):
     detected = result.verdict["detected_step"]
     stem = folder / "checkpoints" / "failure_reports" / f"step-{detected:06d}-{kind}"
     html, markdown = stem.with_suffix(".html").read_text(), stem.with_suffix(".md").read_text()
-    assert result.figures["failure_report"] == str(stem.with_suffix(".html"))
+    assert result.details["failure_report"] == str(stem.with_suffix(".html"))
     for text in (html, markdown):
         assert kind in text
         assert str(result.verdict["onset_step"]) in text

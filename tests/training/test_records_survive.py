@@ -85,7 +85,7 @@ def test_a_stop_between_checkpoints_changes_neither_records_nor_their_order(unbr
         assert run(tmp_path, Notes(stop_at=step)).status == "interrupted"
         assert verify_run(only(tmp_path)).whole
     result = run(tmp_path)
-    assert result.figures["resumed_after"] == [3, 6, 9]
+    assert result.details["resumed_after"] == [3, 6, 9]
     assert records(tmp_path) == records(unbroken)
 
 

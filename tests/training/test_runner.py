@@ -101,14 +101,14 @@ def test_a_signal_stops_cleanly_and_the_same_command_continues(tmp_path, number)
     handler = signal.getsignal(number)
     stopped = run(tmp_path, listener=StopAt(8, number), **GRID)
     assert signal.getsignal(number) is handler
-    assert (stopped.status, stopped.steps, stopped.figures["signal"]) == ("interrupted", 8, number)
+    assert (stopped.status, stopped.steps, stopped.details["signal"]) == ("interrupted", 8, number)
     assert json.loads((stopped.run_dir / "result.json").read_text())["status"] == "interrupted"
     notes = Notes()
     finished = run(tmp_path, listener=notes, **GRID)
     assert notes.steps == list(range(9, 15))
     assert finished.status == "completed"
     assert losses(finished.run_dir) == losses(whole.run_dir)
-    assert finished.figures["resumed_after"] == [8]
+    assert finished.details["resumed_after"] == [8]
 
 
 def test_threads_are_recorded_and_restored(tmp_path):
@@ -210,7 +210,7 @@ def test_checkpoint_dir_is_used_as_given_and_never_shared(tmp_path):
     other = tmp_path / "checkpoints" / f"mine-{second.config_hash[:8]}"
     assert (other / "step-00000014").is_dir()
     assert any(str(other) in line for line in notes.lines)
-    assert second.figures["checkpoint_dir"] == str(other)
+    assert second.details["checkpoint_dir"] == str(other)
 
 
 def test_a_model_of_ones_own_is_part_of_the_runs_identity(tmp_path):
@@ -254,7 +254,7 @@ def test_a_collapse_stops_the_run_with_its_evidence_and_both_states(tmp_path):
     assert (kept / "last-good-00000000").is_dir()
     reports = list((kept / "failure_reports").iterdir())
     assert {p.suffix for p in reports} >= {".md", ".html"}
-    assert os.path.exists(result.figures["failure_report"])
+    assert os.path.exists(result.details["failure_report"])
     assert run(tmp_path, **FREEZE).already_finished
 
 

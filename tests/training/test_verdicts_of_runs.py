@@ -64,7 +64,7 @@ def test_at_a_constant_rate_the_same_grid_does_not_freeze(tmp_path, fmt):
     assert {remark["kind"] for remark in result.remarks} <= {"stalled"}
     for remark in result.remarks:
         assert remark["onset_step"] == unbroken_stall_since(result, remark["detected_step"])
-    assert "failure_report" not in result.figures
+    assert "failure_report" not in result.details
 
 
 def test_a_run_far_above_its_twin_completes_and_gets_a_report(tmp_path):
@@ -78,7 +78,7 @@ def test_a_run_far_above_its_twin_completes_and_gets_a_report(tmp_path):
     assert remark["value"] == pytest.approx(result.final_val_loss - twin.final_val_loss)
     assert remark["threshold"] == pytest.approx(0.1 * gained)
     assert remark["detected_step"] == 60
-    html = Path(result.figures["failure_report"]).read_text()
+    html = Path(result.details["failure_report"]).read_text()
     assert "E5M2 ended far above its FP32 twin" in html
     assert "evaluation loss against the FP32 twin" in html
     assert (result.run_dir / "checkpoints" / "ended-00000060").is_dir()
@@ -103,8 +103,8 @@ def test_a_run_that_never_learns_fails_or_is_remarked_at_its_end(tmp_path, windo
     told = result.verdict if status == "collapsed" else result.remarks[0]
     assert told["kind"] == "no_learning"
     assert result.steps == (45 if status == "collapsed" else 70)
-    assert Path(result.figures["failure_report"]).exists()
-    assert "never learned" in Path(result.figures["failure_report"]).with_suffix(".md").read_text()
+    assert Path(result.details["failure_report"]).exists()
+    assert "never learned" in Path(result.details["failure_report"]).with_suffix(".md").read_text()
 
 
 def test_an_older_result_without_remarks_is_read(tmp_path):

@@ -26,7 +26,7 @@ from altgrad.quantization.parameter_grid import ParameterGrid
 SHORTEST_ROW = 16
 _REALS = ParameterGrid(FP32)
 # As Rule, Landing and Pull in `optim.kernels.parts`, which imports Numba and is loaded on first use.
-ADAM, RUNGS, LION, SIGN, MADAM, LNS, GATHER = range(7)
+ADAM, GRID_STEPS, LION, SIGN, MADAM, LNS, GATHER = range(7)
 NONE, ROUND, KAHAN, ECO = range(4)
 MOMENTUM, NESTEROV, READY = range(3)
 
@@ -112,7 +112,7 @@ def run(
         rule, landing: `optim.kernels.parts.Rule` and `optim.kernels.parts.Landing`.
         cast, key: of the landing.
         spacing, on_gradient, on_step: whether the grid spacing is used, and on what.
-        pull: `optim.kernels.parts.Pull`, of the rule RUNGS.
+        pull: `optim.kernels.parts.Pull`, of the rule GRID_STEPS.
         numbers: hyperparameters by `optim.kernels.parts.Field` name, in lower case.
 
     Returns:
@@ -124,11 +124,11 @@ def run(
     grid = slot.grid or _REALS
     fmt, count = grid.format, slot.weight.numel()
     kind = 0 if not spacing else (2 if fmt.bias is None else 1)
-    by_itself = rule in (RUNGS, LNS) and cast is not None and cast.rounding is Rounding.STOCHASTIC
+    by_itself = rule in (GRID_STEPS, LNS) and cast is not None and cast.rounding is Rounding.STOCHASTIC
     rows = scale_as_rows(grid.scale, slot.weight)
     assert rows is not None
     scales, inner = rows
-    lands_by_kernel = landing != NONE and rule not in (RUNGS, LNS)
+    lands_by_kernel = landing != NONE and rule not in (GRID_STEPS, LNS)
     unused = landing_cast(
         fmt, "nearest_even", 24
     )  # a loop that rounds by itself, or not at all, reads a table and no more

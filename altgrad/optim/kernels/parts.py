@@ -25,12 +25,12 @@ class Rule(IntEnum):
     """How weights are moved."""
 
     ADAM = 0
-    RUNGS = 1
+    GRID_STEPS = 1
     LION = 2
     SIGN = 3
     MADAM = 4
     LNS = 5
-    GATHER = 6  # nothing but the momentum of RUNGS
+    GATHER = 6  # nothing but the momentum of GRID_STEPS
 
 
 class Landing(IntEnum):
@@ -43,7 +43,7 @@ class Landing(IntEnum):
 
 
 class Pull(IntEnum):
-    """What RUNGS steps along."""
+    """What GRID_STEPS steps along."""
 
     MOMENTUM = 0
     NESTEROV = 1  # gradient and momentum
@@ -61,14 +61,14 @@ class Field(IntEnum):
     MANTISSA_FIELD = 5  # M in float64's exponent field
     RELATIVE = 6  # 2^-M
     LIMIT = 7  # the format's max
-    KEEP = 8  # share of the new value in the first moment; momentum (rungs)
+    KEEP = 8  # share of the new value in the first moment; momentum (grid_steps)
     BETA2 = 9
     REST2 = 10  # 1 - beta2; share of the new value in Lion's average
     ROOT = 11  # sqrt(1 - beta2^t) (Adam); 1 - beta^t (Madam)
     EPS = 12
     SIZE = 13  # -lr / (1 - beta1^t) (Adam), -lr
-    DECAYED = 14  # 1 - rate of decay; rate (rungs, Kahan)
-    CLIP = 15  # largest |rungs|; largest normalised gradient (Madam)
+    DECAYED = 14  # 1 - rate of decay; rate (grid_steps, Kahan)
+    CLIP = 15  # largest |grid_steps|; largest normalised gradient (Madam)
     SHARE = 16  # ECO: (1 - beta1^t) / lr * (1 - 1 / beta1)
     BOUND = 17  # Madam: largest |w|
     RMS = 18  # size of the momentum that counts as one
@@ -85,7 +85,7 @@ class Variant(NamedTuple):
     STOCHASTIC: bool = False  # of rules that round by themselves
     FAMILY: int = 0  # rounding arithmetic of the other rules
     PLAIN: bool = False  # of the other rules: beyond max is max, -0 stays (`jit.grid_table.settles_plainly`)
-    PULL: int = 0  # of RUNGS
+    PULL: int = 0  # of GRID_STEPS
     POWER: bool = False  # every scale is a power of two: divide by multiplying
     FMA: bool = False  # fused multiply-add where torch's kernels have it
 

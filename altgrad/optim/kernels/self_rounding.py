@@ -21,7 +21,7 @@ def _gather(g, m, count, momentum):
         store(m, i, load(m, i, FLOAT32) * momentum + load(g, i, FLOAT32), FLOAT32)
 
 
-def _rungs(w, g, m, before, moves, words, count, n, place):
+def _grid_steps(w, g, m, before, moves, words, count, n, place):
     """First half of GridOptim: momentum, steps, random words; returns how many steps were clipped."""
     emin_bits, relative, momentum, rms, size, decayed, clip = n
     s, _, _, index, one, two = place
@@ -35,11 +35,11 @@ def _rungs(w, g, m, before, moves, words, count, n, place):
             store(m, i, pull, FLOAT32)
         if PULL == NESTEROV:
             pull = multiply_add(pull, momentum, load(g, i, FLOAT32))
-        rungs = pull * size
-        clipped = add(clipped, np.uint32(1) if abs(rungs) > clip else np.uint32(0))
-        rungs = clip if rungs > clip else rungs
-        rungs = -clip if rungs < -clip else rungs
-        step = rungs * spacing(x, s, emin_bits, relative) - x * decayed
+        grid_steps = pull * size
+        clipped = add(clipped, np.uint32(1) if abs(grid_steps) > clip else np.uint32(0))
+        grid_steps = clip if grid_steps > clip else grid_steps
+        grid_steps = -clip if grid_steps < -clip else grid_steps
+        step = grid_steps * spacing(x, s, emin_bits, relative) - x * decayed
         if LANDING == NONE:
             store(w, i, np.float32(np.float64(x) + np.float64(step)), FLOAT32)
         else:
@@ -50,7 +50,7 @@ def _rungs(w, g, m, before, moves, words, count, n, place):
     return np.int64(clipped)
 
 
-def _land_rungs(w, before, moves, words, count, s, emin, mantissa, top):
+def _land_steps(w, before, moves, words, count, s, emin, mantissa, top):
     """Second half: round w + step, a float64, to its neighbours; returns the weights that aimed beyond max.
 
     A magnitude between k * ulp and (k + 1) * ulp goes up iff floor(frac * 2^32) + random >= 2^32 (stochastic), or to

@@ -70,11 +70,11 @@ def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials
         clipped, beyond = 0, 0
         if RULE == GATHER:
             gather(g + at, m + at, count, keep)
-        elif RULE == RUNGS:
+        elif RULE == GRID_STEPS:
             n = (emin_bits, relative, keep, rms, size, decayed, clip)
-            clipped = rungs(w + at, g + at, m + at, before, aim, words, count, n, place)
+            clipped = grid_steps(w + at, g + at, m + at, before, aim, words, count, n, place)
             if LANDING != NONE:
-                beyond = land_rungs(w + at, before, aim, words, count, s, emin, mantissa, top)
+                beyond = land_steps(w + at, before, aim, words, count, s, emin, mantissa, top)
         elif RULE == LNS:
             n = (beta2, rest2, root, clip)
             ends = (np.float64(np.int64(emin)) - 1023.0, np.log2(top), np.log2(bound / np.float64(s)))
@@ -91,13 +91,13 @@ def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials
         else:
             signs(w + at, g + at, m + at, aim, words, count, (keep, rest2, size, decayed), place)
         if LANDING != NONE:
-            if RULE == RUNGS or RULE == LNS:
+            if RULE == GRID_STEPS or RULE == LNS:
                 counts = tally(before, aim, w + at, count)
             else:
                 counts = land(w + at, m + at, extra + position * 2, aim, before, words, count, share, place)
             attempted, unmoved, stalled, crossed, over = counts
             flips = count - np.int64(unmoved)
-            beyond = np.int64(beyond) if RULE == RUNGS or RULE == LNS else np.int64(over)
+            beyond = np.int64(beyond) if RULE == GRID_STEPS or RULE == LNS else np.int64(over)
             found = (np.int64(attempted), flips, np.int64(stalled), np.int64(crossed), np.int64(clipped), beyond)
             row = partials + (position // COUNT_TILE) * (COUNT_FIELDS * 8)
             fresh = position % COUNT_TILE == 0
@@ -141,8 +141,8 @@ def compiled(variant: Variant) -> int:
         "madam": of(rules._madam, **small),
         "land": of(rules._land, **small),
         "gather": of(self_rounding._gather, **small),
-        "rungs": of(self_rounding._rungs, **small),
-        "land_rungs": of(self_rounding._land_rungs, **small),
+        "grid_steps": of(self_rounding._grid_steps, **small),
+        "land_steps": of(self_rounding._land_steps, **small),
         "pulls": of(self_rounding._pulls, **small),
         "tally": of(parts._tally, **small),
         "lns": of(self_rounding._lns, EXACT=True),

@@ -69,7 +69,10 @@ def write_failure_report(
         records=records,
     )
     folder = Path(checkpoint_dir) / FAILURE_REPORTS
-    if command is not None and config.get("formats", config.get("fp8_format")) not in (None, "FP32"):
+    if command is not None and (config.get("formats") or config.get("recipe") or config.get("fp8_format")) not in (
+        None,
+        "FP32",
+    ):
         page = os.path.relpath(run_dir / "autopsy" / "autopsy.html", folder)
         data = replace(data, explain=shlex.join(["altgrad", "autopsy", str(run_dir)]), explained_at=page)
     html, markdown = render_failure(data)

@@ -19,7 +19,7 @@ from altgrad.training.step.state_tree import copy_tree
 
 
 @dataclass(frozen=True)
-class StorageFigures:
+class StorageRates:
     """What storage rounding did to one step's updates, over all weights on a grid; None where there are none."""
 
     stall_rate: float | None = None
@@ -119,13 +119,13 @@ class FormatsOfRun:
         change_format(self.model, recipe)
         self.recipe = recipe
 
-    def storage_figures(self) -> StorageFigures:
+    def storage_rates(self) -> StorageRates:
         """What the last optimizer step did to the weights on a grid (one host copy)."""
         counts = self.handle.counts if self.handle is not None else None
         if counts is None:
-            return StorageFigures()
+            return StorageRates()
         attempted, flips, stalled, _, regridded = counts.sum(0).tolist()
-        return StorageFigures(stalled / attempted if attempted else None, flips / self._grid_elements(), regridded)
+        return StorageRates(stalled / attempted if attempted else None, flips / self._grid_elements(), regridded)
 
     def _grid_elements(self) -> int:
         """Elements of all weights on a grid."""
