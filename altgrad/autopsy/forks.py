@@ -48,7 +48,7 @@ class Forks:
         self.stage = ""
         self.run = 0
         self.seconds = 0.0
-        self.known: dict[str, Outcome] = _read(log)
+        self.known: dict[str, Outcome] = read_log(log)
         self._torn = log is not None and log.exists() and log.stat().st_size > 0 and log.read_bytes()[-1:] != b"\n"
         self.found = len(self.known)
 
@@ -85,7 +85,8 @@ class Forks:
         return [self(fork) for fork in forks]
 
 
-def _read(log: Path | None) -> dict[str, Outcome]:
+def read_log(log: Path | None) -> dict[str, Outcome]:
+    """The answers that a log holds, by the key of their question; none where there is no log."""
     if log is None or not log.exists():
         return {}
     known = {}

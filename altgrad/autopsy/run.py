@@ -6,16 +6,17 @@ interrupted autopsy goes on.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from altgrad.autopsy.fork import LOW, TWIN, Fork, Outcome
-from altgrad.autopsy.forks import Forks, Told
+from altgrad.autopsy.fork import LOW, TWIN
+from altgrad.autopsy.forks import Forks, Told, read_log
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop
 from altgrad.autopsy.oracle import LoopOracle, Tell, first_other
@@ -24,6 +25,8 @@ from altgrad.autopsy.verdict import Verdict
 from altgrad.errors import ConfigError, ReportError
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.files import write_json, write_text
+from altgrad.records.run import Run
+from altgrad.records.values import as_number
 from altgrad.report.pages.autopsy import render_autopsy
 from altgrad.training.config.loading import load_config
 from altgrad.training.trainer import Trainer
@@ -102,24 +105,9 @@ def plan(run_dir: str | Path, budget: int = 120) -> Plan:
     trainer, recorded, result = rebuild(folder)
     loop = TrainerLoop(trainer)
     pace = (result.get("wall_s") or 0.0) / max(1, len(recorded))
-    known = len(Forks(_NoOracle(), log=folder / FOLDER / "forks.jsonl").known)
+    known = len(read_log(folder / FOLDER / "forks.jsonl"))
     left = max(0, budget - known)
     return Plan(folder, len(recorded), len(loop.recipe.cells(loop.model)), left, pace * (2 * len(recorded) + 40 * left))
-
-
-class _NoOracle:
-    """Nobody: a plan runs no forks."""
-
-    cells: tuple = ()
-
-    def captures(self, path: str) -> list[int]:
-        return []
-
-    def history(self, path: str) -> list[float]:
-        return []
-
-    def run(self, fork: Fork) -> Outcome:
-        raise AssertionError("a plan runs no forks")
 
 
 def fork_run(
@@ -160,37 +148,43 @@ def rebuild(folder: Path) -> tuple[Trainer, list[float], Mapping[str, Any]]:
     for name in ("config.yaml", "metrics.jsonl", "env.json"):
         if not (folder / name).is_file():
             raise ReportError(f"{folder} has no {name}; give the folder of a run, such as runs/e4m3-s42-1a2b3c4d")
-    environment = json.loads((folder / "env.json").read_text())
-    _check_versions(folder, environment)
+    run = Run(folder)
+    check_versions(folder, run.environment, run.result)
     config = load_config(folder / "config.yaml")
-    result_file = folder / "result.json"
-    result = json.loads(result_file.read_text()) if result_file.exists() else {}
-    torch.set_num_threads(int(environment["threads"]))
+    threads = run.environment.get("threads")
+    if not isinstance(threads, int) or threads < 1:
+        raise ReportError(f"{folder}: env.json says {threads!r} threads; it is damaged, so the run cannot be replayed")
+    torch.set_num_threads(threads)
     trainer = Trainer(config.model_copy(update={"monitor": config.monitor.model_copy(update={"enabled": False})}))
     losses = recorded_losses(folder)
     if len(losses) < 10:
         raise ConfigError(f"{folder} records {len(losses)} steps; an autopsy needs at least 10")
-    return trainer, losses, result
+    return trainer, losses, run.result
 
 
 def recorded_losses(folder: Path) -> list[float]:
     """Training losses of steps 1, 2, ... of a run folder, up to the first that is missing; NaN where not finite."""
-    recorded = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] == "step":
-            recorded[record["step"]] = float("nan") if record["loss"] is None else record["loss"]
+    recorded = {record["step"]: as_number(record["loss"]) for record in Run(folder).records("step")}
     losses = []
     while len(losses) + 1 in recorded:
-        losses.append(recorded[len(losses) + 1])
+        loss = recorded[len(losses) + 1]
+        losses.append(math.nan if loss is None or not math.isfinite(loss) else loss)
     return losses
 
 
-def _check_versions(folder: Path, environment: Mapping[str, Any]) -> None:
-    if int(environment.get("world_size") or 1) > 1:
-        raise ConfigError(f"{folder} ran on {environment['world_size']} ranks; an autopsy replays runs of one")
-    for name, now in (("torch", torch.__version__), ("numerics_version", NUMERICS_VERSION)):
-        then = environment.get(name)
+def check_versions(folder: Path, environment: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Refuse a run whose replay here could not have its bits.
+
+    Raises:
+        ConfigError: it ran on several ranks, or under another torch or numerics version.
+    """
+    if environment.get("processes"):
+        raise ConfigError(f"{folder} ran on {environment['processes']} ranks; an autopsy replays runs of one")
+    versions = (
+        ("torch", environment.get("torch"), version("torch")),
+        ("numerics version", result.get("numerics_version"), NUMERICS_VERSION),
+    )
+    for name, then, now in versions:
         if then is not None and then != now:
             raise ConfigError(
                 f"{folder} ran with {name} {then}, this is {now}: a replay would differ; run it again here"

@@ -13,6 +13,7 @@ from altgrad.autopsy.forks import Forks
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop, jittered
 from altgrad.autopsy.oracle import LoopOracle
+from altgrad.autopsy.run import check_versions
 from altgrad.autopsy.search import Settings
 from altgrad.errors import ConfigError, ReportError
 from altgrad.nn import attach_optimizer, quantize_model, uniform
@@ -117,9 +118,24 @@ def test_a_run_that_does_not_repeat_is_refused_with_the_step(run_folder, tmp_pat
     for record in changed:
         if record["kind"] == "step" and record["step"] == 7:
             record["loss"] += 1e-6
+        record.pop("crc", None)  # as an older run wrote it: a changed line would count as damaged
     (other / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
     with pytest.raises(ConfigError, match="step 7"):
         autopsy(other)
+
+
+@pytest.mark.parametrize(
+    ("environment", "result", "says"),
+    [
+        ({"processes": 2}, {}, "2 ranks"),
+        ({"torch": "1.0"}, {}, "torch 1.0"),
+        ({}, {"numerics_version": "0"}, "numerics"),
+    ],
+)
+def test_runs_whose_bits_cannot_be_had_again_are_refused(tmp_path, environment, result, says):
+    check_versions(tmp_path, {}, {})
+    with pytest.raises(ConfigError, match=says):
+        check_versions(tmp_path, environment, result)
 
 
 def test_what_is_no_run_is_refused(tmp_path):
