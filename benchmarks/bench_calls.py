@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from altgrad.training.run.folder import processor_name
+from altgrad.records.machine import processor_name
 
 ROOT = Path(__file__).parent.parent
 BUDGETS_US = {"quantize E4M3, 128 elements": 4.0, "quantize MXFP8, 4x64": 8.0}

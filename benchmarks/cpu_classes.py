@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from altgrad.nn.layer.gemm import Route
-from altgrad.training.run.folder import processor_name
+from altgrad.records.machine import processor_name
 
 ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).parent / "results" / "cpu-classes.json"

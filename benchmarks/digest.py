@@ -30,7 +30,7 @@ from altgrad.quantization import (
     quantize,
     quantize_with_stats,
 )
-from altgrad.training.run.folder import processor_name
+from altgrad.records.machine import processor_name
 
 RECORD = Path(__file__).parent / "results" / "digest.json"
 KERNELS = ("reference", "eager", "cpu")

@@ -4,13 +4,13 @@
 >>> result = run_format_experiment("experiments/configs/e3m4_uniform.yaml", "cpu")  # doctest: +SKIP
 """
 
+from altgrad.monitor.judge import Judge
 from altgrad.records.schema import ExperimentResult, StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.loading import load_config
 from altgrad.training.data import Corpus, load_corpus
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener, run_format_experiment
 from altgrad.training.model import GPT, GPTConfig
-from altgrad.training.step.judge import Judge
 from altgrad.training.trainer import Trainer
 
 __all__ = [

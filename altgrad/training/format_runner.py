@@ -34,6 +34,7 @@ from altgrad.records.files import remove_leftovers
 from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back, until
 from altgrad.records.run import Run, read_run
 from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
+from altgrad.records.tally import Tally
 from altgrad.records.values import as_whole
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
@@ -51,7 +52,6 @@ from altgrad.training.run.checkpoint import (
 from altgrad.training.run.folder import RunPlan, environment, plan_run
 from altgrad.training.run.interrupts import StopRequest
 from altgrad.training.run.lock import RunLock
-from altgrad.training.run.tally import Tally
 from altgrad.training.run.trackers import Trackers, make_trackers
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import all_finite
@@ -392,7 +392,8 @@ class FormatExperimentRunner:
 
     def _report_failure(self, result: ExperimentResult, state: dict[str, Any], verdict: dict[str, Any]) -> Path:
         """Keep the last good state and the collapsed (or last) one, and write the report on both."""
-        from altgrad.training.run.failure_report import diagnose_collapse, write_failure_report
+        from altgrad.monitor.failure_report import write_failure_report
+        from altgrad.training.step.measuring import diagnose_collapse
 
         assert self.trainer is not None
         label = "collapsed" if result.status == "collapsed" else "ended"

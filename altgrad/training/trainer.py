@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from altgrad.monitor.judge import Judge, StepFacts
 from altgrad.randomness.streams import seed_of
 from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
@@ -31,7 +32,6 @@ from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import FormatsOfRun, StorageRates, all_finite
 from altgrad.training.step.interventions import Interventions
-from altgrad.training.step.judge import Judge, StepFacts
 from altgrad.training.step.measuring import Measuring
 from altgrad.training.step.optimizers import build_optimizer, lr_at
 from altgrad.training.step.replay import Schedule, replay

@@ -12,10 +12,10 @@ from altgrad.analysis.study_figures import layer_sections
 from altgrad.analysis.study_tables import run_records
 from altgrad.errors import ConfigError, OptionError
 from altgrad.monitor import Monitor, add_metric, make_schedule, remove_metric
+from altgrad.monitor.failure_report import gather
+from altgrad.monitor.failure_rows import layer_rows, trends
 from altgrad.records.metrics import NUMBER, Metric, markdown_table, metrics
 from altgrad.report.pages.failure import render_failure
-from altgrad.training.run.failure_report import gather
-from altgrad.training.run.failure_rows import layer_rows, trends
 from tests.monitor.test_monitor import quantized, train
 from tests.run_folders import make_run
 

@@ -8,17 +8,17 @@ import shlex
 import pytest
 import torch
 
-from altgrad.records.run import Run
-from altgrad.report.pages.failure import headline
-from altgrad.training.config.loading import load_config
-from altgrad.training.format_runner import FormatExperimentRunner
-from altgrad.training.run.failure_report import (
-    diagnose_collapse,
+from altgrad.monitor.failure_report import (
     gather,
     interventions,
     loss_around,
 )
-from altgrad.training.run.failure_rows import gradient_facts, layer_columns, layer_rows, trends
+from altgrad.monitor.failure_rows import gradient_facts, layer_columns, layer_rows, trends
+from altgrad.records.run import Run
+from altgrad.report.pages.failure import headline
+from altgrad.training.config.loading import load_config
+from altgrad.training.format_runner import FormatExperimentRunner
+from altgrad.training.step.measuring import diagnose_collapse
 from altgrad.training.trainer import Trainer, build_model
 from tests.corpus import corpus_overrides
 

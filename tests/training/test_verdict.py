@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from altgrad.training.config.experiment import VerdictSection
-from altgrad.training.step.judge import Judge, StepFacts, Verdict
+from altgrad.monitor.judge import Judge, StepFacts, Verdict
+from altgrad.training.config.experiment import VerdictLimits
 
-LIMITS = VerdictSection()
+LIMITS = VerdictLimits()
 
 
 def judge(steps, *, can_shift=False, limits=LIMITS, state_at=None) -> Verdict | None:
@@ -125,7 +125,7 @@ def test_slow_learning_in_noisy_batches_is_not_called_a_freeze(seed):
 
 
 def test_thresholds_come_from_the_config():
-    limits = VerdictSection(freeze_window=10, freeze_smoothing=5, freeze_stall_rate=0.5)
+    limits = VerdictLimits(freeze_window=10, freeze_smoothing=5, freeze_stall_rate=0.5)
     verdict = judge([{"stall_rate": 0.6}] * 20, limits=limits)
     assert verdict is not None
     assert (verdict.detected_step, verdict.threshold) == (15, 0.5)

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from altgrad.errors import AltGradError, ConfigError
 from altgrad.formats.catalog import get_format
+from altgrad.monitor.judge import VerdictLimits
 from altgrad.report.text import shortened
 from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE, identity_keys, recipe_of, refuse_two_spellings
 
@@ -157,38 +158,6 @@ class EvaluationSection(_Section):
     """Batches of data.batch_size windows, spread evenly over the validation text: the same ones each time."""
 
 
-class VerdictSection(_Section):
-    """When a run counts as collapsed. A run that merely ends worse does not."""
-
-    stop: bool = True
-    """End the run at the verdict; False records the first verdict and trains on."""
-    nonfinite_patience: Positive = 3
-    """Consecutive steps with a NaN or inf in loss or gradients. One can be a bad batch, three in a row on unchanged
-    weights are the format's doing."""
-    divergence_window: Positive = 50
-    """Consecutive steps that a loss must stay bad."""
-    divergence_margin: NonNegativeFloat = 0.05
-    """Bad: above the first loss by this fraction. 5% is beyond the batch noise of an untrained model."""
-    divergence_ratio: Annotated[float, Field(gt=1.0)] = 2.0
-    """Bad as well: above the best smoothed loss by this factor."""
-    divergence_smoothing: Positive = 10
-    """The best loss is the lowest mean over so many consecutive steps: one lucky batch does not set it."""
-    freeze_window: Positive = 50
-    """Consecutive steps, after warmup, over which a freeze must show."""
-    freeze_stall_rate: Fraction = 0.95
-    """Of the attempted weight updates, the fraction lost to rounding in every step of the window."""
-    freeze_flip_rate: Fraction = 0.002
-    """Of the stored weights, the fraction whose code changes in a step of a frozen run at most."""
-    freeze_smoothing: Positive = 25
-    """Where nothing is evaluated: the loss is smoothed by the mean over so many steps (a batch's noise of 3%: 0.6%)."""
-    freeze_improvement: NonNegativeFloat = 0.001
-    """An evaluation loss (or smoothed loss) lower by this fraction counts as learning."""
-    no_learning_window: Positive = 200
-    """Steps after warmup within which a loss must have left its start by more than its noise."""
-    twin_gap: Fraction = 0.1
-    """Far above: an evaluation loss above the FP32 twin's by more than this fraction of what the twin gained."""
-
-
 class ClippingSection(_Section):
     """Partition-relative gradient clipping, when `enable_partition_clipping` is set."""
 
@@ -288,7 +257,7 @@ class ExperimentConfig(_Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     data: DataSection = Field(default_factory=DataSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
-    verdict: VerdictSection = Field(default_factory=VerdictSection)
+    verdict: VerdictLimits = Field(default_factory=VerdictLimits)
     clipping: ClippingSection = Field(default_factory=ClippingSection)
     shift: ShiftSection = Field(default_factory=ShiftSection)
     monitor: MonitorSection = Field(default_factory=MonitorSection)

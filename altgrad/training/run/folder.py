@@ -8,17 +8,14 @@ experiment finds its folder again, a changed one gets another.
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import altgrad
 from altgrad.quantization import NUMERICS_VERSION, FloatFormat, get_format
+from altgrad.records.machine import circumstances, processor_name
 from altgrad.training.config.experiment import ExperimentConfig, experiment_hash
 from altgrad.training.config.formats import format_facts, label_of, recipe_of
 from altgrad.training.data import Corpus, resolve_corpus
@@ -64,13 +61,10 @@ def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, 
     """What a result may depend on besides the config: versions, commit, machine, data."""
     told = {key: value for key, value in format_facts(plan.config).items() if key != "format"}
     return {
-        "altgrad": altgrad.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "numpy", "numba", "triton")},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
-        "threads": threads,
+        **circumstances(
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
+            threads,
+        ),
         "data_fingerprint": plan.corpus.fingerprint,
         "data": {
             "source": plan.config.data.source,
@@ -97,43 +91,3 @@ def _format_facts(config: ExperimentConfig) -> dict[str, Any]:
         if fmt.bits <= 8:
             facts["values"] = [abs(v) for v in fmt.values().tolist() if v >= 0]
     return facts
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Commit of the source tree that AltGrad runs from, with "+" if it has changes; None for an installed package."""
-    root = Path(altgrad.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        asked = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
-        head, changes = (
-            subprocess.run(
-                ["git", "--no-optional-locks", "-C", str(root), *a],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            ).stdout
-            for a in asked
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.strip() + ("+" if changes.strip() else "")
-
-
-def processor_name() -> str:
-    """The CPU's name where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -133,6 +133,37 @@ class Measuring:
             self.monitor.close()
 
 
+def diagnose_collapse(trainer: Any) -> list[dict[str, Any]]:
+    """Monitor records of one step taken from a `Trainer`'s state on its next batch, everything measured, then undone.
+
+    Empty for a run on several ranks (one of them cannot step alone).
+    """
+    from altgrad.monitor import Monitor
+
+    if not trainer.ranks.alone:
+        return []
+    state = trainer.capture()
+    own = trainer.measuring.monitor
+    records: list[dict[str, Any]] = []
+    monitor = Monitor(
+        trainer.model,
+        trainer.optimizer,
+        handle=trainer.formats.handle,
+        schedule={"default": 1, "rank": 1},
+        sink=records.extend,
+        near_zero=trainer.config.monitor.near_zero,
+        rank_limits=rank_limits(trainer.config.monitor),
+    )
+    trainer.measuring.monitor = monitor
+    try:
+        trainer.train_step(*trainer.batch(trainer.step + 1))
+    finally:
+        monitor.close()
+        trainer.measuring.monitor = own
+        trainer.restore(state)
+    return records
+
+
 @contextmanager
 def _unobserved(model: nn.Module) -> Iterator[None]:
     """Within the block the model's quantized layers, if it has any, have no observer."""

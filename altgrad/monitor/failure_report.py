@@ -1,7 +1,7 @@
-"""Writes the failure report of a collapsed run: gathers what was measured, measures the collapsed state once more.
+"""Writes the failure report of a collapsed run: gathers what was measured and recorded.
 
-The data come from the run folder (metrics, environment) and from `diagnose_collapse`, which takes one step from the
-collapsed state under full observation and undoes it. `altgrad.report.pages.failure` draws them.
+The data come from the run folder (metrics, environment) and, where the collapsed state could be measured once more, from
+the monitor's records of that. `altgrad.report.pages.failure` draws them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from altgrad.diagnostics.fields import NEAR_ZERO
+from altgrad.monitor.failure_rows import TREND_STEPS, gradient_facts, layer_columns, layer_rows, trends
 from altgrad.records.files import write_text
 from altgrad.records.metrics import RUN, metrics
 from altgrad.records.run import FAILURE_REPORTS, Run
@@ -27,11 +28,6 @@ from altgrad.report.pages.failure import (
     VerdictFacts,
     render_failure,
 )
-from altgrad.training.run.failure_rows import TREND_STEPS, gradient_facts, layer_columns, layer_rows, trends
-from altgrad.training.step.measuring import rank_limits
-
-if TYPE_CHECKING:
-    from altgrad.training.trainer import Trainer
 
 Record = Mapping[str, Any]
 
@@ -55,7 +51,7 @@ def write_failure_report(
         config: the resolved configuration.
         command: what reproduces the run; None for a run of a model, data or loss that were handed over in Python.
         last_good, collapsed: checkpoints of the last finite state before the onset and of the collapsed state.
-        records: monitor records of the collapsed state (`diagnose_collapse`).
+        records: monitor records of the collapsed state, of a step that was then undone.
     """
     run = Run(run_dir)
     data = gather(
@@ -81,37 +77,6 @@ def write_failure_report(
     write_text(folder / f"{stem}.md", markdown)
     write_text(folder / f"{stem}.html", html)
     return folder / f"{stem}.html"
-
-
-def diagnose_collapse(trainer: Trainer) -> list[dict[str, Any]]:
-    """Monitor records of one step taken from the trainer's state on its next batch, everything measured, then undone.
-
-    Empty for a run on several ranks (one of them cannot step alone).
-    """
-    from altgrad.monitor import Monitor
-
-    if not trainer.ranks.alone:
-        return []
-    state = trainer.capture()
-    own = trainer.measuring.monitor
-    records: list[dict[str, Any]] = []
-    monitor = Monitor(
-        trainer.model,
-        trainer.optimizer,
-        handle=trainer.formats.handle,
-        schedule={"default": 1, "rank": 1},
-        sink=records.extend,
-        near_zero=trainer.config.monitor.near_zero,
-        rank_limits=rank_limits(trainer.config.monitor),
-    )
-    trainer.measuring.monitor = monitor
-    try:
-        trainer.train_step(*trainer.batch(trainer.step + 1))
-    finally:
-        monitor.close()
-        trainer.measuring.monitor = own
-        trainer.restore(state)
-    return records
 
 
 def gather(

@@ -1,0 +1,64 @@
+"""The circumstances of a run that a result may depend on: versions, commit, machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import altgrad
+
+
+def circumstances(device: str, threads: int) -> dict[str, Any]:
+    """Versions, commit and machine. `device`: as it is called; `threads`: of the CPU."""
+    return {
+        "altgrad": altgrad.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "numpy", "numba", "triton")},
+        "platform": platform.platform(),
+        "device": device,
+        "threads": threads,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that AltGrad runs from, with "+" if it has changes; None for an installed package."""
+    root = Path(altgrad.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        asked = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
+        head, changes = (
+            subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(root), *a],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout
+            for a in asked
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")
+
+
+def processor_name() -> str:
+    """The CPU's name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
