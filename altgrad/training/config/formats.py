@@ -50,23 +50,10 @@ def recipe_of(config: Any) -> Recipe | None:
     return recipe if recipe.quantizes else None
 
 
-def label_of(recipe: Recipe | None) -> str:
-    """What reports call the formats: the format's name in the uniform case, else the recipe's text; FP32 for none."""
-    return "FP32" if recipe is None else recipe.label
-
-
-def storage_of(recipe: Recipe | None) -> str:
-    """ "grid" where every weight is stored on one, "master" where none is, else "mixed"."""
-    return _agreed(["master" if one.storage is None else "grid" for one in _layers(recipe)], "master")
-
-
-def rounding_of(recipe: Recipe | None) -> str:
-    """The rounding mode of the operands, "mixed" where they differ; nearest_even where nothing is rounded."""
-    return _agreed([spec.rounding.value for spec in recipe.operands()] if recipe else [], "nearest_even")
-
-
 def format_facts(config: Any) -> dict[str, str]:
     """What a result says of a config's formats: their label, how weights are stored, how operands are rounded."""
+    from altgrad.nn.recipe.facts import label_of, rounding_of, storage_of
+
     recipe = recipe_of(config)
     return {"format": label_of(recipe), "storage": storage_of(recipe), "rounding": rounding_of(recipe)}
 
@@ -154,7 +141,7 @@ def with_formats(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
         raise ConfigError(f"{held}: {error}") from None
     if short is None:
         raise ConfigError(
-            f"{', '.join(later)} cannot change the recipe that {held} holds, {label_of(recipe_of(result))}: it is not "
+            f"{', '.join(later)} cannot change the recipe that {held} holds, {format_facts(result)['format']}: it is not "
             "one format for all; set formats to the whole recipe that you mean"
         )
     for key in WHOLE:
@@ -200,12 +187,3 @@ def _from_short_keys(keys: Mapping[str, Any]) -> Recipe:
         storage=storage,
         **gradient,
     )
-
-
-def _layers(recipe: Recipe | None) -> list[Any]:
-    return [one for one in recipe.layer_recipes() if one.quantizes_products] if recipe else []
-
-
-def _agreed(values: list[str], otherwise: str) -> str:
-    kinds = set(values)
-    return otherwise if not kinds else kinds.pop() if len(kinds) == 1 else "mixed"

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from altgrad.quantization import NUMERICS_VERSION, FloatFormat, get_format
+from altgrad.nn.recipe.facts import recipe_facts
+from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.machine import circumstances, processor_name
 from altgrad.training.config.experiment import ExperimentConfig, experiment_hash
-from altgrad.training.config.formats import format_facts, label_of, recipe_of
+from altgrad.training.config.formats import recipe_of
 from altgrad.training.data import Corpus, resolve_corpus
 
 
@@ -59,7 +60,6 @@ def plan_run(config: ExperimentConfig, data: Corpus | str | Path | None = None, 
 
 def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, Any]:
     """What a result may depend on besides the config: versions, commit, machine, data."""
-    told = {key: value for key, value in format_facts(plan.config).items() if key != "format"}
     return {
         **circumstances(
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
@@ -73,21 +73,5 @@ def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, 
             "val_tokens": len(plan.corpus.val),
             "vocab_size": plan.corpus.vocab_size,
         },
-        "format": {**_format_facts(plan.config), **told},
+        "format": recipe_facts(recipe_of(plan.config)),
     }
-
-
-def _format_facts(config: ExperimentConfig) -> dict[str, Any]:
-    """The formats' label and, of one format for all, its numbers, for reports (which do not import the numerics)."""
-    recipe = recipe_of(config)
-    facts: dict[str, Any] = {"name": label_of(recipe), "recipe": recipe.text if recipe else "FP32"}
-    names = {spec.format for spec in recipe.operands()} if recipe else {"FP32"}
-    if len(names) != 1:
-        return facts
-    fmt = get_format(names.pop())
-    if isinstance(fmt, FloatFormat):
-        facts |= {"exponent_bits": fmt.exponent_bits, "mantissa_bits": fmt.mantissa_bits, "max": fmt.max}
-        facts["smallest"] = fmt.min_subnormal
-        if fmt.bits <= 8:
-            facts["values"] = [abs(v) for v in fmt.values().tolist() if v >= 0]
-    return facts

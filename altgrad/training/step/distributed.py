@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from altgrad.errors import DistributedError
+from altgrad.nn.recipe.facts import storage_of
 from altgrad.training.config.experiment import ExperimentConfig
-from altgrad.training.config.formats import recipe_of, storage_of
+from altgrad.training.config.formats import recipe_of
 
 KINDS = ("ddp", "fsdp2")
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.formats.catalog import get_format
+from altgrad.nn.recipe.facts import label_of
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.training.config.experiment import ExperimentConfig
-from altgrad.training.config.formats import label_of, recipe_of
+from altgrad.training.config.formats import recipe_of
 from altgrad.training.step.state_tree import copy_tree
 
 

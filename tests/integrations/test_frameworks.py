@@ -1,0 +1,273 @@
+"""Runs of Hugging Face's Trainer, Lightning and accelerate: what their checkpoints keep, and what the run folders hold."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from altgrad.errors import CheckpointError, OptionError
+from altgrad.integrations import HuggingFaceCallback, LightningCallback, Recorder, track
+from altgrad.nn import quant_state, quantize_model, uniform
+from altgrad.records.run import read_run
+from altgrad.records.verify import verify_run
+
+transformers, accelerate = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+lightning = pytest.importorskip("lightning")
+
+STEPS, HALF, ACCUMULATE, WIDTH = 6, 3, 2, 16
+RECIPES = {
+    "nearest": uniform("E4M3"),
+    "stochastic": uniform("E3M4", rounding="stochastic"),
+    "delayed": uniform("E4M3", scaling="delayed"),
+    "grid": uniform("E3M4", storage="grid", storage_rounding="stochastic"),
+}
+DATA = torch.randint(24, (2 * HALF * ACCUMULATE, 8), generator=torch.Generator().manual_seed(0))
+
+
+def language_model(recipe):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=24, n_positions=8, n_embd=WIDTH, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    if recipe is not None:
+        quantize_model(model, recipe, exclude=["lm_head", "transformer.wte"])
+    return model
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, i):
+        return {"input_ids": DATA[i], "labels": DATA[i]}
+
+
+class Lit(lightning.LightningModule):
+    def __init__(self, recipe, lr=1e-2):
+        super().__init__()
+        self.model, self.lr = language_model(recipe), lr
+
+    def training_step(self, batch, _):
+        return self.model(**batch).loss
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def with_trainer(folder, recipe, *, resume=False, bf16=False, recorded=True, **options):
+    model = language_model(recipe)
+    args = transformers.TrainingArguments(
+        output_dir=str(folder / "out"),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=ACCUMULATE,
+        save_steps=HALF,
+        eval_steps=HALF,
+        eval_strategy="steps",
+        logging_steps=2,
+        learning_rate=options.pop("lr", 1e-2),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=bf16,
+        logging_nan_inf_filter=False,
+    )
+    callbacks = [HuggingFaceCallback(folder / "run", monitor=2, **options)] if recorded else []
+    data = Rows()
+    trainer = transformers.Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=str(folder / "out" / f"checkpoint-{HALF}") if resume else None)
+    return model
+
+
+def with_lightning(folder, recipe, *, resume=False, bf16=False, recorded=True, **options):
+    module = Lit(recipe, options.pop("lr", 1e-2))
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(
+        folder / "out", save_top_k=-1, filename="{step}", enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    callbacks = [keep] + ([LightningCallback(folder / "run", monitor=2, **options)] if recorded else [])
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accumulate_grad_batches=ACCUMULATE,
+        accelerator="cpu",
+        precision="bf16-mixed" if bf16 else "32-true",
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=2)
+    trainer.fit(module, loader, loader, ckpt_path=str(folder / "out" / f"step={HALF}.ckpt") if resume else None)
+    return module.model
+
+
+def with_accelerate(folder, recipe, *, resume=False, bf16=False, recorded=True, **options):
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_steps=ACCUMULATE, mixed_precision="bf16" if bf16 else "no"
+    )
+    model = language_model(recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.pop("lr", 1e-2))
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    run = None
+    if recorded:
+        run = track(
+            accelerator, model, optimizer, folder / "run", monitor=2, max_steps=STEPS, resumed=resume, **options
+        )
+    if resume:
+        accelerator.load_state(str(folder / "out"))
+    for epoch in range(1 if resume else 0, 2):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            if run is not None and run.collapsed:
+                break
+        if epoch == 0:
+            accelerator.save_state(str(folder / "out"))
+    accelerator.end_training()
+    return accelerator.unwrap_model(model)
+
+
+FRAMEWORKS = {"trainer": with_trainer, "lightning": with_lightning, "accelerate": with_accelerate}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Other people's warnings are theirs; accelerate and its state are one for the process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def same(a, b):
+    mine, other = a.state_dict(), b.state_dict()
+    return all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def losses(folder):
+    return read_run(folder / "run").metrics().columns["loss"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, framework, kind):
+    train = FRAMEWORKS[framework]
+    whole = train(tmp_path, RECIPES[kind], bf16=kind == "delayed")
+    unbroken, state = losses(tmp_path), quant_state(whole)
+    again = train(tmp_path, RECIPES[kind], resume=True, bf16=kind == "delayed")
+    assert same(whole, again)
+    assert state["clocks"] == quant_state(again)["clocks"]
+    assert state["clocks"][0]["step"] == STEPS
+    resumed = losses(tmp_path)
+    assert resumed.steps.tolist() == list(range(1, STEPS + 1))
+    assert resumed.values.tolist() == unbroken.values.tolist()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_without_the_integration_a_resumed_stochastic_run_is_another(tmp_path, framework):
+    for kind, expected in (("nearest", True), ("stochastic", False)):
+        whole = FRAMEWORKS[framework](tmp_path / kind, RECIPES[kind], recorded=False)
+        again = FRAMEWORKS[framework](tmp_path / kind, RECIPES[kind], recorded=False, resume=True)
+        assert same(whole, again) == expected
+
+
+def test_three_frameworks_take_the_same_steps_and_record_them_alike(tmp_path):
+    """The loop is the same arithmetic in all three but for Trainer's clip, which this gradient does not reach."""
+    found = {}
+    for name, train in FRAMEWORKS.items():
+        (tmp_path / name).mkdir()
+        train(tmp_path / name, RECIPES["grid"])
+        found[name] = read_run(tmp_path / name / "run")
+    for name, run in found.items():
+        assert (run.status, run.storage, run.result["steps"], run.max_steps) == ("completed", "grid", STEPS, STEPS), (
+            name
+        )
+        assert verify_run(run.path).whole, verify_run(run.path).said()
+        metrics = run.metrics(monitor_steps=None)
+        assert {"loss", "lr", "grad_norm", "stall_rate", "flip_rate", "overflow_rate", "tokens_per_s"} <= set(
+            metrics.columns
+        )
+        assert {record["step"] for record in metrics.monitor} == {1, 3, 5}
+        assert (name == "accelerate") == (len(metrics.validation) == 0)
+    first = {name: run.metrics().train.values[0] for name, run in found.items()}
+    assert first["lightning"] == pytest.approx(first["accelerate"], rel=1e-6)
+    assert json.loads((found["trainer"].path / "env.json").read_text())["format"]["recipe"] == RECIPES["grid"].text
+
+
+def test_the_report_command_reads_the_runs_of_frameworks_and_of_their_fp32_twins(tmp_path):
+    from typer.testing import CliRunner
+
+    from altgrad.cli import app
+
+    for name, recipe in (("e3m4", RECIPES["grid"]), ("fp32", None)):
+        (tmp_path / name).mkdir()
+        with_trainer(tmp_path / name, recipe)
+    runs = [str(tmp_path / name / "run") for name in ("e3m4", "fp32")]
+    page = tmp_path / "report.html"
+    done = CliRunner().invoke(app, ["report", *runs, "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    assert "E3M4" in page.read_text()
+    assert CliRunner().invoke(app, ["verify", *runs]).exit_code == 0
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_collapse_is_recorded_reported_and_ends_the_loop_if_asked(tmp_path, framework):
+    limits = {"divergence_window": 2, "divergence_smoothing": 1}
+    FRAMEWORKS[framework](tmp_path, RECIPES["nearest"], lr=3.0, stop=True, verdict=limits)
+    run = read_run(tmp_path / "run")
+    assert run.status == "collapsed"
+    assert run.verdict["kind"] == "divergence"
+    assert [page.name.partition("-")[0] for page in run.failure_reports] == ["step"]
+    assert any(event["event"] == "verdict" for event in run.metrics().events)
+    assert verify_run(run.path).whole
+
+
+def test_a_fresh_start_never_overwrites_a_run_unasked(tmp_path):
+    with_accelerate(tmp_path, RECIPES["nearest"])
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(CheckpointError, match=r"has the records of a run.*overwrite=True"):
+        with_accelerate(tmp_path, RECIPES["nearest"])
+    with_accelerate(tmp_path, RECIPES["nearest"], overwrite=True)
+    assert len(losses(tmp_path)) == STEPS
+
+
+def test_a_recorder_alone_keeps_the_clock_of_any_loop():
+    """No folder: no records, no hooks on the layers, only the state."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    quantize_model(model, RECIPES["stochastic"])
+    recorder, optimizer = Recorder(), torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder.attach(model, optimizer)
+    outputs = []
+    for _ in range(2):
+        outputs.append(model(torch.ones(4, 8)))
+        F.mse_loss(outputs[-1], torch.zeros(4, 2)).backward()
+        recorder.next_micro_batch()
+    assert not torch.equal(*outputs)
+    optimizer.step()
+    recorder.end_step()
+    state = recorder.state()
+    assert state["step"] == 1
+    assert state["quantization"]["clocks"] == [{"seed": 0, "step": 1, "micro_batch": 0}]
+    json.dumps(state)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import sys
+
+    import altgrad.integrations as integrations
+
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "altgrad.integrations.with_lightning", raising=False)
+    with pytest.raises(OptionError, match="needs the package lightning, which is not installed: pip install lightning"):
+        integrations.LightningCallback  # noqa: B018
