@@ -27,9 +27,9 @@ from altgrad.records.machine import processor_name
 
 ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).parent / "results" / "cpu-classes.json"
-NUMERIC = ("tests/quantization", "tests/nn/test_gemm.py", "tests/nn/test_linear.py", "tests/nn/test_conv.py")
+NUMERIC = ("tests/quantization", "tests/nn/test_gemm.py", "tests/nn/test_layers.py")
 FUSED = ("tests/optim/test_fused.py",)
-PRODUCTS = ("tests/nn/test_gemm.py", "tests/nn/test_linear.py", "tests/nn/test_conv.py", "tests/nn/test_functional.py")
+PRODUCTS = ("tests/nn/test_gemm.py", "tests/nn/test_layers.py")
 LEFT_OUT = ("--ignore=tests/quantization/cuda",)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.run_folders import make_run
+
 ROOT = Path(__file__).parent.parent
 
 FACES = {
@@ -108,3 +110,23 @@ print(sorted(name for name in ("torch", "numba") if name in sys.modules))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+PROGRAM = """
+import sys
+from altgrad.analysis import write_report
+import altgrad.report.pages.failure
+write_report([sys.argv[1]], sys.argv[2])
+bad = ("torch", "numba", "scipy", "pandas", "pyarrow", "altgrad.cli", "altgrad.sweep", "altgrad.training", "altgrad.monitor", "altgrad.nn",
+       "altgrad.optim", "altgrad.quantization")
+loaded = sorted(name for name in sys.modules if name in bad)
+assert not loaded, loaded
+"""
+
+
+def test_a_report_is_written_without_torch(tmp_path):
+    run = make_run(tmp_path, "E3M4", steps=20)
+    program = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(run), str(tmp_path / "r.html")], capture_output=True, text=True, timeout=60
+    )
+    assert program.returncode == 0, program.stderr

@@ -20,8 +20,7 @@ from altgrad.nn import attach_optimizer, quantize_model, uniform
 from altgrad.nn.recipe.cells import Cell
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.training.format_runner import FormatExperimentRunner
-from tests.corpus import corpus_overrides
-from tests.training.tiny import tiny_config, tiny_trainer, train
+from tests.training.tiny import corpus_overrides, tiny_config, tiny_trainer, train
 
 QUICK = Settings(draws=3, most_draws=2, placebos=1, longest=40)
 BROKEN = OperandSpec("E4M3", scaling={"policy": "static", "scale": 2.0**9})  # nearly all of the gradient underflows

@@ -1,4 +1,4 @@
-"""What people do with torch optimizers, done with every one of ours: copies, pickles, other dtypes, other states, late groups."""
+"""What people do with torch optimizers, done with every one of ours: names, copies, pickles, dtypes, states, late groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from altgrad.errors import DtypeError, OptionError
-from altgrad.optim import OPTIMIZERS, GridOptimizer, make_optimizer
+from altgrad.optim import OPTIMIZERS, GridOptimizer, find_optimizer, make_optimizer
 from tests.optim.test_battery import gradients, options_of, run, start
 
 own = pytest.mark.parametrize("name", [n for n, row in OPTIMIZERS.items() if issubclass(row.cls, GridOptimizer)])
@@ -137,3 +137,21 @@ def test_a_compiled_step_is_the_step(name):
         step()
     run(plain, [twin], grads)
     assert torch.equal(w, twin)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_make_their_class_and_cite_a_source(name):
+    row = OPTIMIZERS[name]
+    optimizer = make_optimizer(name.upper(), [Parameter(torch.ones(2))], lr=0.1)
+    assert type(optimizer) is row.cls
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert row.source
+    assert {"lr"} <= row.options
+    assert not row.options & {"self", "params", "options"}
+
+
+def test_unknown_names_and_options_are_told():
+    with pytest.raises(OptionError, match="manifold_adamw"):
+        find_optimizer("manifold_adam")
+    with pytest.raises(OptionError, match="does not take betas"):
+        make_optimizer("grid_optim", [Parameter(torch.ones(2))], betas=(0.9, 0.95))

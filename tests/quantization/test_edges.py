@@ -34,7 +34,7 @@ from altgrad.quantization import (
     quantize_with_stats,
     scale_from_amax,
 )
-from tests.quantization.kernels.samples import assert_same_bits
+from tests.quantization.oracles import assert_same_bits
 
 inf, nan = float("inf"), float("nan")
 SCALAR_AND_BLOCK = pytest.mark.parametrize("fmt", ["E4M3", "MXFP8", "NVFP4"])

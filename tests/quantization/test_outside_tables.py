@@ -1,4 +1,4 @@
-"""Tables of numbers that other projects computed (`outside/*.json`, each with its source), against the same call here.
+"""Tables of numbers that other projects computed (`outside_tables.json`, each with its source), against the same call here.
 
 Unlike the live judges these need none of the packages, and cover some that the tests do not install. Left out, because the
 judge means something else there: pychop's sign of zero and, without subnormals, inputs below the smallest normal number
@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from altgrad.quantization import decode, encode, get_format, quantize
-from tests.quantization.kernels.samples import assert_same_bits
+from tests.quantization.oracles import assert_same_bits
 
-FOLDER = Path(__file__).parent / "outside"
+TABLES = json.loads(Path(__file__).with_name("outside_tables.json").read_text())
 
 
 def rows(judge: str) -> list[dict]:
     """The rows of a judge's table, each with its inputs."""
-    table = json.loads((FOLDER / f"{judge}.json").read_text())
+    table = TABLES[judge]
     assert table["source"]
     return [{"inputs": table.get("inputs"), **row} for row in table["rows"]]
 

@@ -29,7 +29,8 @@ from altgrad.quantization import (
     quantize,
     scale_from_amax,
 )
-from tests.quantization.kernels.samples import assert_same_bits
+from benchmarks.fuzz_quantization import FAULTS, run
+from tests.quantization.oracles import assert_same_bits
 
 
 def draws(*shape, dtype=torch.float32) -> torch.Tensor:
@@ -142,3 +143,12 @@ def test_stochastic_rounding_takes_numpy_and_bounded_python_integers():
     expected = quantize(x, "E4M3", rounding="stochastic", key=(7, 9))
     assert_same_bits(quantize(x, "E4M3", rounding="stochastic", key=(np.int64(7), np.uint8(9))), expected)
     assert_same_bits(quantize(x, "E4M3", rounding="stochastic", key=[7, 9]), expected)
+
+
+def test_a_sample_of_drawn_calls_is_right_or_refused():
+    verdicts, faults = run(count=250, seed=1, workers=1)
+    assert not faults, faults
+    assert verdicts["bits"] > 100
+    assert verdicts["refused"] > 30
+    assert not any(verdicts[name] for name in FAULTS)
+    assert sum(verdicts.values()) == 250

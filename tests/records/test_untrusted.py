@@ -1,11 +1,14 @@
-"""JSON and YAML that anybody may have written: refused with a reason, in bounded time, never taken for what it is not."""
+"""JSON, YAML and whole run folders that anybody may have written: refused with a reason, in bounded time."""
 
 import json
+import random
 import time
 
 import pytest
 
+from altgrad.records.documents import read_result
 from altgrad.records.untrusted import MOST_DEPTH, Malformed, parse_json, parse_line, parse_yaml
+from benchmarks.fuzz_records import judge, make_runs
 
 REFUSED_JSON = {
     "an integer of 5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
@@ -84,3 +87,16 @@ def test_yaml_that_runs_write_is_read():
     assert parse_yaml(b"x: " + b"[" * (MOST_DEPTH - 2) + b"]" * (MOST_DEPTH - 2))
     with pytest.raises(Malformed, match="deeper"):
         parse_yaml(b"x: " + b"[" * MOST_DEPTH + b"]" * MOST_DEPTH)
+
+
+def test_the_former_name_of_a_results_details_is_read(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"name": "old", "figures": {"skipped_steps": 2}}))
+    content = read_result(tmp_path / "result.json").content
+    assert content["details"] == {"skipped_steps": 2}
+    assert "figures" not in content
+
+
+def test_damaged_folders_are_reported_or_refused(tmp_path):
+    make_runs(tmp_path / "base")
+    told = [judge(tmp_path / "base", tmp_path, random.Random(f"0 {number}")) for number in range(15)]
+    assert [case for case in told if case[0] not in ("reported", "refused")] == []

@@ -20,7 +20,7 @@ from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.step.measuring import diagnose_collapse
 from altgrad.training.trainer import Trainer, build_model
-from tests.corpus import corpus_overrides
+from tests.training.tiny import corpus_overrides
 
 TINY = [
     *("model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "data.batch_size=4"),

@@ -1,4 +1,4 @@
-"""A model small enough to train for a few steps in milliseconds, and what tests compare of it."""
+"""A text and a model small enough to train for a few steps in milliseconds, and what tests compare of them."""
 
 from __future__ import annotations
 
@@ -69,3 +69,13 @@ def losses(run_dir: Path) -> dict[int, float]:
     found = {record["step"]: record["loss"] for record in metrics(run_dir)}
     assert len(found) == len(metrics(run_dir))
     return found
+
+
+TEXT = "".join(f"{n} squared is {n * n}, and {n} cubed is {n**3}. " for n in range(1, 900)).encode()
+
+
+def corpus_overrides(folder: Path) -> list[str]:
+    """Config overrides that train on `TEXT`, written into the folder."""
+    path = folder / "corpus.txt"
+    path.write_bytes(TEXT)
+    return ["data.source=text", f"data.path={path}"]

@@ -1,0 +1,129 @@
+"""Runs the Triton kernels in Triton's interpreter and compares them with the CPU kernels; prints one line per mismatch.
+
+Started by `test_cuda.py` in a process of its own, because the interpreter is chosen before Triton is imported.
+Values go through `eager` where the compiled CPU kernel would need a variant of its own for one case.
+"""
+
+import os
+import sys
+import warnings
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    warnings.simplefilter("ignore")  # the interpreter computes masked lanes in NumPy, which warns of what they hold
+
+import torch
+
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.quantization import Cast, Want, decode, encode, get_format, quantize
+from altgrad.quantization.kernels.eager import blocks as eager_blocks
+from altgrad.quantization.kernels.eager import scalar as eager
+
+KEY = (3, -9)
+ALL = Want.VALUES | Want.CODES | Want.STATS
+inf, nan = float("inf"), float("nan")
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if not a.dtype.is_floating_point:
+        return torch.equal(a.cpu(), b.cpu())
+    a, b = a.cpu(), b.cpu()
+    both_nan = a.isnan() & b.isnan()
+    return a.dtype == b.dtype and bool((((a == b) & (torch.signbit(a) == torch.signbit(b))) | both_nan).all())
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.cpu(), b.cpu(), rtol=1e-12, equal_nan=True)
+
+
+def scalar_samples() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (2048,), dtype=torch.int32, generator=generator).view(torch.float32)
+    near = torch.randn(2016, generator=generator) * torch.exp2(
+        torch.randint(-12, 12, (2016,), generator=generator).float()
+    )
+    x = torch.cat([bits, near, torch.arange(-16, 16) / 16]).reshape(4, 1024)
+    x[0, :6] = torch.tensor([0.0, -0.0, inf, -inf, nan, 448.0])
+    return x
+
+
+def check_scalars(device: str, names: tuple[str, ...]) -> list[str]:
+    x, bad = scalar_samples().to(device), []
+    channels = (torch.arange(4.0, device=device) + 0.3)[:, None]
+    for name in names:
+        fmt = get_format(name)
+        for rounding in Rounding:
+            policies = Overflow if rounding is Rounding.NEAREST_EVEN and name == "E5M2" else (Overflow.NATIVE,)
+            for overflow in policies:
+                scale = channels if rounding in (Rounding.NEAREST_EVEN, Rounding.STOCHASTIC) else 1.0
+                options = {"rounding": rounding, "overflow": overflow}
+                key = KEY if rounding is Rounding.STOCHASTIC else None
+                payload, over = eager.round_payload(
+                    x, fmt, scale, **options, key=None if key is None else torch.tensor(key)
+                )
+                cast = Cast(fmt, **options)
+                found = cast(x, scale, key=key, want=ALL, kernel="cuda")
+                codes = eager.payload_codes(payload, fmt)
+                values = payload.float() * scale
+                stats = eager_blocks.measure(x, values, over).vector
+                good = same(found.values, values) and close(found.stats.vector, stats)
+                good = (
+                    good
+                    and same(found.codes.int(), codes.clamp(min=0))
+                    and bool(found.problems) == bool((codes < 0).any())
+                )
+                if not good:
+                    bad.append(f"{name} {rounding.value} {overflow.value}")
+                decoded = cast.decode(found.codes, scale, kernel="cuda")
+                plain = payload.isfinite()
+                if not same(torch.where(plain, decoded, 0), torch.where(plain, values, 0)):
+                    bad.append(f"decode {name} {rounding.value}")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        fmt, given = get_format("E4M3"), x.to(dtype)
+        found = quantize(given, fmt, 0.75, kernel="cuda")
+        expected = quantize(given, fmt, 0.75, kernel="eager")
+        if not same(found, expected):
+            bad.append(f"E4M3 {dtype}")
+    return bad
+
+
+def block_samples() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 64, generator=generator) * torch.exp2(
+        torch.randint(-9, 9, (2, 40, 64), generator=generator).float()
+    )
+    x[0, :, :32] = 0
+    x[1, 3, 40], x[1, 5, 50], x[1, 36, 2], x[1, 37, 5] = inf, nan, -0.0, -inf
+    x[1, :4] *= 1e-42
+    x[0, 39] = torch.finfo(torch.float32).max / 50
+    return x
+
+
+def check_blocks(device: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[str]:
+    bad = []
+    for name in names:
+        fmt = get_format(name)
+        for dtype in dtypes:
+            x = block_samples().to(dtype).to(device)
+            for axis in (-1,) if fmt.is_tile else (-1, 1):
+                for rounding in (Rounding.NEAREST_EVEN, Rounding.STOCHASTIC, Rounding.UP):
+                    cast = Cast(fmt, rounding, axis=axis, pad=True)
+                    a, b = (cast(x, key=KEY, want=ALL, kernel=kernel) for kernel in ("eager", "cuda"))
+                    good = same(a.values, b.values) and same(a.codes, b.codes) and same(a.scales, b.scales)
+                    if not (good and close(a.stats.vector, b.stats.vector) and bool(a.problems) == bool(b.problems)):
+                        bad.append(f"{name} {dtype} axis {axis} {rounding.value}")
+                packed = encode(torch.where(x.isfinite(), x, 0.0), name, axis=axis, pad=True, kernel="eager")
+                plain, compiled = (decode(packed, dtype=dtype, kernel=kernel) for kernel in ("eager", "cuda"))
+                if not same(plain, compiled):
+                    bad.append(f"decode {name} {dtype} axis {axis}")
+    return bad
+
+
+if __name__ == "__main__":
+    found = check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
+    found += check_blocks("cpu", ("MXFP8", "MXFP8_E5M2", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/16x32:FP32"))
+    found += check_blocks("cpu", ("MXFP8",), (torch.bfloat16, torch.float16))
+    print("\n".join(found))
+    sys.exit(1 if found else 0)

@@ -1,0 +1,221 @@
+"""The command line as a person runs it: what it prints, its exit codes, and no traceback for a mistake."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from altgrad.cli import app
+from altgrad.cli.run_pages import exit_code
+from altgrad.records.schema import ExperimentResult
+from tests.training.tiny import TINY, losses
+
+E3M4 = Path(__file__).parents[1] / "experiments" / "configs" / "e3m4_uniform.yaml"
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps({**TINY, "max_steps": 4, "runs_dir": str(tmp_path / "runs")}))  # JSON is YAML
+    return path
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def altgrad(*arguments, **options):
+    command = [sys.executable, "-m", "altgrad", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_run_prints_its_result_and_is_not_repeated(config, tmp_path):
+    first = invoke("run", config, "fp8_format=E3M4", "weight_storage=grid")
+    assert first.exit_code == 0
+    assert "E3M4" in first.output
+    assert "trained" in first.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"report: {folder}/report.html" in first.output
+    assert "<html" in (folder / "report.html").read_text()
+    again = invoke("run", config, "fp8_format=E3M4", "weight_storage=grid")
+    assert "finished before" in again.output
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_dry_run_and_print_config_write_nothing(config, tmp_path):
+    plan = invoke("run", config, "fp8_format=E3M4", "--dry-run")
+    assert plan.exit_code == 0
+    assert "blocks.0.mlp.up" in plan.output
+    assert "parameters" in plan.output
+    shown = invoke("run", config, "seed=9", "--print-config", "--device", "cpu")
+    assert "seed: 9" in shown.output
+    assert "divergence_window: 50" in shown.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_compare_runs_all_and_reports_once(config, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(config.read_text().replace('"tiny"', '"other", "fp8_format": "E5M2"'))
+    result = invoke("compare", config, other, "seed=5")
+    assert result.exit_code == 0
+    assert "FP32" in result.output
+    assert "E5M2" in result.output
+    text = (tmp_path / "runs" / "comparison.html").read_text()
+    assert "other" in text
+    assert all("-s5-" in p.name for p in (tmp_path / "runs").iterdir() if p.is_dir())
+    rewritten = invoke("report", tmp_path / "runs", "-o", tmp_path / "again.html")
+    assert rewritten.exit_code == 0
+    assert (tmp_path / "again.html").exists()
+
+
+def test_the_demo_trains_six_formats(tmp_path, monkeypatch):
+    from altgrad.training.run import demo
+
+    monkeypatch.setitem(demo.DEMO_SIZE, "model", {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 16})
+    monkeypatch.setitem(demo.DEMO_SIZE, "data", {"batch_size": 2, "max_bytes": 20_000})
+    result = invoke("demo", "--runs-dir", tmp_path / "demo", "--steps", "3")
+    assert result.exit_code == 0
+    for fmt in demo.DEMO_FORMATS:
+        assert fmt in result.output
+    assert (tmp_path / "demo" / "report.html").exists()
+    assert len([p for p in (tmp_path / "demo").iterdir() if p.is_dir()]) == 6
+    assert "finished before" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nowhere.yaml"], "does not exist"),
+        (["run", E3M4, "sed=7"], "did you mean 'seed'"),
+        (["run", E3M4, "max_steps=-1"], "greater than 0"),
+        (["run", E3M4, "--device", "tpu"], "cpu, cuda"),
+        (["run", E3M4, "data.source=text", "data.path=/nowhere"], "does not exist"),
+        (["run", E3M4, "optimizer.name=adamv", "--dry-run"], "adamw"),
+        (["run", E3M4, "include=[nothing]", "--dry-run"], "nothing"),
+        (["compare", E3M4], "at least two"),
+        (["report", "/nowhere"], "/nowhere"),
+    ],
+    ids=str,
+)
+def test_a_persons_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, monkeypatch):
+    from altgrad.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["altgrad", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_exit_codes():
+    def result(status, **details):
+        missing = dict.fromkeys(("name", "run_id", "seed", "format", "storage", "rounding", "verdict", "steps"))
+        numbers = dict.fromkeys(
+            ("max_steps", "final_loss", "best_loss", "best_step", "final_val_loss", "best_val_loss")
+        )
+        rest = dict.fromkeys(("stall_rate", "wall_s", "tokens_per_s", "interventions", "config_hash"))
+        ends = dict.fromkeys(("data_fingerprint", "numerics_version"))
+        return ExperimentResult(**missing, **numbers, **rest, **ends, status=status, details=details)
+
+    collapsed = [result("completed"), result("collapsed")]
+    assert exit_code(collapsed, fail_on_collapse=False) == 0
+    assert exit_code(collapsed, fail_on_collapse=True) == 1
+    assert exit_code([result("completed"), None], fail_on_collapse=True) == 0
+    assert exit_code([result("interrupted", signal=2)], fail_on_collapse=True) == 130
+    assert exit_code([result("interrupted", signal=15)], fail_on_collapse=False) == 143
+
+
+def test_a_collapse_fails_the_command_only_when_asked(config):
+    freeze = ["fp8_format=E7M0", "weight_storage=grid", "optimizer.lr=1e-9", "max_steps=30", "verdict.freeze_window=4"]
+    arguments = [
+        "run",
+        config,
+        *freeze,
+        "verdict.freeze_improvement=1.0",
+        "verdict.freeze_smoothing=2",
+        "optimizer.warmup_steps=1",
+    ]
+    assert invoke(*arguments).exit_code == 0
+    failed = invoke(*arguments, "--fail-on-collapse")
+    assert failed.exit_code == 1
+    assert "freeze at 2" in failed.output
+    assert "failure report: " in failed.output
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_stops_a_real_process_cleanly_and_it_continues(config, tmp_path):
+    arguments = [sys.executable, "-m", "altgrad", "run", str(config), "max_steps=3000", "evaluation.interval=3000"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    while process.poll() is None and not any((tmp_path / "runs").glob("*/checkpoints/step-00000010")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "the same command continues" in out
+    (folder,) = (tmp_path / "runs").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert sorted(losses(folder)) == list(range(1, result["steps"] + 1))
+
+
+def test_help_is_fast_and_free_of_torch():
+    shown = altgrad("--help")
+    assert shown.returncode == 0
+    assert "demo" in shown.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "altgrad", "--help"], capture_output=True, text=True, check=True
+    ).stderr
+    packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in loaded.splitlines()}
+    assert not packages & {"torch", "numba", "pydantic", "omegaconf", "scipy", "numpy"}
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        altgrad("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5  # processor time: the clock would measure what else the machine does
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["formats", *arguments])
+
+
+def test_catalog_lists_every_format():
+    from altgrad.quantization import FORMAT_REGISTRY
+
+    output = run().output
+    assert all(name in output for name in FORMAT_REGISTRY)
+
+
+def test_one_format_and_the_groups():
+    assert "57344" in run("fp8_e5m2").output
+    groups = run("--equivalent").output
+    assert any("E0M7" in line and "E1M6" in line for line in groups.splitlines())
+
+
+def test_a_wrong_name_ends_in_one_line_and_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "altgrad", "formats", "E3M"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "did you mean E3M4" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["formats", "--help"]])
+def test_help_does_not_import_torch(arguments):
+    code = f"import sys; sys.argv = ['altgrad', *{arguments!r}]\nfrom altgrad.cli import main\ntry:\n main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
