@@ -129,6 +129,17 @@ def truncated(typing_context, like, x):
 
 
 @intrinsic
+def whole_part(typing_context, x):
+    """A float without its fraction (toward zero), as one vector instruction; inf and NaN stay."""
+
+    def generate(context, builder, signature, args):
+        function = builder.module.declare_intrinsic("llvm.trunc", [llvm_float(x)])
+        return builder.call(function, args)
+
+    return x(x), generate
+
+
+@intrinsic
 def bits_of(typing_context, x):
     """The bit pattern of a float32 or float64."""
     result = _BITS[x]

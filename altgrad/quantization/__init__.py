@@ -1,5 +1,6 @@
 """Numerics: number formats and functions of (tensor, format); no modules, no training, no files."""
 
+from altgrad.formats.accumulator import ACCUMULATORS, Accumulator
 from altgrad.formats.block import BlockFormat, ScaleRule
 from altgrad.formats.catalog import BLOCK_FORMATS, block_format, get_format
 from altgrad.formats.rounding import Overflow, Rounding
@@ -20,6 +21,7 @@ from altgrad.formats.scalar_rows import (
     TF32,
 )
 from altgrad.quantization import operators as operators  # registers them
+from altgrad.quantization.accumulation import accumulate
 from altgrad.quantization.advanced_diagnostics import (
     compute_stiffness_field,
     compute_ulp_distance,
@@ -59,6 +61,7 @@ NUMERICS_VERSION = "1"
 """Part of every run's identity; raised whenever a change of the numerics changes results."""
 
 __all__ = [
+    "ACCUMULATORS",
     "BF16",
     "BLOCK_FORMATS",
     "E0M7",
@@ -74,6 +77,7 @@ __all__ = [
     "FP32",
     "NUMERICS_VERSION",
     "TF32",
+    "Accumulator",
     "BlockFormat",
     "Cast",
     "CurrentScaling",
@@ -93,6 +97,7 @@ __all__ = [
     "Specials",
     "StaticScaling",
     "Want",
+    "accumulate",
     "amax",
     "amax_scale",
     "block_format",
