@@ -1,11 +1,14 @@
-"""Interleaved timing: medians of many rounds in one process, reported as ratios against a baseline of the same rounds."""
+"""Interleaved timing: medians of rounds in one process, as ratios against a baseline; and the file of a CPU's records."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 WARM_ROUNDS = 3
 
@@ -47,3 +50,9 @@ def interleaved(
         {name: statistics.median(times) for name, times in taken.items()},
         {name: statistics.median(b / t for b, t in zip(base, times, strict=True)) for name, times in taken.items()},
     )
+
+
+def keep_record(path: Path, name: str, record: Any) -> None:
+    """Put a benchmark's record under its name into the file of a CPU, such as `results/cpu-avx2.json`; others stay."""
+    records = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(records | {name: record}, indent=1) + "\n")

@@ -10,7 +10,6 @@ decoding to the copy of what it writes.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from altgrad.quantization import decode, encode, quantize, quantize_with_stats
-from benchmarks._timing import interleaved
+from benchmarks._timing import interleaved, keep_record
 
 
 class Row(NamedTuple):
@@ -91,7 +90,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend per row beyond the rounds")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--no-others", action="store_true", help="leave out torchao")
-    parser.add_argument("--json", type=Path, default=None, help="also write the records to this file")
+    parser.add_argument("--json", type=Path, default=None, help="also keep the records in this file")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -116,7 +115,7 @@ def main() -> None:
         records.append({"row": row.name, "ratio": ratio, "ms": timing.seconds["row"] * 1e3, "budget": row.budget})
     Console(width=120).print(table)
     if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
+        keep_record(options.json, "blocks", records)
 
 
 if __name__ == "__main__":

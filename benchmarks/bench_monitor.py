@@ -1,6 +1,6 @@
 """What the monitor costs: a training step with every diagnostic on every step against the same step without it.
 
-    python benchmarks/bench_monitor.py [--models 0.8M,10M] [--storage grid,master] [--rounds 15] [--json FILE]
+    python -m benchmarks.bench_monitor [--models 0.8M,10M] [--storage grid,master] [--rounds 15] [--json FILE]
 
 Everything but the rank and the FP32 reference is measured on every step; copying to the host and writing the records
 as JSON lines are included. Steps of both variants alternate in one process; the figure is the median over rounds of
@@ -16,12 +16,14 @@ import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 from altgrad.monitor import Monitor
 from altgrad.nn import attach_optimizer, quantize_model, uniform
 from altgrad.training.model import GPT, GPTConfig
+from benchmarks._timing import keep_record
 
 MODELS = {
     "0.8M": (GPTConfig(vocab_size=256, n_layer=4, n_head=4, n_embd=128, block_size=64, style="gpt2"), 12, 0.25),
@@ -98,7 +100,7 @@ def main() -> int:
     parser.add_argument("--models", default="0.8M,10M")
     parser.add_argument("--storage", default="grid,master")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path, default=None, help="also keep the records in this file")
     options = parser.parse_args()
     rows = []
     print(f"{torch.get_num_threads()} threads, E3M4, median of {options.rounds} rounds")
@@ -114,8 +116,7 @@ def main() -> int:
                 flush=True,
             )
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        keep_record(options.json, "monitor", rows)
     return 0 if all(row["overhead"] <= row["budget"] for row in rows) else 1
 
 

@@ -10,7 +10,6 @@ both are held against copies of float32 by bytes moved. The budgets are stated f
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from altgrad.quantization import amax_scale, decode, encode, get_format, ops, quantize
-from benchmarks._timing import interleaved
+from benchmarks._timing import interleaved, keep_record
 
 BUDGET_SIZE = 24
 COPY, CLONE = "out.copy_(x)", "x.clone()"
@@ -173,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend per row beyond the rounds")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--no-others", action="store_true", help="leave out the comparison with other packages")
-    parser.add_argument("--json", type=Path, default=None, help="also write the records to this file")
+    parser.add_argument("--json", type=Path, default=None, help="also keep the records in this file")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -194,7 +193,7 @@ def main() -> None:
     )
     if options.json:
         record = {"where": where, "rows": records, "others": compared, "alternation": turns}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        keep_record(options.json, "quantize", record)
 
 
 if __name__ == "__main__":

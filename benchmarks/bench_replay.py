@@ -23,7 +23,7 @@ from altgrad.nn import uniform
 from altgrad.records.machine import processor_name
 from altgrad.training import load_config
 from altgrad.training.data import corpus_from_bytes
-from altgrad.training.step.ring import state_bytes
+from altgrad.training.step.state_tree import state_bytes
 from altgrad.training.trainer import Trainer
 
 MODELS = {

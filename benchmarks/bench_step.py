@@ -1,6 +1,6 @@
 """Training step, peak memory and profile of quantized GPTs against the FP32 step of the same model, in one process.
 
-    python benchmarks/bench_step.py [--recipes E4M3,E4M3/E5M2,MXFP8] [--models 10M,0.8M] [--rounds 11] [--json FILE]
+    python -m benchmarks.bench_step [--recipes E4M3,E4M3/E5M2,MXFP8] [--models 10M,0.8M] [--rounds 11] [--json FILE]
 
 Every ratio compares medians of rounds that alternate between the variants (FP32 first in one round, last in the next),
 so that a drift of the machine's speed meets all of them. Peak memory is the largest sum of tensors that torch's
@@ -28,6 +28,7 @@ from altgrad.nn import attach_optimizer, quantize_model, uniform
 from altgrad.nn.layer.classes import is_quantized
 from altgrad.nn.layer.gemm import CPU_BF16_UNITS
 from altgrad.training.model import GPT, GPTConfig
+from benchmarks._timing import keep_record
 
 MODELS = {
     "10M": (GPTConfig(vocab_size=256, n_layer=6, n_head=6, n_embd=384, block_size=256, style="gpt2"), 8),
@@ -221,14 +222,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument("--json", type=Path, default=None, help="also keep the records in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     capability = f"{torch.backends.cpu.get_cpu_capability()}, bf16 units: {'yes' if CPU_BF16_UNITS else 'no'}"
     print(f"torch {torch.__version__}, {args.threads} threads, {platform.machine()} {capability}")
     results = [bench(name, args.recipes.split(","), args.rounds, args.device) for name in args.models.split(",")]
     if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1))
+        keep_record(args.json, "step", results)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy import stats
 
-from altgrad.randomness.counter import hash_words, philox_words
+from altgrad.randomness import hash_words, philox_words
 
 Draw = Callable[[int, int, int, int], np.ndarray]  # (seed, stream, first, count) -> uint32 words
 LAGS = (1, 2, 3, 4, 7, 8, 16, 64, 384, 768, 1024, 1536, 4096, 65536)

@@ -24,7 +24,7 @@ from altgrad.quantization.parameter_grid import declared_grid
 from altgrad.records.folders import read_bytes
 from altgrad.records.run import Run
 from altgrad.report.charts.figures import figure
-from altgrad.report.charts.intervals import IntervalRow, interval_chart
+from altgrad.report.charts.rows import IntervalRow, interval_chart
 from altgrad.report.pages.page import render_page
 from altgrad.report.theme import BASELINE, Style, styles_for
 from altgrad.training import Trainer, load_config

@@ -104,7 +104,7 @@ def test_naming_a_format_a_stream_or_reading_a_run_loads_no_torch(package):
     code = f"""
 import importlib, pkgutil, sys
 package = importlib.import_module("altgrad.{package}")
-for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+for module in pkgutil.walk_packages(getattr(package, "__path__", []), package.__name__ + "."):
     importlib.import_module(module.name)
 print(sorted(name for name in ("torch", "numba") if name in sys.modules))
 """

@@ -1,4 +1,4 @@
-"""Compares runs with their baseline: the result table, the headline, and how the configurations differ."""
+"""Compares runs with their baseline: the result table, the headline, how configurations differ, the table beside a pack."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from altgrad.analysis.outcome import Outcome, label_runs
-from altgrad.records.run import read_run
-from altgrad.report.numbers import count, difference, listing, loss
+from altgrad.records.run import Run, read_run
+from altgrad.report.numbers import count, difference, listing, loss, percent
+from altgrad.report.tables import Column, Table, table_markdown
+from altgrad.report.text import for_markdown
 from altgrad.report.verdicts import past_tense
 
 IGNORED_KEYS = frozenset({"name", "runs_dir", "checkpoint_dir", "trackers", "device", "threads"})
@@ -195,3 +197,26 @@ def twins(outcomes: Sequence[Outcome]) -> dict[str, str]:
         else:
             seen[key] = outcome.label
     return found
+
+
+_COLUMNS = (
+    *(Column("run"), Column("seed", True), Column("format"), Column("storage"), Column("optimizer")),
+    *(Column("steps", True), Column("final val loss", True), Column("best val loss", True), Column("stall", True)),
+    Column("verdict"),
+)
+
+
+def record_table(runs: Sequence[Path], root: Path, title: str) -> str:
+    """A page of one table, one row per run; runs go by their names below `root`."""
+    rows = []
+    for path in sorted(runs):
+        run = Run(path)
+        row = table_row(Outcome(run, run.format), None)
+        losses = [loss(row[name]) for name in ("final_val_loss", "best_val_loss")]
+        facts = [run.format, run.storage or "-", run.optimizer or "-", count(row["steps"])]
+        seed = "-" if run.seed is None else str(run.seed)
+        rows.append(
+            [path.relative_to(root).as_posix(), seed, *facts, *losses, percent(row["stall_rate"]), row["verdict"]]
+        )
+    note = "Losses are validation losses in nats per token; stall: attempted weight updates that changed no code."
+    return f"# {for_markdown(title)}\n\n{len(rows)} runs. {note}\n\n{table_markdown(Table(_COLUMNS, rows))}\n"

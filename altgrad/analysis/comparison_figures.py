@@ -13,9 +13,8 @@ from altgrad.records.run import Curve, as_number
 from altgrad.report.charts.axes import Axis
 from altgrad.report.charts.figures import figure, line_figure
 from altgrad.report.charts.glyphs import rug
-from altgrad.report.charts.lines import Mark, Series
+from altgrad.report.charts.lines import Mark, Series, thin
 from altgrad.report.charts.svg import el
-from altgrad.report.charts.thinning import thin
 from altgrad.report.numbers import count, plural
 from altgrad.report.theme import BASELINE, Style
 from altgrad.report.verdicts import past_tense

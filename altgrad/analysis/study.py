@@ -22,7 +22,7 @@ from altgrad.analysis.ranking import Contender
 from altgrad.errors import ReportError
 from altgrad.records.metrics_log import Curve, Damage
 from altgrad.records.run import Run, find_runs, read_run
-from altgrad.records.values import as_number
+from altgrad.records.schema import as_number
 from altgrad.report.numbers import plural
 
 CURVE_BUCKETS = 100

@@ -17,10 +17,9 @@ from altgrad.analysis.study import CURVE_BUCKETS, FORMAT, OPTIMIZER, RunSummary,
 from altgrad.records.metrics import FRACTION, Metric, drawn_names, find_metric
 from altgrad.report.charts.figures import figure, line_figure
 from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table, ramp_legend
-from altgrad.report.charts.intervals import IntervalRow, interval_chart
 from altgrad.report.charts.lines import Mark, Series
+from altgrad.report.charts.rows import IntervalRow, TimelineRow, interval_chart, timeline_chart
 from altgrad.report.charts.svg import el
-from altgrad.report.charts.timeline import TimelineRow, timeline_chart
 from altgrad.report.numbers import count, difference, in_unit, listing, loss, number, plural
 from altgrad.report.theme import Style, styles_for
 from altgrad.report.verdicts import past_tense

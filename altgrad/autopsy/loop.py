@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from altgrad.errors import ConfigError
 from altgrad.nn import Recipe
-from altgrad.randomness.streams import seed_of
-from altgrad.training.step.optimizers import lr_at
+from altgrad.randomness import seed_of
 from altgrad.training.step.replay import forked
+from altgrad.training.step.stepping import lr_at
 from altgrad.training.trainer import Trainer
 
 

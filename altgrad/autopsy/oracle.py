@@ -18,8 +18,8 @@ from altgrad.autopsy.loop import Loop, jittered
 from altgrad.errors import ConfigError
 from altgrad.nn import Recipe
 from altgrad.nn.recipe.cells import Cell
-from altgrad.randomness.streams import seed_of
-from altgrad.training.step.ring import CaptureRing
+from altgrad.randomness import seed_of
+from altgrad.training.step.state_tree import CaptureRing
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is done, done, of how many)."""

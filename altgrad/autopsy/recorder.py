@@ -34,8 +34,8 @@ from altgrad.errors import ConfigError
 from altgrad.nn import Recipe, change_format, load_quant_state, quant_state, set_seed
 from altgrad.nn.session import sessions_of
 from altgrad.training.step.replay import first_difference
-from altgrad.training.step.ring import CaptureRing
 from altgrad.training.step.state_tree import (
+    CaptureRing,
     copy_tree,
     load_model_state,
     load_optimizer_state,

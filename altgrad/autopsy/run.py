@@ -26,7 +26,7 @@ from altgrad.errors import ConfigError, ReportError
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.files import write_json, write_text
 from altgrad.records.run import Run
-from altgrad.records.values import as_number
+from altgrad.records.schema import as_number
 from altgrad.report.pages.autopsy import render_autopsy
 from altgrad.training.config.loading import load_config
 from altgrad.training.trainer import Trainer

@@ -188,10 +188,10 @@ def sweep(
     fail_on_collapse: _FailOnCollapse = False,
 ) -> None:
     """Run every experiment of a matrix that is not done yet, in parallel processes or on a cluster."""
-    from altgrad.cli import sweep_pages
+    from altgrad.cli import run_pages
 
     raise typer.Exit(
-        sweep_pages.sweep(
+        run_pages.sweep(
             matrix,
             overrides or [],
             out,

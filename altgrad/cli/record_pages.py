@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from altgrad.analysis.record_table import record_table
+from altgrad.analysis.comparison import record_table
 from altgrad.errors import ReportError
-from altgrad.records.archive import SUFFIX
 from altgrad.records.files import write_text
+from altgrad.records.folders import SUFFIX
 from altgrad.records.pack import pack_runs, unpack
 from altgrad.records.run import find_runs
 from altgrad.records.verify import verify_run

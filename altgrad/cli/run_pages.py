@@ -1,4 +1,4 @@
-"""What `run`, `compare`, `demo` and `report` print: live progress, tables, and where the report is."""
+"""What `run`, `compare`, `demo`, `report` and `sweep` do and print: live progress, tables, where the report is, exit codes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from altgrad.errors import ConfigError, os_error_text
 from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
 from altgrad.report.console import Terminal
+from altgrad.sweep import SweepOptions, SweepResult, describe_plan, describe_result, plan_sweep, run_sweep
 from altgrad.training.config.experiment import ExperimentConfig, is_twin
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
@@ -259,3 +260,37 @@ def _verdict(result: ExperimentResult) -> str:
         return f"{result.verdict['kind']} at {result.verdict['onset_step']}"
     remarks = [f"{r['kind']} at {r['onset_step']}" for r in result.remarks]
     return ", ".join(["trained", *remarks]) if result.status == "completed" else result.status
+
+
+STOPPED = 130  # as a shell says of a command that Ctrl-C ended
+
+
+def sweep(
+    matrix: Path,
+    overrides: Sequence[str],
+    out: Path | None,
+    *,
+    jobs: int | None,
+    dry_run: bool,
+    executor: str,
+    address: str | None,
+    devices: str | None,
+    fail_on_collapse: bool,
+) -> int:
+    """Exit code: 0 all runs are done, 1 some failed (or collapsed, on demand), 130 stopped before the end."""
+    slots = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]
+    options = SweepOptions(jobs=jobs, executor=executor, address=address, devices=slots)
+    plan = plan_sweep(matrix, out, overrides)
+    if dry_run:
+        describe_plan(plan, options)
+        return 0
+    result = run_sweep(plan, options)
+    describe_result(result)
+    return _exit_code(result, fail_on_collapse)
+
+
+def _exit_code(result: SweepResult, fail_on_collapse: bool) -> int:
+    if result.count("stopped"):
+        return STOPPED
+    collapsed = any((outcome.result or {}).get("status") == "collapsed" for outcome in result.outcomes.values())
+    return int(bool(result.count("failed")) or (fail_on_collapse and collapsed))

@@ -1,4 +1,18 @@
-"""What one measurement of an update counts: its fields, the bins of its histograms, and where near zero ends."""
+"""What one measurement of an update counts, and how many updates a grid would swallow, predicted from its histograms.
+
+`measure_update` counts |w| and |update| in bins; an update is lost where it is small against the spacing at the weight.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import Rounding, as_option
+from altgrad.formats.scalar import FloatFormat
 
 NEAR_ZERO = 1e-8
 """Gradients below this magnitude count as near zero: the customary eps of Adam, under which its update fades."""
@@ -59,3 +73,75 @@ UPDATE_FIELDS = (
     "ulp_median",  # lower edge of the median's bin: at most a quarter of a binade low
 )
 FIELD = {name: i for i, name in enumerate(UPDATE_FIELDS)}
+
+
+_OCTAVES = torch.arange(-160, 129)  # exponents of grid spacings
+
+
+def bin_edges(device: torch.device | str = "cpu") -> Tensor:
+    """Lower edge of each bin as float32 (from 255 * 4 on: inf and NaN)."""
+    return (torch.arange(BINS, dtype=torch.int32, device=device) << 21).view(torch.float32)
+
+
+def stall_chances(update_histogram: Tensor, rounding: Rounding | str = Rounding.NEAREST_EVEN) -> Tensor:
+    """Chance that an update drawn from the histogram leaves a weight whose grid spacing is 2^t, for t = -160 .. 128.
+
+    Args:
+        update_histogram: [..., BINS] counts of |update / scale|.
+        rounding: nearest modes lose updates below half a spacing; stochastic rounding loses an update u with chance
+            1 - u / spacing (taken at the middle of its bin); rounding toward zero (and the directed modes, to a side)
+            those below a spacing.
+
+    Returns:
+        float64 [..., 289]; NaN where the histogram is empty.
+    """
+    rounding = as_option(Rounding, rounding)
+    counts = update_histogram.double()
+    total = counts.sum(-1, keepdim=True)
+    if rounding is Rounding.STOCHASTIC:
+        return counts @ _chances_by_chance(counts.device) / total
+    reach = 1 if rounding in (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY) else 0  # half a spacing, or a whole one
+    first_kept = ((_OCTAVES - reach + 127) * 4).clamp(0, BINS).to(counts.device)  # bin that begins at the spacing
+    below = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
+    return below[..., first_kept] / total
+
+
+@lru_cache(maxsize=8)
+def _chances_by_chance(device: torch.device) -> Tensor:
+    """[BINS, octaves]: 1 - u / spacing at the middle u of each bin, at least 0."""
+    edges = bin_edges(device).double()
+    middle = torch.cat([(edges[:-1] + edges[1:]) / 2, edges[-1:]])
+    spacing = torch.exp2(_OCTAVES.double()).to(device)
+    return torch.nan_to_num((1 - middle[:, None] / spacing).clamp(0, 1))
+
+
+def predict_stall(
+    weight_histogram: Tensor,
+    update_histogram: Tensor,
+    format: FloatFormat | str,
+    rounding: Rounding | str = Rounding.NEAREST_EVEN,
+) -> Tensor:
+    """Fraction of updates that a grid would swallow, from magnitudes alone: sum over weights of `stall_chances` at each.
+
+    Exact for updates that are independent of the weights they meet, whose grid spacing is that of their own binade
+    (a weight at a power of two has half the spacing below it).
+
+    Args:
+        weight_histogram, update_histogram: [..., BINS] counts of |w / scale| on the grid and |update / scale|, as
+            `UpdateMeasurement` holds them.
+        format: the grid.
+        rounding: of the storage.
+
+    Returns:
+        float64 [...] in [0, 1]; NaN where either histogram is empty.
+    """
+    fmt = get_format(format)
+    chances = stall_chances(update_histogram, rounding)
+    counts = weight_histogram.double()
+    per_binade = counts.view(*counts.shape[:-1], BINS // 4, 4).sum(-1)
+    exponent = torch.arange(BINS // 4, device=counts.device) - 127
+    spacing = exponent.clamp(min=fmt.emin) - fmt.mantissa_bits
+    if fmt.bias is None:
+        spacing = torch.full_like(spacing, -fmt.mantissa_bits)
+    at_weight = chances[..., (spacing - int(_OCTAVES[0])).clamp(0, len(_OCTAVES) - 1)]
+    return (per_binade * at_weight).sum(-1) / per_binade.sum(-1)

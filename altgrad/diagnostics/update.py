@@ -3,7 +3,7 @@
 `measure_update` returns sums and counts in one float64 vector (`UPDATE_FIELDS`) and two histograms of magnitudes, all on
 the tensors' device; `altgrad.monitor` turns them into the named statistics. On the CPU a fused kernel computes them; the
 plain torch version here defines them and serves every other device, dtype and layout. From the two histograms
-`diagnostics.stall.predict_stall` says how many updates a grid would swallow.
+`diagnostics.fields.predict_stall` says how many updates a grid would swallow.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from altgrad.diagnostics.fields import BINS, FIELD, NEAR_ZERO, UPDATE_FIELDS
-from altgrad.diagnostics.stall import bin_edges
+from altgrad.diagnostics.fields import BINS, FIELD, NEAR_ZERO, UPDATE_FIELDS, bin_edges
 from altgrad.errors import KernelError, OptionError
 from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import Overflow
@@ -71,7 +70,7 @@ def measure_update(
             (`carrier_format`).
         scale: of the grid at the start of the step; a number, or a tensor that broadcasts.
         near_zero: gradients below it count as near zero.
-        histograms: whether the two histograms, which `diagnostics.stall.predict_stall` takes, are wanted.
+        histograms: whether the two histograms, which `diagnostics.fields.predict_stall` takes, are wanted.
         kernel: "cpu" or "eager"; None: the fused CPU kernel for contiguous float32 on the CPU and formats that it
             knows (`diagnostics.kernels.cpu.supports`), else eager.
 

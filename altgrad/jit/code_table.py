@@ -1,17 +1,22 @@
-"""How the codes of a format are turned into values by arithmetic, as the row of words that compiled loops read.
+"""How the codes of a format become values by arithmetic on their bits: the row of words that loops read, and the reading.
 
-No Numba, as in `jit.grid_table`. Codes of more than a byte, and of the few formats whose small codes are no multiples of
-one step, are looked up in a table of values instead.
+Codes of more than a byte, and of the few formats whose small codes are no multiples of one step, are looked up in a table
+of values instead.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from enum import IntEnum
 from functools import cache
 
 import numpy as np
+from numba import njit
 
 from altgrad.formats.scalar import FloatFormat, Specials
+from altgrad.jit.machine import add, band, below, bits_of, bor, float_of, pick, shl, small_integer, sub
+from altgrad.jit.memory import load_word
+from altgrad.jit.template import table_reader
 
 CODE_FIELDS = (
     "magnitude_mask",  # bits of a code below its sign
@@ -65,3 +70,34 @@ def code_table(fmt: FloatFormat) -> np.ndarray:
     table = np.array([facts[name] for name in CODE_FIELDS], dtype=np.uint64)
     table.setflags(write=False)
     return table
+
+
+Codes = namedtuple("Codes", CODE_FIELDS)
+read_codes = table_reader(Codes, lambda i, _: f"load_word(like, table, {i})", load_word=load_word)
+
+_inline = njit(forceinline=True, error_model="numpy")
+
+
+@_inline
+def by_fields(code, facts):
+    """(value, 1 if it is no number and the value void, else 0) of a uint32 code, by the fields of the code.
+
+    A code below the first normal one counts steps from zero. As a mantissa one binade higher it is exact, and so is
+    taking that binade's lower end away.
+    """
+    magnitude = band(code, facts.magnitude_mask)
+    shifted = shl(magnitude, facts.dropped_bits)
+    raised = float_of(add(shifted, facts.raised_base)) - float_of(facts.raised_base)
+    bits = pick(below(magnitude, facts.first_normal), bits_of(raised), add(shifted, facts.normal_base))
+    sign = band(shl(code, facts.sign_shift), facts.sign_mask)
+    special = (below(magnitude, facts.first_special) == False) | (code == facts.special_code)  # noqa: E712
+    return float_of(bor(bits, sign)), pick(special, np.uint32(1), np.uint32(0))
+
+
+@_inline
+def by_integer(code, facts):
+    """As `by_fields` for a byte in two's complement; all are numbers."""
+    negative = below(np.uint32(127), code)
+    magnitude = small_integer(code, pick(negative, sub(np.uint32(256), code), code))
+    value = magnitude * float_of(facts.step)
+    return pick(negative, -value, value), np.uint32(0)

@@ -31,7 +31,7 @@ from altgrad.jit.machine import (
 )
 from altgrad.jit.memory import load_word
 from altgrad.jit.template import table_reader
-from altgrad.randomness.counter import MULTIPLIERS
+from altgrad.randomness import MULTIPLIERS
 
 Grid = namedtuple("Grid", GRID_FIELDS)
 
@@ -206,7 +206,7 @@ def code_of(payload, grid):
 
 @_inline
 def random_word(index, before, between):
-    """32 random bits of element `index` (modulo 2^32) under two key words; all uint32. `randomness.counter` says why."""
+    """32 random bits of element `index` (modulo 2^32) under two key words; all uint32. `altgrad.randomness` says why."""
     return mixed_word(mul(bxor(index, before), np.uint32(MULTIPLIERS[0])), between)
 
 
@@ -222,7 +222,7 @@ def mixed_word(x, between):
 
 @_inline
 def mixed64(x):
-    """SplitMix64's output for a uint64 input, as `randomness.counter.splitmix64`."""
+    """SplitMix64's output for a uint64 input, as `randomness.splitmix64`."""
     z = add(x, np.uint64(0x9E3779B97F4A7C15))
     z = mul(bxor(z, shr(z, np.uint64(30))), np.uint64(0xBF58476D1CE4E5B9))
     z = mul(bxor(z, shr(z, np.uint64(27))), np.uint64(0x94D049BB133111EB))
@@ -231,6 +231,6 @@ def mixed64(x):
 
 @_inline
 def key_words(seed, stream, block):
-    """(before, between), as `randomness.counter.key_words`, from uint64 seed, stream and block."""
+    """(before, between), as `randomness.key_words`, from uint64 seed, stream and block."""
     mixed = mixed64(bxor(mixed64(bxor(mixed64(seed), stream)), block))
     return low_word(np.uint32(0), mixed), low_word(np.uint32(0), shr(mixed, np.uint64(32)))

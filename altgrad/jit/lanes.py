@@ -12,8 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from altgrad.jit.kinds import FLOAT64, ITEM_BYTES
-from altgrad.jit.storage import from_storage, stored_type
+from altgrad.jit.storage import FLOAT64, ITEM_BYTES, from_storage, stored_type
 
 LANES = 16
 LANE_BYTES = 2 * 8 * LANES  # two rows of lanes, of errors and of squares

@@ -10,9 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from altgrad.jit.kinds import FLOAT64
 from altgrad.jit.machine import llvm_float
-from altgrad.jit.storage import from_storage, stored_type, to_storage
+from altgrad.jit.storage import FLOAT64, from_storage, stored_type, to_storage
 
 
 @intrinsic(prefer_literal=True)

@@ -1,4 +1,4 @@
-"""How stored numbers become the floats that arithmetic is done in, and back.
+"""The kinds of storage that compiled loops tell apart, and how stored numbers become floats for arithmetic, and back.
 
 These functions emit LLVM for one value or a vector of them. fp16 is converted by the processor where the target has
 instructions for it, else by integers, with the same bits.
@@ -6,9 +6,13 @@ instructions for it, else by integers, with the same bits.
 
 from __future__ import annotations
 
+import torch
 from llvmlite import ir
 
-from altgrad.jit.kinds import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = 0, 1, 2, 3
+ITEM_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, FLOAT64: 8}
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float64: FLOAT64}
+
 
 _STORED = {FLOAT32: ir.FloatType(), FLOAT64: ir.DoubleType(), FLOAT16: ir.IntType(16), BFLOAT16: ir.IntType(16)}
 

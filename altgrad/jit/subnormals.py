@@ -23,7 +23,7 @@ def gradual_underflow() -> Iterator[None]:
     """Neither flush subnormal results nor take subnormal operands as zero on this thread; it is left as found.
 
     Where the thread flushes, torch works on it alone meanwhile, as threads that it started flush, too. Compiled loops run
-    without flushing on all their threads by themselves (`jit.calls`).
+    without flushing on all their threads by themselves (`jit.threads`).
     """
     if _TINIEST != 0.0:
         yield

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from altgrad.diagnostics.fields import FIELD
-from altgrad.diagnostics.stall import predict_stall
+from altgrad.diagnostics.fields import FIELD, predict_stall
 from altgrad.diagnostics.update import measure_update
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.added import StepTensors, added_metrics, measure_added
-from altgrad.monitor.attaching import layer_name, plain_name
 from altgrad.monitor.interval import Step
 from altgrad.monitor.records import Record, Watched
 from altgrad.monitor.schedule import Schedule
+from altgrad.monitor.sources import layer_name, plain_name
 from altgrad.quantization import QuantStats, amax_scale
 
 

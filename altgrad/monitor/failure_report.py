@@ -19,7 +19,7 @@ from altgrad.monitor.failure_rows import TREND_STEPS, gradient_facts, layer_colu
 from altgrad.records.files import write_text
 from altgrad.records.metrics import RUN, metrics
 from altgrad.records.run import FAILURE_REPORTS, Run
-from altgrad.records.values import as_number
+from altgrad.records.schema import as_number
 from altgrad.report.pages.failure import (
     FailureData,
     Intervention,

@@ -12,14 +12,13 @@ from torch.optim import Optimizer
 from altgrad.diagnostics.fields import NEAR_ZERO
 from altgrad.errors import OptionError
 from altgrad.formats.scalar import FloatFormat
-from altgrad.monitor.attaching import watch_steps
 from altgrad.monitor.collector import Collector, embeddings_of
 from altgrad.monitor.interval import Step, to_records
 from altgrad.monitor.rank import RankLimits, RankWatch
 from altgrad.monitor.records import Record
 from altgrad.monitor.reference import against_reference
 from altgrad.monitor.schedule import Schedule, make_schedule
-from altgrad.monitor.sources import Sources
+from altgrad.monitor.sources import Sources, watch_steps
 from altgrad.monitor.summary import summary_table
 from altgrad.nn.model.optimizer_hook import bare_optimizer
 from altgrad.quantization import get_format
@@ -109,7 +108,7 @@ class Monitor:
         self._close_step()
 
     def after_update(self) -> None:
-        """The optimizer has stepped, grid storage included (`altgrad.monitor.attaching.StepWatcher`)."""
+        """The optimizer has stepped, grid storage included (`altgrad.monitor.sources.StepWatcher`)."""
         self._collector.after_update()
         if not self._by_loop:
             self._close_step()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
 from altgrad.quantization.observer import Observer
-from altgrad.randomness.streams import stream_at
+from altgrad.randomness import stream_at
 
 if TYPE_CHECKING:
     from altgrad.nn.recipe.recipe import Recipe

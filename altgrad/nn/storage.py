@@ -33,7 +33,7 @@ from altgrad.nn.session import Session
 from altgrad.quantization import Quantized, Want, amax, code_index, scale_from_amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, grid_owner
-from altgrad.randomness.streams import stream_base
+from altgrad.randomness import stream_base
 
 _VALUES_CODES = Want.VALUES | Want.CODES
 _NUMBERS = count()

@@ -24,7 +24,7 @@ from torch import Tensor
 from altgrad.optim import moments
 from altgrad.optim.grid import spacing
 from altgrad.optim.kernels import fused
-from altgrad.randomness.streams import step_key
+from altgrad.randomness import step_key
 
 PRECONDITIONS = ("none", "update", "both", "gradient")
 

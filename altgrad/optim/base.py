@@ -25,7 +25,7 @@ from altgrad.optim.moments import MOMENT_ROUNDINGS, moment_formats
 from altgrad.quantization import FORMAT_REGISTRY, amax_scale
 from altgrad.quantization.checks import FLOAT_DTYPES
 from altgrad.quantization.parameter_grid import ParameterGrid, declared_grid
-from altgrad.randomness.streams import step_key
+from altgrad.randomness import step_key
 
 ROUNDINGS = (None, "nearest_even", "stochastic")
 COUNT_NAMES = ("attempted", "flips", "stalled", "sign_flips", "clipped", "saturated")

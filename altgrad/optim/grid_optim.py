@@ -20,8 +20,8 @@ from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.grid import position, spacing, value_at
 from altgrad.optim.kernels import fused
 from altgrad.quantization.checks import as_key
-from altgrad.randomness.counter import random_bits as draw_bits
-from altgrad.randomness.streams import step_key
+from altgrad.randomness import random_bits as draw_bits
+from altgrad.randomness import step_key
 
 
 class GridOptim(GridOptimizer):

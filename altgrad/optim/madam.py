@@ -17,8 +17,8 @@ from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.kernels import fused
 from altgrad.quantization.checks import as_key
-from altgrad.randomness.counter import random_bits as draw_bits
-from altgrad.randomness.streams import step_key
+from altgrad.randomness import random_bits as draw_bits
+from altgrad.randomness import step_key
 
 
 def _normalised(group: dict[str, Any], slots: list[Slot]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from altgrad.optim import moments
 from altgrad.optim.base import GridOptimizer, Slot, check_range
 from altgrad.optim.kernels import fused
 from altgrad.optim.manifold_adamw import check_adam
-from altgrad.randomness.streams import step_key
+from altgrad.randomness import step_key
 
 
 class _SignBased(GridOptimizer):

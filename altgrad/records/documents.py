@@ -20,9 +20,8 @@ from altgrad.errors import ReportError
 from altgrad.records.files import file_sha256, write_json, write_text
 from altgrad.records.folders import read_bytes
 from altgrad.records.metrics_log import METRICS, mark_of
-from altgrad.records.schema import ExperimentResult, Verdict
+from altgrad.records.schema import ExperimentResult, Verdict, as_number, jsonable
 from altgrad.records.untrusted import Malformed, parse_json, parse_yaml
-from altgrad.records.values import as_number, jsonable
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
 CRASHES = "crashes.json"  # a sweep's record of a run whose process died

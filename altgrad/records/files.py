@@ -39,7 +39,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace `path` by `content` as JSON; `content` must already be free of NaN and inf (see `values.jsonable`)."""
+    """Replace `path` by `content` as JSON; `content` must already be free of NaN and inf (see `schema.jsonable`)."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

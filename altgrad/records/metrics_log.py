@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from altgrad.records.files import write_bytes
+from altgrad.records.schema import as_number, jsonable
 from altgrad.records.untrusted import Malformed, parse_line
-from altgrad.records.values import as_number, jsonable
 
 METRICS = "metrics.jsonl"
 KINDS = ("step", "eval", "event", "monitor")

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from altgrad.errors import ReportError
-from altgrad.records.archive import open_archive, write_archive
 from altgrad.records.documents import CONFIG, CRASHES, ENVIRONMENT, RESULT
 from altgrad.records.files import write_bytes
-from altgrad.records.folders import pack_of, read_bytes
+from altgrad.records.folders import open_archive, pack_of, read_bytes, write_archive
 from altgrad.records.metrics_log import METRICS
 from altgrad.records.run import FAILURE_REPORTS, Run, find_runs, is_run
 

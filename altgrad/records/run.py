@@ -27,8 +27,7 @@ from altgrad.records.documents import (
 )
 from altgrad.records.folders import children, is_file, is_folder, pack_of, read_bytes
 from altgrad.records.metrics_log import METRICS, Curve, Damage, Metrics, read_metrics, read_rows
-from altgrad.records.schema import FINISHED
-from altgrad.records.values import as_number, as_whole
+from altgrad.records.schema import FINISHED, as_number, as_whole
 
 __all__ = ["Curve", "Metrics", "Run", "as_number", "find_runs", "is_run", "read_run"]
 

@@ -12,7 +12,7 @@ from altgrad.records.files import file_sha256
 from altgrad.records.folders import pack_of, read_bytes
 from altgrad.records.metrics_log import METRICS
 from altgrad.records.run import Run
-from altgrad.records.values import as_whole
+from altgrad.records.schema import as_whole
 
 CHECKSUMS = "checksums.json"  # of a checkpoint: name of each of its files -> SHA-256
 

@@ -19,7 +19,7 @@ from altgrad.nn.recipe.reformat import reformat
 from altgrad.records.documents import read_json
 from altgrad.records.metrics_log import METRICS
 from altgrad.records.run import Run, finished_result
-from altgrad.records.values import as_number, as_whole
+from altgrad.records.schema import as_number, as_whole
 from altgrad.sweep.job import TIMES, Job
 from altgrad.sweep.plan import PlannedRun
 from altgrad.sweep.worker import execute

@@ -13,7 +13,7 @@ from typing import Any
 from altgrad.records.documents import CRASHES, read_json
 from altgrad.records.metrics_log import METRICS, last_step
 from altgrad.records.run import finished_result
-from altgrad.records.values import as_number
+from altgrad.records.schema import as_number
 
 CONFIG, LOG, TIMES = "sweep.yaml", "log.txt", "sweep.json"  # what a sweep adds to a run's own files
 

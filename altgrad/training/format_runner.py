@@ -33,9 +33,8 @@ from altgrad.records.documents import (
 from altgrad.records.files import remove_leftovers
 from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back, until
 from altgrad.records.run import Run, read_run
-from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
+from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, as_whole, event_row
 from altgrad.records.tally import Tally
-from altgrad.records.values import as_whole
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
 from altgrad.training.config.loading import dump_config, load_config
@@ -50,8 +49,7 @@ from altgrad.training.run.checkpoint import (
     save_checkpoint,
 )
 from altgrad.training.run.folder import RunPlan, environment, plan_run
-from altgrad.training.run.interrupts import StopRequest
-from altgrad.training.run.lock import RunLock
+from altgrad.training.run.lock import RunLock, StopRequest
 from altgrad.training.run.trackers import Trackers, make_trackers
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import all_finite

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altgrad.monitor.judge import Judge, StepFacts
-from altgrad.randomness.streams import seed_of
+from altgrad.randomness import seed_of
 from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.data import Corpus, resolve_corpus
@@ -33,14 +33,15 @@ from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import FormatsOfRun, StorageRates, all_finite
 from altgrad.training.step.interventions import Interventions
 from altgrad.training.step.measuring import Measuring
-from altgrad.training.step.optimizers import build_optimizer, lr_at
 from altgrad.training.step.replay import Schedule, replay
 from altgrad.training.step.state_tree import load_model_state, load_optimizer_state, model_state, optimizer_state
 from altgrad.training.step.stepping import (
+    build_optimizer,
     clip_to,
     deterministic,
     gradient_norm,
     gradients,
+    lr_at,
     on_host,
     seeded,
     usable_device,

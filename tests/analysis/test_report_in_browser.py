@@ -19,8 +19,7 @@ import pytest
 
 from altgrad.analysis import write_report, write_study
 from altgrad.report.pages.failure import render_failure
-from tests.report.failure_samples import frozen_run
-from tests.run_folders import demo_runs, make_run
+from tests.run_folders import demo_runs, frozen_run, make_run
 
 FLAGS = (
     "--headless",

@@ -10,8 +10,7 @@ from altgrad.optim import GridOptim, LNSMadam, position, spacing, value_at
 from altgrad.optim.grid import scalar_format, scale_as_rows
 from altgrad.quantization import FORMAT_REGISTRY, get_format, quantize
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, declared_grid
-from altgrad.randomness.counter import random_bits
-from altgrad.randomness.streams import PURPOSES, step_key
+from altgrad.randomness import PURPOSES, random_bits, step_key
 
 FORMATS = ["E4M3", "E5M2", "E3M4", "E0M7", "E6M1", "E7M0"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from altgrad.quantization import quantize
-from altgrad.randomness.counter import hash_words, key_words, philox_words, random_bits, random_words, splitmix64
+from altgrad.randomness import hash_words, key_words, philox_words, random_bits, random_words, splitmix64
 from benchmarks.rng_statistics import LIMIT, TESTS, chi_square
 
 KEY = torch.tensor([-3, 2**62])

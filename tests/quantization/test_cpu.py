@@ -27,7 +27,7 @@ from altgrad.quantization import (
     quantize_with_stats,
 )
 from altgrad.quantization.kernels.cpu import loops, scalar
-from altgrad.randomness.counter import random_bits
+from altgrad.randomness import random_bits
 from tests.quantization.oracles import (
     ELEMENT_FORMATS,
     LISTED_FORMATS,

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from altgrad.diagnostics.fields import UPDATE_FIELDS
+from altgrad.diagnostics.fields import UPDATE_FIELDS, bin_edges, predict_stall, stall_chances
 from altgrad.diagnostics.kernels.cpu import supports
-from altgrad.diagnostics.stall import bin_edges, predict_stall, stall_chances
 from altgrad.diagnostics.update import UpdateMeasurement, measure_update
 from altgrad.errors import KernelError, OptionError
 from altgrad.quantization import (

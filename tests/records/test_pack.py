@@ -12,11 +12,10 @@ from typer.testing import CliRunner
 from altgrad.analysis import write_report, write_study
 from altgrad.cli import app, main
 from altgrad.errors import ReportError
-from altgrad.records import archive
-from altgrad.records.archive import open_archive, write_archive
+from altgrad.records import folders
 from altgrad.records.documents import CONFIG, ENVIRONMENT, RESULT, write_environment, write_result
 from altgrad.records.files import file_sha256
-from altgrad.records.folders import read_bytes
+from altgrad.records.folders import open_archive, read_bytes, write_archive
 from altgrad.records.metrics_log import METRICS, line_of, read_rows
 from altgrad.records.pack import pack_runs, unpack
 from altgrad.records.run import Run, find_runs, read_run
@@ -141,7 +140,7 @@ def test_a_hostile_archive_is_refused_and_nothing_is_written(name, tmp_path):
 
 
 def test_a_bomb_is_refused_at_its_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(folders, "MOST_BYTES", 1 << 20)
     pack = tmp_path / "bomb.tar.xz"
     pack.write_bytes(lzma.compress(bytes(1 << 24)))
     with pytest.raises(ReportError, match="more than 1,048,576 bytes"):

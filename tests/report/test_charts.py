@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from altgrad.report.charts.axes import Axis, axis_over
 from altgrad.report.charts.glyphs import bit_strip, rug, sparkline
 from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table
-from altgrad.report.charts.intervals import IntervalRow, interval_chart
-from altgrad.report.charts.lines import Mark, Series, line_chart, spread_apart
+from altgrad.report.charts.lines import Mark, Series, line_chart, spread_apart, thin
+from altgrad.report.charts.rows import IntervalRow, interval_chart
 from altgrad.report.charts.svg import band_data, dots_data, el, path_data, script_json
-from altgrad.report.charts.thinning import thin
 from altgrad.report.theme import (
     BASELINE,
     DARK,

@@ -9,7 +9,7 @@ from altgrad.optim import OPTIMIZERS
 from altgrad.quantization import Rounding
 from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.step.replay import first_difference
-from altgrad.training.step.ring import CaptureRing
+from altgrad.training.step.state_tree import CaptureRing
 from tests.training.tiny import differing, tiny_trainer, train
 
 GRID = ["fp8_format=E3M4", "weight_storage=grid"]

@@ -10,7 +10,7 @@ from altgrad.errors import ConfigError, DataError
 from altgrad.training.config.experiment import OptimizerSection
 from altgrad.training.config.loading import load_config
 from altgrad.training.model import GPT, GPTConfig
-from altgrad.training.step.optimizers import build_optimizer, lr_at
+from altgrad.training.step.stepping import build_optimizer, lr_at
 from altgrad.training.trainer import Trainer, next_token_loss
 from tests.training.tiny import differing, tiny_config, tiny_corpus, tiny_trainer, train
 

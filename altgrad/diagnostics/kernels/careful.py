@@ -25,9 +25,9 @@ from altgrad.diagnostics.kernels.tiles import (
     steps_between,
     strict,
 )
-from altgrad.jit.kinds import FLOAT32
 from altgrad.jit.machine import band, bits_of, float_of, low_word, shl, shr, sub
 from altgrad.jit.memory import load
+from altgrad.jit.storage import FLOAT32
 
 _W52, _W1173 = np.uint64(52), np.uint64(1173)
 

@@ -33,9 +33,9 @@ from altgrad.diagnostics.kernels.tiles import (
     tile,
 )
 from altgrad.formats.scalar import FloatFormat
-from altgrad.jit.kinds import FLOAT32
 from altgrad.jit.machine import bits_of, float_of, shl
 from altgrad.jit.memory import load, load_word, pointer, scratch, store
+from altgrad.jit.storage import FLOAT32
 from altgrad.jit.template import Plain, loop, table_reader
 from altgrad.jit.threads import run_table, threads_for
 

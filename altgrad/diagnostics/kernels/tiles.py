@@ -16,7 +16,6 @@ import numpy as np
 from numba import njit
 
 from altgrad.diagnostics.fields import BINS, UPDATE_FIELDS
-from altgrad.jit.kinds import FLOAT32
 from altgrad.jit.machine import (
     add,
     band,
@@ -35,6 +34,7 @@ from altgrad.jit.machine import (
     sub,
 )
 from altgrad.jit.memory import load, reload_code, store_code
+from altgrad.jit.storage import FLOAT32
 
 TILE = 512
 WEIGHTS, UPDATES, STEPS, ULPS = range(4)  # histograms

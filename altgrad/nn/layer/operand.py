@@ -23,7 +23,7 @@ from altgrad.nn.session import Session, as_key_tensor
 from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.scaling import DelayedState, host_scale
-from altgrad.randomness.streams import stream_base
+from altgrad.randomness import stream_base
 
 if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import checkpoint as torch_checkpoint
 
 from altgrad.nn.session import Session, recomputing
-from altgrad.randomness.counter import MASK64
+from altgrad.randomness import MASK64
 
 _STRIDE = 0x9E3779B97F4A7C15  # between the streams of two uses; streams are hashed before anything is drawn
 _NOTES = "_altgrad_uses"  # attribute of a checkpoint's own object: its Notes

@@ -15,9 +15,8 @@ from altgrad.errors import RecipeError
 from altgrad.nn.layer.classes import is_quantized, shown_recipe, swap, swap_back
 from altgrad.nn.layer.registry import LayerKind, kind_of, overrides_forward
 from altgrad.nn.layer.state import LayerState
-from altgrad.nn.model.manifest import Manifest, Swapped
+from altgrad.nn.model.manifest import Manifest, Swapped, Traced, read_source, trace
 from altgrad.nn.model.optimizer_hook import watch_optimizers
-from altgrad.nn.model.probe import Traced, read_source, trace
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
 from altgrad.nn.recipe.recipe import Recipe, name_matches
 from altgrad.nn.recipe.spec import LayerRecipe
@@ -48,7 +47,7 @@ def quantize_model(
         recipe: a recipe, one layer's recipe for all layers, or a format name (`uniform` of it).
         include, exclude: patterns of qualified module names (shell wildcards, or "re:" and a regular expression); a
             pattern that names a container means everything in it. `include=None` means all.
-        example: input to run the model with once (see `probe.trace`): needed by overrides by position, and makes the
+        example: input to run the model with once (see `manifest.trace`): needed by overrides by position, and makes the
             manifest's list of unseen products exact.
         seed: of stochastic rounding.
 

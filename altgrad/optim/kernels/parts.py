@@ -11,9 +11,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from altgrad.jit.kinds import FLOAT32
 from altgrad.jit.machine import band, below, bits_of, counted, float_of, low_word, shl
 from altgrad.jit.memory import kept, reload
+from altgrad.jit.storage import FLOAT32
 from altgrad.jit.threads import CHUNK
 
 TILE = 512  # elements whose temporaries stay in the first-level cache: few, so that memory is read all the time

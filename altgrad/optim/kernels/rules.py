@@ -14,9 +14,9 @@ from __future__ import annotations
 import numpy as np
 
 from altgrad.jit.grid_rounding import random_word
-from altgrad.jit.kinds import BFLOAT16, FLOAT32
 from altgrad.jit.machine import add, bits_of, float_of, low_word
 from altgrad.jit.memory import keep, kept, load, reload, store
+from altgrad.jit.storage import BFLOAT16, FLOAT32
 
 
 def _aim_at(w, aim, words, i, target, place):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from altgrad.jit.grid_rounding import random_word
-from altgrad.jit.kinds import FLOAT32
 from altgrad.jit.machine import add, band, bits_of, bor, float_of, low_word, shl, sub
 from altgrad.jit.memory import keep, kept, load, store
+from altgrad.jit.storage import FLOAT32
 from altgrad.optim.kernels.parts import exponent_as_double, floor, power_of_two, threshold
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from altgrad.jit.element import Arithmetic, rounding_of
 from altgrad.jit.grid_rounding import key_words, read_grid, scaled_grid
 from altgrad.jit.grid_table import DRAWING
-from altgrad.jit.kinds import FLOAT32, FLOAT64
 from altgrad.jit.machine import low_word
 from altgrad.jit.memory import load, load_word, scratch, store_double
+from altgrad.jit.storage import FLOAT32, FLOAT64
 from altgrad.jit.template import loop, part
 from altgrad.optim.kernels import parts, rules, self_rounding
 from altgrad.optim.kernels.parts import COUNT_FIELDS, COUNT_TILE, TILE, Field, Landing, Pull, Rule, Variant

@@ -13,10 +13,9 @@ import numpy as np
 from markupsafe import Markup
 
 from altgrad.report.charts.figures import line_figure
-from altgrad.report.charts.intervals import IntervalRow, interval_chart
-from altgrad.report.charts.lines import Mark, Series
+from altgrad.report.charts.lines import Mark, Series, thin
+from altgrad.report.charts.rows import IntervalRow, interval_chart
 from altgrad.report.charts.svg import el
-from altgrad.report.charts.thinning import thin
 from altgrad.report.numbers import count, duration, loss, number, percent, plural
 from altgrad.report.pages.page import render_markdown, render_page
 from altgrad.report.tables import Column, Table, TableCell

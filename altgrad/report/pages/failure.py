@@ -11,8 +11,7 @@ from markupsafe import Markup
 
 from altgrad.report.charts.figures import line_figure
 from altgrad.report.charts.glyphs import bit_strip, sparkline
-from altgrad.report.charts.lines import Mark, Series
-from altgrad.report.charts.thinning import thin
+from altgrad.report.charts.lines import Mark, Series, thin
 from altgrad.report.numbers import Unit, count, in_unit, loss, number, percent, plural
 from altgrad.report.pages.failure_data import (
     FailureData,

@@ -22,9 +22,9 @@ from torch.nn.functional import pad
 from altgrad.formats.accumulator import Accumulator, Promote
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
-from altgrad.jit.kinds import FLOAT32, FLOAT64, ITEM_BYTES
 from altgrad.jit.machine import band, bits_of, float_of, low_word, narrowed, sub, whole_part, widened
 from altgrad.jit.memory import compute_zero, load, load_word, reload, scratch, store
+from altgrad.jit.storage import FLOAT32, FLOAT64, ITEM_BYTES
 from altgrad.jit.template import loop, part, table_reader
 from altgrad.jit.threads import ELEMENTS_PER_THREAD, run_table, threads_for
 

@@ -2,7 +2,7 @@
 
 As the loops that quantize (`kernels.cpu.block_loops`), one walks tiles whose rows are contiguous, one strips of columns
 under blocks along another axis; there the multipliers of a strip are fetched once and serve all its rows. Values are
-made of codes by arithmetic (`jit.decoding`), or looked up in a table; a run that holds NaN or inf is looked up again. An
+made of codes by arithmetic (`jit.code_table`), or looked up in a table; a run that holds NaN or inf is looked up again. An
 index cannot leave its table: that has at least what a byte can name, and a wider code is taken modulo its length, a
 power of two.
 """
@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from altgrad.jit.code_table import Decoding
-from altgrad.jit.decoding import by_fields, by_integer, read_codes
-from altgrad.jit.kinds import FLOAT32, ITEM_BYTES
+from altgrad.jit.code_table import Decoding, by_fields, by_integer, read_codes
 from altgrad.jit.machine import bor, low_word
 from altgrad.jit.memory import keep, kept, load, load_code, load_word, scratch, store
+from altgrad.jit.storage import FLOAT32, ITEM_BYTES
 from altgrad.jit.template import loop, part, table_reader
 
 STRIP = 256  # columns that a strip works on at once

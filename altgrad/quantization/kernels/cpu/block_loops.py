@@ -16,10 +16,10 @@ import numpy as np
 
 from altgrad.jit.grid_rounding import key_words, read_grid
 from altgrad.jit.grid_table import DRAWING, Family
-from altgrad.jit.kinds import ITEM_BYTES
 from altgrad.jit.lanes import LANE_BYTES, add_squares, clear_lanes, lane_sums
 from altgrad.jit.machine import band, bits_of, float_of, low_word
 from altgrad.jit.memory import load, reload, scratch, store, store_code
+from altgrad.jit.storage import ITEM_BYTES
 from altgrad.jit.template import loop, part
 from altgrad.quantization.kernels.cpu.block_parts import (
     _element,

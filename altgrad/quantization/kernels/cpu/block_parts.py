@@ -17,10 +17,9 @@ from numba.extending import intrinsic
 
 from altgrad.jit.grid_rounding import by_chance, by_rule, by_short_chance, code_of, nearest_even, random_word, settled
 from altgrad.jit.grid_table import Family
-from altgrad.jit.kinds import FLOAT32
 from altgrad.jit.machine import add, band, bits_of, bor, bxor, float_of, low_word, widened
 from altgrad.jit.memory import load, load_word, store, store_code, store_double, stored
-from altgrad.jit.storage import from_storage
+from altgrad.jit.storage import FLOAT32, from_storage
 from altgrad.jit.template import table_reader
 
 BY_ADDITION, BY_RULE, BY_SHORT_CHANCE = int(Family.BY_ADDITION), int(Family.BY_RULE), int(Family.BY_SHORT_CHANCE)

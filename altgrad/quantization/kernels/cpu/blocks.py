@@ -12,14 +12,13 @@ from torch import Tensor
 
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
-from altgrad.jit.calls import call_loop
 from altgrad.jit.code_table import Decoding, code_table, decoding_of
 from altgrad.jit.grid_table import GRID_FIELDS, INF_PROBLEM, family_of, grid_table
-from altgrad.jit.kinds import KINDS
 from altgrad.jit.memory import load_word, scratch
+from altgrad.jit.storage import KINDS
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.jit.template import function
-from altgrad.jit.threads import ELEMENTS_PER_THREAD, run_table, threads_for
+from altgrad.jit.threads import ELEMENTS_PER_THREAD, call_loop, run_table, threads_for
 from altgrad.quantization.codec import code_dtype, stored_scale_dtype, value_table
 from altgrad.quantization.kernels.cpu.block_decode import STRIP as DECODE_STRIP
 from altgrad.quantization.kernels.cpu.block_decode import DecodeVariant, Parameters

@@ -19,7 +19,6 @@ import numpy as np
 from altgrad.jit.element import Arithmetic, rounding_of
 from altgrad.jit.grid_rounding import key_words, random_word, read_grid
 from altgrad.jit.grid_table import DRAWING, Family
-from altgrad.jit.kinds import FLOAT32, FLOAT64, ITEM_BYTES
 from altgrad.jit.lanes import LANE_BYTES, add_squares, clear_lanes, lane_sums
 from altgrad.jit.machine import (
     add,
@@ -36,6 +35,7 @@ from altgrad.jit.machine import (
     widened,
 )
 from altgrad.jit.memory import compute_zero, load, load_code, reload, scratch, store, store_code, store_double, stored
+from altgrad.jit.storage import FLOAT32, FLOAT64, ITEM_BYTES
 from altgrad.jit.template import loop, part
 from altgrad.jit.threads import CHUNK, run_range
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import SETTLED_ALIKE, family_of, float32_arithmetic_suffices, grid_table, settles_plainly
-from altgrad.jit.kinds import KINDS
+from altgrad.jit.storage import KINDS
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.quantization.codec import code_dtype, value_table
 from altgrad.quantization.plan import Plan

@@ -233,7 +233,7 @@ def code_of(payload, grid, WIDE: tl.constexpr):
 
 @triton.jit
 def mixed64(x):
-    """SplitMix64's output, as `randomness.counter.splitmix64`."""
+    """SplitMix64's output, as `randomness.splitmix64`."""
     z = x + 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -242,7 +242,7 @@ def mixed64(x):
 
 @triton.jit
 def random_words(index, key):
-    """32 random bits of each int64 element index under the key (a pointer to seed and stream); see `randomness.counter`."""
+    """32 random bits of each int64 element index under the key (a pointer to seed and stream); see `altgrad.randomness`."""
     seed = tl.load(key).to(tl.uint64, bitcast=True)
     stream = tl.load(key + 1).to(tl.uint64, bitcast=True)
     mixed = mixed64(mixed64(mixed64(seed) ^ stream) ^ (index >> 32).to(tl.uint64))

@@ -17,7 +17,7 @@ from altgrad.quantization.codec import code_dtype, value_tensor
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import measure
-from altgrad.randomness.counter import random_bits as draw_bits
+from altgrad.randomness import random_bits as draw_bits
 
 _NEAREST = (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY)
 

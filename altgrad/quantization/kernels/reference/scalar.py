@@ -22,7 +22,7 @@ from altgrad.quantization.codec import code_dtype, value_table
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import QuantStats
-from altgrad.randomness.counter import random_bits as draw_bits
+from altgrad.randomness import random_bits as draw_bits
 
 _WIDEST = 19  # bits of the widest format whose values are listed
 

@@ -1,1 +1,0 @@
-"""Counter-based random bits, and the streams that name them."""
