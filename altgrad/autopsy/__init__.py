@@ -1,7 +1,7 @@
 """Why one run went wrong: counterfactual forks of a replayed run, from its symptom to the cells that caused it."""
 
 from altgrad.autopsy.fork import Fork, Oracle, Outcome
-from altgrad.autopsy.forks import Forks
+from altgrad.autopsy.forks import Forks, Told
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.recorder import Recorder
 from altgrad.autopsy.run import autopsy
@@ -17,6 +17,7 @@ __all__ = [
     "Outcome",
     "Recorder",
     "Settings",
+    "Told",
     "Verdict",
     "autopsy",
     "investigate",

@@ -31,12 +31,13 @@ class Yardstick:
     ceiling: float
 
     def damage(self, outcome: Outcome) -> float:
-        """Damage in nats of a fork of the twin's horizon."""
-        return self.over(outcome.losses, len(self.twin) // 2)
+        """Damage in nats of a fork of the twin's horizon; of one that was stopped early, over what it saw last."""
+        taken, half = len(outcome.losses), len(self.twin) // 2
+        return self.over(outcome.losses, half if taken >= half + LAST else max(0, taken - LAST))
 
     def over(self, losses: Sequence[float], first: int) -> float:
         """Mean damage of the steps from index `first` on."""
-        pairs = zip(losses[first:], self.twin[first:], strict=True)
+        pairs = zip(losses[first:], self.twin[first:], strict=False)
         return float(np.mean([self._capped(loss) - self._capped(twin) for loss, twin in pairs]))
 
     def curve(self, losses: Sequence[float]) -> np.ndarray:
@@ -97,6 +98,36 @@ class Null:
     def damaged(self) -> bool:
         """Whether there is damage: beyond the floor, and four standard errors from none."""
         return self.damage > FLOOR and self.z > 4.0
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The rule by which a fork stops early: its losses have left the band around `limit` for good, on one side of it.
+
+    Harmless: from the horizon's middle on, the mean damage so far lies four of its deviations below the limit. Harmful:
+    the same above it, or, in the first half, every one of the last steps lies far above. A fork that is dead, not finite
+    in all of the last steps, is harmful.
+
+    noise: deviation of one draw's mean over the second half; the mean of fewer steps scatters more.
+    """
+
+    yardstick: Yardstick
+    limit: float
+    noise: float
+
+    def __call__(self, losses: Sequence[float]) -> bool:
+        half, taken = len(self.yardstick.twin) // 2, len(losses)
+        if taken < 2 * LAST or taken % 2:  # looked at every other step
+            return False
+        last = self.yardstick.curve(losses)[-LAST:]
+        if taken < half + LAST:
+            return bool(np.all(last > max(4 * self.limit, self.limit + 10 * self.noise)))
+        scatter = self.noise * math.sqrt(max(1, len(self.yardstick.twin) - half) / (taken - half))
+        return abs(self.yardstick.over(losses, half) - self.limit) > 4 * scatter
+
+
+LAST = 4
+"""Steps that a fork must stay outside the band before it stops."""
 
 
 @dataclass(frozen=True)

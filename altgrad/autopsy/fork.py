@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,11 +69,18 @@ class Fork:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a fork did: its training loss at each step (NaN from the first non-finite step on), or why it could not run."""
+    """What a fork did: its training loss at each step (NaN where it was not finite), or why it could not run.
+
+    A fork that was stopped early, because its question was decided, has fewer losses than its horizon has steps.
+    """
 
     losses: tuple[float, ...]
     refused: str | None = None
     seconds: float = 0.0
+
+    def answers(self, fork: Fork, *, whole: bool) -> bool:
+        """Whether this is an answer to the fork; `whole`: to its last step."""
+        return not whole or self.refused is not None or len(self.losses) >= fork.horizon
 
     @property
     def died_at(self) -> int | None:
@@ -92,6 +99,10 @@ class Outcome:
         return cls(losses, data.get("refused"), float(data.get("seconds", 0.0)))
 
 
+Stop = Callable[[Sequence[float]], bool]
+"""Whether the losses of a fork so far decide the question that it was run for."""
+
+
 class Oracle(Protocol):
     """Who can run forks: a rebuilt run, a recorder in a person's loop, or a planted cause in a test."""
 
@@ -108,6 +119,10 @@ class Oracle(Protocol):
         """Training loss of steps 1, 2, ... of a trajectory, as far as it went."""
         ...
 
-    def run(self, fork: Fork) -> Outcome:
-        """Run one fork; the oracle is left as it was."""
+    def recorded(self, fork: Fork) -> Outcome | None:
+        """The outcome of a fork that one of the two trajectories already took; None where neither did."""
+        ...
+
+    def run(self, fork: Fork, stop: Stop | None = None) -> Outcome:
+        """Run one fork, until `stop` says that its losses so far decide; the oracle is left as it was."""
         ...

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.autopsy.fork import Fork, Oracle, Outcome
+from altgrad.autopsy.fork import Fork, Oracle, Outcome, Stop
 from altgrad.errors import OptionError
 
 
@@ -17,13 +18,15 @@ class BudgetSpent(Exception):
 
 @dataclass(frozen=True)
 class Told:
-    """One line of progress."""
+    """One line of progress. left, left_s: forks and seconds that are still to be expected, from the pace so far."""
 
     stage: str
     fork: Fork
     outcome: Outcome
     done: int
     budget: int
+    left: int
+    left_s: float
 
 
 class Forks:
@@ -45,26 +48,65 @@ class Forks:
         if budget < 1:
             raise OptionError(f"a budget of {budget} forks runs none; give at least 1")
         self.oracle, self.budget, self.log, self.tell = oracle, budget, log, tell
-        self.stage = ""
+        self.expected: dict[str, int] = {}  # forks by stage, once they can be told
+        self._stage, self._in_stage = "", 0
+        self._began = time.monotonic()
         self.run = 0
         self.seconds = 0.0
         self.known: dict[str, Outcome] = read_log(log)
         self._torn = log is not None and log.exists() and log.stat().st_size > 0 and log.read_bytes()[-1:] != b"\n"
         self.found = len(self.known)
 
-    def __call__(self, fork: Fork) -> Outcome:
-        """The fork's outcome.
+    @property
+    def stage(self) -> str:
+        """The stage that forks are run for."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, name: str) -> None:
+        self._stage, self._in_stage = name, 0
+
+    def __call__(self, fork: Fork, stop: Stop | None = None) -> Outcome:
+        """The fork's outcome; with `stop`, only as much of it as decides the question.
 
         Raises:
             BudgetSpent: it would have to be run, and the budget is spent.
         """
-        known = self.known.get(fork.key)
+        known = self._known(fork, stop)
         if known is not None:
             return known
         if self.run >= self.budget:
             raise BudgetSpent
-        outcome = self.oracle.run(fork)
+        return self._keep(fork, self.oracle.run(fork, stop))
+
+    def all(self, forks: Sequence[Fork], stop: Stop | None = None) -> list[Outcome]:
+        """The outcomes of several forks, run side by side where the oracle can (`side_by_side`).
+
+        Each is kept as it ends, so that an interrupted batch is not run again.
+        """
+        together = getattr(self.oracle, "side_by_side", None)
+        missing = [fork for fork in dict.fromkeys(forks) if self._known(fork, stop) is None]
+        if together is not None and len(missing) > 1:
+            for fork, outcome in together(missing[: self.budget - self.run], stop):
+                self._keep(fork, outcome)
+        return [self(fork, stop) for fork in forks]
+
+    def ahead(self, forks: Sequence[Fork], stop: Stop | None = None) -> None:
+        """Run forks that may be asked for next, as many as the oracle has idle hands for; with one hand, none."""
+        hands = getattr(self.oracle, "jobs", 1)
+        missing = [fork for fork in dict.fromkeys(forks) if self._known(fork, stop) is None]
+        if hands > 1 and len(missing) > 1:
+            self.all(missing[: min(hands, self.budget - self.run)], stop)
+
+    def _known(self, fork: Fork, stop: Stop | None) -> Outcome | None:
+        known = self.known.get(fork.key)
+        if known is not None and known.answers(fork, whole=stop is None):
+            return known
+        return self.oracle.recorded(fork)
+
+    def _keep(self, fork: Fork, outcome: Outcome) -> Outcome:
         self.run += 1
+        self._in_stage += 1
         self.seconds += outcome.seconds
         self.known[fork.key] = outcome
         if self.log is not None:
@@ -73,16 +115,19 @@ class Forks:
                 file.write(("\n" if self._torn else "") + line + "\n")
             self._torn = False
         if self.tell is not None:
-            self.tell(Told(self.stage, fork, outcome, self.run, self.budget))
+            more = min(left(self.expected, self.stage, self._in_stage), self.budget - self.run)
+            pace = (time.monotonic() - self._began) / self.run
+            self.tell(Told(self.stage, fork, outcome, self.run, self.budget, more, more * pace))
         return outcome
 
-    def all(self, forks: Sequence[Fork]) -> list[Outcome]:
-        """The outcomes of several forks, side by side where the oracle can (`prepare`)."""
-        prepare = getattr(self.oracle, "prepare", None)
-        if prepare is not None:
-            missing = [f for f in dict.fromkeys(forks) if f.key not in self.known]
-            prepare(missing[: self.budget - self.run])
-        return [self(fork) for fork in forks]
+
+def left(expected: dict[str, int], stage: str, done: int) -> int:
+    """Forks still to be expected in a stage of which `done` were run, and in those after it."""
+    stages = list(expected)
+    if stage not in stages:
+        return sum(expected.values())
+    later = stages[stages.index(stage) + 1 :]
+    return max(0, expected[stage] - done) + sum(expected[name] for name in later)
 
 
 def read_log(log: Path | None) -> dict[str, Outcome]:

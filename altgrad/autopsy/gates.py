@@ -47,23 +47,73 @@ def unwell(losses: Sequence[float], top: float) -> str | None:
     return None
 
 
+SLOWER = (0.5, 0.125)
+"""Factors of the learning rate that are tried on the twin."""
+BETTER = 0.1
+"""Share of what the twin learned that a slower one must learn besides, so that the rate counts as too high."""
+
+
 def not_precision(forks: Forks, wrong: str, ceiling: float, longest: int) -> dict[str, Any]:
-    """What else it is: half the learning rate and other batches, from the start of the twin."""
+    """What else it is, when the twin fails by itself: a slower learning rate and other batches, from its start.
+
+    A cure keeps its health and ends where the twin was at its best: learning nothing that could be lost is none.
+    """
     cured = []
-    horizon = min(len(forks.oracle.history(TWIN)), longest)
-    slower, other = Fork(frozenset(), 0, TWIN, horizon, lr_factor=0.5), Fork(frozenset(), 0, TWIN, horizon, data=1)
-    for name, fork in (("half the learning rate", slower), ("other batches", other)):
-        outcome = forks(fork)
-        if outcome.refused is None and unwell(outcome.losses, ceiling) is None:
+    twin = list(forks.oracle.history(TWIN))
+    horizon = min(len(twin), longest)
+    tried = [(f"{factor:g} times the learning rate", {"lr_factor": factor}) for factor in SLOWER]
+    tried.append(("other batches", {"data": 1}))
+    asked = [Fork(frozenset(), 0, TWIN, horizon, **change) for _, change in tried]
+    for (name, _), outcome in zip(tried, forks.all(asked), strict=True):
+        if outcome.refused is None and _cured(outcome.losses, twin, ceiling):
             cured.append(name)
+    slower = [name for name in cured if name != "other batches"][:1]
+    cured = [*slower, *(name for name in cured if name == "other batches")]
     remedy = (
-        f"; {' or '.join(cured)} cures it" if cured else "; neither half the learning rate nor other batches cure it"
+        f"; {' or '.join(cured)} cures it"
+        if cured
+        else "; neither a slower learning rate nor other batches cure it"
     )
+    kind = None if len(cured) != 1 else "learning rate" if slower else "batches"
     return {
         "sentence": f"Not precision: the float32 twin fails as well ({wrong}){remedy}.",
         "level": "cause" if cured else "phenomenon",
-        "mechanism": {"half the learning rate": "learning rate", "other batches": "batches"}[cured[0]]
-        if len(cured) == 1
-        else None,
+        "mechanism": kind,
         "gates": (f"float32 twin fails: {wrong}",),
     }
+
+
+def _cured(losses: Sequence[float], twin: Sequence[float], ceiling: float) -> bool:
+    if unwell(losses, ceiling) is not None:
+        return False
+    smooth = _smooth(twin, ceiling)
+    best, gained = float(smooth.min()), float(smooth[0] - smooth.min())
+    return float(_smooth(losses, ceiling)[-1]) < best + BETTER * gained
+
+
+def too_fast(forks: Forks, ceiling: float, longest: int) -> dict[str, Any] | None:
+    """Whether a twin that did as well as the run learns clearly more at a slower learning rate; None: it does not.
+
+    Clearly: the mean loss of the last quarter falls by a tenth of what the twin had learned, and by 0.1 nats.
+    """
+    twin = list(forks.oracle.history(TWIN))
+    horizon = min(len(twin), longest)
+    last = max(1, horizon // 4)
+    smooth = _smooth(twin[:horizon], ceiling)
+    learned = max(0.0, float(smooth[0] - smooth.min()))
+    own = float(np.mean(smooth[-last:]))
+    for factor, outcome in zip(
+        SLOWER,
+        forks.all([Fork(frozenset(), 0, TWIN, horizon, lr_factor=factor) for factor in SLOWER]),
+        strict=True,
+    ):
+        gained = own - float(np.mean(_smooth(outcome.losses, ceiling)[-last:]))
+        if gained > max(BETTER * learned, 0.1):
+            return {
+                "sentence": f"Not precision: float32 does as badly, and at {factor:g} times the learning rate it ends "
+                f"{gained:.2f} nats lower.",
+                "level": "cause",
+                "mechanism": "learning rate",
+                "gates": (f"float32 does no better; {factor:g} times the learning rate gains {gained:.2f} nats",),
+            }
+    return None

@@ -18,9 +18,8 @@ from altgrad.autopsy.confidence import confidence
 from altgrad.autopsy.damage import FLOOR, Yardstick
 from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import BudgetSpent, Forks
-from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, unwell
-from altgrad.autopsy.search import Search, Settings, names
-from altgrad.autopsy.split import Groups
+from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, too_fast, unwell
+from altgrad.autopsy.search import Found, Search, Settings, expected_forks, names
 from altgrad.autopsy.verdict import (
     CAUSE,
     INCONCLUSIVE,
@@ -30,6 +29,7 @@ from altgrad.autopsy.verdict import (
     Effect,
     Verdict,
     joined,
+    whole_roles,
 )
 from altgrad.autopsy.window import change_point, choose, first_damaged, no_return
 
@@ -72,6 +72,7 @@ def investigate(
 
 def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]) -> Verdict:
     forks, settings, top = search.forks, search.settings, search.ceiling
+    forks.expected = expected_forks(search.cells, len(forks.oracle.captures(LOW)), settings)
     length = min(len(low), len(twin))
     if length < 10:
         return replace(so_far, kind=REFUSED, sentence=f"The run has {length} steps; an autopsy needs at least 10.")
@@ -87,6 +88,8 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         return replace(so_far, kind=NOT_PRECISION, **not_precision(forks, wrong, top, settings.longest))
     onset = change_point(gap, rise)
     if onset is None or (rise <= FLOOR and float(np.mean(gap[-max(5, length // 10) :])) < FLOOR):
+        if (wrong := too_fast(forks, top, settings.longest)) is not None:
+            return replace(so_far, kind=NOT_PRECISION, **wrong)
         sentence = f"No damage in the window: the run ends {np.mean(gap[-5:]):+.3f} nats from its float32 twin."
         return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence, damage=float(np.mean(gap[-5:])))
     gates.append(f"float32 twin survives (loss {twin[-1]:.3f} at step {len(twin)})")
@@ -134,7 +137,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     assert whole.alone is not None
     so_far = replace(
         so_far,
-        cells=names(found.union),
+        cells=names(found.cells),
         rescue=whole.rescue,
         alone=whole.alone,
         groups=tuple(parts),
@@ -143,15 +146,15 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         structure=_structure(found, parts),
     )
     search.so_far = so_far
-    if not found.complete or whole.rescue.value < 0.5:
+    if found.spread or whole.rescue.value < 0.5:
         sentence = (
             f"Inconclusive: {joined(so_far.cells)} close {whole.rescue} of the gap, and the other cells still do damage; "
             f"the damage is spread over more than {len(found.sets)} sets of cells."
         )
         return replace(so_far, sentence=sentence)
-    interventions = search.mechanisms(found.union)
+    interventions = search.mechanisms(found.cells)
     shares = {i.name: i.closed.value for i in interventions if i.closed is not None}
-    stored = all(getattr(cell, "role", "") == "storage" for cell in found.union)
+    stored = all(getattr(cell, "role", "") == "storage" for cell in found.cells)
     what = mechanism.read(shares, stored=stored)
     saved = any(value >= mechanism.SAVES for value in shares.values())
     verdict = replace(
@@ -166,24 +169,21 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
 
 
 def _sentence(v: Verdict) -> str:
-    verb = (
-        "caused"
-        if len(v.cells) == 1
-        else "together caused"
-        if v.structure == "interacting"
-        else "each caused"
-        if v.structure == "redundant"
-        else "caused"
+    verb = {"redundant": "each caused", "interacting": "together caused", "spread": "together caused"}.get(
+        str(v.structure), "caused"
     )
+    who = whole_roles(v.cells) if v.structure == "spread" else joined(v.cells)
     return (
-        f"{joined(v.cells)} {verb} the damage of {v.damage:.2f} nats from step {v.onset} on ({v.mechanism}): "
+        f"{who} {verb} the damage of {v.damage:.2f} nats from step {v.onset} on ({v.mechanism}): "
         f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
     )
 
 
-def _structure(found: Groups, parts: Sequence[Effect]) -> str:
+def _structure(found: Found, parts: Sequence[Effect]) -> str:
+    if found.spread or found.whole_roles:
+        return "spread"
     if len(found.sets) == 1:
-        return "single" if len(found.union) == 1 else "interacting"
+        return "single" if len(found.cells) == 1 else "interacting"
     alone = [p.alone.value for p in parts if p.alone]
     rescue = [p.rescue.value for p in parts if p.rescue]
     return "redundant" if max(rescue) < 0.5 and min(alone) > 0.5 else "cumulative"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from altgrad.autopsy.changes import CHANGES, NotApplicable
-from altgrad.autopsy.fork import LOW, TWIN, Fork, Outcome
+from altgrad.autopsy.fork import LOW, TWIN, Fork, Outcome, Stop
 from altgrad.autopsy.loop import Loop, jittered
 from altgrad.errors import ConfigError
 from altgrad.nn import Recipe
@@ -23,6 +23,10 @@ from altgrad.training.step.state_tree import CaptureRing
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is done, done, of how many)."""
+
+
+CAPTURES = 40
+"""States that are kept of each trajectory where nothing is said."""
 
 
 class LoopOracle:
@@ -44,7 +48,7 @@ class LoopOracle:
         loop: Loop,
         steps: int,
         *,
-        captures: int = 40,
+        captures: int = CAPTURES,
         limit_bytes: int = 2 * 2**30,
         seed: int = 0,
         tell: Tell | None = None,
@@ -52,6 +56,7 @@ class LoopOracle:
         self.loop, self.steps, self.seed = loop, steps, seed
         self.specs = loop.recipe.cells(loop.model)
         self.cells: tuple[Cell, ...] = tuple(self.specs)
+        self._everything = frozenset(self.cells)
         if not self.cells:
             raise ConfigError("the recipe quantizes nothing: there are no low-precision cells to look at")
         every = max(1, steps // captures)
@@ -85,49 +90,25 @@ class LoopOracle:
         """Losses of steps 1, 2, ... of the trajectory."""
         return self._losses[path]
 
-    def run(self, fork: Fork) -> Outcome:
+    def recorded(self, fork: Fork) -> Outcome | None:
+        """What a trajectory already showed: the whole run low from its own state, or the twin from its own."""
+        plain = (fork.draw, fork.data, fork.change, fork.lr_factor) == (0, 0, None, 1.0)
+        end = fork.start + fork.horizon
+        if not plain or end > self.steps:
+            return None
+        if fork.low == self._everything and (fork.path == LOW or fork.start == 0):
+            return Outcome(tuple(self._losses[LOW][fork.start : end]))
+        if not fork.low and (fork.path == TWIN or fork.start == 0):
+            return Outcome(tuple(self._losses[TWIN][fork.start : end]))
+        return None
+
+    def run(self, fork: Fork, stop: Stop | None = None) -> Outcome:
         """Replay one fork; the loop is left where it was."""
-        begun, loop = time.monotonic(), self.loop
-        try:
-            recipe = self.recipe_of(fork)
-        except NotApplicable as why:
-            return Outcome((), refused=str(why))
-        state = self._rings[fork.path][fork.start]
-        with loop.aside():
-            loop.restore(jittered(state, fork.draw) if fork.draw else state)
-            loop.put(recipe)
-            if fork.draw:
-                loop.reseed(seed_of(self.seed, "draw", fork.draw))
-            try:
-                losses = [loop.advance(data=fork.data, lr_factor=fork.lr_factor) for _ in range(fork.horizon)]
-            except NotApplicable as why:
-                return Outcome((), refused=str(why))
-        return Outcome(tuple(losses), seconds=time.monotonic() - begun)
+        return run_fork(self.loop, self.specs, self.state(fork), fork, self.seed, stop)
 
-    def recipe_of(self, fork: Fork) -> Recipe:
-        """The recipe that a fork trains under.
-
-        Raises:
-            NotApplicable: the change has nothing to change on any of the cells.
-        """
-        plain = self._only(fork.low)
-        if fork.change is None:
-            return plain
-        if fork.change == "master":
-            stored = frozenset(cell for cell in fork.changed if cell.role == "storage")
-            if not stored:
-                raise NotApplicable("no weight is stored in low precision there")
-            return self._only(fork.low - stored)
-        recipe, why = plain, "it changes nothing"
-        for cell in sorted(fork.changed, key=str):
-            try:
-                spec = CHANGES[fork.change](self.specs[cell])
-                recipe = recipe.with_cell(cell.layer, cell.gemm, cell.role, spec, self.loop.model)
-            except NotApplicable as reason:
-                why = str(reason)
-        if recipe == plain:
-            raise NotApplicable(why)
-        return recipe
+    def state(self, fork: Fork) -> dict[str, Any]:
+        """The captured state that a fork leaves from."""
+        return self._rings[fork.path][fork.start]
 
     def _only(self, low: frozenset) -> Recipe:
         return self.loop.recipe.only(low, self.loop.model)
@@ -156,6 +137,57 @@ class LoopOracle:
             loop.restore(self._rings[LOW][start])
             loop.put(self._only(low))
             return loop.gradient()
+
+
+def run_fork(
+    loop: Loop, specs: Mapping[Any, Any], state: dict[str, Any], fork: Fork, seed: int, stop: Stop | None
+) -> Outcome:
+    """Replay a fork from a captured state; the loop is left where it was.
+
+    Args:
+        specs: the run's cells with what they are quantized by.
+        seed: of the draws.
+    """
+    begun = time.monotonic()
+    losses: list[float] = []
+    try:
+        recipe = recipe_of(loop, specs, fork)
+        with loop.aside():
+            loop.restore(jittered(state, fork.draw) if fork.draw else state)
+            loop.put(recipe)
+            if fork.draw:
+                loop.reseed(seed_of(seed, "draw", fork.draw))
+            while len(losses) < fork.horizon and not (stop is not None and stop(losses)):
+                losses.append(loop.advance(data=fork.data, lr_factor=fork.lr_factor))
+    except NotApplicable as why:
+        return Outcome((), refused=str(why))
+    return Outcome(tuple(losses), seconds=time.monotonic() - begun)
+
+
+def recipe_of(loop: Loop, specs: Mapping[Any, Any], fork: Fork) -> Recipe:
+    """The recipe that a fork trains under.
+
+    Raises:
+        NotApplicable: the change has nothing to change on any of the cells.
+    """
+    plain = loop.recipe.only(fork.low, loop.model)
+    if fork.change is None:
+        return plain
+    if fork.change == "master":
+        stored = frozenset(cell for cell in fork.changed if cell.role == "storage")
+        if not stored:
+            raise NotApplicable("no weight is stored in low precision there")
+        return loop.recipe.only(fork.low - stored, loop.model)
+    recipe, why = plain, "it changes nothing"
+    for cell in sorted(fork.changed, key=str):
+        try:
+            spec = CHANGES[fork.change](specs[cell])
+            recipe = recipe.with_cell(cell.layer, cell.gemm, cell.role, spec, loop.model)
+        except NotApplicable as reason:
+            why = str(reason)
+    if recipe == plain:
+        raise NotApplicable(why)
+    return recipe
 
 
 def first_other(recorded: Sequence[float], replayed: Sequence[float]) -> int | None:

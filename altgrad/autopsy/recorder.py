@@ -17,6 +17,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.autopsy.changes import NotApplicable
+from altgrad.autopsy.findings import write_findings
 from altgrad.autopsy.fork import LOW
-from altgrad.autopsy.forks import Forks
+from altgrad.autopsy.forks import Forks, Told
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.oracle import LoopOracle, Tell
 from altgrad.autopsy.search import Settings
@@ -180,9 +182,17 @@ class Recorder:
         *,
         budget: int = 120,
         settings: Settings | None = None,
+        out: str | Path | None = None,
         tell: Tell | None = None,
+        told: Callable[[Told], None] | None = None,
     ) -> Verdict:
         """Why the steps taken so far went wrong.
+
+        Args:
+            budget: forks that may be run.
+            out: folder for verdict.json, autopsy.html, autopsy.md, and forks.jsonl, from which an interrupted autopsy of
+                the same loop goes on; None writes nothing.
+            tell, told: progress of the two trajectories, and of the forks.
 
         Raises:
             ConfigError: the loop does not repeat itself (with the first tensor that differs), its first state is no
@@ -199,9 +209,15 @@ class Recorder:
         with self.aside():
             self.restore(self.ring[start])
             oracle = LoopOracle(self, self._reach() - start, tell=tell)
-        forks = Forks(oracle, budget=budget)
+        folder = None if out is None else Path(out)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        forks = Forks(oracle, budget=budget, log=None if folder is None else folder / "forks.jsonl", tell=told)
         window = max(c for c in oracle.captures(LOW) if c <= oracle.steps // 2)
-        return investigate(forks, prior=oracle.prior(window), settings=settings)
+        verdict = investigate(forks, prior=oracle.prior(window), settings=settings)
+        if folder is not None:
+            write_findings(folder, verdict, oracle, {"run_id": type(self.model).__name__}, None)
+        return verdict
 
     def _reach(self) -> int:
         return max(self.losses)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,39 +16,23 @@ from typing import Any
 import torch
 
 from altgrad.autopsy.fork import LOW, TWIN
+from altgrad.autopsy.findings import write_findings
 from altgrad.autopsy.forks import Forks, Told, read_log
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop
-from altgrad.autopsy.oracle import LoopOracle, Tell, first_other
-from altgrad.autopsy.search import Settings
+from altgrad.autopsy.oracle import CAPTURES, LoopOracle, Tell, first_other
+from altgrad.autopsy.plan import Plan, measure
+from altgrad.autopsy.search import Settings, expected_forks
 from altgrad.autopsy.verdict import Verdict
-from altgrad.errors import ConfigError, ReportError
+from altgrad.autopsy.workers import Executor, Workers, processes
+from altgrad.errors import ConfigError, OptionError, ReportError
 from altgrad.quantization import NUMERICS_VERSION
-from altgrad.records.files import write_json, write_text
 from altgrad.records.run import Run
 from altgrad.records.schema import as_number
-from altgrad.report.pages.autopsy import render_autopsy
 from altgrad.training.config.loading import load_config
 from altgrad.training.trainer import Trainer
 
 FOLDER = "autopsy"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an autopsy of a run will cost, before it starts."""
-
-    run_dir: Path
-    steps: int
-    cells: int
-    forks: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.steps} steps twice (the run again, and its float32 twin), then up to {self.forks} forks over "
-            f"{self.cells} cells: about {self.seconds / 60:.0f} min"
-        )
 
 
 def autopsy(
@@ -57,6 +41,8 @@ def autopsy(
     budget: int = 120,
     twin: str | Path | None = None,
     settings: Settings | None = None,
+    jobs: int = 1,
+    executor: Executor | None = None,
     tell: Tell | None = None,
     told: Callable[[Told], None] | None = None,
 ) -> Verdict:
@@ -66,6 +52,8 @@ def autopsy(
         run_dir: of a run that `altgrad run` made from a config.
         budget: forks that may be run; those of an earlier, interrupted autopsy are not run again.
         twin: folder of a float32 run of the same seed and data; its recorded losses must be those of the replayed twin.
+        jobs: forks at a time; more than 1 run in processes of this machine, with the run's own number of threads each.
+        executor: runs the forks in place of those processes; its workers must see the run's folder under the same path.
         tell, told: progress of the two trajectories, and of the forks.
 
     Raises:
@@ -74,6 +62,8 @@ def autopsy(
             losses that differ from the recorded ones (with the first step).
     """
     folder = Path(run_dir)
+    if jobs < 1:
+        raise OptionError(f"{jobs} jobs run nothing; use at least 1")
     trainer, recorded, result = rebuild(folder)
     steps = len(recorded)
     out = folder / FOLDER
@@ -87,27 +77,37 @@ def autopsy(
         )
     if twin is not None:
         _check_twin(Path(twin), oracle)
-    forks = Forks(oracle, budget=budget, log=out / "forks.jsonl", tell=told)
     start = max(c for c in oracle.captures(LOW) if c <= steps // 2)
     symptom = (result.get("verdict") or {}).get("detected_step")
-    verdict = investigate(forks, symptom=symptom, prior=oracle.prior(start), settings=settings)
-    write(folder, verdict, oracle, result)
+    prior = oracle.prior(start)
+    with nullcontext(executor) if executor is not None or jobs == 1 else processes(jobs) as hands:
+        asked = oracle if hands is None else Workers(oracle, folder, hands, jobs, out)
+        try:
+            forks = Forks(asked, budget=budget, log=out / "forks.jsonl", tell=told)
+            verdict = investigate(forks, symptom=symptom, prior=prior, settings=settings)
+        finally:
+            if isinstance(asked, Workers):
+                asked.close()
+    facts = {"run_id": result.get("run_id", folder.name), "seed": result.get("seed")}
+    write_findings(out, verdict, oracle, facts, f"altgrad autopsy {folder}")
     return verdict
 
 
-def plan(run_dir: str | Path, budget: int = 120) -> Plan:
-    """What an autopsy of the run will cost, from the run's own pace.
+def plan(run_dir: str | Path, budget: int = 120, *, jobs: int = 1, settings: Settings | None = None) -> Plan:
+    """What an autopsy of the run will cost, from the pace of a few steps of it on this machine.
 
     Raises:
         ReportError, ConfigError: as `autopsy`.
     """
     folder = Path(run_dir)
-    trainer, recorded, result = rebuild(folder)
+    trainer, recorded, _ = rebuild(folder)
     loop = TrainerLoop(trainer)
-    pace = (result.get("wall_s") or 0.0) / max(1, len(recorded))
+    cells = list(loop.recipe.cells(loop.model))
     known = len(read_log(folder / FOLDER / "forks.jsonl"))
-    left = max(0, budget - known)
-    return Plan(folder, len(recorded), len(loop.recipe.cells(loop.model)), left, pace * (2 * len(recorded) + 40 * left))
+    expected = sum(expected_forks(cells, CAPTURES, settings or Settings()).values())
+    return Plan(
+        folder, len(recorded), len(cells), max(0, expected - known), max(0, budget - known), measure(loop), jobs
+    )
 
 
 def fork_run(
@@ -151,15 +151,24 @@ def rebuild(folder: Path) -> tuple[Trainer, list[float], Mapping[str, Any]]:
     run = Run(folder)
     check_versions(folder, run.environment, run.result)
     config = load_config(folder / "config.yaml")
-    threads = run.environment.get("threads")
-    if not isinstance(threads, int) or threads < 1:
-        raise ReportError(f"{folder}: env.json says {threads!r} threads; it is damaged, so the run cannot be replayed")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads_of(folder))
     trainer = Trainer(config.model_copy(update={"monitor": config.monitor.model_copy(update={"enabled": False})}))
     losses = recorded_losses(folder)
     if len(losses) < 10:
         raise ConfigError(f"{folder} records {len(losses)} steps; an autopsy needs at least 10")
     return trainer, losses, run.result
+
+
+def threads_of(folder: Path) -> int:
+    """CPU threads that the run had, which a replay needs for the same bits.
+
+    Raises:
+        ReportError: env.json does not say.
+    """
+    threads = Run(folder).environment.get("threads")
+    if isinstance(threads, int) and threads >= 1:
+        return threads
+    raise ReportError(f"{folder}: env.json says {threads!r} threads; it is damaged, so the run cannot be replayed")
 
 
 def recorded_losses(folder: Path) -> list[float]:
@@ -189,34 +198,3 @@ def check_versions(folder: Path, environment: Mapping[str, Any], result: Mapping
             raise ConfigError(
                 f"{folder} ran with {name} {then}, this is {now}: a replay would differ; run it again here"
             )
-
-
-def write(folder: Path, verdict: Verdict, oracle: LoopOracle, result: Mapping[str, Any]) -> Path:
-    """Write verdict.json, autopsy.html and autopsy.md into `<folder>/autopsy`; returns the page's path."""
-    out = folder / FOLDER
-    data: dict[str, Any] = {
-        **verdict.as_dict(),
-        "losses": {"run": oracle.history(LOW), "twin": oracle.history(TWIN)},
-        "places": {str(cell): [cell.layer, cell.gemm, cell.role] for cell in oracle.cells},
-        "run": {
-            "run_id": result.get("run_id", folder.name),
-            "seed": result.get("seed"),
-            "formats": oracle.loop.recipe.text,
-        },
-        "command": f"altgrad autopsy {folder}",
-        "saving": saving_recipe(verdict, oracle),
-    }
-    data["losses"] = {k: [v if v == v else None for v in values] for k, values in data["losses"].items()}
-    write_json(out / "verdict.json", data)
-    html, markdown = render_autopsy(data)
-    write_text(out / "autopsy.html", html)
-    write_text(out / "autopsy.md", markdown)
-    return out / "autopsy.html"
-
-
-def saving_recipe(verdict: Verdict, oracle: LoopOracle) -> str | None:
-    """The recipe with the cells found in float32, as text that a config takes; None without a cause."""
-    if not verdict.cells:
-        return None
-    guilty = frozenset(cell for cell in oracle.cells if str(cell) in verdict.cells)
-    return oracle.loop.recipe.rescue(guilty, oracle.loop.model).text

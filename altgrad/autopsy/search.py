@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from altgrad.autopsy import mechanism
-from altgrad.autopsy.damage import FLOOR, Band, Share, closed, share
+from altgrad.autopsy.damage import FLOOR, Band, Settled, Share, closed, share
 from altgrad.autopsy.forks import Forks
-from altgrad.autopsy.split import Groups, groups
+from altgrad.autopsy.split import groups
 from altgrad.autopsy.verdict import (
     Effect,
     Intervention,
@@ -26,17 +26,60 @@ from altgrad.autopsy.window import Window
 class Settings:
     """How hard to look.
 
-    draws: of the null band and of the confirmation. most_draws: of a single question of the search that stands near its
-    threshold. matters: share of the damage from which a set of cells matters. longest: steps of the longest horizon.
+    draws: of the null band. confirm: of the confirmation. most_draws: of a single question that stands near its threshold. matters: share of the damage from which a set of cells matters. longest: steps of the longest horizon.
     most_groups: groups after which damage counts as diffuse. placebos: innocent sets rescued as a control.
     """
 
     draws: int = 8
+    confirm: int = 4
     most_draws: int = 4
     matters: float = 0.25
     longest: int = 400
     most_groups: int = 4
     placebos: int = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """The cells that did the damage, and the minimal sets among them.
+
+    sets: disjoint sets that each do damage alone. cells: their union, or all cells of the roles that did it where the
+    layers of these roles share the damage. spread: neither layers nor roles could be told apart.
+    """
+
+    sets: tuple[frozenset, ...]
+    cells: frozenset
+    spread: bool
+
+    @property
+    def whole_roles(self) -> bool:
+        """Whether the damage is of roles as a whole and not of the sets alone."""
+        return not self.spread and self.cells != frozenset().union(*self.sets)
+
+
+MANY = 8
+"""Cells beyond which members are asked about by layer."""
+
+
+def kinds_of(cells: Sequence[Any]) -> dict[tuple, frozenset]:
+    """Cells by (GEMM, role)."""
+    kinds: dict[tuple, set] = {}
+    for cell in cells:
+        kinds.setdefault((getattr(cell, "gemm", None), cell.role), set()).add(cell)
+    return {kind: frozenset(members) for kind, members in kinds.items()}
+
+
+def expected_forks(cells: Sequence[Any], captures: int, settings: Settings) -> dict[str, int]:
+    """Forks by stage of a typical autopsy, which finds one cell or two."""
+    search = math.ceil(math.log2(max(2, len(cells))))
+    return {
+        "null band": settings.draws + settings.draws // 2 + 1,
+        "bounds": 2 * math.ceil(math.log2(max(2, captures))),
+        "roles": 2 * len(kinds_of(cells)),
+        "layers": 2 * search,
+        "confirm": 2 * settings.confirm + settings.placebos,
+        "mechanism": 10,
+    }
 
 
 class Search:
@@ -63,14 +106,29 @@ class Search:
         """Whether these cells, low alone, do a share of the damage that matters; more draws where it is close."""
         if not low:
             return False
-        null, values = self.window.null, []
-        limit = null.high.mean + max(self.settings.matters * null.damage, FLOOR)
+        stop, values = self._rule, []
         for draw in range(self.settings.most_draws):
-            values += self.band(low, [draw]).values
-            distance = abs(float(np.mean(values)) - limit)
-            if distance > 2.5 * null.noise / math.sqrt(len(values)):
+            outcome = self.forks(self.window.fork(low, draw=draw), stop)
+            values.append(self.window.yardstick.damage(outcome))
+            distance = abs(float(np.mean(values)) - stop.limit)
+            if distance > 2.5 * self.window.null.noise / math.sqrt(len(values)):
                 break
-        return float(np.mean(values)) > limit
+        return float(np.mean(values)) > stop.limit
+
+    @property
+    def _rule(self) -> Settled:
+        null = self.window.null
+        limit = null.high.mean + max(self.settings.matters * null.damage, FLOOR)
+        return Settled(self.window.yardstick, limit, null.noise)
+
+    def ahead(self, sets: Sequence[frozenset]) -> None:
+        """Try sets that `damaged` may be asked about next, where there are idle hands."""
+        self.forks.ahead([self.window.fork(low) for low in sets], self._rule)
+
+    def gather(self, sets: Sequence[frozenset], draws: Sequence[int]) -> None:
+        """Run what the effects of these sets will ask for, side by side."""
+        both = [low for cells in sets for low in (self.everything - cells, cells)]
+        self.forks.all([self.window.fork(low, draw=k) for low in both for k in draws])
 
     def effect(self, cells: frozenset, draws: Sequence[int]) -> Effect:
         """Rescue and sufficiency of a set."""
@@ -90,49 +148,69 @@ class Search:
     def screen(self) -> list[Effect]:
         """Each role of each GEMM, rescued everywhere and low alone."""
         self.forks.stage = "roles"
-        kinds: dict[tuple, set] = {}
-        for cell in self.cells:
-            kinds.setdefault((getattr(cell, "gemm", None), cell.role), set()).add(cell)
-        return [self.effect(frozenset(kind), [0]) for kind in kinds.values()]
+        kinds = list(kinds_of(self.cells).values())
+        self.gather(kinds, [0])
+        return [self.effect(kind, [0]) for kind in kinds]
 
-    def split(self, roles: Sequence[Effect]) -> Groups:
-        """The minimal damaging sets."""
+    def split(self, roles: Sequence[Effect]) -> Found:
+        """Which roles do the damage, and which cells of them."""
         self.forks.stage = "layers"
-        return groups(self.order(roles), self.damaged, self.settings.most_groups)
+        order = self.order(roles)
+        place = {cell: i for i, cell in enumerate(order)}
+        kinds = sorted(kinds_of(order).values(), key=lambda kind: min(place[cell] for cell in kind))
+        guilty = groups(kinds, lambda some: self.damaged(frozenset().union(*some)), len(kinds))
+        suspects = frozenset().union(*guilty.union)
+        within = [cell for cell in order if cell in suspects]
+        found = groups(within, self.damaged, self.settings.most_groups, self.ahead)
+        if found.complete and found.sets and not self.damaged(self.everything - found.union):
+            return Found(found.sets, found.union, spread=False)
+        if suspects == self.everything or not guilty.complete or self.damaged(self.everything - suspects):
+            return Found(found.sets, found.union, spread=True)
+        return Found(found.sets, suspects, spread=False)
 
-    def confirm(self, found: Groups) -> tuple[Effect, list[Effect], list[Effect], list[Effect]]:
+    def confirm(self, found: Found) -> tuple[Effect, list[Effect], list[Effect], list[Effect]]:
         """(whole set, groups, members by leaving one out, placebos), each over several draws."""
         self.forks.stage = "confirm"
-        draws, few = range(self.settings.draws), range(2)
-        whole = self.effect(found.union, draws)
-        parts = [self.effect(one, few) for one in found.sets] if len(found.sets) > 1 else []
-        members = (
-            [self.effect(frozenset([cell]), few) for cell in sorted(found.union, key=str)]
-            if len(found.union) > 1
-            else []
-        )
-        random, outside = Random(0), sorted(self.everything - found.union, key=str)
-        size = min(len(found.union), max(1, len(outside) // 2))
+        draws, once = range(self.settings.confirm), [0]
+        parts = list(found.sets) if len(found.sets) > 1 else []
+        members = [frozenset([cell]) for cell in sorted(found.cells, key=str)] if len(found.cells) > 1 else []
+        if len(members) > MANY:  # every layer of whole roles: one question for each layer
+            layers = dict.fromkeys(cell.layer for cell in self.cells if cell in found.cells)
+            members = [frozenset(c for c in found.cells if c.layer == layer) for layer in layers]
+        members = [one for one in members if one not in parts]
+        random, outside = Random(0), sorted(self.everything - found.cells, key=str)
+        size = min(len(found.cells), max(1, len(outside) // 2))
         sets = {frozenset(random.sample(outside, size)) for _ in range(self.settings.placebos)} if outside else set()
-        placebos = [
-            Effect(names(one), closed(self.band(self.everything - one, few), self.window.null))
-            for one in sorted(sets, key=names)
-        ]
-        return whole, parts, members, placebos
+        self.gather([found.cells], draws)
+        self.gather([*parts, *members], once)
+        return (
+            self.effect(found.cells, draws),
+            [self.effect(one, once) for one in parts],
+            [self.effect(one, once) for one in members],
+            [
+                Effect(names(one), closed(self.band(self.everything - one, once), self.window.null))
+                for one in sorted(sets, key=names)
+            ],
+        )
 
     def mechanisms(self, cells: frozenset) -> list[Intervention]:
-        """Every intervention on the cells found."""
+        """Every intervention on the cells found; a second draw where the first is near the threshold of saving."""
         self.forks.stage = "mechanism"
-        made = []
+        null, made = self.window.null, []
+        asked = {}
         for change in mechanism.CHANGES:
-            slow = change.name == "half_lr"
-            more: dict[str, Any] = {"lr_factor": 0.5} if slow else {"change": change.name, "changed": cells}
-            forks = [self.window.fork(self.everything, draw=k, **more) for k in range(2)]
-            outcomes = self.forks.all(forks)
-            refused = next((o.refused for o in outcomes if o.refused is not None), None)
-            band = Band(tuple(self.window.yardstick.damage(o) for o in outcomes)) if refused is None else None
-            result = None if band is None else closed(band, self.window.null)
-            made.append(Intervention(change.name, change.says, result, change.bits, refused))
+            more: dict[str, Any] = {"change": change.name, "changed": cells}
+            asked[change] = {"lr_factor": 0.5} if change.name == "half_lr" else more
+        self.forks.all([self.window.fork(self.everything, **more) for more in asked.values()])
+        for change, more in asked.items():
+            outcome = self.forks(self.window.fork(self.everything, **more))
+            if outcome.refused is not None:
+                made.append(Intervention(change.name, change.says, None, change.bits, outcome.refused))
+                continue
+            result = closed(self.band(self.everything, [0], **more), null)
+            if result.low < mechanism.SAVES < result.high:
+                result = closed(self.band(self.everything, [0, 1], **more), null)
+            made.append(Intervention(change.name, change.says, result, change.bits))
         return made
 
 

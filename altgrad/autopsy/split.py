@@ -16,9 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 Damaged = Callable[[frozenset], bool]
+Ahead = Callable[[Sequence[frozenset]], None]
+"""Told which sets may be asked about next, the likeliest first, so that they can be tried side by side."""
 
 
-def minimal(cells: Sequence[Any], damaged: Damaged, background: frozenset = frozenset()) -> frozenset:
+def _alone(sets: Sequence[frozenset]) -> None:
+    """Nothing is tried ahead."""
+
+
+def minimal(
+    cells: Sequence[Any], damaged: Damaged, background: frozenset = frozenset(), ahead: Ahead = _alone
+) -> frozenset:
     """A minimal set of `cells` that does damage together with `background`; all of them together must.
 
     Args:
@@ -28,24 +36,35 @@ def minimal(cells: Sequence[Any], damaged: Damaged, background: frozenset = froz
     found = background
     candidates = list(cells)
     while candidates and not damaged(found):
-        size = _shortest(candidates, damaged, found)
+        size = _shortest(candidates, damaged, found, ahead)
         found |= {candidates[size - 1]}
         candidates = candidates[: size - 1]
-    for cell in sorted(found - background, key=str):
+    members = sorted(found - background, key=str)
+    if len(found) > 1:
+        ahead([found - {cell} for cell in members])
+    for cell in members:
         if len(found) > 1 and damaged(found - {cell}):
             found -= {cell}
     return found - background
 
 
-def _shortest(candidates: list, damaged: Damaged, background: frozenset) -> int:
+def _shortest(candidates: list, damaged: Damaged, background: frozenset, ahead: Ahead) -> int:
     """Length of the shortest prefix that does damage with the background; the whole is taken for granted."""
+
+    def prefix(size: int) -> frozenset:
+        return background | frozenset(candidates[:size])
+
     low, high = 0, 1
-    while high < len(candidates) and not damaged(background | frozenset(candidates[:high])):
+    while high < len(candidates):
+        ahead([prefix(size) for size in (high, 2 * high) if size < len(candidates)])
+        if damaged(prefix(high)):
+            break
         low, high = high, 2 * high
     high = min(high, len(candidates))
     while high - low > 1:
         middle = (low + high) // 2
-        if damaged(background | frozenset(candidates[:middle])):
+        ahead([prefix(size) for size in dict.fromkeys((middle, (low + middle) // 2, (middle + high) // 2)) if size > low])
+        if damaged(prefix(middle)):
             high = middle
         else:
             low = middle
@@ -65,11 +84,11 @@ class Groups:
         return frozenset().union(*self.sets)
 
 
-def groups(cells: Sequence[Any], damaged: Damaged, most: int = 4) -> Groups:
+def groups(cells: Sequence[Any], damaged: Damaged, most: int = 4, ahead: Ahead = _alone) -> Groups:
     """Minimal damaging sets of `cells`, disjoint, until the rest is harmless or `most` sets are found."""
     rest, sets = list(cells), []
     while len(sets) < most and rest and damaged(frozenset(rest)):
-        one = minimal(rest, damaged)
+        one = minimal(rest, damaged, ahead=ahead)
         sets.append(one)
         rest = [cell for cell in rest if cell not in one]
     return Groups(tuple(sets), complete=not rest or not damaged(frozenset(rest)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,7 +46,8 @@ class Verdict:
 
     kind: `CAUSE`, `NOT_PRECISION`, `NO_DAMAGE`, `INCONCLUSIVE` or `REFUSED`. sentence: the same in one sentence.
     cells: the cause, as texts of cells; empty for the other kinds. structure: "single", "redundant" (each group does
-    the damage alone, so no single rescue shows it), "interacting" (only together) or "cumulative".
+    the damage alone, so no single rescue shows it), "interacting" (only together), "cumulative", or "spread" (over all
+    layers of the roles named).
     onset, no_return, symptom: steps; None where unknown. damage: nats, of the run over its twin in the window.
     confidence: chance that the set of cells is right, by the calibration; None before there is one.
     """
@@ -76,8 +78,9 @@ class Verdict:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for verdict.json."""
-        return {"version": 1, **asdict(self)}
+        """Plain data for verdict.json; a suspicion without bound (storage, a gradient that was not finite) is null."""
+        prior = {cell: value if math.isfinite(value) else None for cell, value in self.prior.items()}
+        return {"version": 1, **asdict(self), "prior": prior}
 
 
 def joined(cells: tuple[str, ...], most: int = 4) -> str:
@@ -85,4 +88,15 @@ def joined(cells: tuple[str, ...], most: int = 4) -> str:
     shown = list(cells[:most])
     if len(cells) > most:
         shown.append(f"{len(cells) - most} more")
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
+
+
+def whole_roles(cells: tuple[str, ...]) -> str:
+    """Cells of whole roles in a sentence: "storage in 17 layers"."""
+    roles: dict[str, int] = {}
+    for cell in cells:
+        parts = cell.split(".")
+        role = parts[-1] if parts[-1] == "storage" else ".".join(parts[-2:])
+        roles[role] = roles.get(role, 0) + 1
+    shown = [f"{role} in {count} layer{'s' if count > 1 else ''}" for role, count in roles.items()]
     return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]

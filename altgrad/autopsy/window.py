@@ -17,6 +17,8 @@ from altgrad.autopsy.forks import Forks
 
 SHORTEST = 16
 """Steps of the shortest horizon: half of them are averaged."""
+CLEAR = 5
+"""Damage of so many times the floor is clear enough to compare forks by."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ def latest(captures: Sequence[int], step: int) -> int:
 def null_band(forks: Forks, start: int, horizon: int, ceiling: float, draws: int) -> tuple[Yardstick, Null]:
     """The band of a window: draws of the whole low run, and half as many of its twin from the same state."""
     everything = frozenset(forks.oracle.cells)
-    twin = forks(Fork(frozenset(), start, LOW, horizon))
-    yardstick = Yardstick(twin.losses, ceiling)
-    low = forks.all([Fork(everything, start, LOW, horizon, draw=k) for k in range(draws)])
-    high = forks.all([Fork(frozenset(), start, LOW, horizon, draw=k) for k in range(1, max(2, draws // 2) + 1)])
-    bands = (Band(tuple(yardstick.damage(o) for o in outcomes)) for outcomes in (low, high))
+    lows = [Fork(everything, start, LOW, horizon, draw=k) for k in range(draws)]
+    highs = [Fork(frozenset(), start, LOW, horizon, draw=k) for k in range(max(2, draws // 2) + 1)]
+    outcomes = forks.all([*highs, *lows])
+    yardstick = Yardstick(outcomes[0].losses, ceiling)
+    bands = (
+        Band(tuple(yardstick.damage(o) for o in part)) for part in (outcomes[len(highs) :], outcomes[1 : len(highs)])
+    )
     return yardstick, Null(*bands)
 
 
@@ -83,13 +87,17 @@ def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int) -
     doubles until the damage stands ten deviations of a single draw above none, or the run's end is reached; the window
     that it ends with may show no damage, which the caller reads from its null band.
     """
-    steps = len(forks.oracle.history(LOW))
+    low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
+    steps = len(low)
     start = latest(forks.oracle.captures(LOW), onset)
     most = max(min(longest, steps - start), 1)
     horizon = min(max(SHORTEST, 2 * (onset - start) + SHORTEST), most)
+    gap = Yardstick(tuple(twin[start:]), ceiling).curve(low[start:])
+    while horizon < most and float(np.mean(gap[horizon // 2 : horizon])) < CLEAR * FLOOR:  # the two runs tell it free
+        horizon = min(2 * horizon, most)
     while True:
         _, null = null_band(forks, start, horizon, ceiling, draws=2)
-        clear = null.damage > max(10 * null.noise, 5 * FLOOR)
+        clear = null.damage > max(10 * null.noise, CLEAR * FLOOR)
         if clear or horizon >= most:
             return Window(start, horizon, *null_band(forks, start, horizon, ceiling, draws))
         horizon = min(2 * horizon, most)

@@ -112,12 +112,18 @@ def autopsy(
     twin: Annotated[
         Path | None, typer.Option("--twin", help="Folder of its float32 twin, to hold the replayed one against.")
     ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Forks at a time; one, where nothing is said.")] = None,
+    executor: Annotated[str, typer.Option("--executor", help="local or ray: where forks run.")] = "local",
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a Ray cluster; auto finds the local one.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
 ) -> None:
     """Find out by replay why a run went wrong: which cells, since when, by what mechanism, what would have saved it."""
     from altgrad.cli import autopsy_pages
 
-    raise typer.Exit(autopsy_pages.autopsy(run, budget, twin, dry_run=dry_run))
+    places = autopsy_pages.Places(jobs, executor, address)
+    raise typer.Exit(autopsy_pages.autopsy(run, budget, twin, places, dry_run=dry_run))
 
 
 @app.command()

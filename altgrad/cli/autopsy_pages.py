@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -11,18 +15,48 @@ from rich.table import Table
 
 from altgrad.autopsy.forks import Told
 from altgrad.autopsy.run import autopsy as run_autopsy
-from altgrad.autopsy.run import fork_run, plan
+from altgrad.autopsy.run import fork_run, plan, threads_of
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
 from altgrad.errors import ConfigError
 from altgrad.report.numbers import duration
 from altgrad.report.pages.autopsy import share_text
 
 
-def autopsy(run_dir: Path, budget: int, twin: Path | None, *, dry_run: bool) -> int:
+@dataclass(frozen=True)
+class Places:
+    """Where forks run: `jobs` at a time, in processes of this machine or as tasks of a Ray cluster.
+
+    Raises:
+        ConfigError: another executor, or an address for processes of this machine.
+    """
+
+    jobs: int | None = None
+    executor: str = "local"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.executor not in ("local", "ray"):
+            raise ConfigError(f"executor {self.executor!r} is unknown; use one of local, ray")
+        if self.address is not None and self.executor != "ray":
+            raise ConfigError(f"--address {self.address} needs --executor ray")
+
+    @contextmanager
+    def open(self, run_dir: Path) -> Iterator[tuple[int, Any]]:
+        """(forks at a time, executor; None where the autopsy makes its own)."""
+        if self.executor == "local":
+            yield self.jobs or 1, None
+            return
+        from altgrad.sweep.cluster import ray_calls
+
+        with ray_calls(self.address, threads=threads_of(run_dir), jobs=self.jobs) as calls:
+            yield calls.places, calls
+
+
+def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dry_run: bool) -> int:
     """`altgrad autopsy`: exit code 0 for any verdict, 3 where it is inconclusive."""
     console = Console()
-    planned = plan(run_dir, budget)
-    console.print(f"{planned}", highlight=False, markup=False)
+    planned = plan(run_dir, budget, jobs=places.jobs or 1)
+    console.print(f"{planned}", highlight=False, markup=False, soft_wrap=True)
     if dry_run:
         return 0
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
@@ -34,12 +68,17 @@ def autopsy(run_dir: Path, budget: int, twin: Path | None, *, dry_run: bool) -> 
                 tasks[what] = bars.add_task(what, total=of)
                 if not console.is_terminal:
                     console.print(what, highlight=False, markup=False)
-            bars.update(tasks[what], completed=done)  # type: ignore[arg-type]
+            bars.update(tasks[what], completed=done, total=of)  # type: ignore[arg-type]
 
         def told(one: Told) -> None:
-            moved(f"forks: {one.stage}", one.done, one.budget)
+            moved(f"forks: {one.stage}", one.done, one.done + one.left)
+            task = tasks[f"forks: {one.stage}"]
+            bars.update(task, description=f"forks: {one.stage}, {duration(one.left_s)} left")  # type: ignore[arg-type]
 
-        verdict = run_autopsy(run_dir, budget=budget, twin=twin, tell=moved, told=told)
+        with places.open(run_dir) as (jobs, executor):
+            verdict = run_autopsy(
+                run_dir, budget=budget, twin=twin, jobs=jobs, executor=executor, tell=moved, told=told
+            )
     _print(console, verdict)
     console.print(f"page: {run_dir / 'autopsy' / 'autopsy.html'}", highlight=False, markup=False, soft_wrap=True)
     return 3 if verdict.kind == INCONCLUSIVE else 0

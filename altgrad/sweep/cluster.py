@@ -13,8 +13,10 @@ import tarfile
 import tempfile
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +64,7 @@ class RayExecutor:
                 ray.shutdown()
 
     def _connect(self, ray: Any, jobs: Sequence[Job]) -> None:
-        os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
-        if self.address:
-            _knock(self.address)
-        here = {} if self.address else {"include_dashboard": False, "num_cpus": _cores_for(jobs, self.jobs)}
-        try:
-            ray.init(address=self.address or "local", log_to_driver=False, logging_level="error", **here)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SweepError(
-                f"no Ray cluster answers at {self.address!r} ({error}); start one with `ray start --head`, "
-                "or use --executor local"
-            ) from None
+        _connect(ray, self.address, _cores_for(jobs, self.jobs))
 
     def _run(self, ray: Any, jobs: Sequence[Job], observe: Observer) -> dict[str, Outcome]:
         out = Path(jobs[0].runs_dir)
@@ -123,6 +115,62 @@ class RayExecutor:
         if archive is not None:
             _unpack(archive, job.folder)
         return outcome
+
+
+def _connect(ray: Any, address: str | None, cores: int | None) -> None:
+    """Join the cluster at the address; without one, start Ray here with that many cores (None: all)."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
+    if address:
+        _knock(address)
+    here = {} if address else {"include_dashboard": False, "num_cpus": cores}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **here)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SweepError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, "
+            "or use --executor local"
+        ) from None
+
+
+@dataclass(frozen=True)
+class RayCalls:
+    """Calls of functions as Ray tasks, by the interface of `concurrent.futures`; a call whose node is lost is made again.
+
+    threads: cores that a call takes. retries: after the loss of a worker or a node. places: calls that fit at a time.
+    """
+
+    ray: Any
+    threads: int
+    retries: int
+    places: int
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future:
+        """The future of `function(*arguments)`."""
+        task = self.ray.remote(function).options(num_cpus=self.threads, max_retries=self.retries)
+        return task.remote(*arguments).future()
+
+
+@contextmanager
+def ray_calls(
+    address: str | None = None, *, threads: int = 1, jobs: int | None = None, retries: int = 3
+) -> Iterator[RayCalls]:
+    """Calls on the cluster at the address; None starts Ray on this machine with room for `jobs` calls.
+
+    Raises:
+        SweepError: Ray is not installed, no cluster answers at the address, or no node has that many cores.
+    """
+    ray = _ray()
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(ray, address, None if jobs is None else jobs * threads)
+    try:
+        room = [int(node["Resources"].get("CPU", 0)) // threads for node in ray.nodes() if node["Alive"]]
+        if not sum(room):
+            raise SweepError(f"no node of the cluster has {threads} CPUs, as the run's {threads} threads need; add one")
+        yield RayCalls(ray, threads, retries, min(sum(room), jobs or sum(room)))
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def _make_run(job: Job, marker: str, shared: bool | None, retries: int) -> tuple[Outcome, bytes | None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
-from altgrad.autopsy.fork import LOW, Fork, Outcome
+from altgrad.autopsy.fork import LOW, Fork, Outcome, Stop
 
 ROLES = (("forward", "input"), ("forward", "weight"), ("input_grad", "grad_output"), ("weight_grad", "input"))
 
@@ -43,8 +43,11 @@ class Planted:
     no_return: int | None = None
     dead: float = math.inf
     lr_kills: bool = False
+    slower_learns: float = 0.0  # nats that any slower learning rate ends below
+    ignores_stop: bool = False
     cells: tuple = CELLS
     asked: list = field(default_factory=list)
+    steps_taken: int = 0
 
     def captures(self, path: str) -> list[int]:
         return [0, *range(5, self.steps, 10)]
@@ -53,9 +56,16 @@ class Planted:
         low = frozenset(self.cells) if path == LOW else frozenset()
         return list(self._losses(Fork(low, 0, path, self.steps), 0, self.steps))
 
-    def run(self, fork: Fork) -> Outcome:
+    def recorded(self, fork: Fork) -> Outcome | None:
+        return None
+
+    def run(self, fork: Fork, stop: Stop | None = None) -> Outcome:
         self.asked.append(fork)
-        return Outcome(self._losses(fork, fork.start, fork.horizon), seconds=0.01)
+        losses = self._losses(fork, fork.start, fork.horizon)
+        rule = None if self.ignores_stop else stop
+        taken = next((i for i in range(len(losses)) if rule is not None and rule(losses[:i])), len(losses))
+        self.steps_taken += taken
+        return Outcome(losses[:taken], seconds=0.01)
 
     def _losses(self, fork: Fork, start: int, horizon: int) -> tuple[float, ...]:
         own = Random(f"{sorted(map(str, fork.low))}|{fork.draw}|{fork.change}").gauss(0, self.noise)
@@ -68,6 +78,8 @@ class Planted:
             base = 2 + 3.5 * math.exp(-step / 40) + batch
             if self.lr_kills and fork.lr_factor == 1.0:
                 base = min(5.5, 2 + 3.5 * math.exp(-min(step, 40) / 40) + 0.05 * max(0, step - 40)) + batch
+            if fork.lr_factor < 1.0:
+                base -= self.slower_learns
             stuck = self.no_return is not None and fork.path == LOW and start > self.no_return
             here = size if not stuck else max(size, self.damage(frozenset(self.cells), None, frozenset()))
             after = max(0, step - self.onset)

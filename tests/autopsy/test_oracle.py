@@ -2,20 +2,23 @@
 
 import json
 import math
+import shutil
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 from torch import nn
 
-from altgrad.autopsy import Recorder, autopsy
+from altgrad.autopsy import Recorder, autopsy, workers
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop, jittered
 from altgrad.autopsy.oracle import LoopOracle
-from altgrad.autopsy.run import check_versions
+from altgrad.autopsy.run import check_versions, plan
 from altgrad.autopsy.search import Settings
-from altgrad.errors import ConfigError, ReportError
+from altgrad.errors import ConfigError, OptionError, ReportError
 from altgrad.nn import attach_optimizer, quantize_model, uniform
 from altgrad.nn.recipe.cells import Cell
 from altgrad.nn.recipe.spec import OperandSpec
@@ -140,6 +143,73 @@ def test_runs_whose_bits_cannot_be_had_again_are_refused(tmp_path, environment, 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ReportError, match=r"config\.yaml"):
         autopsy(tmp_path)
+
+
+# -- side by side ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(run_folder):
+    """The verdict of one process, whose folder is left without an autopsy."""
+    verdict = autopsy(run_folder, budget=300, settings=QUICK)
+    shutil.rmtree(run_folder / "autopsy")
+    return verdict
+
+
+def test_two_processes_say_what_one_says_and_leave_no_states(run_folder, whole):
+    told = []
+    verdict = autopsy(run_folder, budget=300, settings=QUICK, jobs=2, told=told.append)
+    assert (verdict.sentence, verdict.rescue, verdict.roles) == (whole.sentence, whole.rescue, whole.roles)
+    assert not (run_folder / "autopsy" / "states").exists()
+    assert told[0].left > told[-1].left
+    shutil.rmtree(run_folder / "autopsy")
+
+
+class Dying:
+    """An executor whose workers die after some calls, or that is interrupted there."""
+
+    def __init__(self, calls, error):
+        self.calls, self.error = calls, error
+
+    def submit(self, function, /, *arguments):
+        future = Future()
+        self.calls -= 1
+        if self.calls < 0:
+            future.set_exception(self.error)
+        else:
+            future.set_result(function(*arguments))
+        return future
+
+
+def test_an_autopsy_interrupted_among_its_workers_goes_on(run_folder, whole):
+    log = run_folder / "autopsy" / "forks.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        autopsy(run_folder, settings=QUICK, jobs=2, executor=Dying(5, KeyboardInterrupt()))
+    known = len(log.read_text().splitlines())
+    assert known >= 4
+    with pytest.warns(UserWarning, match="a worker died"):
+        verdict = autopsy(run_folder, budget=300, settings=QUICK, jobs=2, executor=Dying(3, BrokenProcessPool()))
+    assert (verdict.cells, verdict.rescue) == (whole.cells, whole.rescue)
+    assert verdict.forks >= whole.forks
+    shutil.rmtree(run_folder / "autopsy")
+
+
+def test_a_worker_that_does_not_have_the_runs_bits_is_refused(run_folder, whole, monkeypatch):
+    monkeypatch.setattr(workers, "first_other", lambda recorded, own: 0)
+    workers._OPENED.clear()
+    with pytest.raises(ConfigError, match="this worker does not repeat the run"):
+        autopsy(run_folder, settings=QUICK, jobs=2, executor=Dying(9, None))
+    workers._OPENED.clear()
+    shutil.rmtree(run_folder / "autopsy")
+
+
+def test_the_plan_is_measured_and_needs_no_fork(run_folder, whole):
+    planned = plan(run_folder, 120)
+    assert (planned.steps, planned.budget) == (40, 120)
+    assert planned.seconds(60) < 60  # a fork of 16 steps takes tens of milliseconds; start-up is none of it
+    assert "typically" in str(planned)
+    with pytest.raises(OptionError, match="0 jobs"):
+        autopsy(run_folder, jobs=0)
 
 
 # -- a person's own loop ------------------------------------------------------------------------------------------------

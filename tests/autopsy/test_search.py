@@ -71,7 +71,7 @@ def test_too_high_a_learning_rate_is_not_precision():
     verdict = autopsy(Planted(lambda *_: 0.0, lr_kills=True))
     assert verdict.kind == "not precision"
     assert verdict.mechanism == "learning rate"
-    assert "half the learning rate" in verdict.sentence
+    assert "0.5 times the learning rate" in verdict.sentence
 
 
 def test_a_dead_run():
@@ -84,6 +84,29 @@ def test_diffuse_damage_is_not_pinned_on_anybody():
     verdict = autopsy(Planted(sum_of(dict.fromkeys(CELLS, 0.05))), settings=Settings(most_groups=2), budget=400)
     assert verdict.kind == "inconclusive"
     assert "spread" in verdict.sentence
+
+
+def test_damage_that_all_layers_of_a_role_share_is_the_roles():
+    guilty = [one for one in CELLS if one.role == "weight"]
+    verdict = autopsy(Planted(sum_of(dict.fromkeys(guilty, 0.2))), settings=Settings(most_groups=2))
+    assert verdict.kind == "cause"
+    assert verdict.structure == "spread"
+    assert set(verdict.cells) == set(map(str, guilty))
+    assert "forward.weight in 7 layers" in verdict.sentence
+
+
+def test_float32_that_learns_more_at_a_slower_rate_is_not_precision():
+    verdict = autopsy(Planted(lambda *_: 0.0, slower_learns=0.6))
+    assert (verdict.kind, verdict.mechanism) == ("not precision", "learning rate")
+    assert verdict.forks <= 3
+
+
+def test_forks_stop_early_and_say_the_same():
+    early, late = Planted(any_of(HEAD), onset=60), Planted(any_of(HEAD), onset=60, ignores_stop=True)
+    one, other = autopsy(early), autopsy(late)
+    assert (one.cells, one.kind, one.rescue) == (other.cells, other.kind, other.rescue)
+    assert early.steps_taken < late.steps_taken
+    assert one.forks <= 60
 
 
 def test_the_budget_ends_as_inconclusive_with_what_is_known():
@@ -118,8 +141,11 @@ def test_an_interrupted_autopsy_goes_on_without_running_a_fork_twice(tmp_path):
     oracle = Planted(any_of(HEAD))
     verdict = investigate(Forks(oracle, budget=200, log=log))
     assert verdict.kind == "cause"
-    known = [json.loads(line)["key"] for line in log.read_text().splitlines() if line.endswith("}")]
-    assert len(known) == len(set(known))
+    lengths: dict[str, list[int]] = {}
+    for line in log.read_text().splitlines():
+        if line.endswith("}"):
+            lengths.setdefault((record := json.loads(line))["key"], []).append(len(record["losses"]))
+    assert all(lengths == sorted(set(lengths)) for lengths in lengths.values())  # again only where it had stopped early
     whole = autopsy(Planted(any_of(HEAD)))
     assert verdict.cells == whole.cells
     assert verdict.rescue == whole.rescue

@@ -1,0 +1,46 @@
+"""Writes what an autopsy found: verdict.json, autopsy.html and autopsy.md, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from altgrad.autopsy.fork import LOW, TWIN
+from altgrad.autopsy.oracle import LoopOracle
+from altgrad.autopsy.verdict import Verdict
+from altgrad.records.files import write_json, write_text
+from altgrad.report.pages.autopsy import render_autopsy
+
+
+def write_findings(
+    out: Path, verdict: Verdict, oracle: LoopOracle, facts: Mapping[str, Any], command: str | None
+) -> dict[str, Any]:
+    """Write the findings into the folder `out`, which exists; returns what verdict.json holds.
+
+    Args:
+        facts: of the run, such as its run_id and seed.
+        command: what repeats the autopsy; None where no command does.
+    """
+    losses = {"run": oracle.history(LOW), "twin": oracle.history(TWIN)}
+    data: dict[str, Any] = {
+        **verdict.as_dict(),
+        "losses": {name: [v if v == v else None for v in values] for name, values in losses.items()},
+        "places": {str(cell): [cell.layer, cell.gemm, cell.role] for cell in oracle.cells},
+        "run": {**facts, "formats": oracle.loop.recipe.text},
+        "command": command,
+        "saving": saving_recipe(verdict, oracle),
+    }
+    write_json(out / "verdict.json", data)
+    html, markdown = render_autopsy(data)
+    write_text(out / "autopsy.html", html)
+    write_text(out / "autopsy.md", markdown)
+    return data
+
+
+def saving_recipe(verdict: Verdict, oracle: LoopOracle) -> str | None:
+    """The recipe with the cells found in float32, as text that a config takes; None without a cause."""
+    if not verdict.cells:
+        return None
+    guilty = frozenset(cell for cell in oracle.cells if str(cell) in verdict.cells)
+    return oracle.loop.recipe.rescue(guilty, oracle.loop.model).text
