@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from altgrad.errors import FormatError
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import block_format, generic_format, get_format
 from altgrad.formats.rounding import Overflow, Rounding
@@ -37,6 +38,13 @@ def widened(fmt: FloatFormat, exponent: int = 0, mantissa: int = 0) -> FloatForm
 
 
 def _with_format(spec: Spec, alter: Callable[[FloatFormat], FloatFormat]) -> Spec:
+    try:
+        return _altered(spec, alter)
+    except FormatError as error:
+        raise NotApplicable(f"no such format: {str(error).split(';')[0]}") from None
+
+
+def _altered(spec: Spec, alter: Callable[[FloatFormat], FloatFormat]) -> Spec:
     assert spec.format is not None
     fmt = get_format(spec.format)
     if isinstance(fmt, BlockFormat):

@@ -18,9 +18,16 @@ import numpy as np
 from altgrad.autopsy.fork import Outcome
 
 FLOOR = 0.01
-"""Damage in nats below which nothing is called damage, however small the noise."""
-DEAD_NOISE = 0.02
-"""Standard deviation assumed of draws that all died: they have the same ceiling, so they show none."""
+"""Damage in nats below which nothing is called damage, however small the noise..."""
+FLOOR_SHARE = 1 / 500
+"""...and as a share of the ceiling, for losses that are small in themselves, such as squared errors."""
+DEAD_NOISE = 2
+"""Standard deviation, in floors, assumed of draws that all died: they have the same ceiling, so they show none."""
+
+
+def floor_of(ceiling: float) -> float:
+    """Damage below which nothing is called damage where the losses of an untrained model are `ceiling`."""
+    return min(FLOOR, FLOOR_SHARE * ceiling)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,15 @@ class Yardstick:
 
     twin: tuple[float, ...]
     ceiling: float
+
+    @property
+    def floor(self) -> float:
+        """Damage below which nothing is called damage."""
+        return floor_of(self.ceiling)
+
+    def band(self, outcomes: Sequence[Outcome]) -> Band:
+        """The draws of one question."""
+        return Band(tuple(self.damage(o) for o in outcomes if o.refused is None), self.floor)
 
     def damage(self, outcome: Outcome) -> float:
         """Damage in nats of a fork of the twin's horizon; of one that was stopped early, over what it saw last."""
@@ -53,6 +69,7 @@ class Band:
     """Draws of one question: their mean damage and how far single draws scatter."""
 
     values: tuple[float, ...]
+    floor: float = FLOOR
 
     @property
     def mean(self) -> float:
@@ -61,10 +78,8 @@ class Band:
     @property
     def sd(self) -> float:
         """Standard deviation of one draw; that of dead draws, which all sit at the ceiling, is assumed."""
-        if len(self.values) < 2:
-            return DEAD_NOISE
-        found = float(np.std(self.values, ddof=1))
-        return found if found > 1e-6 else DEAD_NOISE
+        found = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+        return found if found > 1e-4 * self.floor else DEAD_NOISE * self.floor
 
     @property
     def error(self) -> float:
@@ -97,7 +112,7 @@ class Null:
     @property
     def damaged(self) -> bool:
         """Whether there is damage: beyond the floor, and four standard errors from none."""
-        return self.damage > FLOOR and self.z > 4.0
+        return self.damage > self.low.floor and self.z > 4.0
 
 
 @dataclass(frozen=True)

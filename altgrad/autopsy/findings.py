@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.autopsy.fork import LOW, TWIN
+from altgrad.autopsy.moments import MomentCell
 from altgrad.autopsy.oracle import LoopOracle
 from altgrad.autopsy.verdict import Verdict
+from altgrad.nn.recipe.cells import Cell
 from altgrad.records.files import write_json, write_text
 from altgrad.report.pages.autopsy import render_autopsy
 
@@ -42,5 +44,7 @@ def saving_recipe(verdict: Verdict, oracle: LoopOracle) -> str | None:
     """The recipe with the cells found in float32, as text that a config takes; None without a cause."""
     if not verdict.cells:
         return None
-    guilty = frozenset(cell for cell in oracle.cells if str(cell) in verdict.cells)
-    return oracle.loop.recipe.rescue(guilty, oracle.loop.model).text
+    guilty = [cell for cell in oracle.cells if str(cell) in verdict.cells]
+    text = oracle.loop.recipe.rescue([cell for cell in guilty if isinstance(cell, Cell)], oracle.loop.model).text
+    moments = [cell.role for cell in guilty if isinstance(cell, MomentCell)]
+    return text + (f"\nand {' and '.join(moments)} in float32 (the optimizer's moment_format)" if moments else "")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from altgrad.autopsy.damage import floor_of
 from altgrad.autopsy.fork import TWIN, Fork
 from altgrad.autopsy.forks import Forks
 
@@ -40,10 +41,10 @@ def unwell(losses: Sequence[float], top: float) -> str | None:
     smooth = _smooth(losses, top)
     gained = smooth[0] - smooth.min()
     if gained < 0.02 * smooth[0]:
-        return f"it never learned: its smoothed loss fell by {gained:.3f} nats"
+        return f"it never learned: its smoothed loss fell by {gained:.3g}"
     lost = smooth[-1] - smooth.min()
-    if lost > 0.25 * gained and lost > 0.05:
-        return f"it lost {lost:.2f} of the {gained:.2f} nats that it had learned"
+    if lost > 0.25 * gained and lost > 5 * floor_of(top):
+        return f"it lost {lost:.3g} of the {gained:.3g} nats that it had learned"
     return None
 
 
@@ -94,7 +95,7 @@ def _cured(losses: Sequence[float], twin: Sequence[float], ceiling: float) -> bo
 def too_fast(forks: Forks, ceiling: float, longest: int) -> dict[str, Any] | None:
     """Whether a twin that did as well as the run learns clearly more at a slower learning rate; None: it does not.
 
-    Clearly: the mean loss of the last quarter falls by a tenth of what the twin had learned, and by 0.1 nats.
+    Clearly: the mean loss of the last quarter falls by a tenth of what the twin had learned, and by ten times the floor of damage.
     """
     twin = list(forks.oracle.history(TWIN))
     horizon = min(len(twin), longest)
@@ -108,12 +109,12 @@ def too_fast(forks: Forks, ceiling: float, longest: int) -> dict[str, Any] | Non
         strict=True,
     ):
         gained = own - float(np.mean(_smooth(outcome.losses, ceiling)[-last:]))
-        if gained > max(BETTER * learned, 0.1):
+        if gained > max(BETTER * learned, 10 * floor_of(ceiling)):
             return {
                 "sentence": f"Not precision: float32 does as badly, and at {factor:g} times the learning rate it ends "
-                f"{gained:.2f} nats lower.",
+                f"{gained:.3g} nats lower.",
                 "level": "cause",
                 "mechanism": "learning rate",
-                "gates": (f"float32 does no better; {factor:g} times the learning rate gains {gained:.2f} nats",),
+                "gates": (f"float32 does no better; {factor:g} times the learning rate gains {gained:.3g} nats",),
             }
     return None

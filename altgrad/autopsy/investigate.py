@@ -6,7 +6,7 @@ confirmation, mechanism, decision. A stage that cannot be decided ends the autop
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,11 @@ import numpy as np
 from altgrad.analysis.statistics import holm
 from altgrad.autopsy import mechanism
 from altgrad.autopsy.confidence import confidence
-from altgrad.autopsy.damage import FLOOR, Yardstick
+from altgrad.autopsy.damage import Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import BudgetSpent, Forks
 from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, too_fast, unwell
-from altgrad.autopsy.search import Found, Search, Settings, expected_forks, names
+from altgrad.autopsy.search import Found, Prior, Search, Settings, expected_forks, names
 from altgrad.autopsy.verdict import (
     CAUSE,
     INCONCLUSIVE,
@@ -38,7 +38,7 @@ def investigate(
     forks: Forks,
     *,
     symptom: int | None = None,
-    prior: Mapping[Any, float] | None = None,
+    prior: Prior | None = None,
     ceiling: float | None = None,
     settings: Settings | None = None,
 ) -> Verdict:
@@ -47,7 +47,8 @@ def investigate(
     Args:
         forks: the oracle, with its cache, log and budget.
         symptom: the step at which the run's own verdict found it.
-        prior: suspicion of each cell, larger is more; it orders the search and decides nothing.
+        prior: (step of the captured state, cells) to the suspicion of each, larger is more; it is asked about the cells
+            of the roles that matter, orders the search, and decides nothing.
         ceiling: largest loss that counts; None: the larger of the two trajectories' first losses.
         settings: how hard to look.
 
@@ -57,8 +58,8 @@ def investigate(
     settings = settings or Settings()
     low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
     top = ceiling if ceiling is not None else first_loss_ceiling(low, twin)
-    so_far = Verdict(INCONCLUSIVE, "", symptom=symptom, prior={str(k): v for k, v in (prior or {}).items()})
-    search = Search(forks, settings, prior or {}, top, so_far)
+    so_far = Verdict(INCONCLUSIVE, "", symptom=symptom)
+    search = Search(forks, settings, prior or (lambda start, cells: {}), top, so_far)
     try:
         verdict = _stages(search, so_far, low, twin)
     except BudgetSpent:
@@ -78,19 +79,20 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         return replace(so_far, kind=REFUSED, sentence=f"The run has {length} steps; an autopsy needs at least 10.")
     yardstick = Yardstick(tuple(twin[:length]), top)
     gap = yardstick.curve(low[:length])
-    rise = max(FLOOR, 0.1 * float(np.mean(gap[-max(5, length // 10) :])))
+    floor = floor_of(top)
+    rise = max(floor, 0.1 * float(np.mean(gap[-max(5, length // 10) :])))
 
     # gates
     forks.stage = "gates"
     gates: list[str] = []
     wrong = unwell(twin, top)
-    if wrong and float(np.mean(gap[length // 2 :])) < max(0.5 * own_damage(twin, top), FLOOR):
+    if wrong and float(np.mean(gap[length // 2 :])) < max(0.5 * own_damage(twin, top), floor):
         return replace(so_far, kind=NOT_PRECISION, **not_precision(forks, wrong, top, settings.longest))
     onset = change_point(gap, rise)
-    if onset is None or (rise <= FLOOR and float(np.mean(gap[-max(5, length // 10) :])) < FLOOR):
+    if onset is None or (rise <= floor and float(np.mean(gap[-max(5, length // 10) :])) < floor):
         if (wrong := too_fast(forks, top, settings.longest)) is not None:
             return replace(so_far, kind=NOT_PRECISION, **wrong)
-        sentence = f"No damage in the window: the run ends {np.mean(gap[-5:]):+.3f} nats from its float32 twin."
+        sentence = f"No damage in the window: the run ends {np.mean(gap[-5:]):+.3g} nats from its float32 twin."
         return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence, damage=float(np.mean(gap[-5:])))
     gates.append(f"float32 twin survives (loss {twin[-1]:.3f} at step {len(twin)})")
 
@@ -109,12 +111,12 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     search.so_far = so_far
     if not null.damaged:
         sentence = (
-            f"No damage in the window: {null.damage:+.3f} nats over steps {window.start + 1} to "
-            f"{window.start + window.horizon}, where single draws scatter by {null.noise:.3f}."
+            f"No damage in the window: {null.damage:+.3g} nats over steps {window.start + 1} to "
+            f"{window.start + window.horizon}, where single draws scatter by {null.noise:.2g}."
         )
         return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence)
     gates.append(
-        f"low precision fails again: {null.damage:.3f} nats, {null.z:.0f} standard errors, {settings.draws} draws"
+        f"low precision fails again: {null.damage:.3g} nats, {null.z:.0f} standard errors, {settings.draws} draws"
     )
 
     # bounds
@@ -132,6 +134,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     search.so_far = so_far
 
     found = search.split(roles)
+    so_far = replace(so_far, prior={str(cell): value for cell, value in search.suspicion.items()})
     whole, parts, members, placebos = search.confirm(found)
     assert whole.rescue is not None
     assert whole.alone is not None
@@ -174,7 +177,7 @@ def _sentence(v: Verdict) -> str:
     )
     who = whole_roles(v.cells) if v.structure == "spread" else joined(v.cells)
     return (
-        f"{who} {verb} the damage of {v.damage:.2f} nats from step {v.onset} on ({v.mechanism}): "
+        f"{who} {verb} the damage of {v.damage:.3g} nats from step {v.onset} on ({v.mechanism}): "
         f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
     )
 

@@ -24,6 +24,9 @@ class Loop(Protocol):
     def model(self) -> nn.Module: ...
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
     def recipe(self) -> Recipe:
         """The run's own recipe."""
         ...
@@ -69,7 +72,8 @@ class TrainerLoop:
             raise ConfigError(f"this run is spread over {trainer.ranks.world_size} ranks; autopsy it on one")
         if trainer.formats.recipe is None:
             raise ConfigError("this run is in float32: there are no low-precision cells to look at")
-        self.trainer, self.recipe, self.model = trainer, trainer.formats.recipe, trainer.model
+        self.trainer, self.recipe = trainer, trainer.formats.recipe
+        self.model, self.optimizer = trainer.model, trainer.optimizer
 
     def capture(self) -> dict[str, Any]:
         return self.trainer.capture()

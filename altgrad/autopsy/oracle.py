@@ -15,8 +15,8 @@ from typing import Any
 from altgrad.autopsy.changes import CHANGES, NotApplicable
 from altgrad.autopsy.fork import LOW, TWIN, Fork, Outcome, Stop
 from altgrad.autopsy.loop import Loop, jittered
+from altgrad.autopsy.moments import MomentCell, moment_cells, put_moments
 from altgrad.errors import ConfigError
-from altgrad.nn import Recipe
 from altgrad.nn.recipe.cells import Cell
 from altgrad.randomness import seed_of
 from altgrad.training.step.state_tree import CaptureRing
@@ -40,7 +40,7 @@ class LoopOracle:
         tell: progress of the two trajectories and of the prior.
 
     Raises:
-        ConfigError: the recipe quantizes nothing.
+        ConfigError: nothing is quantized.
     """
 
     def __init__(
@@ -54,25 +54,25 @@ class LoopOracle:
         tell: Tell | None = None,
     ) -> None:
         self.loop, self.steps, self.seed = loop, steps, seed
-        self.specs = loop.recipe.cells(loop.model)
-        self.cells: tuple[Cell, ...] = tuple(self.specs)
+        self.specs = cells_of(loop)
+        self.cells: tuple[Any, ...] = tuple(self.specs)
         self._everything = frozenset(self.cells)
         if not self.cells:
-            raise ConfigError("the recipe quantizes nothing: there are no low-precision cells to look at")
+            raise ConfigError("nothing is quantized: there are no low-precision cells to look at")
         every = max(1, steps // captures)
         self._rings = {path: CaptureRing(every, max(1, limit_bytes // 2)) for path in (LOW, TWIN)}
         self._losses: dict[str, list[float]] = {LOW: [], TWIN: []}
         self.tell: Tell = tell or (lambda what, done, of: None)
         with loop.aside():
             initial = loop.capture()
-            for path, recipe in ((LOW, None), (TWIN, self._only(frozenset()))):
+            for path in (LOW, TWIN):
                 loop.restore(initial)
-                self._train(path, recipe)
+                self._train(path)
 
-    def _train(self, path: str, recipe: Recipe | None) -> None:
+    def _train(self, path: str) -> None:
         loop, ring, losses = self.loop, self._rings[path], self._losses[path]
-        if recipe is not None:
-            loop.put(recipe)
+        if path == TWIN:
+            put_low(loop, {})
         ring.keep(0, loop.capture())
         for step in range(1, self.steps + 1):
             losses.append(loop.advance())
@@ -110,33 +110,31 @@ class LoopOracle:
         """The captured state that a fork leaves from."""
         return self._rings[fork.path][fork.start]
 
-    def _only(self, low: frozenset) -> Recipe:
-        return self.loop.recipe.only(low, self.loop.model)
+    def prior(self, start: int, cells: Sequence[Any]) -> dict[Any, float]:
+        """Suspicion of some cells by one forward and backward each: how far the gradient moves when it alone is low.
 
-    def prior(self, start: int) -> dict[Cell, float]:
-        """Suspicion of each cell by one forward and backward: how far the gradient moves when it alone is low.
+            |g(cell low) - g(float32)| / |g(float32)|    over all parameters, at the run's state after step `start`
 
-            |g(cell low) - g(float32)| / |g(float32)|    over all parameters
-
-        It orders the search and decides nothing: symptoms are not damage, and storage, which acts after the gradient,
-        is not seen; a stored weight is tried first.
+        It orders the search and decides nothing: symptoms are not damage, and what acts after the gradient, stored weights
+        and moments, is not seen; it is tried first.
         """
-        exact = self._gradient(start, frozenset())
-        size, found = float(exact.norm()) or 1.0, {}
-        for i, cell in enumerate(self.cells):
-            moved = math.inf
-            if cell.role != "storage":
+        asked = [cell for cell in cells if isinstance(cell, Cell) and cell.role != "storage"]
+        found = dict.fromkeys(cells, math.inf)
+        if not asked:
+            return found
+        with self.loop.aside():
+            exact = self._gradient(start, frozenset())
+            size = float(exact.norm()) or 1.0
+            for i, cell in enumerate(asked):
                 moved = float((self._gradient(start, frozenset([cell])) - exact).norm()) / size
-            found[cell] = moved if moved == moved else math.inf
-            self.tell("one-step attribution", i + 1, len(self.cells))
+                found[cell] = moved if moved == moved else math.inf
+                self.tell("one-step attribution", i + 1, len(asked))
         return found
 
     def _gradient(self, start: int, low: frozenset) -> Any:
-        loop = self.loop
-        with loop.aside():
-            loop.restore(self._rings[LOW][start])
-            loop.put(self._only(low))
-            return loop.gradient()
+        self.loop.restore(self._rings[LOW][start])
+        put_low(self.loop, {cell: self.specs[cell] for cell in low})
+        return self.loop.gradient()
 
 
 def run_fork(
@@ -151,10 +149,10 @@ def run_fork(
     begun = time.monotonic()
     losses: list[float] = []
     try:
-        recipe = recipe_of(loop, specs, fork)
+        low = specs_of(specs, fork)
         with loop.aside():
             loop.restore(jittered(state, fork.draw) if fork.draw else state)
-            loop.put(recipe)
+            put_low(loop, low)
             if fork.draw:
                 loop.reseed(seed_of(seed, "draw", fork.draw))
             while len(losses) < fork.horizon and not (stop is not None and stop(losses)):
@@ -164,30 +162,52 @@ def run_fork(
     return Outcome(tuple(losses), seconds=time.monotonic() - begun)
 
 
-def recipe_of(loop: Loop, specs: Mapping[Any, Any], fork: Fork) -> Recipe:
-    """The recipe that a fork trains under.
+def cells_of(loop: Loop) -> dict[Any, Any]:
+    """Every low-precision cell of a loop with what it is quantized by: those of its recipe, and moments in a format."""
+    return {**loop.recipe.cells(loop.model), **moment_cells(loop.optimizer)}
+
+
+def put_low(loop: Loop, specs: Mapping[Any, Any]) -> None:
+    """Make these cells low by these specs, and all others float32."""
+    low = {cell: spec for cell, spec in specs.items() if isinstance(cell, Cell)}
+    recipe = loop.recipe.only(low, loop.model)
+    known = loop.recipe.cells(loop.model)
+    for cell, spec in low.items():
+        if spec != known[cell]:
+            recipe = recipe.with_cell(cell.layer, cell.gemm, cell.role, spec, loop.model)
+    loop.put(recipe)
+    put_moments(loop.optimizer, {cell: spec for cell, spec in specs.items() if isinstance(cell, MomentCell)})
+
+
+def specs_of(specs: Mapping[Any, Any], fork: Fork) -> dict[Any, Any]:
+    """The low cells of a fork with what each is quantized by there.
 
     Raises:
         NotApplicable: the change has nothing to change on any of the cells.
     """
-    plain = loop.recipe.only(fork.low, loop.model)
+    low = {cell: specs[cell] for cell in specs if cell in fork.low}
     if fork.change is None:
-        return plain
+        return low
     if fork.change == "master":
-        stored = frozenset(cell for cell in fork.changed if cell.role == "storage")
+        stored = [cell for cell in fork.changed if cell.role == "storage"]
         if not stored:
             raise NotApplicable("no weight is stored in low precision there")
-        return loop.recipe.only(fork.low - stored, loop.model)
-    recipe, why = plain, "it changes nothing"
+        return {cell: spec for cell, spec in low.items() if cell not in stored}
+    changed, why = {}, "it changes nothing"
     for cell in sorted(fork.changed, key=str):
         try:
-            spec = CHANGES[fork.change](specs[cell])
-            recipe = recipe.with_cell(cell.layer, cell.gemm, cell.role, spec, loop.model)
+            if isinstance(cell, MomentCell) and fork.change not in OF_MOMENTS:
+                raise NotApplicable("a moment has no such choice")
+            changed[cell] = CHANGES[fork.change](specs[cell])
         except NotApplicable as reason:
             why = str(reason)
-    if recipe == plain:
+    if not changed:
         raise NotApplicable(why)
-    return recipe
+    return {**low, **changed}
+
+
+OF_MOMENTS = ("exponent", "mantissa", "stochastic", "nearest")
+"""Changes that a moment can have."""
 
 
 def first_other(recorded: Sequence[float], replayed: Sequence[float]) -> int | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from altgrad.autopsy.loop import Loop
+from altgrad.autopsy.oracle import cells_of, put_low
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.window import SHORTEST
 
@@ -30,18 +31,16 @@ class Pace:
 def measure(loop: Loop, steps: int = 4) -> Pace:
     """The pace of a loop, which is left where it was. First steps, which compile kernels, are not counted."""
 
-    def pace(recipe: Any) -> tuple[float, float]:
-        turn = _timed(lambda: (loop.restore(state), loop.put(recipe)))
+    def pace(low: Mapping[Any, Any]) -> tuple[float, float]:
+        turn = _timed(lambda: (loop.restore(state), put_low(loop, low)))
         loop.advance()
         return turn, min(_timed(loop.advance) for _ in range(steps - 1))
 
-    cells = frozenset(loop.recipe.cells(loop.model))
     with loop.aside():
-        capture = _timed(lambda: loop.capture())
+        capture = _timed(loop.capture)
         state = loop.capture()
-        _, low = pace(loop.recipe)
-        turn, twin = pace(loop.recipe.only(frozenset(), loop.model))
-        turn = max(turn, _timed(lambda: (loop.restore(state), loop.put(loop.recipe.only(cells, loop.model)))))
+        turn, low = pace(cells_of(loop))
+        _, twin = pace({})
     return Pace(low, twin, turn + 2 * capture)
 
 
@@ -75,7 +74,7 @@ class Plan:
         """The whole, with so many forks."""
         pace = self.pace
         trajectories = self.steps * (pace.low + pace.twin)
-        prior = (self.cells + 1) * (pace.low + pace.turn)
+        prior = self.cells / 6 * (pace.low + pace.turn)  # of the cells of the roles that matter, often one in six
         return trajectories + prior + forks * (pace.turn + self.horizon * pace.fork_step) / self.jobs
 
     def __str__(self) -> str:

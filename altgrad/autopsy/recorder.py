@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from altgrad.autopsy.changes import NotApplicable
 from altgrad.autopsy.findings import write_findings
-from altgrad.autopsy.fork import LOW
 from altgrad.autopsy.forks import Forks, Told
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.oracle import LoopOracle, Tell
@@ -213,8 +212,7 @@ class Recorder:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         forks = Forks(oracle, budget=budget, log=None if folder is None else folder / "forks.jsonl", tell=told)
-        window = max(c for c in oracle.captures(LOW) if c <= oracle.steps // 2)
-        verdict = investigate(forks, prior=oracle.prior(window), settings=settings)
+        verdict = investigate(forks, prior=oracle.prior, settings=settings)
         if folder is not None:
             write_findings(folder, verdict, oracle, {"run_id": type(self.model).__name__}, None)
         return verdict

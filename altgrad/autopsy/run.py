@@ -20,7 +20,7 @@ from altgrad.autopsy.findings import write_findings
 from altgrad.autopsy.forks import Forks, Told, read_log
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop
-from altgrad.autopsy.oracle import CAPTURES, LoopOracle, Tell, first_other
+from altgrad.autopsy.oracle import CAPTURES, LoopOracle, Tell, cells_of, first_other, put_low
 from altgrad.autopsy.plan import Plan, measure
 from altgrad.autopsy.search import Settings, expected_forks
 from altgrad.autopsy.verdict import Verdict
@@ -77,14 +77,12 @@ def autopsy(
         )
     if twin is not None:
         _check_twin(Path(twin), oracle)
-    start = max(c for c in oracle.captures(LOW) if c <= steps // 2)
     symptom = (result.get("verdict") or {}).get("detected_step")
-    prior = oracle.prior(start)
     with nullcontext(executor) if executor is not None or jobs == 1 else processes(jobs) as hands:
         asked = oracle if hands is None else Workers(oracle, folder, hands, jobs, out)
         try:
             forks = Forks(asked, budget=budget, log=out / "forks.jsonl", tell=told)
-            verdict = investigate(forks, symptom=symptom, prior=prior, settings=settings)
+            verdict = investigate(forks, symptom=symptom, prior=oracle.prior, settings=settings)
         finally:
             if isinstance(asked, Workers):
                 asked.close()
@@ -102,7 +100,7 @@ def plan(run_dir: str | Path, budget: int = 120, *, jobs: int = 1, settings: Set
     folder = Path(run_dir)
     trainer, recorded, _ = rebuild(folder)
     loop = TrainerLoop(trainer)
-    cells = list(loop.recipe.cells(loop.model))
+    cells = list(cells_of(loop))
     known = len(read_log(folder / FOLDER / "forks.jsonl"))
     expected = sum(expected_forks(cells, CAPTURES, settings or Settings()).values())
     return Plan(
@@ -123,13 +121,13 @@ def fork_run(
     if not 0 <= step <= len(recorded):
         raise ConfigError(f"step {step} is not in this run of {len(recorded)} steps")
     loop = TrainerLoop(trainer)
-    cells = list(loop.recipe.cells(loop.model))
-    rescued = choose(cells)
+    specs = cells_of(loop)
+    rescued = choose(list(specs))
     own = [loop.advance() for _ in range(step)]
     other = first_other(recorded, own)
     if other is not None:
         raise ConfigError(f"the replay differs from the recorded run at step {other + 1}; run it again here first")
-    loop.put(loop.recipe.only(frozenset(cells) - rescued, loop.model))
+    put_low(loop, {cell: spec for cell, spec in specs.items() if cell not in rescued})
     return step, recorded, [loop.advance() for _ in range(steps)], rescued
 
 

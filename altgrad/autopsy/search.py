@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from altgrad.autopsy import mechanism
-from altgrad.autopsy.damage import FLOOR, Band, Settled, Share, closed, share
+from altgrad.autopsy.damage import Band, Settled, Share, closed, share
 from altgrad.autopsy.forks import Forks
 from altgrad.autopsy.split import groups
 from altgrad.autopsy.verdict import (
@@ -20,6 +20,10 @@ from altgrad.autopsy.verdict import (
     Verdict,
 )
 from altgrad.autopsy.window import Window
+
+
+Prior = Callable[[int, Sequence[Any]], Mapping[Any, float]]
+"""(step of the captured state, cells) -> suspicion of each cell."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,13 @@ class Search:
     """The state of one autopsy: the forks, the window once it is known, and what has been concluded."""
 
     def __init__(
-        self, forks: Forks, settings: Settings, prior: Mapping[Any, float], ceiling: float, so_far: Verdict
+        self, forks: Forks, settings: Settings, prior: Prior, ceiling: float, so_far: Verdict
     ) -> None:
         self.forks, self.settings, self.ceiling = forks, settings, ceiling
         self.cells = tuple(forks.oracle.cells)
         self.everything = frozenset(self.cells)
-        self.prior = dict(prior)
+        self.prior = prior
+        self.suspicion: dict[Any, float] = {}  # of the cells that were looked at one by one
         self.window: Window
         self.so_far = so_far  # what is concluded when the budget ends
 
@@ -100,7 +105,7 @@ class Search:
     def band(self, low: frozenset, draws: Sequence[int], **more) -> Band:
         """Damage of a set of low cells over several draws."""
         outcomes = self.forks.all([self.window.fork(low, draw=k, **more) for k in draws])
-        return Band(tuple(self.window.yardstick.damage(o) for o in outcomes if o.refused is None))
+        return self.window.yardstick.band(outcomes)
 
     def damaged(self, low: frozenset) -> bool:
         """Whether these cells, low alone, do a share of the damage that matters; more draws where it is close."""
@@ -118,7 +123,7 @@ class Search:
     @property
     def _rule(self) -> Settled:
         null = self.window.null
-        limit = null.high.mean + max(self.settings.matters * null.damage, FLOOR)
+        limit = null.high.mean + max(self.settings.matters * null.damage, null.low.floor)
         return Settled(self.window.yardstick, limit, null.noise)
 
     def ahead(self, sets: Sequence[frozenset]) -> None:
@@ -139,11 +144,12 @@ class Search:
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
-    def order(self, roles: Sequence[Effect]) -> list:
-        """Cells, the most suspect first: of roles that matter, then by the prior, then in the model's order."""
-        weight = {name: max(e.rescue.value, e.alone.value) for e in roles for name in e.cells if e.rescue and e.alone}
+    def order(self, cells: Sequence[Any]) -> list:
+        """Cells, the most suspect first, by the prior; then in the model's order."""
+        start = self.window.start
+        self.suspicion = dict(self.prior(start, cells)) if len(cells) > 1 else {}
         place = {cell: i for i, cell in enumerate(self.cells)}
-        return sorted(self.cells, key=lambda c: (-round(weight.get(str(c), 0.0), 1), -self.prior.get(c, 0.0), place[c]))
+        return sorted(cells, key=lambda c: (-self.suspicion.get(c, 0.0), place[c]))
 
     def screen(self) -> list[Effect]:
         """Each role of each GEMM, rescued everywhere and low alone."""
@@ -155,12 +161,11 @@ class Search:
     def split(self, roles: Sequence[Effect]) -> Found:
         """Which roles do the damage, and which cells of them."""
         self.forks.stage = "layers"
-        order = self.order(roles)
-        place = {cell: i for i, cell in enumerate(order)}
-        kinds = sorted(kinds_of(order).values(), key=lambda kind: min(place[cell] for cell in kind))
+        weight = {name: max(e.rescue.value, e.alone.value) for e in roles for name in e.cells if e.rescue and e.alone}
+        kinds = sorted(kinds_of(self.cells).values(), key=lambda kind: -weight.get(str(min(kind, key=str)), 0.0))
         guilty = groups(kinds, lambda some: self.damaged(frozenset().union(*some)), len(kinds))
         suspects = frozenset().union(*guilty.union)
-        within = [cell for cell in order if cell in suspects]
+        within = self.order([cell for cell in self.cells if cell in suspects])
         found = groups(within, self.damaged, self.settings.most_groups, self.ahead)
         if found.complete and found.sets and not self.damaged(self.everything - found.union):
             return Found(found.sets, found.union, spread=False)

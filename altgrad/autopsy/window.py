@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from altgrad.autopsy.damage import FLOOR, Band, Null, Yardstick
+from altgrad.autopsy.damage import Null, Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks
 
@@ -74,10 +74,7 @@ def null_band(forks: Forks, start: int, horizon: int, ceiling: float, draws: int
     highs = [Fork(frozenset(), start, LOW, horizon, draw=k) for k in range(max(2, draws // 2) + 1)]
     outcomes = forks.all([*highs, *lows])
     yardstick = Yardstick(outcomes[0].losses, ceiling)
-    bands = (
-        Band(tuple(yardstick.damage(o) for o in part)) for part in (outcomes[len(highs) :], outcomes[1 : len(highs)])
-    )
-    return yardstick, Null(*bands)
+    return yardstick, Null(yardstick.band(outcomes[len(highs) :]), yardstick.band(outcomes[1 : len(highs)]))
 
 
 def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int) -> Window:
@@ -93,11 +90,11 @@ def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int) -
     most = max(min(longest, steps - start), 1)
     horizon = min(max(SHORTEST, 2 * (onset - start) + SHORTEST), most)
     gap = Yardstick(tuple(twin[start:]), ceiling).curve(low[start:])
-    while horizon < most and float(np.mean(gap[horizon // 2 : horizon])) < CLEAR * FLOOR:  # the two runs tell it free
+    while horizon < most and float(np.mean(gap[horizon // 2 : horizon])) < CLEAR * floor_of(ceiling):  # the two runs tell it free
         horizon = min(2 * horizon, most)
     while True:
         _, null = null_band(forks, start, horizon, ceiling, draws=2)
-        clear = null.damage > max(10 * null.noise, CLEAR * FLOOR)
+        clear = null.damage > max(10 * null.noise, CLEAR * floor_of(ceiling))
         if clear or horizon >= most:
             return Window(start, horizon, *null_band(forks, start, horizon, ceiling, draws))
         horizon = min(2 * horizon, most)
@@ -129,7 +126,7 @@ def no_return(forks: Forks, ceiling: float, horizon: int) -> int | None:
         yardstick = Yardstick(tuple(twin[step : step + length]), ceiling)
         without = yardstick.over(low[step : step + length], length // 2)
         outcome = forks(Fork(frozenset(), step, LOW, length))
-        return yardstick.damage(outcome) < max(without, FLOOR) / 2
+        return yardstick.damage(outcome) < max(without, yardstick.floor) / 2
 
     return bisect([c for c in forks.oracle.captures(LOW) if c + 2 <= min(len(low), len(twin))], rescued)
 
@@ -139,7 +136,7 @@ def first_damaged(forks: Forks, ceiling: float, window: Window, points: Sequence
     everything = frozenset(forks.oracle.cells)
     twin = list(forks.oracle.history(TWIN))
     reachable = [p for p in points if p + window.horizon <= len(twin)]
-    limit = max(window.null.damage / 4, FLOOR)
+    limit = max(window.null.damage / 4, floor_of(ceiling))
 
     def unharmed(step: int) -> bool:
         yardstick = Yardstick(tuple(twin[step : step + window.horizon]), ceiling)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from altgrad.autopsy.fork import LOW, Fork, Outcome, Stop
-from altgrad.autopsy.oracle import LoopOracle, first_other, run_fork
+from altgrad.autopsy.oracle import LoopOracle, cells_of, first_other, run_fork
 from altgrad.errors import ConfigError
 from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
 
@@ -67,7 +67,7 @@ def _opened(run_dir: str) -> Any:
     if _OPENED.get("run_dir") != run_dir:
         loop = TrainerLoop(rebuild(Path(run_dir))[0])
         _OPENED.clear()
-        _OPENED.update(run_dir=run_dir, loop=loop, specs=loop.recipe.cells(loop.model))
+        _OPENED.update(run_dir=run_dir, loop=loop, specs=cells_of(loop))
     return _OPENED["loop"]
 
 

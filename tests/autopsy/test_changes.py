@@ -61,5 +61,10 @@ def test_a_grid_is_altered_as_a_grid():
         CHANGES["fresh_scale"](grid)
 
 
+def test_a_format_that_float32_cannot_carry_is_no_intervention():
+    with pytest.raises(NotApplicable, match="E8M0: its largest value"):
+        CHANGES["exponent"](StorageSpec("E7M0"))
+
+
 def test_every_row_of_the_mechanisms_is_made_by_somebody():
     assert {row.name for row in ROWS} == {*CHANGES, "master", "half_lr"}
