@@ -25,6 +25,7 @@ from altgrad.autopsy import autopsy
 from altgrad.errors import AltGradError
 from altgrad.nn import Recipe, uniform
 from altgrad.nn.recipe.spec import OperandSpec
+from altgrad.quantization import NoScaling, StaticScaling
 from altgrad.records.files import write_json, write_text
 from altgrad.records.pack import pack_runs
 from altgrad.training.config.loading import load_config
@@ -102,7 +103,7 @@ def broken(base: Recipe, *cells: tuple[str, str, str], spec: OperandSpec) -> dic
 
 def fixed(fmt: str, scale: float, **options: Any) -> OperandSpec:
     """A format under a fixed scale."""
-    return OperandSpec(fmt, scaling={"policy": "static", "scale": scale}, **options)
+    return OperandSpec(fmt, scaling=StaticScaling(scale), **options)
 
 
 E4M3 = uniform("E4M3")
@@ -130,7 +131,10 @@ CASES = (
         Expected("cause", ("*.input",), ("*.forward.input",), ("range", "scale", "overflow")),
         {
             **SMALL,
-            **{"fp8_format": "E3M4_IEEE", "gradient_format": "E5M2", "scaling": "none", "overflow": "native"},
+            "fp8_format": "E3M4_IEEE",
+            "gradient_format": "E5M2",
+            "scaling": "none",
+            "overflow": "native",
             "optimizer": {"lr": 5e-3, "warmup_steps": 10},
         },
     ),
@@ -138,7 +142,7 @@ CASES = (
         "dead_head",
         "the head's output gradient in unscaled E1M6, whose smallest step is 1/32: all of it underflows",
         Expected("cause", ("head.*.grad_output",), ("head.input_grad.grad_output",), ("range", "scale")),
-        {**SMALL, "formats": broken(E4M3, *HEAD_GRADIENTS, spec=OperandSpec("E1M6", scaling="none"))},
+        {**SMALL, "formats": broken(E4M3, *HEAD_GRADIENTS, spec=OperandSpec("E1M6", scaling=NoScaling()))},
     ),
     Case(
         "decoys",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altgrad.autopsy import Recorder, Told
+from altgrad.formats.catalog import block_format
 from altgrad.nn import Recipe, attach_optimizer, quantize_model, uniform
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.recipe import Override
-from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec
-from altgrad.training.data import resolve_corpus
+from altgrad.nn.recipe.spec import OperandSpec
+from altgrad.records.files import write_text
 from altgrad.training.config.loading import load_config
+from altgrad.training.data import resolve_corpus
 from altgrad.training.model import GPT, GPTConfig
 
 Tell = Callable[[Told], None]
+Step = Callable[..., Tensor]
 Loop = Callable[[Path, int, Tell], tuple[dict[str, Any], dict[str, Any]]]
 """(where its files go, budget, progress) -> (verdict, more for the record)."""
 
@@ -53,19 +57,30 @@ def scrambled(folder: Path, budget: int, tell: Tell) -> tuple[dict[str, Any], di
 
 # -- the student-teacher proxy of arXiv 2506.20752 ------------------------------------------------------------------------
 
-WIDTH, DEPTH, BATCH, STEPS, LR, NOISE = 128, 4, 512, 3000, 6e-4, 5e-3
+WIDTH, DEPTH, BATCH, STEPS, LR, NOISE, SEEDS = 128, 4, 256, 2000, 6e-3, 5e-3, (0, 1, 2)
+"""Smaller and faster than the paper's: the width and the steps that two cores carry, and a rate at which MX shows."""
+
+
+class HalfNorm(nn.LayerNorm):
+    """A LayerNorm whose mean, deviation and normalised input are rounded to bfloat16, as vector units do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        half = input.bfloat16()
+        centred = half - half.mean(-1, keepdim=True)
+        normal = centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return normal.float() * self.weight + self.bias
 
 
 class Residual(nn.Module):
     """x + out(gelu(up(norm(x)))) for each layer; the teacher has no norms."""
 
-    def __init__(self, generator: torch.Generator, *, normed: bool) -> None:
+    def __init__(self, generator: torch.Generator, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) if normed else nn.Identity() for _ in range(DEPTH))
+        self.norms = nn.ModuleList(norm(WIDTH) for _ in range(DEPTH))
         self.ups = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH, bias=False) for _ in range(DEPTH))
         self.outs = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH, bias=False) for _ in range(DEPTH))
         for layer in (*self.ups, *self.outs):
-            nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+            nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, up, out in zip(self.norms, self.ups, self.outs, strict=True):
@@ -73,46 +88,82 @@ class Residual(nn.Module):
         return x
 
 
-def mx_recipe(*, norm_weight: str | None = "MXFP8", after_norm: bool = True) -> Recipe:
-    """Every product's operands in MXFP8, and norm weights; inputs of the layers after a norm can be left in float32."""
-    layers = layer_recipe("MXFP8")
-    overrides = []
-    if norm_weight is not None:
-        norm = LayerRecipe(layers.forward, layers.input_grad, layers.weight_grad, norm_weight=OperandSpec(norm_weight))
-        overrides.append(Override(norm, type="LayerNorm"))
-    if not after_norm:
-        plain = OperandSpec()
-        freed = LayerRecipe(
-            type(layers.forward)(input=plain, weight=layers.forward.weight),
-            layers.input_grad,
-            type(layers.weight_grad)(grad_output=layers.weight_grad.grad_output, input=plain),
-        )
-        overrides.append(Override(freed, name="ups.*"))
-    return Recipe(layers, tuple(overrides))
+def mx_recipe(norm_weight: str = "MXFP8", after_norm: str = "MXFP8") -> Recipe:
+    """Every product's operands in MXFP8 (E4M3, floor scale): norm weights, and inputs that come from a norm, as given."""
+    base = layer_recipe("MXFP8")
+    norm = replace(base, norm_weight=OperandSpec(norm_weight))
+    if after_norm == "MXFP8":
+        return Recipe(base, (Override(norm, type="LayerNorm"),))
+    spec = OperandSpec(after_norm)
+    ups = replace(
+        base,
+        forward=replace(base.forward, input=spec),
+        weight_grad=replace(base.weight_grad, input=spec),
+    )
+    return Recipe(base, (Override(norm, type="LayerNorm"), Override(ups, name="ups.*")))
 
 
-def proxy(recipe: Recipe | None, seed: int = 0, lr: float = LR) -> Recorder | Callable[[int], Tensor]:
-    """The student's loop behind a recorder, or, unquantized, its step function."""
-    torch.set_num_threads(1)
-    student = Residual(torch.Generator().manual_seed(2 * seed + 1), normed=True)
-    teacher = Residual(torch.Generator().manual_seed(2 * seed + 2), normed=False).requires_grad_(False)
+UNCLAMPED = block_format("E4M3", 32, "E8M0", "ceil").name
+SWITCHES: dict[str, tuple[Recipe | None, type[nn.Module]]] = {
+    "float32": (None, nn.LayerNorm),
+    "all in MX": (mx_recipe(), nn.LayerNorm),
+    "norm weights in BF16": (mx_recipe(norm_weight="BF16"), nn.LayerNorm),
+    "norm weights under a ceil scale": (mx_recipe(norm_weight=UNCLAMPED), nn.LayerNorm),
+    "inputs after a norm under a ceil scale": (mx_recipe(after_norm=UNCLAMPED), nn.LayerNorm),
+    "norm internals in BF16, norm weights in BF16": (mx_recipe(norm_weight="BF16"), HalfNorm),
+}
+"""What is switched, one thing at a time. A floor scale clamps what exceeds 1.75 times its block's power of two; a ceil
+scale clamps nothing."""
+
+
+def student(recipe: Recipe | None, norm: type[nn.Module], seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+    """(student, optimizer, step function) of one run."""
+    model = Residual(torch.Generator().manual_seed(2 * seed + 1), norm)
+    teacher = Residual(torch.Generator().manual_seed(2 * seed + 2), nn.Identity).requires_grad_(False)
     if recipe is not None:
-        quantize_model(student, recipe)
-    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+        quantize_model(model, recipe)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     if recipe is not None:
-        attach_optimizer(student, optimizer)
+        attach_optimizer(model, optimizer)
 
     def step_fn(step: int, data: int = 0) -> Tensor:
         drawn = torch.Generator().manual_seed(seed + 1_000_003 * (step + 100_000 * data))
         x = torch.randn(BATCH, WIDTH, generator=drawn)
         y = teacher(x) + NOISE * torch.randn(BATCH, WIDTH, generator=drawn)
-        loss = F.mse_loss(student(x), y)
+        loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss
+        return loss.detach()
 
-    return step_fn if recipe is None else Recorder(student, optimizer, step_fn, every=100, limit_bytes=2**28)
+    return model, optimizer, step_fn
 
 
-LOOPS: dict[str, Loop] = {"scrambled": scrambled}
+def switched(folder: Path) -> dict[str, list[float]]:
+    """Mean squared error of the last 200 steps of each switch and seed; a finished run is read back."""
+    found: dict[str, list[float]] = {}
+    for name, (recipe, norm) in SWITCHES.items():
+        for seed in SEEDS:
+            done = folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.txt"
+            if not done.exists():
+                step_fn = student(recipe, norm, seed)[2]
+                losses = [float(step_fn(step)) for step in range(1, STEPS + 1)]
+                write_text(done, repr(sum(losses[-200:]) / 200))
+            found.setdefault(name, []).append(float(done.read_text()))
+            print(f"  {name}, seed {seed}: {found[name][-1]:.5f}", flush=True)
+    return found
+
+
+def norm_weights(folder: Path, budget: int, tell: Tell) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The switches apart, and the autopsy of the run with everything in MX."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    switches = switched(folder)
+    model, optimizer, step_fn = student(*SWITCHES["all in MX"], SEEDS[0])
+    recorder = Recorder(model, optimizer, step_fn, every=100, limit_bytes=2**28)
+    for _ in range(STEPS):
+        recorder.step()
+    return recorder.autopsy(budget=budget, out=folder, told=tell).as_dict(), {"switches": switches}
+
+
+LOOPS: dict[str, Loop] = {"scrambled": scrambled, "norm_weights": norm_weights}

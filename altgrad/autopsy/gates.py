@@ -62,18 +62,18 @@ def not_precision(forks: Forks, wrong: str, ceiling: float, longest: int) -> dic
     cured = []
     twin = list(forks.oracle.history(TWIN))
     horizon = min(len(twin), longest)
-    tried = [(f"{factor:g} times the learning rate", {"lr_factor": factor}) for factor in SLOWER]
-    tried.append(("other batches", {"data": 1}))
-    asked = [Fork(frozenset(), 0, TWIN, horizon, **change) for _, change in tried]
-    for (name, _), outcome in zip(tried, forks.all(asked), strict=True):
+    tried = {
+        f"{factor:g} times the learning rate": Fork(frozenset(), 0, TWIN, horizon, lr_factor=factor)
+        for factor in SLOWER
+    }
+    tried["other batches"] = Fork(frozenset(), 0, TWIN, horizon, data=1)
+    for name, outcome in zip(tried, forks.all(list(tried.values())), strict=True):
         if outcome.refused is None and _cured(outcome.losses, twin, ceiling):
             cured.append(name)
     slower = [name for name in cured if name != "other batches"][:1]
     cured = [*slower, *(name for name in cured if name == "other batches")]
     remedy = (
-        f"; {' or '.join(cured)} cures it"
-        if cured
-        else "; neither a slower learning rate nor other batches cure it"
+        f"; {' or '.join(cured)} cures it" if cured else "; neither a slower learning rate nor other batches cure it"
     )
     kind = None if len(cured) != 1 else "learning rate" if slower else "batches"
     return {

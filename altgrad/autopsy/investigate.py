@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from altgrad.autopsy.verdict import (
     joined,
     whole_roles,
 )
-from altgrad.autopsy.window import change_point, choose, first_damaged, no_return
+from altgrad.autopsy.window import SHORTEST, change_point, choose, first_damaged, no_return, over_the_run
 
 
 def investigate(
@@ -96,45 +95,18 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence, damage=float(np.mean(gap[-5:])))
     gates.append(f"float32 twin survives (loss {twin[-1]:.3f} at step {len(twin)})")
 
-    # null band in the window around the onset
-    forks.stage = "null band"
-    window = search.window = choose(forks, onset, top, settings.draws, settings.longest)
-    null = window.null
-    so_far = replace(
-        so_far,
-        damage=null.damage,
-        noise=null.noise,
-        onset=onset + 1,
-        window=(window.start, window.start + window.horizon),
-        gates=tuple(gates),
-    )
-    search.so_far = so_far
-    if not null.damaged:
-        sentence = (
-            f"No damage in the window: {null.damage:+.3g} nats over steps {window.start + 1} to "
-            f"{window.start + window.horizon}, where single draws scatter by {null.noise:.2g}."
-        )
-        return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence)
-    gates.append(
-        f"low precision fails again: {null.damage:.3g} nats, {null.z:.0f} standard errors, {settings.draws} draws"
-    )
-
-    # bounds
-    forks.stage = "bounds"
-    back = no_return(forks, top, window.horizon)
-    captured = [c for c in forks.oracle.captures(TWIN) if c <= onset + window.horizon]
-    first = first_damaged(forks, top, window, captured)
-    if first is not None and first > window.start and onset + 1 < first:
-        so_far = replace(so_far, onset=first)
-    so_far = replace(so_far, no_return=back, level="bound", gates=tuple(gates))
-    search.so_far = so_far
-
-    roles = search.screen()
-    so_far = replace(so_far, roles=_corrected(roles), level="boundary")
-    search.so_far = so_far
-
-    found = search.split(roles)
-    so_far = replace(so_far, prior={str(cell): value for cell, value in search.suspicion.items()})
+    least = SHORTEST
+    while True:
+        so_far, found = _look(search, so_far, onset, least, gates)
+        if found is None:
+            return so_far
+        window = search.window
+        forks.stage = "proof"
+        over_run = over_the_run(forks, window, found.cells, top, settings.longest)
+        so_far = search.so_far = replace(so_far, over_run=over_run)
+        if over_run is None or over_run.value >= 0.5 or found.spread:
+            break
+        least = 4 * window.horizon  # these cells did damage first, and others in the end
     whole, parts, members, placebos = search.confirm(found)
     assert whole.rescue is not None
     assert whole.alone is not None
@@ -171,6 +143,42 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     return replace(verdict, sentence=_sentence(verdict))
 
 
+def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[str]) -> tuple[Verdict, Found | None]:
+    """Null band, bounds, roles and layers in a window of at least `least` steps; without cells where it shows no damage."""
+    forks, settings, top = search.forks, search.settings, search.ceiling
+    forks.stage = "null band"
+    window = search.window = choose(forks, onset, top, settings.draws, settings.longest, least)
+    null = window.null
+    so_far = search.so_far = replace(
+        so_far,
+        damage=null.damage,
+        noise=null.noise,
+        onset=onset + 1 if so_far.onset is None else so_far.onset,
+        window=(window.start, window.start + window.horizon),
+        gates=tuple(gates),
+    )
+    if not null.damaged:
+        sentence = (
+            f"No damage in the window: {null.damage:+.3g} nats over steps {window.start + 1} to "
+            f"{window.start + window.horizon}, where single draws scatter by {null.noise:.2g}."
+        )
+        return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence), None
+    again = f"low precision fails again: {null.damage:.3g} nats, {null.z:.0f} standard errors, {settings.draws} draws"
+    forks.stage = "bounds"
+    if so_far.level is None:
+        back = no_return(forks, top, window.horizon)
+        captured = [c for c in forks.oracle.captures(TWIN) if c <= onset + window.horizon]
+        first = first_damaged(forks, top, window, captured)
+        if first is not None and first > window.start and onset + 1 < first:
+            so_far = replace(so_far, onset=first)
+        so_far = replace(so_far, no_return=back, level="bound")
+    so_far = search.so_far = replace(so_far, gates=(*gates, again))
+    roles = search.screen()
+    so_far = search.so_far = replace(so_far, roles=_corrected(roles), level="boundary")
+    found = search.split(roles)
+    return replace(so_far, prior={str(cell): value for cell, value in search.suspicion.items()}), found
+
+
 def _sentence(v: Verdict) -> str:
     verb = {"redundant": "each caused", "interacting": "together caused", "spread": "together caused"}.get(
         str(v.structure), "caused"
@@ -179,6 +187,7 @@ def _sentence(v: Verdict) -> str:
     return (
         f"{who} {verb} the damage of {v.damage:.3g} nats from step {v.onset} on ({v.mechanism}): "
         f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
+        + (f" Over the whole run the rescue closes {v.over_run.value:.0%}." if v.over_run else "")
     )
 
 

@@ -6,17 +6,13 @@ interrupted autopsy goes on.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.findings import write_findings
+from altgrad.autopsy.folder import rebuild, recorded_losses
+from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import Forks, Told, read_log
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop
@@ -25,12 +21,7 @@ from altgrad.autopsy.plan import Plan, measure
 from altgrad.autopsy.search import Settings, expected_forks
 from altgrad.autopsy.verdict import Verdict
 from altgrad.autopsy.workers import Executor, Workers, processes
-from altgrad.errors import ConfigError, OptionError, ReportError
-from altgrad.quantization import NUMERICS_VERSION
-from altgrad.records.run import Run
-from altgrad.records.schema import as_number
-from altgrad.training.config.loading import load_config
-from altgrad.training.trainer import Trainer
+from altgrad.errors import ConfigError, OptionError
 
 FOLDER = "autopsy"
 
@@ -139,60 +130,3 @@ def _check_twin(folder: Path, oracle: LoopOracle) -> None:
             f"{folder} is not the float32 twin: its loss of step {other + 1} is {losses[other]!r}, the twin's is "
             f"{oracle.history(TWIN)[other]!r}; leave --twin out, or give a float32 run of the same seed, data and steps"
         )
-
-
-def rebuild(folder: Path) -> tuple[Trainer, list[float], Mapping[str, Any]]:
-    """(trainer at the initial state, recorded losses of steps 1, 2, ..., result) of a run folder."""
-    for name in ("config.yaml", "metrics.jsonl", "env.json"):
-        if not (folder / name).is_file():
-            raise ReportError(f"{folder} has no {name}; give the folder of a run, such as runs/e4m3-s42-1a2b3c4d")
-    run = Run(folder)
-    check_versions(folder, run.environment, run.result)
-    config = load_config(folder / "config.yaml")
-    torch.set_num_threads(threads_of(folder))
-    trainer = Trainer(config.model_copy(update={"monitor": config.monitor.model_copy(update={"enabled": False})}))
-    losses = recorded_losses(folder)
-    if len(losses) < 10:
-        raise ConfigError(f"{folder} records {len(losses)} steps; an autopsy needs at least 10")
-    return trainer, losses, run.result
-
-
-def threads_of(folder: Path) -> int:
-    """CPU threads that the run had, which a replay needs for the same bits.
-
-    Raises:
-        ReportError: env.json does not say.
-    """
-    threads = Run(folder).environment.get("threads")
-    if isinstance(threads, int) and threads >= 1:
-        return threads
-    raise ReportError(f"{folder}: env.json says {threads!r} threads; it is damaged, so the run cannot be replayed")
-
-
-def recorded_losses(folder: Path) -> list[float]:
-    """Training losses of steps 1, 2, ... of a run folder, up to the first that is missing; NaN where not finite."""
-    recorded = {record["step"]: as_number(record["loss"]) for record in Run(folder).records("step")}
-    losses = []
-    while len(losses) + 1 in recorded:
-        loss = recorded[len(losses) + 1]
-        losses.append(math.nan if loss is None or not math.isfinite(loss) else loss)
-    return losses
-
-
-def check_versions(folder: Path, environment: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Refuse a run whose replay here could not have its bits.
-
-    Raises:
-        ConfigError: it ran on several ranks, or under another torch or numerics version.
-    """
-    if environment.get("processes"):
-        raise ConfigError(f"{folder} ran on {environment['processes']} ranks; an autopsy replays runs of one")
-    versions = (
-        ("torch", environment.get("torch"), version("torch")),
-        ("numerics version", result.get("numerics_version"), NUMERICS_VERSION),
-    )
-    for name, then, now in versions:
-        if then is not None and then != now:
-            raise ConfigError(
-                f"{folder} ran with {name} {then}, this is {now}: a replay would differ; run it again here"
-            )

@@ -21,7 +21,6 @@ from altgrad.autopsy.verdict import (
 )
 from altgrad.autopsy.window import Window
 
-
 Prior = Callable[[int, Sequence[Any]], Mapping[Any, float]]
 """(step of the captured state, cells) -> suspicion of each cell."""
 
@@ -81,6 +80,7 @@ def expected_forks(cells: Sequence[Any], captures: int, settings: Settings) -> d
         "bounds": 2 * math.ceil(math.log2(max(2, captures))),
         "roles": 2 * len(kinds_of(cells)),
         "layers": 2 * search,
+        "proof": 2,
         "confirm": 2 * settings.confirm + settings.placebos,
         "mechanism": 10,
     }
@@ -89,9 +89,7 @@ def expected_forks(cells: Sequence[Any], captures: int, settings: Settings) -> d
 class Search:
     """The state of one autopsy: the forks, the window once it is known, and what has been concluded."""
 
-    def __init__(
-        self, forks: Forks, settings: Settings, prior: Prior, ceiling: float, so_far: Verdict
-    ) -> None:
+    def __init__(self, forks: Forks, settings: Settings, prior: Prior, ceiling: float, so_far: Verdict) -> None:
         self.forks, self.settings, self.ceiling = forks, settings, ceiling
         self.cells = tuple(forks.oracle.cells)
         self.everything = frozenset(self.cells)

@@ -63,7 +63,9 @@ def _shortest(candidates: list, damaged: Damaged, background: frozenset, ahead: 
     high = min(high, len(candidates))
     while high - low > 1:
         middle = (low + high) // 2
-        ahead([prefix(size) for size in dict.fromkeys((middle, (low + middle) // 2, (middle + high) // 2)) if size > low])
+        ahead(
+            [prefix(size) for size in dict.fromkeys((middle, (low + middle) // 2, (middle + high) // 2)) if size > low]
+        )
         if damaged(prefix(middle)):
             high = middle
         else:

@@ -49,6 +49,7 @@ class Verdict:
     the damage alone, so no single rescue shows it), "interacting" (only together), "cumulative", or "spread" (over all
     layers of the roles named).
     onset, no_return, symptom: steps; None where unknown. damage: nats, of the run over its twin in the window.
+    over_run: what the rescue closes from the window's start to the run's end, where the window is shorter.
     confidence: chance that the set of cells is right, by the calibration; None before there is one.
     """
 
@@ -67,6 +68,7 @@ class Verdict:
     symptom: int | None = None
     rescue: Share | None = None
     alone: Share | None = None
+    over_run: Share | None = None
     groups: tuple[Effect, ...] = ()
     members: tuple[Effect, ...] = ()
     roles: tuple[Effect, ...] = ()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from altgrad.autopsy.damage import Null, Yardstick, floor_of
+from altgrad.autopsy.damage import Null, Share, Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks
 
@@ -77,20 +77,23 @@ def null_band(forks: Forks, start: int, horizon: int, ceiling: float, draws: int
     return yardstick, Null(yardstick.band(outcomes[len(highs) :]), yardstick.band(outcomes[1 : len(highs)]))
 
 
-def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int) -> Window:
+def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int, least: int = SHORTEST) -> Window:
     """The window of the search: from the last capture at or before the onset, as short as shows the damage clearly.
 
     Early forks need only short horizons, and a state from before the onset has not adapted to the fault. The horizon
     doubles until the damage stands ten deviations of a single draw above none, or the run's end is reached; the window
-    that it ends with may show no damage, which the caller reads from its null band.
+    that it ends with may show no damage, which the caller reads from its null band. `least`: steps that it has at least,
+    where the run has as many.
     """
     low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
     steps = len(low)
     start = latest(forks.oracle.captures(LOW), onset)
     most = max(min(longest, steps - start), 1)
-    horizon = min(max(SHORTEST, 2 * (onset - start) + SHORTEST), most)
+    horizon = min(max(least, 2 * (onset - start) + SHORTEST), most)
     gap = Yardstick(tuple(twin[start:]), ceiling).curve(low[start:])
-    while horizon < most and float(np.mean(gap[horizon // 2 : horizon])) < CLEAR * floor_of(ceiling):  # the two runs tell it free
+    while horizon < most and float(np.mean(gap[horizon // 2 : horizon])) < CLEAR * floor_of(
+        ceiling
+    ):  # the two runs tell it free
         horizon = min(2 * horizon, most)
     while True:
         _, null = null_band(forks, start, horizon, ceiling, draws=2)
@@ -145,3 +148,25 @@ def first_damaged(forks: Forks, ceiling: float, window: Window, points: Sequence
     last = bisect(reachable, unharmed)
     later = [p for p in reachable if last is None or p > last]
     return later[0] if later else None
+
+
+def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float, longest: int) -> Share | None:
+    """The share of the run's gap that rescuing these cells closes from the window's start to the run's end.
+
+    A short window shows what does damage first, which need not be what does it in the end. None: the window reaches the
+    end (or `longest` steps), or the run is no longer clearly above its twin there.
+    """
+    low = list(forks.oracle.history(LOW))
+    steps = min(len(low) - window.start, longest)
+    if steps <= window.horizon:
+        return None
+    everything = frozenset(forks.oracle.cells)
+    twin, rescued = forks.all(
+        [Fork(frozenset(), window.start, LOW, steps), Fork(everything - cells, window.start, LOW, steps)]
+    )
+    yardstick = Yardstick(twin.losses, ceiling)
+    gap = yardstick.over(low[window.start : window.start + steps], steps // 2)
+    if gap < CLEAR * yardstick.floor:
+        return None
+    value, error = 1 - yardstick.damage(rescued) / gap, 1.96 * window.null.noise / gap
+    return Share(value, value - error, value + error, 1)

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from altgrad.autopsy.folder import rebuild
 from altgrad.autopsy.fork import LOW, Fork, Outcome, Stop
+from altgrad.autopsy.loop import TrainerLoop
 from altgrad.autopsy.oracle import LoopOracle, cells_of, first_other, run_fork
 from altgrad.errors import ConfigError
 from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
@@ -61,9 +63,6 @@ def answer(question: Question) -> Outcome:
 
 
 def _opened(run_dir: str) -> Any:
-    from altgrad.autopsy.loop import TrainerLoop
-    from altgrad.autopsy.run import rebuild
-
     if _OPENED.get("run_dir") != run_dir:
         loop = TrainerLoop(rebuild(Path(run_dir))[0])
         _OPENED.clear()

@@ -112,7 +112,9 @@ def autopsy(
     twin: Annotated[
         Path | None, typer.Option("--twin", help="Folder of its float32 twin, to hold the replayed one against.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Forks at a time; one, where nothing is said.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Forks at a time; one, where nothing is said.")
+    ] = None,
     executor: Annotated[str, typer.Option("--executor", help="local or ray: where forks run.")] = "local",
     address: Annotated[
         str | None, typer.Option("--address", help="Of a Ray cluster; auto finds the local one.")

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from altgrad.autopsy.folder import threads_of
 from altgrad.autopsy.forks import Told
 from altgrad.autopsy.run import autopsy as run_autopsy
-from altgrad.autopsy.run import fork_run, plan, threads_of
+from altgrad.autopsy.run import fork_run, plan
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
 from altgrad.errors import ConfigError
 from altgrad.report.numbers import duration

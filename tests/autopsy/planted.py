@@ -45,6 +45,7 @@ class Planted:
     lr_kills: bool = False
     slower_learns: float = 0.0  # nats that any slower learning rate ends below
     ignores_stop: bool = False
+    later: Callable[[frozenset], float] = lambda low: 0.0  # further nats, growing over the run
     cells: tuple = CELLS
     asked: list = field(default_factory=list)
     steps_taken: int = 0
@@ -84,6 +85,7 @@ class Planted:
             here = size if not stuck else max(size, self.damage(frozenset(self.cells), None, frozenset()))
             after = max(0, step - self.onset)
             loss = base + here * (1 - math.exp(-after / 5)) + (own if after > 0 else 0.0)
+            loss += self.later(fork.low) * (step - self.onset) / self.steps if after > 0 else 0.0
             losses.append(math.nan if here >= self.dead and after > 5 else loss)
         return tuple(losses)
 

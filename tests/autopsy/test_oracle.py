@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from altgrad.autopsy import Recorder, autopsy, workers
+from altgrad.autopsy.folder import check_versions
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop, jittered
 from altgrad.autopsy.oracle import LoopOracle
-from altgrad.autopsy.run import check_versions, plan
+from altgrad.autopsy.run import plan
 from altgrad.autopsy.search import Settings
 from altgrad.errors import ConfigError, OptionError, ReportError
 from altgrad.nn import attach_optimizer, quantize_model, uniform

@@ -95,6 +95,16 @@ def test_damage_that_all_layers_of_a_role_share_is_the_roles():
     assert "forward.weight in 7 layers" in verdict.sentence
 
 
+def test_what_does_damage_first_is_not_taken_for_what_does_it_in_the_end():
+    slow = Planted(any_of(HEAD, size=0.4), later=lambda low: 1.2 * (FIRST in low))
+    verdict = autopsy(slow, budget=300)
+    assert str(FIRST) in verdict.cells
+    assert verdict.window[1] - verdict.window[0] > 16
+    quick = autopsy(Planted(any_of(HEAD, size=0.4)))
+    assert quick.over_run.value > 0.9
+    assert "Over the whole run" in quick.sentence
+
+
 def test_float32_that_learns_more_at_a_slower_rate_is_not_precision():
     verdict = autopsy(Planted(lambda *_: 0.0, slower_learns=0.6))
     assert (verdict.kind, verdict.mechanism) == ("not precision", "learning rate")
