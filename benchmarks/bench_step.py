@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from altgrad.nn import attach_optimizer, quantize_model, uniform
 from altgrad.nn.layer.classes import is_quantized
-from altgrad.nn.layer.gemm import CPU_BF16_UNITS
+from altgrad.nn.layer.gemm import PROCESSOR
 from altgrad.training.model import GPT, GPTConfig
 from benchmarks._timing import keep_record
 
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="also keep the records in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    capability = f"{torch.backends.cpu.get_cpu_capability()}, bf16 units: {'yes' if CPU_BF16_UNITS else 'no'}"
+    capability = f"{torch.backends.cpu.get_cpu_capability()}, multiplies {PROCESSOR}"
     print(f"torch {torch.__version__}, {args.threads} threads, {platform.machine()} {capability}")
     results = [bench(name, args.recipes.split(","), args.rounds, args.device) for name in args.models.split(",")]
     if args.json is not None:

@@ -62,7 +62,7 @@ CLASSES = {
             "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
             "MKL_ENABLE_INSTRUCTIONS": "AVX512",
             "NUMBA_CPU_NAME": "cascadelake",
-            "NUMBA_CPU_FEATURES": "",
+            "NUMBA_CPU_FEATURES": "+avx512vnni",
         },
     ),
     "host": CpuClass("the host as it is", "", {}),

@@ -16,10 +16,14 @@ def forced_route(request, monkeypatch):
     if name is None:
         return
     from altgrad.nn.layer import gemm, state
+    from altgrad.quantization.products.units import Unit
 
-    def route(needed, shape, device_type, *, dtype=torch.float32, **_):
-        exact = dtype == torch.float32 and needed.value == name
-        return gemm.Route(name) if exact else gemm.Route.FLOAT32
+    forced = gemm.Route(name)
+
+    def route(needed, shape, device_type, *, dtype=torch.float32, codes=True, **_):
+        units = {None: (), Unit.INT8: (Unit.INT8, Unit.BF16)}.get(needed.unit, (needed.unit,))
+        exact = needed.values is forced if forced.unit is None else codes and forced.unit in units
+        return forced if dtype == torch.float32 and exact else gemm.Route.FLOAT32
 
     monkeypatch.setattr(state, "choose_route", route)
 

@@ -12,6 +12,9 @@ from altgrad.errors import BlockError, RecipeError
 from altgrad.nn import functional, quantize_model, uncoded_uses, uniform
 from altgrad.nn.layer import state as layer_state
 from altgrad.nn.layer.gemm import (
+    PROCESSOR,
+    Needs,
+    Processor,
     Route,
     choose_route,
     matmul_precision,
@@ -22,7 +25,8 @@ from altgrad.nn.layer.gemm import (
     pull_apart,
 )
 from altgrad.nn.recipe.text import parse_layer
-from altgrad.quantization import FORMAT_REGISTRY, amax_scale, decode, encode, get_format
+from altgrad.quantization import FORMAT_REGISTRY, FloatFormat, amax_scale, decode, encode, get_format
+from altgrad.quantization.products.units import LARGEST_DEPTH, common_unit
 
 EIGHT_BITS = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.has_zero]
 MODES = ("ordinary", "wide", "tiny", "huge")
@@ -76,36 +80,87 @@ def test_raw_payload_products_would_overflow():
     assert torch.isfinite(mm(raw * power, raw * power, Route.FLOAT32)).all()
 
 
-BF16_CPU = {"bf16_units": True}
+ZEN5, SAPPHIRE_RAPIDS = Processor(True, True, False), Processor(True, True, True)
+CASCADE_LAKE, HASWELL = Processor(int8_codes=True), Processor()
+BIG = (512, 512, 512)
+
+
+def needs(a, b) -> Needs:
+    formats = [None if name is None else get_format(name) for name in (a, b)]
+    unit = None if None in formats else common_unit(*formats)
+    return Needs(needed_route(*(f if isinstance(f, FloatFormat) else None for f in formats)), unit)
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "shape", "expected"),
+    ("a", "b", "shape", "zen5", "sapphire_rapids", "cascade_lake"),
     [
-        ("E4M3", "E5M2", (512, 512, 512), Route.BF16),
-        ("E7M0", "E7M0", (512, 512, 512), Route.BF16),
-        ("E0M7", "E4M3", (512, 512, 512), Route.BF16),
-        ("E4M3", "E4M3", (8, 512, 512), Route.FLOAT32),  # too few rows
-        ("E4M3", "E4M3", (32, 32, 32), Route.FLOAT32),  # too few products
-        ("BF16", "E4M3", (512, 512, 512), Route.FLOAT32),  # its subnormals are not normal bf16 numbers
-        ("E5M7", "E4M3", (512, 512, 512), Route.BF16),  # 8 significant bits
-        ("FP16", "E4M3", (512, 512, 512), Route.FLOAT32),  # 11 significant bits
-        (None, "E4M3", (512, 512, 512), Route.FLOAT32),  # unquantized, or scaled along the reduction
+        ("E4M3", "E5M2", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32),
+        ("E7M0", "E7M0", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32),
+        ("E0M7", "E4M3", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32),
+        ("E0M7", "E1M6", BIG, Route.INT8_CODES, Route.BF16, Route.INT8_CODES),
+        ("INT8", "E2M1", BIG, Route.INT8_CODES, Route.BF16, Route.INT8_CODES),
+        ("E0M7", "E0M7", (64, 64, LARGEST_DEPTH + 1), Route.BF16_CODES, Route.BF16, Route.FLOAT32),  # beyond int32
+        ("MXFP8", "MXFP8", BIG, Route.BF16_CODES, Route.BF16_CODES, Route.FLOAT32),
+        ("E4M3", "E4M3", (8, 512, 512), Route.BF16_CODES, Route.FLOAT32, Route.FLOAT32),  # few rows
+        ("E4M3", "E4M3", (32, 32, 32), Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # few products
+        ("BF16", "E4M3", BIG, Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # subnormals are not normal bf16 numbers
+        ("E5M7", "E4M3", BIG, Route.FLOAT32, Route.BF16, Route.FLOAT32),  # 8 significant bits in more than a byte
+        ("FP16", "E4M3", BIG, Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # 11 significant bits
+        (None, "E4M3", BIG, Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # unquantized, or scaled along the reduction
     ],
 )
-def test_rule_on_a_cpu_with_bf16_units(a, b, shape, expected):
-    formats = [None if name is None else get_format(name) for name in (a, b)]
-    assert choose_route(needed_route(*formats), shape, "cpu", **BF16_CPU) is expected
+def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_lake):
+    needed = needs(a, b)
+    assert choose_route(needed, shape, "cpu", processor=ZEN5) is zen5
+    assert choose_route(needed, shape, "cpu", processor=SAPPHIRE_RAPIDS) is sapphire_rapids
+    assert choose_route(needed, shape, "cpu", processor=CASCADE_LAKE) is cascade_lake
+    assert choose_route(needed, shape, "cpu", processor=HASWELL) is Route.FLOAT32
+    for processor in (ZEN5, SAPPHIRE_RAPIDS, CASCADE_LAKE):
+        assert choose_route(needed, shape, "cpu", dtype=torch.float64, processor=processor) is Route.FLOAT32
+    assert choose_route(needed, shape, "cpu", codes=False, processor=ZEN5) is Route.FLOAT32  # in compiled code
 
 
-def test_rule_without_bf16_units_in_float64_and_on_a_gpu():
-    narrow, wide = get_format("E4M3"), get_format("FP16")
-    needed, shape = needed_route(narrow, narrow), (512, 512, 512)
-    assert choose_route(needed, shape, "cpu", bf16_units=False) is Route.FLOAT32
-    assert choose_route(needed, shape, "cpu", dtype=torch.float64, **BF16_CPU) is Route.FLOAT32
-    assert choose_route(needed, (8, 8, 8), "cuda") is Route.BF16
-    assert choose_route(needed_route(narrow, wide), shape, "cuda") is Route.TF32
-    assert choose_route(needed_route(narrow, get_format("FP32")), shape, "cuda") is Route.FLOAT32
+def test_rule_on_a_gpu():
+    assert choose_route(needs("E4M3", "E4M3"), (8, 8, 8), "cuda") is Route.BF16
+    assert choose_route(needs("E4M3", "FP16"), BIG, "cuda") is Route.TF32
+    assert choose_route(needs("E4M3", "FP32"), BIG, "cuda") is Route.FLOAT32
+
+
+def test_this_processor_is_one_of_the_classes_and_says_so():
+    facts = torch.cpu.get_capabilities()
+    assert PROCESSOR.bf16_matrices == bool(facts.get("amx_bf16"))
+    assert not PROCESSOR.bf16_codes or facts["avx512_bf16"]
+    assert str(HASWELL) == "float32 alone"
+    assert "VNNI" in str(CASCADE_LAKE)
+
+
+@pytest.mark.parametrize(
+    ("options", "routes"),
+    [
+        ({}, ("codes", "codes", "codes")),
+        ({"scaling": {"policy": "amax", "axis": 0}}, ("codes", "float32", "float32")),  # scales of rows
+        ({"scaling": {"policy": "amax", "axis": 1}}, ("float32", "float32", "codes")),
+        ({"scaling": "delayed"}, ("codes", "codes", "codes")),
+        ({"storage": "grid"}, ("codes", "codes", "codes")),
+    ],
+)
+def test_scales_along_the_reduction_take_the_float32_route(options, routes):
+    torch.manual_seed(0)
+    layer, plain = torch.nn.Linear(96, 80), torch.nn.Linear(96, 80)
+    plain.load_state_dict(layer.state_dict())
+    quantize_model(layer, uniform("E4M3", **options))
+    state = layer.quantization
+    for gemm, expected in zip(("forward", "input_grad", "weight_grad"), routes):
+        assert (state._needed[gemm].unit is not None) == (expected == "codes")
+    x = torch.randn(64, 96)
+    found = []
+    for one in (layer, plain):
+        at = x.clone().requires_grad_()
+        y = one(at)
+        y.backward(torch.sin(torch.arange(y.numel()).float()).view_as(y))
+        found.append((y.detach(), at.grad, one.weight.grad))
+    for got, exact in zip(*found):
+        assert float((got - exact).norm() / exact.norm()) < 0.06
 
 
 def test_which_formats_hold_no_power_range():
@@ -127,7 +182,7 @@ def test_precision_setting_is_left_as_found_also_when_an_exception_flies():
                 seen.append(backend.fp32_precision)
             assert seen == ["bf16"]
             for route in Route:
-                if route is not Route.TF32:
+                if route in (Route.FLOAT32, Route.BF16):
                     mm(a, a, route)
                 assert backend.fp32_precision == found
             with pytest.raises(RuntimeError, match="mat1 and mat2"):
@@ -233,10 +288,16 @@ def test_a_stored_weight(name):
 
 
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "E3M4"])
-def test_the_bf16_route(name, monkeypatch):
-    monkeypatch.setattr(layer_state, "choose_route", lambda needed, *_, **__: needed)
-    layer = check(linear, uniform(name))
-    assert layer.quantization.route("forward", (32, 64, 32), torch.device("cpu"), torch.float32) is Route.BF16
+@pytest.mark.parametrize("route", [Route.BF16, Route.BF16_CODES], ids=str)
+def test_the_bf16_routes(name, route, monkeypatch):
+    monkeypatch.setattr(layer_state, "choose_route", lambda *_, **__: route)
+    check(linear, uniform(name))
+
+
+@pytest.mark.parametrize("name", ["E0M7", "E2M1"])
+def test_the_int8_route(name, monkeypatch):
+    monkeypatch.setattr(layer_state, "choose_route", lambda *_, **__: Route.INT8_CODES)
+    check(linear, uniform(name))
 
 
 def test_uses_without_a_code_are_counted():
@@ -336,7 +397,7 @@ def test_a_linear_layer_of_any_size_is_its_zero_padded_self(name, n):
     rows = -n % 64
     y, dx, dw = run(padded, F.pad(x, (0, 24, 0, rows)), F.pad(dy, (0, 8, 0, rows)))
     for a, b in zip(found, (y[:n, :24], dx[:n, :40], dw[:24, :40]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # the larger product may take another route
     with torch.no_grad():
         assert torch.equal(layer.eval()(x), found[0])
 

@@ -82,9 +82,7 @@ class Matrices(NamedTuple):
             a, b = (b.t(), a) if self.transposed else (a.t(), b)
         elif (gemm == "forward") != self.transposed:
             b = b.t()
-        out = product(a, b, route)
-        if bias is not None:
-            return out + bias if torch._C._are_functorch_transforms_active() else out.add_(bias)
+        out = product(a, b, route, bias)
         return out if shape is None or out.shape == shape else out.sum_to_size(shape)  # broadcast batch axes
 
     def bias_axes(self, dims: int) -> list[int]:

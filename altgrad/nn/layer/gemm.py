@@ -1,10 +1,14 @@
-"""The GEMM of quantized operands: exact products, accumulated in float32, on the fastest unit whose products are exact.
+"""Which unit multiplies the operands of a GEMM, by a committed rule, and the products of operands that are values.
 
 Write scale = m * 2^p with 1 <= m < 2. An operand whose payload has at most 8 significant bits, handed over as
 payload * 2^p, is a bf16 number as long as its values are zero or normal in bf16, so a unit that multiplies in bf16 and
 accumulates in float32 gives the float32 result up to summation order. The product is then multiplied by the two m's,
 which must therefore be constant along the dimension that the GEMM reduces. Raw payloads are never multiplied: those of
 E7M0 reach 2^64. All else takes the float32 GEMM on dequantized operands.
+
+On the CPU codes themselves are multiplied where the processor has the instruction (`altgrad.quantization.products`): as
+bytes where payloads are small integers, else as bf16. CPUs with matrix units for bf16 (AMX) take their library's product
+of the values instead, which only needs a setting; without those units that setting gains less than multiplying codes.
 """
 
 from __future__ import annotations
@@ -12,27 +16,41 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager, suppress
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from altgrad.quantization import FloatFormat
+from altgrad.quantization.products.units import LARGEST_DEPTH, Unit, on_this_cpu, significant_bits
 
 BF16_SIGNIFICANT_BITS, TF32_SIGNIFICANT_BITS = 8, 11
 NORMAL_EMIN, CARRIER_EMAX = -126, 127  # bf16, TF32 and float32 share their exponents
 
 
 class Route(Enum):
-    """Which unit multiplies."""
+    """Which unit multiplies what: values in one of three precisions, or codes."""
 
     FLOAT32 = "float32"
     BF16 = "bf16"
     TF32 = "tf32"
+    BF16_CODES = "bf16 codes"
+    INT8_CODES = "int8 codes"
+
+    @property
+    def unit(self) -> Unit | None:
+        """What multiplies codes; None for the routes of values."""
+        return _UNITS.get(self)
 
 
-def significant_bits(fmt: FloatFormat) -> int:
-    """Bits between the leading and the last bit of any value of the format, both included."""
-    return fmt.mantissa_bits if fmt.bias is None else fmt.mantissa_bits + 1
+_UNITS = {Route.BF16_CODES: Unit.BF16, Route.INT8_CODES: Unit.INT8}
+
+
+class Needs(NamedTuple):
+    """What a GEMM's operands allow: the narrowest route of values, and the fastest unit for codes (None: none)."""
+
+    values: Route
+    unit: Unit | None = None
 
 
 def power_range(fmt: FloatFormat) -> tuple[int, int]:
@@ -52,7 +70,7 @@ def narrowest_route(fmt: FloatFormat) -> Route:
 
 
 def needed_route(a: FloatFormat | None, b: FloatFormat | None) -> Route:
-    """The narrowest unit whose products of the two formats are exact.
+    """The narrowest unit whose products of the two formats' values are exact.
 
     Args:
         a, b: operands' formats whose scale is constant along the reduction; None for an operand that must stay float32.
@@ -64,46 +82,70 @@ def needed_route(a: FloatFormat | None, b: FloatFormat | None) -> Route:
     return Route.BF16
 
 
-def cpu_has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AMX or AVX-512 BF16)."""
-    facts = torch.cpu.get_capabilities()
-    return bool(facts.get("amx_bf16") or facts.get("avx512_bf16"))
+class Processor(NamedTuple):
+    """What a CPU multiplies faster than float32."""
+
+    int8_codes: bool = False  # AVX-512 VNNI
+    bf16_codes: bool = False  # AVX-512 BF16
+    bf16_matrices: bool = False  # AMX
+
+    def __str__(self) -> str:
+        names = {
+            "int8_codes": "int8 codes (VNNI)",
+            "bf16_codes": "bf16 codes (AVX-512 BF16)",
+            "bf16_matrices": "bf16 matrices (AMX)",
+        }
+        return ", ".join(says for name, says in names.items() if getattr(self, name)) or "float32 alone"
+
+
+def this_processor() -> Processor:
+    """The CPU at hand."""
+    has_matrices = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return Processor(on_this_cpu(Unit.INT8), on_this_cpu(Unit.BF16), has_matrices)
 
 
 _CPU_MATMUL = torch.backends.mkldnn.matmul
-CPU_BF16_UNITS = cpu_has_bf16_units()
-# Below this many multiplications the conversion to bf16 and back outweighs the faster unit.
-CPU_BF16_MIN_PRODUCTS = 2**21
+PROCESSOR = this_processor()
+# Below these the conversion to bf16 and back outweighs the matrix units, or a call that of another product.
+CPU_BF16_MIN_PRODUCTS, CPU_CODES_MIN_PRODUCTS = 2**21, 2**17
 CPU_BF16_MIN_SIDE = 16
 
 
 def choose_route(
-    needed: Route,
+    needed: Needs,
     shape: tuple[int, int, int],
     device_type: str,
     *,
     dtype: torch.dtype = torch.float32,
-    bf16_units: bool = CPU_BF16_UNITS,
+    codes: bool = True,
+    processor: Processor = PROCESSOR,
 ) -> Route:
     """The route of one GEMM: a committed rule of formats, shape, device and CPU capability, never timed.
 
     Args:
-        needed: `needed_route` of the two operands.
+        needed: what the two operands allow.
         shape: (rows, columns, reduced).
         dtype: of the carrier; float64 products stay in float64.
-        bf16_units: whether the CPU has them.
+        codes: whether operands can be had as codes: not in compiled code, nor where the backward is differentiated.
+        processor: what the CPU has.
 
-    The thread count does not enter: a unit that multiplies bf16 is one for each core, and the ratio of the two routes'
-    speeds is the same on each.
+    The thread count does not enter: units are one for each core, and the ratio of two routes' speeds is the same on each.
     """
-    if needed is Route.FLOAT32 or dtype != torch.float32:
+    if dtype != torch.float32:
         return Route.FLOAT32
     if device_type == "cuda":
-        return needed
-    if device_type != "cpu" or needed is Route.TF32 or not bf16_units:
+        return needed.values
+    if device_type != "cpu":
         return Route.FLOAT32
-    large = shape[0] * shape[1] * shape[2] >= CPU_BF16_MIN_PRODUCTS and min(shape) >= CPU_BF16_MIN_SIDE
-    return Route.BF16 if large else Route.FLOAT32
+    products = shape[0] * shape[1] * shape[2]
+    if needed.values is Route.BF16 and processor.bf16_matrices:
+        large = products >= CPU_BF16_MIN_PRODUCTS and min(shape) >= CPU_BF16_MIN_SIDE
+        return Route.BF16 if large else Route.FLOAT32
+    if not codes or needed.unit is None or products < CPU_CODES_MIN_PRODUCTS:
+        return Route.FLOAT32
+    if needed.unit is Unit.INT8 and processor.int8_codes and shape[2] <= LARGEST_DEPTH:
+        return Route.INT8_CODES
+    return Route.BF16_CODES if processor.bf16_codes else Route.FLOAT32
 
 
 def pull_apart(scale: Tensor | float, fmt: FloatFormat) -> tuple[Tensor, Tensor]:

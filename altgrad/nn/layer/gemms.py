@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from altgrad.errors import BlockError, DtypeError
 from altgrad.nn.layer.contractions import Contraction
 from altgrad.nn.layer.gemm import Route
-from altgrad.nn.layer.operand import Operand, Saved, carrier
+from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
 from altgrad.nn.layer.products import Ready, quantized, restored, stash, unstash
 from altgrad.nn.layer.state import LayerState
 
@@ -49,7 +49,7 @@ class Call(NamedTuple):
     def route(self, gemm: str, a: Tensor, b: torch.Size) -> Route:
         """The unit that multiplies operand a by one of shape b."""
         sizes = self.products.sizes(gemm, a.shape, b)
-        return Route.FLOAT32 if sizes is None else self.state.route(gemm, sizes, a.device, work_dtype(a))
+        return Route.FLOAT32 if sizes is None else self.state.route(gemm, sizes, a.device, work_dtype(a), waits(a))
 
     def backward_route(
         self, gemm: str, dy: Tensor, other: torch.Size, operand: Operand, saved: Saved, again: bool

@@ -22,6 +22,8 @@ from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor
 from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.checks import traced
+from altgrad.quantization.codec import scale_values
+from altgrad.quantization.products.multiply import Codes
 from altgrad.quantization.scaling import DelayedState, host_scale
 from altgrad.randomness import stream_base
 
@@ -60,8 +62,9 @@ class Operand:
         self.key: Tensor | None = None
         self.as_values = 0  # uses in which a NaN or inf without a code made the operand travel as values
         self.delayed = isinstance(spec.scaling, DelayedScaling)
+        self.follows_storage = isinstance(spec.scaling, StorageScaling)
         # A stored weight was rounded when it was written; reading it must not round it another way.
-        rounding = Rounding.NEAREST_EVEN if isinstance(spec.scaling, StorageScaling) else spec.rounding
+        rounding = Rounding.NEAREST_EVEN if self.follows_storage else spec.rounding
         self.stochastic = rounding is Rounding.STOCHASTIC
         self._base = stream_base(layer, role, gemm)
         cast, along = spec.cast, self.block_axis if self.block else -1
@@ -69,6 +72,11 @@ class Operand:
         if self.stochastic or self.delayed:
             session.operands.append(self)
         self.renew_key()
+
+    @property
+    def kept_axes(self) -> tuple[int, ...]:
+        """The axes that keep scales of their own."""
+        return _axes(self.axis)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -203,20 +211,37 @@ class Operand:
 
     def save(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Saved:
         """What the backward needs to have the quantized values, without the values."""
-        if self.block and not observed and waits(x):
-            with suppress(CodeError):  # an inf without a code
-                found = self._run(x, scale, key, False, Want.CODES)
+        if self.saves_codes and waits(x):
+            with suppress(CodeError):  # a NaN or inf without a code
+                found = self._found(x, scale, key, observed, Want.CODES)
                 if not self._has_nan_block(found):
+                    if observed:
+                        self._publish(found.stats, scale)
                     return _parts(found)
         return self.quantize_and_save(x, scale, key, observed)[1]
 
-    def _run(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
+    def _found(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
         assert self.cast is not None
-        if not observed:
-            return self.cast(carrier(x), scale, key=key, want=want)
-        found = self.cast(carrier(x), scale, key=key, want=want | Want.STATS)
-        self._publish(found.stats, scale)
+        return self.cast(carrier(x), scale, key=key, want=want | Want.STATS if observed else want)
+
+    def _run(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
+        found = self._found(x, scale, key, observed, want)
+        if observed:
+            self._publish(found.stats, scale)
         return found
+
+    def coded(self, saved: Saved, scale: Tensor | float) -> tuple[Codes, Tensor | None]:
+        """The saved codes as an operand of a product, and what multiplies each row or column of it afterwards."""
+        codes, *rest = saved
+        if self.block:
+            assert self.cast is not None
+            layout, upper = self.cast.layout(codes.shape), float(rest[1]) if len(rest) > 1 else 1.0
+            blocks = scale_values(rest[0], self.fmt, None)
+            return Codes(codes, self.fmt, upper, blocks, (layout.tile_rows, layout.tile_columns)), None
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            largest = float(scale.max())
+            return Codes(codes, self.fmt, largest), scale / largest
+        return Codes(codes, self.fmt, float(scale)), None
 
     def is_values(self, saved: Saved) -> bool:
         """Whether values were saved although the format has codes: something in them has none."""

@@ -9,26 +9,39 @@ from torch import Tensor
 
 from altgrad.nn.layer.gemm import Route, mm, pull_apart
 from altgrad.nn.layer.operand import Operand, Saved, waits
+from altgrad.quantization.products.multiply import Codes, multiply
 
 
 class Ready(NamedTuple):
-    """A matrix to multiply; the product is multiplied by `factor` afterwards (None: nothing was pulled out)."""
+    """A matrix to multiply: values or codes.
+
+    factor: what the product is multiplied by afterwards, a number or one for each of its rows or columns; None: nothing
+    was pulled out.
+    """
 
     values: Tensor
     factor: Tensor | None = None
+    codes: Codes | None = None
 
     def t(self) -> Ready:
         """The transposed matrix (last two axes)."""
-        return Ready(self.values.transpose(-2, -1), self.factor)
+        factor = self.factor if self.factor is None or self.factor.ndim < 2 else self.factor.transpose(-2, -1)
+        if self.codes is not None:
+            return Ready(self.values, factor, self.codes.t())
+        return Ready(self.values.transpose(-2, -1), factor)
 
 
 class Cast(NamedTuple):
-    """A quantized operand before its unit is chosen: values in the carrier, and what was saved (`()`: nothing)."""
+    """A quantized operand before its unit is chosen.
+
+    values: in the carrier; None where only codes were made. saved: what the backward keeps (`()`: nothing).
+    """
 
     operand: Operand
-    values: Tensor
+    values: Tensor | None
     saved: Saved
     scale: Tensor | float
+    dtype: torch.dtype
 
     @property
     def needs_float32(self) -> bool:
@@ -37,6 +50,8 @@ class Cast(NamedTuple):
 
     def ready(self, route: Route) -> Ready:
         """The operand for a GEMM on `route`."""
+        if self.values is None or route.unit is not None:
+            return restored(self.operand, self.saved, self.scale, route, self.dtype)
         if route is Route.FLOAT32:
             return Ready(self.values)
         pulled, factor = _pulled(self.operand, self.saved, self.scale, self.values.dtype)
@@ -49,17 +64,23 @@ def quantized(
     operand: Operand, x: Tensor, scale: Tensor | float, options: dict, route: Route, observed: bool, *, keep: bool
 ) -> Cast:
     """x quantized for a GEMM that would like `route`, with codes where that or the backward (`keep`) needs them."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if route.unit is not None:
+        return Cast(operand, None, operand.save(x, scale, options, observed), scale, dtype)
     if route is Route.FLOAT32 and not keep and not operand.block:
-        return Cast(operand, operand.quantize(x, scale, options, observed), (), scale)
+        return Cast(operand, operand.quantize(x, scale, options, observed), (), scale, dtype)
     values, saved = operand.quantize_and_save(x, scale, options, observed)
-    return Cast(operand, values, saved, scale)
+    return Cast(operand, values, saved, scale, dtype)
 
 
 def restored(operand: Operand, saved: Saved, scale: Tensor | float, route: Route, dtype: torch.dtype) -> Ready:
     """A saved operand, ready for a GEMM on `route`."""
     if route is Route.FLOAT32:
         return Ready(operand.restore(saved, scale, dtype))
-    return Ready(*_pulled(operand, saved, scale, dtype))
+    if route.unit is None:
+        return Ready(*_pulled(operand, saved, scale, dtype))
+    codes, factor = operand.coded(saved, scale)
+    return Ready(saved[0], factor, codes)
 
 
 def _pulled(operand: Operand, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -67,13 +88,22 @@ def _pulled(operand: Operand, saved: Saved, scale: Tensor | float, dtype: torch.
     return operand.restore(saved, power.to(saved[0].device), dtype), factor.to(saved[0].device)
 
 
-def product(a: Ready, b: Ready, route: Route) -> Tensor:
-    """a @ b in the carrier, the pulled factors multiplied back."""
-    out = mm(a.values, b.values, route)
-    for factor in (a.factor, b.factor):
-        if factor is not None:
-            out = out.mul_(factor)
-    return out
+def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None) -> Tensor:
+    """a @ b in the carrier, the pulled factors multiplied back, plus a bias for each column."""
+    factors = [factor for factor in (a.factor, b.factor) if factor is not None]
+    if route.unit is not None:
+        assert a.codes is not None
+        assert b.codes is not None
+        fused = None if bias is None or factors else bias.detach().to(torch.float32).contiguous()
+        out = multiply(a.codes, b.codes, route.unit, bias=fused)
+        bias = bias if factors else None
+    else:
+        out = mm(a.values, b.values, route)
+    for factor in factors:
+        out = out.mul_(factor)
+    if bias is None:
+        return out
+    return out + bias if torch._C._are_functorch_transforms_active() else out.add_(bias)
 
 
 def stash(ctx, **items) -> None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.nn.layer.contractions import LINEAR_REDUCED
-from altgrad.nn.layer.gemm import Route, choose_route, needed_route
+from altgrad.nn.layer.gemm import Needs, Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.uses import Uses
-from altgrad.nn.recipe.scaling_choice import StorageScaling, is_block
+from altgrad.nn.recipe.scaling_choice import is_block
 from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec
 from altgrad.nn.session import Session, recomputing
+from altgrad.quantization.products.units import common_unit
 
 if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
@@ -75,7 +76,7 @@ class LayerState:
         self.dy_back, self.x_back = get["weight_grad", "grad_output"], get["weight_grad", "input"]
         self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "norm")  # a key of its own in states
         self.uses = Uses(self.session) if any(operand.stochastic for operand in self.distinct()) else None
-        self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
+        self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
         self.whole_blocks = any(operand.spec.whole_blocks for operand in self.operands.values())
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
@@ -102,7 +103,7 @@ class LayerState:
         self.storage = storage
         for (_, role), operand in self.operands.items():
             operand.storage = storage if role == "weight" else None
-        self._needed = {gemm: self._needed_route(gemm) for gemm in GEMMS}
+        self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
 
     def storage_of(self, weight: Tensor | None) -> GridStorage | None:
         """The storage of the layer's present weight, which may have been replaced or tied since; None without one."""
@@ -125,22 +126,38 @@ class LayerState:
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
-    def _needed_route(self, gemm: str) -> Route:
-        """The narrowest unit for the operands, of which those scaled along the reduction must stay float32."""
-        left, right = (self._pulled_format(gemm, role) for role in GEMMS[gemm])
-        return needed_route(left, right)
+    def _needs(self, gemm: str) -> Needs:
+        """What the operands of a GEMM allow: those scaled along the reduction must stay float32."""
+        left, right = (self._coded_format(gemm, role) for role in GEMMS[gemm])
+        unit = None if left is None or right is None else common_unit(left, right)
+        return Needs(needed_route(*(self._pulled_format(gemm, role) for role in GEMMS[gemm])), unit)
+
+    def _coded_format(self, gemm: str, role: str):
+        """The format of an operand whose codes can be multiplied; None where its scale varies along the reduction."""
+        operand = self.operands[(gemm, role)]
+        if operand.fmt is None or not operand.saves_codes:
+            return None
+        reduced = self.reduced[(gemm, role)]
+        along = self._storage_axis() if operand.follows_storage else operand.kept_axes
+        return None if reduced in along or reduced - 2 in along else operand.fmt
+
+    def _storage_axis(self) -> tuple[int, ...]:
+        """The axis that a stored weight's scales are kept along."""
+        per_channel = self.storage is None or self.storage.per_channel
+        return (1 if self.transposed else 0,) if per_channel else ()
 
     def _pulled_format(self, gemm: str, role: str):
         operand = self.operands[(gemm, role)]
         if operand.fmt is None or operand.block or not operand.saves_codes:
             return None
-        of_storage = isinstance(operand.spec.scaling, StorageScaling)
-        per_channel = operand.axis is not None or (of_storage and (self.storage is None or self.storage.per_channel))
+        per_channel = self._storage_axis() if operand.follows_storage else operand.axis
         return None if per_channel else operand.fmt
 
-    def route(self, gemm: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Route:
+    def route(
+        self, gemm: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, codes: bool = True
+    ) -> Route:
         """The unit that multiplies this GEMM (`gemm.choose_route`)."""
-        return choose_route(self._needed[gemm], shape, device.type, dtype=dtype)
+        return choose_route(self._needed[gemm], shape, device.type, dtype=dtype, codes=codes)
 
     # -- the present call -----------------------------------------------------------------------------------------
 

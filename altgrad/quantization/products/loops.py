@@ -1,0 +1,138 @@
+"""The loop that multiplies packed operands, and the call that packs and multiplies on this thread.
+
+A product is cut into blocks of rows by columns, one unit of work each. Within a block, slice after slice of the reduction
+is multiplied: sums start anew in every slice, which keeps rounding errors small, and are added to the raw sums that lie in
+the result's own memory; the last slice scales them. So a result does not depend on how blocks are cut, nor on threads.
+
+Packing and multiplying are different calls: as two parallel loops of one compiled function the second could start before
+the first has ended, for addresses hide that one depends on the other.
+"""
+
+# ruff: noqa: F821  (names are bound to the template)
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+
+from altgrad.jit.memory import load_word, scratch
+from altgrad.jit.template import function, loop, part, table_reader
+from altgrad.jit.threads import call_loop
+from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS
+from altgrad.quantization.products.tiles import PANEL_ROWS, TILE_ROWS, put_word, tile, word_at
+
+
+class Variant(NamedTuple):
+    """The constants of a multiplying loop."""
+
+    UNIT: int  # index in `panels.UNITS`
+    EMULATED: bool
+
+
+class Product(NamedTuple):
+    """What a multiplying loop finds in its table of 64-bit words."""
+
+    left: int  # addresses of packed operands
+    right: int
+    out: int
+    bias: int  # 0: none
+    rows: int
+    columns: int
+    words: int  # along the reduction
+    left_batch: int  # matrices from one product to the next: 1, or 0 where one matrix serves all
+    right_batch: int
+    block_rows: int  # panels of a unit of work
+    block_columns: int
+    factor: int  # bits of a float64
+
+
+_read = table_reader(
+    Product,
+    lambda i, name: (
+        f"load_word(0.0, table, {i})" if name == "factor" else f"np.int64(load_word(np.uint64(0), table, {i}))"
+    ),
+    load_word=load_word,
+    np=np,
+)
+
+
+def _edge(p, left, right, words, out, height, width, adds, last, bias, room):
+    """A tile of which only `height` rows and `width` columns are there: by way of `room`."""
+    if adds != 0:
+        for i in range(height):
+            for j in range(width):
+                put_word(room, i * PANEL + j, word_at(out, i * p.columns + j))
+    multiply_tile(left, right, words, room, PANEL, adds, last, p.factor, bias)
+    for i in range(height):
+        for j in range(width):
+            put_word(out, i * p.columns + j, word_at(room, i * PANEL + j))
+
+
+def _multiply(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
+    """Blocks start .. stop - 1 of all batches."""
+    p = read(0, table)
+    room, shifts = scratch(ROOM_BYTES), scratch(BIAS_BYTES)
+    panels_down, panels_across = (p.rows + PANEL - 1) // PANEL, (p.columns + PANEL - 1) // PANEL
+    blocks_down = (panels_down + p.block_rows - 1) // p.block_rows
+    blocks_across = (panels_across + p.block_columns - 1) // p.block_columns
+    slices = (p.words + SLICE - 1) // SLICE
+    for unit in range(start, stop):
+        across = unit % blocks_across
+        down = unit // blocks_across % blocks_down
+        batch = unit // blocks_across // blocks_down
+        for cut in range(slices):
+            words = min(SLICE, p.words - cut * SLICE)
+            adds, last = np.int64(cut > 0), np.int64(cut == slices - 1)
+            lefts = p.left + (batch * p.left_batch * slices + cut) * panels_down * PANEL_BYTES
+            rights = p.right + (batch * p.right_batch * slices + cut) * panels_across * PANEL_BYTES
+            for j in range(across * p.block_columns, min((across + 1) * p.block_columns, panels_across)):
+                right = rights + j * PANEL_BYTES
+                width = min(PANEL, p.columns - j * PANEL)
+                bias = np.int64(0)
+                if p.bias != 0:
+                    bias = p.bias + 4 * j * PANEL
+                    if width < PANEL:
+                        for i in range(width):
+                            put_word(shifts, i, word_at(bias, i))
+                        bias = shifts
+                for i in range(down * p.block_rows, min((down + 1) * p.block_rows, panels_down)):
+                    for step in range(PANEL // TILE):
+                        row = i * PANEL + step * TILE
+                        if row >= p.rows:
+                            break
+                        left = lefts + i * PANEL_BYTES + 4 * (PANEL + step * TILE)
+                        target = p.out + 4 * ((batch * p.rows + row) * p.columns + j * PANEL)
+                        if width == PANEL and row + TILE <= p.rows:
+                            multiply_tile(left, right, words, target, p.columns, adds, last, p.factor, bias)
+                        else:
+                            edge(p, left, right, words, target, min(TILE, p.rows - row), width, adds, last, bias, room)
+    return np.int64(0)
+
+
+@cache
+def compiled(variant: Variant) -> int:
+    """Address of a multiplying loop."""
+    constants = {
+        "PANEL": PANEL_ROWS,
+        "TILE": TILE_ROWS,
+        "ROOM_BYTES": 4 * TILE_ROWS * PANEL_ROWS,
+        "BIAS_BYTES": 4 * PANEL_ROWS,
+    }
+    made = {"multiply_tile": tile(UNITS[variant.UNIT], variant.EMULATED), **constants}
+    multiply_tile = part(_tile, variant, **made)
+    edge = part(_edge, variant, multiply_tile=multiply_tile, **constants)
+    return loop(_multiply, variant, edge=edge, multiply_tile=multiply_tile, read=_read, **constants)
+
+
+def _tile(left, right, words, out, stride, adds, last, factor, bias):
+    multiply_tile(left, right, words, out, stride, adds, last, factor, bias)
+
+
+@function(types.void(*[types.int64] * 9))
+def run_all(pack_left, left, left_units, pack_right, right, right_units, multiply, product, units):
+    """Pack both operands and multiply on this thread: loops and their tables by address."""
+    call_loop(pack_left, (left, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, left_units))
+    call_loop(pack_right, (right, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, right_units))
+    call_loop(multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))

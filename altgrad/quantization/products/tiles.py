@@ -1,0 +1,273 @@
+"""The inner products in registers, in LLVM: a tile of 8 x 32 sums over words that hold 2 bf16 or 4 bytes each.
+
+A panel holds 32 rows of an operand, word by word: first 32 words that sums start from, then for each word along the
+reduction those of the 32 rows side by side. A tile takes 8 rows of a left panel and all 32 of a right one:
+
+    sum[i, j] = start[j] + products of left word (g, i) with right word (g, j), added over g
+
+On CPUs with the instruction a product of words is one (`vdpbf16ps`, `vpdpbusd`); where it is lacking, or emulated on
+demand, the same sums are spelled out: for bf16 the odd and the even product are added one after the other, each exact and
+rounded once, for bytes in integers. `vpdpbusd` takes its left bytes as unsigned: they carry + 128, and sums start from
+-128 times the sum of the right ones.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from altgrad.quantization.products.units import Unit
+
+PANEL_ROWS = 32
+TILE_ROWS, LANES = 8, 16
+VECTORS = PANEL_ROWS // LANES  # of a tile's row
+
+_I8, _I32, _I64, _F32, _F64 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+_WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+_BYTES = ir.VectorType(_I8, 4 * LANES)
+OFFSET = 0x80808080  # 128 in each byte of a word: what turns signed bytes into unsigned ones by xor
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+def _words(number: int):
+    return ir.Constant(_WORDS, [number] * LANES)
+
+
+def _at(builder, address, words):
+    """Pointer to a vector, an address plus a number of words (a constant or a value)."""
+    if isinstance(words, int):
+        words = ir.Constant(_I64, words)
+    place = builder.add(address, builder.shl(words, ir.Constant(_I64, 2)))
+    return builder.inttoptr(place, _WORDS.as_pointer())
+
+
+def _spread(builder, word):
+    """A word in every lane."""
+    single = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(single, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
+
+
+def _dot_bf16(builder, total, left, right):
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
+    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(instruction, [total, builder.bitcast(left, _BFLOATS), builder.bitcast(right, _BFLOATS)])
+
+
+def _dot_bf16_emulated(builder, total, left, right):
+    def odd(word):
+        return builder.bitcast(builder.and_(word, _words(0xFFFF0000)), _FLOATS)
+
+    def even(word):
+        return builder.bitcast(builder.shl(word, _words(16)), _FLOATS)
+
+    for half in (odd, even):
+        total = builder.fadd(total, builder.fmul(half(left), half(right)))
+    return total
+
+
+def _dot_int8(builder, total, left, right):
+    kind = ir.FunctionType(_WORDS, [_WORDS, _BYTES, _BYTES])
+    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(instruction, [total, builder.bitcast(left, _BYTES), builder.bitcast(right, _BYTES)])
+
+
+def _dot_int8_emulated(builder, total, left, right):
+    for byte in range(4):
+        unsigned = builder.and_(builder.lshr(left, _words(8 * byte)), _words(0xFF))
+        signed = builder.ashr(builder.shl(right, _words(24 - 8 * byte)), _words(24))
+        total = builder.add(total, builder.mul(unsigned, signed))
+    return total
+
+
+_DOTS = {
+    (Unit.BF16, False): _dot_bf16,
+    (Unit.BF16, True): _dot_bf16_emulated,
+    (Unit.INT8, False): _dot_int8,
+    (Unit.INT8, True): _dot_int8_emulated,
+}
+
+
+def _scaled(builder, total, factor, unit: Unit):
+    """Sums times a float64 factor, rounded once to float32."""
+    halves = []
+    for part in (range(8), range(8, 16)):
+        picked = builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_I32, 8), list(part)))
+        wide = ir.VectorType(_F64, 8)
+        value = builder.fpext(picked, wide) if unit is Unit.BF16 else builder.sitofp(picked, wide)
+        single = builder.insert_element(ir.Constant(wide, ir.Undefined), factor, ir.Constant(_I32, 0))
+        zeros = ir.Constant(ir.VectorType(_I32, 8), None)
+        product = builder.fmul(value, builder.shuffle_vector(single, single, zeros))
+        halves.append(builder.fptrunc(product, ir.VectorType(_F32, 8)))
+    return builder.shuffle_vector(*halves, ir.Constant(_WORDS, list(range(LANES))))
+
+
+def tile(unit: Unit, emulated: bool):
+    """The intrinsic of one tile, see `_tile`."""
+    dot = _DOTS[unit, emulated]
+    sums = _FLOATS if unit is Unit.BF16 else _WORDS
+
+    def add(builder, a, b):
+        return (builder.fadd if unit is Unit.BF16 else builder.add)(a, b)
+
+    @intrinsic
+    def _tile(typing_context, left, right, words, out, stride, adds, last, factor, bias):
+        """One tile to memory.
+
+        left: address of the left panel's word (0, first row). right: address of the right panel. words: along the
+        reduction. out: where 8 rows of 32 sums go, `stride` sums apart. adds: add to what is there. last: the sums times
+        `factor`, plus 32 floats at `bias` (0: none), as float32; else the raw sums.
+        """
+
+        def generate(context, builder, signature, args):
+            left, right, words, out, stride, adds, last, factor, bias = args
+            totals = [[cgutils.alloca_once(builder, sums) for _ in range(VECTORS)] for _ in range(TILE_ROWS)]
+            starts = [builder.load(_at(builder, right, LANES * v), align=64) for v in range(VECTORS)]
+            for row in totals:
+                for total, start in zip(row, starts, strict=True):
+                    builder.store(builder.bitcast(start, sums), total)
+            first = builder.add(right, ir.Constant(_I64, 4 * PANEL_ROWS))
+            with cgutils.for_range(builder, words) as loop:
+                group = builder.mul(loop.index, ir.Constant(_I64, PANEL_ROWS))
+                columns = [
+                    builder.load(_at(builder, first, builder.add(group, ir.Constant(_I64, LANES * v))), align=64)
+                    for v in range(VECTORS)
+                ]
+                for i, row in enumerate(totals):
+                    word = _at(builder, left, builder.add(group, ir.Constant(_I64, i)))
+                    spread = _spread(builder, builder.load(builder.bitcast(word, _I32.as_pointer()), align=4))
+                    for total, column in zip(row, columns, strict=True):
+                        builder.store(dot(builder, builder.load(total), spread, column), total)
+            places = []
+            for i, row in enumerate(totals):
+                line = builder.mul(stride, ir.Constant(_I64, i))
+                for v, total in enumerate(row):
+                    places.append((_at(builder, out, builder.add(line, ir.Constant(_I64, LANES * v))), v, total))
+            with builder.if_then(builder.icmp_unsigned("!=", adds, ir.Constant(_I64, 0))):
+                for place, _, total in places:
+                    earlier = builder.bitcast(builder.load(place, align=4), sums)
+                    builder.store(add(builder, builder.load(total), earlier), total)
+            with builder.if_else(builder.icmp_unsigned("!=", last, ir.Constant(_I64, 0))) as (finish, keep):
+                with finish:
+                    has_bias = builder.icmp_unsigned("!=", bias, ir.Constant(_I64, 0))
+                    with builder.if_else(has_bias) as (biased, plain):
+                        with biased:
+                            for place, v, total in places:
+                                value = _scaled(builder, builder.load(total), factor, unit)
+                                shift = builder.load(_at(builder, bias, LANES * v), align=4)
+                                value = builder.fadd(value, builder.bitcast(shift, _FLOATS))
+                                builder.store(builder.bitcast(value, _WORDS), place, align=4)
+                        with plain:
+                            for place, _, total in places:
+                                value = _scaled(builder, builder.load(total), factor, unit)
+                                builder.store(builder.bitcast(value, _WORDS), place, align=4)
+                with keep:
+                    for place, _, total in places:
+                        builder.store(builder.bitcast(builder.load(total), _WORDS), place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7, types.float64, types.int64), generate
+
+    return _tile
+
+
+def starts(unit: Unit):
+    """The intrinsic that fills the 32 words that a panel's sums start from, see `_starts`."""
+
+    @intrinsic
+    def _starts(typing_context, panel, words):
+        """Zeros for bf16; for bytes -128 times the sums of a panel's rows over its `words` words."""
+
+        def generate(context, builder, signature, args):
+            panel, words = args
+            first = builder.add(panel, ir.Constant(_I64, 4 * PANEL_ROWS))
+            for v in range(VECTORS):
+                total = cgutils.alloca_once_value(builder, ir.Constant(_WORDS, None))
+                if unit is Unit.INT8:
+                    with cgutils.for_range(builder, words) as loop:
+                        at = builder.mul(loop.index, ir.Constant(_I64, PANEL_ROWS))
+                        row = builder.load(_at(builder, first, builder.add(at, ir.Constant(_I64, LANES * v))), align=64)
+                        for byte in range(4):
+                            signed = builder.ashr(builder.shl(row, _words(24 - 8 * byte)), _words(24))
+                            builder.store(builder.sub(builder.load(total), signed), total)
+                sums = builder.shl(builder.load(total), _words(7))
+                builder.store(sums, _at(builder, panel, LANES * v), align=64)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return _starts
+
+
+@intrinsic
+def transposed_words(typing_context, source, target, flips):
+    """16 rows of 16 words at `source` to 16 columns at `target`, whose rows are 32 words apart; `flips` is xored in."""
+
+    def generate(context, builder, signature, args):
+        source, target, flips = args
+        rows = [builder.load(_at(builder, source, LANES * i), align=64) for i in range(LANES)]
+        for step in (8, 4, 2, 1):  # exchange the off-diagonal blocks of that size
+            low = [(j if j % (2 * step) < step else j - step + LANES) for j in range(LANES)]
+            high = [(j + step if j % (2 * step) < step else j + LANES) for j in range(LANES)]
+            for i in range(LANES):
+                if i % (2 * step) < step:
+                    a, b = rows[i], rows[i + step]
+                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(_WORDS, low))
+                    rows[i + step] = builder.shuffle_vector(a, b, ir.Constant(_WORDS, high))
+        flip = _spread(builder, builder.trunc(flips, _I32))
+        for i, row in enumerate(rows):
+            builder.store(builder.xor(row, flip), _at(builder, target, PANEL_ROWS * i), align=64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def put_byte(typing_context, address, index, value):
+    """Write a byte where codes of the input are read later: unlike `store_code` it promises no independence of them."""
+
+    def generate(context, builder, signature, args):
+        address, index, value = args
+        place = builder.inttoptr(builder.add(address, index), _I8.as_pointer())
+        builder.store(builder.trunc(value, _I8), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def put_word(typing_context, address, index, value):
+    """Write a 32-bit word."""
+
+    def generate(context, builder, signature, args):
+        address, index, value = args
+        builder.store(value, builder.bitcast(_at(builder, address, index), _I32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint32), generate
+
+
+@intrinsic
+def word_at(typing_context, address, index):
+    """The 32-bit word at an index."""
+
+    def generate(context, builder, signature, args):
+        return builder.load(builder.bitcast(_at(builder, *args), _I32.as_pointer()), align=4)
+
+    return types.uint32(types.int64, types.int64), generate

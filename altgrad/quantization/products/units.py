@@ -1,0 +1,117 @@
+"""Which unit of a processor multiplies codes exactly: what a format's payloads become there, and which CPU has it.
+
+    INT8    payloads that are small integers (E0M7, E1M6, INT8, E2M1 x 2, E2M3 x 8), summed in int32: exact, in any order
+    BF16    payload * 2^p (times its block's scale) with at most 8 significant bits, normal in bf16, summed in float32
+
+The power 2^p of a format is a constant: it lifts the format's largest binade to 2^47, where products of two operands and
+their sums stay below 2^127, and those of all formats of at most 8 bits but E7M0 stay above 2^-126 (the unit takes smaller
+numbers as zero). The operands' scales multiply the sums, in float64, rounded once. No Numba here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from enum import Enum
+from functools import cache
+
+import numpy as np
+import torch
+
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.scalar import FloatFormat, Specials
+from altgrad.jit.code_table import CODE_FIELDS, code_table
+from altgrad.jit.subnormals import gradual_underflow
+from altgrad.quantization.codec import value_table
+
+
+class Unit(Enum):
+    """What multiplies: operands of how many to a 32-bit word, summed in which type."""
+
+    INT8 = "int8"
+    BF16 = "bf16"
+
+
+GROUP = {Unit.INT8: 4, Unit.BF16: 2}  # operands in a word: one instruction multiplies and adds them
+SIGNIFICANT_BITS = 8  # of a bf16
+LARGEST_INTEGER = 127
+LARGEST_DEPTH = (2**31 - 1) // 128**2  # terms whose sum fits int32
+TOP_BINADE, NORMAL_EMIN = 47, -126
+
+
+def significant_bits(fmt: FloatFormat) -> int:
+    """Bits between the leading and the last bit of any value of the format, both included."""
+    return fmt.mantissa_bits if fmt.bias is None else fmt.mantissa_bits + 1
+
+
+def unit_of(fmt: FloatFormat | BlockFormat) -> Unit | None:
+    """The fastest unit that multiplies a format's codes of one byte exactly; None where no unit does."""
+    if isinstance(fmt, BlockFormat):
+        return Unit.BF16 if _folds(fmt) else None
+    if fmt.bits > 8 or not fmt.has_zero:
+        return None
+    integers = fmt.has_subnormals and fmt.specials is Specials.NONE and fmt.max / fmt.min_subnormal <= LARGEST_INTEGER
+    if integers:
+        return Unit.INT8
+    return Unit.BF16 if significant_bits(fmt) <= SIGNIFICANT_BITS and _is_normal(fmt) else None
+
+
+def _is_normal(fmt: FloatFormat) -> bool:
+    return math.frexp(fmt.min_subnormal)[1] - 1 + power(fmt, Unit.BF16) >= NORMAL_EMIN
+
+
+def _folds(fmt: BlockFormat) -> bool:
+    """Whether element * scale is a bf16 number: the scale is a power of two, or both together are short."""
+    if fmt.element.bits > 8 or fmt.has_float_scale:
+        return False
+    scale_bits = 0 if fmt.power_of_two else significant_bits(fmt.scale_format)
+    return significant_bits(fmt.element) + scale_bits <= SIGNIFICANT_BITS
+
+
+def common_unit(a: FloatFormat | BlockFormat, b: FloatFormat | BlockFormat) -> Unit | None:
+    """The fastest unit that multiplies both formats: every integer format is a bf16 one, too."""
+    units = {unit_of(a), unit_of(b)}
+    if None in units:
+        return None
+    return Unit.INT8 if units == {Unit.INT8} else Unit.BF16
+
+
+def power(fmt: FloatFormat | BlockFormat, unit: Unit) -> int:
+    """The p of a format: what the unit multiplies is payload * 2^p."""
+    if isinstance(fmt, BlockFormat):
+        return 0  # elements go with their block's scale
+    return -(math.frexp(fmt.min_subnormal)[1] - 1) if unit is Unit.INT8 else TOP_BINADE - fmt.emax
+
+
+@cache
+def facts(fmt: FloatFormat | BlockFormat, unit: Unit) -> np.ndarray:
+    """`jit.code_table.code_table` of a format's elements with 2^p multiplied in; kept for the life of the process."""
+    element = fmt.element if isinstance(fmt, BlockFormat) else fmt
+    table, shift = code_table(element).copy(), power(fmt, unit) << 23
+    for name in ("normal_base", "raised_base", "step"):
+        index = CODE_FIELDS.index(name)
+        table[index] = int(table[index]) + shift
+    table.setflags(write=False)
+    return table
+
+
+@cache
+def payloads(fmt: FloatFormat | BlockFormat, unit: Unit) -> np.ndarray:
+    """payload * 2^p of each of the 256 codes that a byte can name, as float32; NaN beyond the format's codes."""
+    element = fmt.element if isinstance(fmt, BlockFormat) else fmt
+    with gradual_underflow():
+        values = np.ldexp(value_table(element), power(fmt, unit)).astype(np.float32)
+    values = np.pad(values, (0, 256 - len(values)), constant_values=np.nan)
+    values.setflags(write=False)
+    return values
+
+
+_FEATURES = {Unit.INT8: ("avx512_vnni", "avx512vnni"), Unit.BF16: ("avx512_bf16", "avx512bf16")}  # torch's, LLVM's name
+
+
+@cache
+def on_this_cpu(unit: Unit) -> bool:
+    """Whether this CPU has the unit's instruction in vectors of 64 bytes, and Numba is not told to leave it alone."""
+    of_torch, of_llvm = _FEATURES[unit]
+    told = os.environ.get("NUMBA_CPU_FEATURES") if os.environ.get("NUMBA_CPU_NAME") else None
+    return bool(torch.cpu.get_capabilities().get(of_torch)) and (told is None or f"+{of_llvm}" in told.split(","))

@@ -1,0 +1,207 @@
+"""Products of codes: exact on every unit, for every format, layout, shape and number of threads.
+
+The units' instructions are run where this CPU has them and spelled out everywhere: both by the same packing code.
+"""
+
+import math
+
+import pytest
+import torch
+
+from altgrad.quantization import FORMAT_REGISTRY, Cast, amax_scale, decode, encode, get_format
+from altgrad.quantization.codec import scale_values
+from altgrad.quantization.products.multiply import Codes, multiply
+from altgrad.quantization.products.units import LARGEST_DEPTH, Unit, common_unit, on_this_cpu, power, unit_of
+from altgrad.quantization.quantized import Want
+
+BYTES = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.has_zero]
+INTEGERS = [f for f in BYTES if unit_of(f) is Unit.INT8]
+UNITS = [(f, u) for f in BYTES for u in Unit if u is Unit.BF16 or f in INTEGERS]
+EMULATED = [pytest.param(False, id="instruction"), pytest.param(True, id="emulated")]
+LAYOUTS = ["nt", "nn", "tn", "tt"]
+BLOCKS = ["MXFP8", "MXFP8_E5M2", "MXFP6", "MXFP4", "MXINT8", "NVFP4", "E2M1/16x16:E8M0"]
+
+
+@pytest.fixture(autouse=True)
+def only_where_it_is(request):
+    """A run by the instruction needs it; the emulated run of the same test is there on every CPU."""
+    given = getattr(request.node, "callspec", None)
+    params = given.params if given else {}
+    unit = params["case"][1] if "case" in params else params.get("unit")
+    if params.get("emulated") is False and unit is not None and not on_this_cpu(unit):
+        pytest.skip(f"this CPU multiplies no {unit.value}; the emulated run covers the same code")
+
+
+def matrix(shape, seed, fmt, mode="ordinary"):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator)
+    if mode == "wide":  # every binade of the format, from its max downwards
+        span = min(fmt.emax - math.frexp(fmt.min_subnormal)[1] + 2, 120)
+        return x.sign() * torch.exp2(-torch.rand(*shape, generator=generator) * span)
+    return x * {"ordinary": 1.0, "tiny": 1e-30, "huge": 1e37}[mode]
+
+
+def coded(x, fmt):
+    scale = float(amax_scale(x, fmt))
+    return Codes(encode(x, fmt, scale, clamp=True), fmt, scale)
+
+
+def values(operand):
+    """Exact values of an operand in float64, without its scale."""
+    if operand.blocks is None:
+        return decode(operand.codes, operand.fmt, 1.0, dtype=torch.float64)
+    scales = operand.blocks.double()
+    for axis, times in zip((-2, -1), operand.tile):
+        scales = scales.repeat_interleave(times, axis).narrow(axis, 0, operand.codes.shape[axis])
+    return decode(operand.codes, operand.fmt.element, 1.0, dtype=torch.float64) * scales
+
+
+def check(a, b, unit, emulated, bias=None):
+    """|C - C64| <= 1e-6 (|A| |B|), in units of both scales, but for what lies below float32's normal numbers."""
+    got = multiply(a, b, unit, bias=bias, emulated=emulated)
+    x, w = values(a), values(b)
+    expected, magnitude = x @ w, x.abs() @ w.abs()
+    units = float(a.scale) * float(b.scale)  # in float64, where no scale overflows
+    shift = 0.0 if bias is None else bias.double() / units
+    lost = 2.0**-126 / units + 2.0 ** -(126 + power(a.fmt, unit) + power(b.fmt, unit)) * x.shape[-1]
+    limit = 1e-6 * (magnitude + abs(shift)) + lost
+    finite = (expected * units).abs() < torch.finfo(torch.float32).max
+    error = (got.double() / units - (expected + shift)).abs()
+    assert bool((error <= limit)[finite].all()), float((error / limit)[finite].max())
+    return got
+
+
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize("case", UNITS, ids=lambda case: f"{case[0]}-{case[1].value}")
+def test_every_format_on_every_unit_that_holds_it(case, emulated):
+    fmt, unit = case
+    for mode in ("ordinary", "wide", "tiny", "huge"):
+        a, b = matrix((24, 70), 1, fmt, mode), matrix((70, 40), 2, fmt, "ordinary" if mode == "huge" else mode)
+        check(coded(a, fmt), coded(b, fmt), unit, emulated)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize(("unit", "name"), [(Unit.BF16, "E4M3"), (Unit.INT8, "E0M7")])
+def test_every_layout_and_odd_shapes(unit, name, emulated, layout):
+    fmt = get_format(name)
+    for m, k, n in ((1, 1, 1), (8, 32, 32), (5, 7, 3), (33, 1000, 65), (70, 131, 47), (16, 2305, 9)):
+        a, b = coded(matrix((m, k), 1, fmt), fmt), coded(matrix((k, n), 2, fmt), fmt)
+        if layout[0] == "t":
+            a = a._replace(codes=a.codes.t().contiguous().t())
+        if layout[1] == "t":
+            b = b._replace(codes=b.codes.t().contiguous().t())
+        check(a, b, unit, emulated, bias=torch.randn(n))
+    wide = coded(matrix((40, 60), 1, fmt), fmt)
+    check(wide._replace(codes=wide.codes[::2, ::3]), coded(matrix((20, 8), 2, fmt), fmt), unit, emulated)
+
+
+def test_nothing_to_multiply():
+    fmt = get_format("E4M3")
+    for m, k, n in ((0, 3, 4), (3, 0, 4), (3, 4, 0)):
+        operands = [Codes(torch.zeros(shape, dtype=torch.uint8), fmt) for shape in ((m, k), (k, n))]
+        bias = torch.ones(n)
+        assert torch.equal(multiply(*operands, Unit.BF16, bias=bias), torch.ones(m, n))
+
+
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize("unit", list(Unit), ids=lambda unit: unit.value)
+def test_both_uniform_grids_give_the_same_bits(unit, emulated):
+    x, w = torch.randn(50, 900), torch.randn(900, 70)
+    found = [multiply(coded(x, f), coded(w, f), unit, emulated=emulated) for f in map(get_format, ("E0M7", "E1M6"))]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize(("unit", "name"), [(Unit.BF16, "E5M2"), (Unit.INT8, "E1M6")])
+def test_every_number_of_threads_beside_torchs_own(unit, name, emulated):
+    fmt = get_format(name)
+    left, right = torch.randn(500, 700), torch.randn(700, 600)
+    a, b = coded(left, fmt), coded(right, fmt)
+    expected = check(a, b, unit, emulated)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        for _ in range(4):
+            plain = left @ right  # torch's pool has just run, and runs again
+            assert torch.equal(multiply(a, b, unit, emulated=emulated), expected)
+            assert torch.equal(left @ right, plain)
+
+
+def test_the_instructions_and_their_emulation_agree():
+    for unit, name in ((Unit.INT8, "E0M7"), (Unit.BF16, "E4M3")):
+        if not on_this_cpu(unit):
+            continue
+        fmt = get_format(name)
+        a, b = coded(torch.randn(40, 800), fmt), coded(torch.randn(800, 50), fmt)
+        found = [multiply(a, b, unit, emulated=emulated) for emulated in (False, True)]
+        if unit is Unit.INT8:
+            assert torch.equal(*found)
+        assert torch.allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize(("unit", "name"), [(Unit.BF16, "E5M2")])
+def test_codes_of_nan_and_inf(unit, name, emulated):
+    x, w = torch.randn(20, 40), torch.randn(40, 36)
+    x[3, 5], x[7, 39], w[11, 35] = torch.nan, torch.inf, -torch.inf
+    w[39, 2] = 0.0  # inf times zero
+    fmt = get_format(name)
+    a, b = (Codes(encode(t, fmt, 0.25), fmt, 0.25) for t in (x, w))
+    for one in (a, a._replace(codes=a.codes.t().contiguous().t())):
+        got, expected = multiply(one, b, unit, emulated=emulated), x @ w
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize("unit", [Unit.BF16], ids=lambda unit: unit.value)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_formats_along_the_reduction(name, unit, emulated):
+    fmt = get_format(name)
+    assert common_unit(fmt, fmt) is Unit.BF16
+
+    def packed(x, axis):
+        cast = Cast(fmt, axis=-1 if fmt.is_tile else axis, pad=True)
+        found = cast(x, want=Want.CODES)
+        layout = cast.layout(x.shape)
+        scale = 1.0 if found.tensor_scale is None else float(found.tensor_scale)
+        return Codes(found.codes, fmt, scale, scale_values(found.scales, fmt, None), layout[3:5])
+
+    spread = torch.exp2(torch.randint(-20, 20, (45, 1)).float())
+    x, w = torch.randn(45, 100) * spread, torch.randn(100, 37)
+    check(packed(x, 1), packed(w, 0), unit, emulated)
+    check(packed(x.t().contiguous(), 0).t(), packed(w.t().contiguous(), 1).t(), unit, emulated)
+    x, w = torch.randn(3, 20, 64), torch.randn(3, 64, 24)
+    check(packed(x, -1), packed(w, -2), unit, emulated)
+    check(packed(x, -1), packed(w[0], -2), unit, emulated)
+
+
+def test_batches_and_one_matrix_for_all():
+    fmt = get_format("E4M3")
+    for left, right in (
+        ((2, 3, 9, 40), (2, 3, 40, 11)),
+        ((3, 9, 40), (2, 1, 40, 11)),
+        ((9, 40), (4, 40, 11)),
+        ((1, 9, 40), (40, 11)),
+    ):
+        a, b = coded(torch.randn(left), fmt), coded(torch.randn(right), fmt)
+        got = check(a, b, Unit.BF16, True)
+        assert got.shape == (torch.empty(left) @ torch.empty(right)).shape
+
+
+def test_which_unit_holds_which_format():
+    assert {f.name for f in INTEGERS} >= {"E0M7", "E1M6", "INT8", "E2M1", "E2M3"}
+    assert all(unit_of(f) is not None for f in BYTES)
+    assert common_unit(get_format("E0M7"), get_format("E4M3")) is Unit.BF16
+    for name in ("FP16", "BF16", "E5M7", "E4M3/16x16:FP32", "MXFP8"):
+        fmt = get_format(name)
+        assert unit_of(fmt) is (Unit.BF16 if name == "MXFP8" else None), name
+
+
+def test_the_deepest_sum_of_bytes_is_exact():
+    fmt = get_format("E0M7")
+    depth = LARGEST_DEPTH
+    largest = Codes(torch.full((1, depth), 127, dtype=torch.uint8), fmt)
+    other = Codes(torch.full((depth, 1), 255, dtype=torch.uint8), fmt)  # -127
+    got = multiply(largest, other, Unit.INT8, emulated=True)
+    assert float(got) == float(torch.tensor(-(127.0**2) * depth / 2.0**14))
