@@ -101,7 +101,7 @@ def _is_product(module: nn.Module) -> bool:
     from altgrad.nn.layer.registry import kind_of
 
     kind = kind_of(type(module))
-    return kind is not None and kind.kind in ("linear", "conv")
+    return kind is not None and kind.kind in ("linear", "conv", "conv_transpose")
 
 
 def _forward_hook(name: str, given: FloatFormat | None, publish: Publish):

@@ -5,11 +5,11 @@ from altgrad.nn.model.change import change_format
 from altgrad.nn.model.convert import quantize_model, restore_model
 from altgrad.nn.model.manifest import Manifest
 from altgrad.nn.model.optimizer_hook import attach_optimizer
-from altgrad.nn.model.places import places
+from altgrad.nn.model.spots import places
 from altgrad.nn.model.state import load_quant_state, quant_state
 from altgrad.nn.recipe.cells import Cell, Finder
 from altgrad.nn.recipe.layer_recipe import layer_recipe
-from altgrad.nn.recipe.recipe import Override, Recipe, uniform
+from altgrad.nn.recipe.recipe import Override, Recipe, keep, uniform
 from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
 from altgrad.nn.session import (
     full_precision,
@@ -37,6 +37,7 @@ __all__ = [
     "attach_optimizer",
     "change_format",
     "full_precision",
+    "keep",
     "layer_recipe",
     "load_quant_state",
     "quant_state",

@@ -1,4 +1,4 @@
-"""Quantized products as functions: `linear` and `matmul` under a recipe, for code that has no layer to swap.
+"""Quantized products as functions under a recipe, for code that has no layer to swap.
 
 They keep no state between calls: delayed scaling and grid storage belong to layers, and stochastic rounding takes its
 key as an argument.
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from altgrad.errors import RandomKeyError, RecipeError
 from altgrad.formats.rounding import Rounding
+from altgrad.nn.layer.attention import AttentionStates, attention_forward
+from altgrad.nn.layer.batched import grouped_forward
 from altgrad.nn.layer.contractions import LINEAR_REDUCED, MATMUL_REDUCED, Matrices
 from altgrad.nn.layer.gemms import multiply
 from altgrad.nn.layer.linear import linear_forward
@@ -59,6 +61,52 @@ def matmul(input: Tensor, other: Tensor, *, recipe: LayerRecipe | str, key: tupl
         RandomKeyError: stochastic rounding without a key.
     """
     return multiply(_state(recipe, key, matmul=True), _MATMUL, input, other, None, training=False)
+
+
+def grouped_mm(
+    input: Tensor, weight: Tensor, offsets: Tensor, *, recipe: LayerRecipe | str, key: tuple[int, int] | None = None
+) -> Tensor:
+    """The groups of a mixture of experts: rows of input that end at offsets[i] times weight[i], each pair by itself.
+
+    Args:
+        input: [s, k], sorted by group. weight: [e, k, n]. offsets: int [e], the end of each group's rows; rows behind the
+            last give zeros. A group may be empty.
+        recipe, key: as for `linear`; each group is quantized with scales of its own.
+
+    Raises:
+        RecipeError, RandomKeyError: as `linear`. OptionError: offsets that are none.
+    """
+    state = _state(recipe, key, matmul=False)
+    return grouped_forward(state, input, weight.transpose(-2, -1), offsets, training=False)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    recipe: LayerRecipe | str,
+    random_key: tuple[int, int] | None = None,
+) -> Tensor:
+    """As torch's, with quantized scores Q(query) Q(key)^T and values Q(p) Q(value); the softmax p is unquantized before.
+
+    Args:
+        recipe: as for `matmul`, for both products. random_key: (seed, stream) of stochastic rounding.
+
+    Raises:
+        RecipeError, RandomKeyError: as `matmul`.
+    """
+    scores = _state(recipe, random_key, matmul=True)
+    values = scores if random_key is None else _state(recipe, (random_key[0], random_key[1] + 1), matmul=True)
+    states = AttentionStates(scores, values)
+    return attention_forward(
+        states, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, training=False
+    )
 
 
 def _state(recipe: LayerRecipe | str, key, *, matmul: bool) -> LayerState:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from altgrad.nn.recipe.recipe import Recipe
 
 STATE = "_altgrad"  # attribute of a quantized module that holds its LayerState
-REACH = "_altgrad_reach"  # attribute of every module that a recipe may quantize, whether it does now or not: its Reach
+REACH = "_altgrad_reach"  # of every module that a recipe may quantize, whether it does now or not: parameter -> Reach
 
 
 def _rank() -> int:
@@ -91,7 +91,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Reach:
-    """A module that `quantize_model` was asked to quantize if its recipe says so.
+    """A layer that `quantize_model` was asked to quantize if its recipe says so.
 
     Args:
         session: of that call. name: qualified name in the model that was given to it.
@@ -111,9 +111,9 @@ def sessions_of(model: nn.Module) -> list[Session]:
     """
     found: dict[int, Session] = {}
     for module in model.modules():
-        state = module.__dict__.get(STATE) or module.__dict__.get(REACH)
-        if state is not None:
-            found[id(state.session)] = state.session
+        state = module.__dict__.get(STATE)
+        for one in [state] if state is not None else module.__dict__.get(REACH, {}).values():
+            found[id(one.session)] = one.session
     if not found:
         raise RecipeError(f"{type(model).__name__} has no quantized layer; call quantize_model(model, recipe) first")
     return list(found.values())

@@ -91,12 +91,17 @@ class Matrices(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """A convolution of x [n, c, ...] with w [o, c / groups, ...], by torch's own loops, in IEEE float32."""
+    """A convolution of x [n, c, ...] with w [o, c / groups, ...], by torch's own loops, in IEEE float32.
+
+    transposed: w is [c, o / groups, ...]. output_padding: of a transposed one.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
     def sizes(self, gemm: str, a: torch.Size, b: torch.Size) -> None:
         """See `Contraction`."""
@@ -106,7 +111,8 @@ class Convolution(NamedTuple):
         self, gemm: str, a: Ready, b: Ready, route: Route, shape: torch.Size | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """See `Contraction`."""
-        geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        extra = list(self.output_padding or [0] * len(self.stride))
+        geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups, self.transposed, extra)
         if gemm == "forward":
             bias = None if bias is None else bias.to(a.values.dtype)
             return _run(_convolution, _convolve, a.values, b.values, bias, *geometry)
@@ -130,14 +136,14 @@ def _exactly(direct, first: Tensor, *rest) -> Tensor:
         return direct(first, *rest)
 
 
-def _convolve(x, w, bias, stride, padding, dilation, groups) -> Tensor:
-    return torch.convolution(x, w, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+def _convolve(x, w, bias, stride, padding, dilation, groups, transposed, extra) -> Tensor:
+    return torch.convolution(x, w, bias, stride, padding, dilation, transposed, extra, groups)
 
 
-def _convolve_back(dy, x, w, of_input, stride, padding, dilation, groups) -> Tensor:
+def _convolve_back(dy, x, w, of_input, stride, padding, dilation, groups, transposed, extra) -> Tensor:
     mask = [of_input, not of_input, False]
-    zeros = [0] * len(stride)
-    found = torch.ops.aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, zeros, groups, mask)
+    geometry = (stride, padding, dilation, transposed, extra, groups)
+    found = torch.ops.aten.convolution_backward(dy, x, w, None, *geometry, mask)
     return found[0] if of_input else found[1]
 
 
@@ -150,13 +156,15 @@ def _convolution(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    transposed: bool,
+    extra: list[int],
 ) -> Tensor:
-    return _exactly(_convolve, x, w, bias, stride, padding, dilation, groups)
+    return _exactly(_convolve, x, w, bias, stride, padding, dilation, groups, transposed, extra)
 
 
 @_convolution.register_fake
-def _(x, w, bias, stride, padding, dilation, groups):
-    return _exactly(_convolve, x, w, bias, stride, padding, dilation, groups)
+def _(x, w, bias, stride, padding, dilation, groups, transposed, extra):
+    return _exactly(_convolve, x, w, bias, stride, padding, dilation, groups, transposed, extra)
 
 
 @torch.library.custom_op("altgrad::convolution_grad", mutates_args=())
@@ -169,10 +177,12 @@ def _convolution_grad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    transposed: bool,
+    extra: list[int],
 ) -> Tensor:
-    return _exactly(_convolve_back, dy, x, w, of_input, stride, padding, dilation, groups)
+    return _exactly(_convolve_back, dy, x, w, of_input, stride, padding, dilation, groups, transposed, extra)
 
 
 @_convolution_grad.register_fake
-def _(dy, x, w, of_input, stride, padding, dilation, groups):
-    return _exactly(_convolve_back, dy, x, w, of_input, stride, padding, dilation, groups)
+def _(dy, x, w, of_input, stride, padding, dilation, groups, transposed, extra):
+    return _exactly(_convolve_back, dy, x, w, of_input, stride, padding, dilation, groups, transposed, extra)

@@ -5,6 +5,7 @@ Blocks of a block format run along the channels (forward and input_grad) and alo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,4 +28,22 @@ def conv_forward(state: LayerState, module: nn.Module, x: Tensor) -> Tensor:
         x, padding = F.pad(x, around, mode=mode), (0,) * spatial  # type: ignore[arg-type]
     geometry = Convolution(tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)  # type: ignore[arg-type]
     y = multiply(state, geometry, x, w, bias, module.training)  # type: ignore[arg-type]
+    return y.squeeze(0) if unbatched else y
+
+
+def conv_transpose_forward(state: LayerState, module, x: Tensor, output_size=None) -> Tensor:
+    """The forward of a torch ConvTranspose1d, 2d or 3d: x [n, c, ...] or [c, ...]."""
+    spatial = len(module.kernel_size)
+    sizes = (output_size, module.stride, module.padding, module.kernel_size)
+    extra = module._output_padding(x, *sizes, spatial, module.dilation)  # type: ignore[operator]
+    unbatched = x.ndim == spatial + 1
+    x = x.unsqueeze(0) if unbatched else x
+    geometry = Convolution(
+        tuple(module.stride), tuple(module.padding), tuple(module.dilation), module.groups, True, tuple(extra)
+    )
+    if state.session.bypass:
+        how = (module.stride, module.padding, module.dilation, True, list(extra), module.groups)
+        y = torch.convolution(x, module.weight, module.bias, *how)
+    else:
+        y = multiply(state, geometry, x, module.weight, module.bias, module.training)
     return y.squeeze(0) if unbatched else y

@@ -8,15 +8,15 @@ from torch import nn
 
 from altgrad.errors import RecipeError
 
-KINDS = ("linear", "conv", "embedding", "norm")
+KINDS = ("linear", "conv", "conv_transpose", "embedding", "norm")
 
 
 @dataclass(frozen=True)
 class LayerKind:
     """How a module class is quantized.
 
-    kind: "linear" (`weight` [out, in], `bias`, input [..., in]), "conv" (a torch convolution), "embedding" (rows of
-        `weight`), or "norm" (only its `weight`, quantized at use).
+    kind: "linear" (`weight` [out, in], `bias`, input [..., in]), "conv" (a torch convolution), "conv_transpose" (a
+        transposed one), "embedding" (rows of `weight`), or "norm" (only its `weight`, quantized at use).
     transposed: a linear weight is stored [in, out].
     """
 
@@ -24,12 +24,19 @@ class LayerKind:
     transposed: bool = False
 
 
+RAW = LayerKind("raw")
+"""A parameter that its module multiplies by function calls (`altgrad.nn.layer.raw`)."""
+
 _BY_CLASS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind("linear"),
     nn.Conv1d: LayerKind("conv"),
     nn.Conv2d: LayerKind("conv"),
     nn.Conv3d: LayerKind("conv"),
+    nn.ConvTranspose1d: LayerKind("conv_transpose", transposed=True),
+    nn.ConvTranspose2d: LayerKind("conv_transpose", transposed=True),
+    nn.ConvTranspose3d: LayerKind("conv_transpose", transposed=True),
     nn.Embedding: LayerKind("embedding"),
+    nn.EmbeddingBag: LayerKind("embedding"),
     nn.LayerNorm: LayerKind("norm"),
     nn.RMSNorm: LayerKind("norm"),
 }
@@ -44,7 +51,7 @@ def register_layer(cls: type[nn.Module] | str, kind: str, *, transposed: bool = 
 
     Args:
         cls: the class, or its full dotted name (then its package is not imported).
-        kind: "linear", "conv", "embedding" or "norm": whose arithmetic the class's forward has. The class needs that
+        kind: "linear", "conv", "conv_transpose", "embedding" or "norm": whose arithmetic the class's forward has. The class needs that
             kind's attributes: `weight`; for linear also `bias` (a tensor or None).
         transposed: a linear weight is stored [in, out], as in Hugging Face's `Conv1D`.
 
@@ -72,12 +79,4 @@ def kind_of(cls: type[nn.Module]) -> LayerKind | None:
         found = _BY_CLASS.get(base) or _BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
             return found if cls.forward is base.forward else None
-    return None
-
-
-def overrides_forward(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The registered ancestor whose forward this class replaces, or None."""
-    for base in cls.__mro__:
-        if base in _BY_CLASS or f"{base.__module__}.{base.__qualname__}" in _BY_NAME:
-            return base if cls.forward is not base.forward else None
     return None

@@ -39,9 +39,9 @@ def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) ->
     return quantized_weight(state, operand, rows, scale, module.training)
 
 
-def with_quantized_weight(state: LayerState, module: nn.Module, forward, *args, **kwargs):
-    """Call `forward(*args)` of a normalisation while `module.weight` reads as its quantized value."""
-    w, operand = module._parameters.get("weight"), state.norm
+def with_quantized_weight(state: LayerState, operand: Operand, module: nn.Module, forward, *args, **kwargs):
+    """Call `forward(*args)` of a normalisation or a bag of embeddings while `module.weight` reads as its quantized value."""
+    w = module._parameters.get("weight")
     if state.session.bypass or operand.fmt is None or w is None:
         return forward(*args, **kwargs)
     module.__dict__["weight"] = quantized_weight(state, operand, w, None, module.training)  # shadows the parameter

@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from torch import nn
 
 from altgrad.errors import RecipeError
-from altgrad.nn.layer.classes import is_quantized, swap, swap_back
-from altgrad.nn.layer.registry import LayerKind, kind_of
-from altgrad.nn.model.convert import close_fast_paths, leave_grid, left_unquantized, store_on_grid
+from altgrad.nn.layer.classes import attention_in, swap, swap_back
+from altgrad.nn.layer.raw import ATTENTION
+from altgrad.nn.model.convert import close_fast_paths, fitting, leave_grid, left_unquantized, store_on_grid
 from altgrad.nn.model.optimizer_hook import follow_layers, watch_optimizers
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
+from altgrad.nn.model.spots import Spot, all_spots
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.nn.recipe.reformat import reformat, reformat_layer
 from altgrad.nn.recipe.spec import LayerRecipe
-from altgrad.nn.session import REACH, STATE, Session, sessions_of
+from altgrad.nn.session import Session, sessions_of
 from altgrad.quantization import FloatFormat, get_format
 
 
 @dataclass(frozen=True)
 class _Change:
-    """What one module becomes: `now` and `then` are None where it is in full precision."""
+    """What one layer becomes: `now` and `then` are None where it is in full precision."""
 
-    module: nn.Module
-    kind: LayerKind
+    spot: Spot
     session: Session
     name: str
     now: LayerRecipe | None
@@ -62,7 +62,7 @@ def change_format(
         stored = change.now.storage if change.now is not None else None
         _apply(change)
         if change.then is not None and change.then.storage != stored:
-            regridded.append(change.module.__dict__[STATE])
+            regridded.append(change.spot.state)
     if differing:
         close_fast_paths(model)
         follow_layers(model)
@@ -85,9 +85,7 @@ def _planned(
 ) -> tuple[list[Recipe | None], list[_Change]]:
     """The new recipe of each session, and what becomes of each module; all of it checked."""
     sessions = sessions_of(model)
-    reached = [
-        (module, _place(module)) for module in model.modules() if REACH in module.__dict__ or is_quantized(module)
-    ]
+    reached = [(spot, _place(spot)) for spot in all_spots(model) if spot.reach is not None or spot.state is not None]
     if isinstance(new, (Recipe, LayerRecipe)):
         recipe = new if isinstance(new, Recipe) else Recipe(new)
         recipes: list[Recipe | None] = [recipe for _ in sessions]
@@ -99,10 +97,8 @@ def _planned(
 
         recipes = [None if s.recipe is None else reformat(s.recipe, successor) for s in sessions]
     changes = []
-    for module, (session, name, positions) in reached:
-        kind = kind_of(type(module))
-        assert kind is not None
-        now = module.__dict__[STATE].recipe if is_quantized(module) else None
+    for spot, (session, name, positions) in reached:
+        now = None if spot.state is None else spot.state.recipe
         if recipe is None:
             then = None if now is None else reformat_layer(now, successor)
         else:
@@ -111,34 +107,38 @@ def _planned(
                     "the recipe has overrides by position, and the model was quantized without watching it run; "
                     "restore_model, then quantize_model(model, recipe, example=...)"
                 )
-            then = recipe.for_layer(name, getattr(module, "_base", type(module)).__name__, positions or frozenset())
-        changes.append(_Change(module, kind, session, name, now, None if left_unquantized(kind, then) else then))
+            then = recipe.for_layer(name, spot.type_name, positions or frozenset())
+        then = None if then is None or left_unquantized(spot.kind, then) else fitting(spot, then)
+        changes.append(_Change(spot, session, name, now, then))
     for change in changes:
         if change.then is not None:
-            check_layer(change.name, change.module, change.kind, change.then)
+            check_layer(change.spot, change.then)
     check_ties(model, {change.name: change.then for change in changes if change.then is not None})
     return recipes, changes
 
 
-def _place(module: nn.Module) -> tuple[Session, str, frozenset[str] | None]:
-    reach = module.__dict__.get(REACH)
+def _place(spot: Spot) -> tuple[Session, str, frozenset[str] | None]:
+    reach, state = spot.reach, spot.state
     if reach is not None:
         return reach.session, reach.name, reach.positions
-    state = module.__dict__[STATE]
+    assert state is not None
     return state.session, state.name, None
 
 
 def _apply(change: _Change) -> None:
-    module, then = change.module, change.then
+    spot, then = change.spot, change.then
     if change.now is None:
         assert then is not None
-        swap(module, then, change.session, change.name, change.kind)
+        swap(spot.module, spot.parameter, then, change.session, change.name, spot.kind)
         return
     if change.now.storage is not None and (then is None or then.storage is None):
-        leave_grid(module)
-    state = module.__dict__[STATE]
+        leave_grid(spot.module, spot.parameter)
+    states = attention_in(spot.module) if spot.parameter == ATTENTION else [spot.state]
+    for state in states:
+        assert state is not None
+        if then is None:
+            state.leave_session()
+        else:
+            state.change_recipe(then)
     if then is None:
-        state.leave_session()
-        swap_back(module)
-    else:
-        state.change_recipe(then)
+        swap_back(spot.module, spot.parameter)

@@ -5,22 +5,26 @@ Everything is checked before anything is changed: a model is converted wholly or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from weakref import ref
 
 from torch import nn
 
 from altgrad.errors import RecipeError
-from altgrad.nn.layer.classes import is_quantized, shown_recipe, swap, swap_back
-from altgrad.nn.layer.registry import LayerKind, kind_of, overrides_forward
+from altgrad.nn.layer.classes import is_quantized, layers_in, parameter_of, shown_recipe, swap, swap_back
+from altgrad.nn.layer.raw import ATTENTION
+from altgrad.nn.layer.registry import RAW, LayerKind, kind_of
 from altgrad.nn.layer.state import LayerState
-from altgrad.nn.model.manifest import Manifest, Swapped, Traced, read_source, trace
+from altgrad.nn.model.manifest import Manifest, Share, Swapped
 from altgrad.nn.model.optimizer_hook import watch_optimizers
+from altgrad.nn.model.probe import Traced, read_source, trace, unseen
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
+from altgrad.nn.model.spots import Spot, all_spots, out_of_reach, spots_of, unknown
+from altgrad.nn.recipe.cells import Cell, changed_layer
 from altgrad.nn.recipe.recipe import Recipe, name_matches
 from altgrad.nn.recipe.spec import LayerRecipe
-from altgrad.nn.session import REACH, STATE, Reach, Session
+from altgrad.nn.session import REACH, Reach, Session
 from altgrad.nn.storage import GridStorage
 
 _FAST_PATH = "_altgrad_fast_path"  # what an encoder layer's `activation_relu_or_gelu` was
@@ -57,50 +61,81 @@ def quantize_model(
     """
     recipe = _as_recipe(recipe)
     modules = dict(model.named_modules())
-    included, excluded = _matched(include, modules, "include"), _matched(exclude, modules, "exclude")
     if recipe.needs_positions and example is None:
         raise RecipeError("an override by position needs to see the model run; pass example=(inputs of the model,)")
-    seen = Traced(read_source(model), {}, set(modules)) if example is None else trace(model, example)
-    positions = seen.positions
+    seen = None if example is None else trace(model, example)
+    multiplied = None if seen is None else {product.spot for product in seen.products}
+    spots = {
+        name: list(spots_of(name, module, multiplied))
+        for name, module in modules.items()
+        if not _is_opaque(name, modules)
+    }
+    names = dict.fromkeys([*modules, *(spot.name for own in spots.values() for spot in own)])
+    included, excluded = _matched(include, names, "include"), _matched(exclude, names, "exclude")
 
-    plan: dict[str, tuple[nn.Module, LayerRecipe, LayerKind]] = {}
+    plan: list[tuple[Spot, LayerRecipe]] = []
     skipped: dict[str, str] = {}
-    reach: list[tuple[str, nn.Module]] = []
-    opaque = _opaque_owners(modules)
-    for name, module in modules.items():
-        kind = kind_of(type(module))
-        class_name = getattr(module, "_base", type(module)).__name__
-        chosen = recipe.for_layer(name, class_name, positions.get(name, frozenset())) if kind else None
-        reason = _out_of_reach(name, module, kind, included, excluded, opaque)
-        if reason is None:
-            reach.append((name, module))
-            reason = left_unquantized(kind, chosen)  # type: ignore[arg-type]
-        if reason is None:
-            assert chosen is not None
-            assert kind is not None
-            check_layer(name, module, kind, chosen)
-            plan[name] = (module, chosen, kind)
-        elif reason:
+    reach: list[tuple[Spot, frozenset[str]]] = []
+    for name, own in spots.items():
+        positions = seen.positions.get(name, frozenset()) if seen is not None else frozenset()
+        reason = unknown(modules[name])
+        if not any(spot.parameter != ATTENTION for spot in own) and reason is not None:
             skipped[name] = reason
+        for spot in own:
+            chosen = recipe.for_layer(spot.name, spot.type_name, positions)
+            reason = out_of_reach(spot, included, excluded)
+            if reason is None:
+                reach.append((spot, positions))
+                reason = left_unquantized(spot.kind, chosen)
+            if reason is None and spot.kind is RAW and multiplied is not None and spot.name not in multiplied:
+                reason = "no product of it ran with the example"
+            if reason is None:
+                assert chosen is not None
+                chosen = fitting(spot, chosen)
+                check_layer(spot, chosen)
+                plan.append((spot, chosen))
+            elif spot.parameter != ATTENTION or chosen is not None:
+                skipped[spot.name] = reason
     if not plan:
         raise RecipeError(_nothing_left(model, skipped))
-    check_ties(model, {name: one for name, (_, one, _) in plan.items()})
+    check_ties(model, {spot.name: one for spot, one in plan})
 
     session = Session(seed)
     session.recipe, session.model = recipe, ref(model)
-    for name, module in reach:
-        module.__dict__[REACH] = Reach(session, name, None if example is None else positions.get(name, frozenset()))
+    for spot, positions in reach:
+        known = None if example is None else positions
+        spot.module.__dict__.setdefault(REACH, {})[spot.parameter] = Reach(session, spot.name, known)
     swapped = {}
-    for name, (module, chosen, kind) in plan.items():
-        base = type(module).__name__
-        swap(module, chosen, session, name, kind)
-        swapped[name] = Swapped(base, chosen, shown_recipe(module))
+    for spot, chosen in plan:
+        swap(spot.module, spot.parameter, chosen, session, spot.name, spot.kind)
+        swapped[spot.name] = Swapped(spot.type_name, chosen, shown_recipe(spot.module, spot.parameter))
     close_fast_paths(model)
     store_on_grid(model, keep_original=True)
-    if any(one.needs_steps for _, one, _ in plan.values()):
+    if any(one.needs_steps for _, one in plan):
         watch_optimizers()
-    uncalled = tuple(name for name in swapped if name not in seen.called)
-    return Manifest(swapped, skipped, seen.unseen, uncalled, traced=example is not None)
+    return _manifest(model, swapped, skipped, seen)
+
+
+def _manifest(model: nn.Module, swapped: dict[str, Swapped], skipped: dict[str, str], seen: Traced | None) -> Manifest:
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    covered = {id(s.weight): s.weight.numel() for s in all_spots(model) if s.name in swapped and s.weight is not None}
+    share = Share(sum(covered.values()), sum(parameters.values()))
+    if seen is None:
+        return Manifest(swapped, skipped, read_source(model, set(swapped)), parameters=share)
+    ran = {product.spot for product in seen.products} | seen.called
+    unknown_size = any(macs is None for macs in seen.products.values())
+    macs = [(product, count or 0) for product, count in seen.products.items()]
+    return Manifest(
+        swapped,
+        skipped,
+        unseen(seen, set(swapped)),
+        tuple(name for name in swapped if name not in ran),
+        traced=True,
+        mode=seen.mode,
+        parameters=share,
+        multiply_adds=Share(sum(n for p, n in macs if p.spot in swapped), sum(n for _, n in macs)),
+        uncounted=unknown_size,
+    )
 
 
 def restore_model(model: nn.Module) -> nn.Module:
@@ -120,13 +155,14 @@ def restore_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def leave_grid(module: nn.Module) -> None:
-    """Make a quantized layer's stored weight a plain one, with its present values (before the first step: the original
-    ones)."""
-    weight = module._parameters.get("weight")
-    storage = module.__dict__[STATE].storage_of(weight)
-    if storage is not None:
-        storage.release(weight)
+def leave_grid(module: nn.Module, parameter: str | None = None) -> None:
+    """Make a quantized layer's stored weight (of one parameter, or of all) a plain one, with its present values (before the
+    first step: the original ones)."""
+    for name, state in layers_in(module).items():
+        weight = parameter_of(module, name)
+        storage = state.storage_of(weight) if parameter in (None, name) else None
+        if storage is not None:
+            storage.release(weight)  # type: ignore[arg-type]
 
 
 def store_on_grid(
@@ -144,19 +180,18 @@ def store_on_grid(
     stores: dict[int, GridStorage] = {}
     chosen = None if only is None else {id(state) for state in only}
     for module in model.modules():
-        if not is_quantized(module):
-            continue
-        state, weight = module.__dict__[STATE], module._parameters.get("weight")
-        if chosen is not None and id(state) not in chosen:
-            continue
-        if state.recipe.storage is None or weight is None or not _stores(module):
-            continue
-        if id(weight) not in stores:
-            axis = 1 if state.transposed else 0
-            path = f"{state.name}.weight" if state.name else "weight"
-            stores[id(weight)] = GridStorage(state.recipe.storage, state.session, path, axis)
-            stores[id(weight)].set_grid(weight, snap=snap, keep_original=keep_original)
-        state.set_storage(stores[id(weight)])
+        for name, state in layers_in(module).items():
+            weight = parameter_of(module, name)
+            if chosen is not None and id(state) not in chosen:
+                continue
+            if state.recipe.storage is None or weight is None or not _stores(module):
+                continue
+            if id(weight) not in stores:
+                axis = 1 if state.transposed else 0
+                path = f"{state.name}.weight" if name.endswith("weight") and state.name else state.name or "weight"
+                stores[id(weight)] = GridStorage(state.recipe.storage, state.session, path, axis)
+                stores[id(weight)].set_grid(weight, snap=snap, keep_original=keep_original)
+            state.set_storage(stores[id(weight)])
     return len(stores)
 
 
@@ -170,7 +205,7 @@ def close_fast_paths(model: nn.Module) -> None:
 
 def _stores(module: nn.Module) -> bool:
     kind = kind_of(module._base)  # type: ignore[arg-type]
-    return kind is not None and kind.kind != "norm"
+    return kind is None or kind.kind != "norm"
 
 
 def _as_recipe(recipe) -> Recipe:
@@ -179,7 +214,7 @@ def _as_recipe(recipe) -> Recipe:
     return Recipe(recipe) if isinstance(recipe, LayerRecipe) else Recipe.from_dict(recipe)
 
 
-def _matched(patterns: Sequence[str] | None, modules: dict[str, nn.Module], what: str) -> dict[str, str]:
+def _matched(patterns: Sequence[str] | None, modules: Mapping[str, object], what: str) -> dict[str, str]:
     """Module name to the pattern that names it or a container of it."""
     found: dict[str, str] = {}
     patterns = [patterns] if isinstance(patterns, str) else patterns or []
@@ -196,54 +231,10 @@ def _matched(patterns: Sequence[str] | None, modules: dict[str, nn.Module], what
     return found
 
 
-def _opaque_owners(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Submodules whose owner reads their weights without calling them, with the reason."""
-    opaque = {}
-    for name, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention):
-            for child, _ in module.named_modules(prefix=name):
-                opaque[child] = "nn.MultiheadAttention multiplies its weights by a function call"
-    return opaque
-
-
-def out_of_reach(model: nn.Module) -> list[tuple[str, nn.Module, str | None]]:
-    """(name, module, why no recipe can quantize it; None if one can) of every module."""
-    modules = dict(model.named_modules())
-    opaque = _opaque_owners(modules)
-    return [
-        (name, module, _out_of_reach(name, module, kind_of(type(module)), {}, {}, opaque))
-        for name, module in modules.items()
-    ]
-
-
-def _out_of_reach(name, module, kind, included, excluded, opaque) -> str | None:
-    """Why no recipe can quantize a module; None if one can; "" for a container, which is not worth a line."""
-    if kind is None:
-        ancestor = overrides_forward(type(module))
-        if ancestor is not None:
-            return f"{type(module).__name__} has a forward of its own (not {ancestor.__name__}'s); see register_layer"
-        owns = any(True for _ in module.parameters(recurse=False))
-        return f"class {type(module).__name__} is not registered (register_layer)" if owns else ""
-    if name in opaque:
-        return opaque[name]
-    if name in excluded:
-        return f"excluded by {excluded[name]!r}"
-    if included and name not in included:
-        return "not included"
-    if "weight" not in module._parameters:
-        return (
-            "its weight is computed from other parameters (a parametrization, weight_norm, pruning); remove that first"
-        )
-    if is_quantized(module):
-        raise RecipeError(
-            f"two recipes claim layer {name!r}: it is quantized as {module.__dict__[STATE].recipe} already; "
-            "restore_model first, or leave it out by include or exclude"
-        )
-    if kind.kind == "norm" and getattr(module, "weight", None) is None:
-        return "has no weight"
-    if kind.kind == "embedding" and getattr(module, "max_norm", None) is not None:
-        return "its max_norm rewrites the weight in the forward"
-    return None
+def _is_opaque(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module's owner reads its weights without calling it: the output projection of nn.MultiheadAttention."""
+    owner = name.rpartition(".")[0]
+    return name != "" and isinstance(modules.get(owner), nn.MultiheadAttention)
 
 
 def left_unquantized(kind: LayerKind, chosen: LayerRecipe | None) -> str | None:
@@ -258,6 +249,22 @@ def left_unquantized(kind: LayerKind, chosen: LayerRecipe | None) -> str | None:
             return "its weight stays unquantized in this recipe"
         return None
     return None if chosen.quantizes_products else "left unquantized by the recipe"
+
+
+def fitting(spot: Spot, recipe: LayerRecipe) -> LayerRecipe:
+    """The layer's recipe as the spot takes it: attention stores nothing.
+
+    Raises:
+        RecipeError: attention with a scale for each channel or token.
+    """
+    if spot.parameter != ATTENTION:
+        return recipe
+    recipe = changed_layer(recipe, {Cell(spot.name, "storage", "storage"): None}) or recipe
+    if any(getattr(spec.scaling, "axis", None) is not None for _, _, spec in recipe.entries()):
+        raise RecipeError(
+            f"{spot.name!r}: attention takes one scale per tensor or a block format; drop the scaling's axis"
+        )
+    return recipe
 
 
 def _nothing_left(model: nn.Module, skipped: dict[str, str]) -> str:

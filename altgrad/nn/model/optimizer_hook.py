@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -17,10 +18,28 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from altgrad.errors import OptionError, RecipeError
-from altgrad.nn.layer.classes import LIVE, is_quantized
+from altgrad.nn.layer.classes import LIVE, attention_in, is_quantized, layers_in, module_name, parameter_of, place_name
 from altgrad.nn.session import STATE, Session, sessions_of
 from altgrad.nn.storage import GridStorage
 from altgrad.nn.update_counts import COUNTS, UpdateCounts
+
+
+class _Entry(NamedTuple):
+    """A grid weight: its layer's name, its module and name there, and its storage."""
+
+    name: str
+    module: ref
+    parameter: str
+    storage: GridStorage
+
+    @property
+    def weight(self) -> nn.Parameter:
+        owner = self.module()
+        assert owner is not None
+        weight = parameter_of(owner, self.parameter)
+        assert weight is not None
+        return weight
+
 
 _HANDLES: WeakKeyDictionary[Optimizer, list[OptimizerHandle]] = WeakKeyDictionary()
 
@@ -34,7 +53,7 @@ class OptimizerHandle:
     def __init__(self, optimizer: Optimizer, layers: list[tuple[str, nn.Module]]) -> None:
         self._optimizer = ref(optimizer)
         self._layers = [(name, ref(module)) for name, module in layers]
-        self._entries: list[tuple[str, ref, GridStorage]] | None = None
+        self._entries: list[_Entry] | None = None
         self._idle = False  # between the hooks of a step that is none
         self.counts: Tensor | None = None  # int64 [grid parameters, 5], columns as in `COUNTS`
         sessions = {id(m.__dict__[STATE].session): m.__dict__[STATE].session for _, m in layers}
@@ -63,21 +82,20 @@ class OptimizerHandle:
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
-    def _grid_entries(self, optimizer: Optimizer) -> list[tuple[str, ref, GridStorage]]:
-        """(layer name, module, storage) of each grid weight that this optimizer steps, each parameter once."""
+    def _grid_entries(self, optimizer: Optimizer) -> list[_Entry]:
+        """The grid weights that this optimizer steps, each parameter once."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         entries, seen = [], set()
         for name, module_ref in self._layers:
             module = module_ref()
-            if module is None or not is_quantized(module):
-                continue
-            weight = module._parameters.get("weight")
-            if id(weight) not in stepped or id(weight) in seen:
-                continue
-            storage = module.__dict__[STATE].storage_of(weight)
-            if storage is not None:
-                seen.add(id(weight))
-                entries.append((name, module_ref, storage))
+            for parameter, state in layers_in(module).items() if module is not None else ():
+                weight = parameter_of(module, parameter)
+                if id(weight) not in stepped or id(weight) in seen:
+                    continue
+                storage = state.storage_of(weight)
+                if storage is not None:
+                    seen.add(id(weight))
+                    entries.append(_Entry(place_name(name, parameter), module_ref, parameter, storage))
         return entries
 
     def _before(self, optimizer: Optimizer, args, kwargs):
@@ -86,11 +104,11 @@ class OptimizerHandle:
         if self._idle:
             return None
         self._entries = self._grid_entries(optimizer)
-        for _, module, storage in self._entries:
-            storage.before_step(_weight(module))
+        for entry in self._entries:
+            entry.storage.before_step(entry.weight)
         if closure is None or not self._entries:
             return None
-        closure = _within_step(closure, [storage for _, _, storage in self._entries])
+        closure = _within_step(closure, [entry.storage for entry in self._entries])
         return (args[0], closure, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
     def _after(self, optimizer: Optimizer, args, kwargs) -> None:
@@ -98,10 +116,10 @@ class OptimizerHandle:
             return
         rows = []
         own_counts = getattr(optimizer, "grid_step_counts", None)  # of an optimizer that rounds to the grid itself
-        for name, module, storage in self._entries or ():
-            weight = _weight(module)
+        for entry in self._entries or ():
+            weight, storage = entry.weight, entry.storage
             counted = None if own_counts is None else own_counts(weight)
-            rows.append(storage.round_back(weight, storage.session.observer, name, counted))
+            rows.append(storage.round_back(weight, storage.session.observer, entry.name, counted))
         self.counts = torch.stack(rows) if rows else None
         for session in self._leads:
             session.advance()
@@ -113,8 +131,8 @@ class OptimizerHandle:
         if self.counts is None:
             return {}
         stats = {}
-        for row, (_, module, storage) in zip(self.counts.tolist(), self._entries or (), strict=True):
-            stats[storage.name] = UpdateCounts(_weight(module).numel(), *row)
+        for row, entry in zip(self.counts.tolist(), self._entries or (), strict=True):
+            stats[entry.storage.name] = UpdateCounts(entry.weight.numel(), *row)
         return stats
 
     def totals(self) -> UpdateCounts | None:
@@ -131,14 +149,6 @@ class OptimizerHandle:
             return None
         total = self.counts.sum(0).double()
         return total[2] / total[0]
-
-
-def _weight(module: ref) -> nn.Parameter:
-    owner = module()
-    assert owner is not None
-    weight = owner._parameters["weight"]
-    assert weight is not None
-    return weight
 
 
 def _within_step(closure, storages: list[GridStorage]):
@@ -214,7 +224,8 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerHandle:
             handle.detach()
     layers = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
     for _, module in layers:
-        module.__dict__[STATE].storage_of(module._parameters.get("weight"))
+        for parameter, state in layers_in(module).items():
+            state.storage_of(parameter_of(module, parameter))
     return OptimizerHandle(optimizer, layers)
 
 
@@ -232,15 +243,16 @@ def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:
     handles = _HANDLES.get(optimizer, [])
     waiting: dict[int, list[nn.Module]] = {}
     for module in list(LIVE):
-        state = module.__dict__[STATE]
-        if state.recipe.needs_steps and not any(h.covers(state.session) for h in handles):
-            waiting.setdefault(id(state.session), []).append(module)
+        session = module.__dict__[STATE].session
+        states = [*layers_in(module).values(), *attention_in(module)]
+        if any(s.recipe.needs_steps for s in states) and not any(h.covers(session) for h in handles):
+            waiting.setdefault(id(session), []).append(module)
     if not waiting:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for modules in waiting.values():
         if any(id(p) in stepped for p in _parameters(modules)):
-            layers = sorted(((m.__dict__[STATE].name, m) for m in modules), key=lambda pair: pair[0])
+            layers = sorted(((module_name(m), m) for m in modules), key=lambda pair: pair[0])
             OptimizerHandle(optimizer, layers)._before(optimizer, args, kwargs)
 
 

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from altgrad.errors import RecipeError
+from altgrad.nn.layer.raw import ATTENTION
 from altgrad.nn.layer.registry import LayerKind
+from altgrad.nn.model.spots import Spot, all_spots
 from altgrad.nn.recipe.scaling_choice import is_block
 from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.quantization import get_format
@@ -14,13 +16,15 @@ from altgrad.quantization import get_format
 _MANTISSA = {torch.float32: 23, torch.float64: 52, torch.bfloat16: 7, torch.float16: 10}
 
 
-def check_layer(name: str, module: nn.Module, kind: LayerKind, recipe: LayerRecipe) -> None:
+def check_layer(spot: Spot, recipe: LayerRecipe) -> None:
     """Refuse formats wider than the weight's dtype, and blocks that do not divide the layer's features where the recipe wants whole ones.
 
     Raises:
         RecipeError: with the layer, the value, the limit and the remedy.
     """
-    weight = module._parameters["weight"]
+    name, kind, weight = spot.name, spot.kind, spot.weight
+    if spot.parameter == ATTENTION:
+        return
     if weight is None or weight.dtype not in _MANTISSA:
         raise RecipeError(f"layer {name!r} has a weight of dtype {getattr(weight, 'dtype', None)}; cast it to float32")
     formats = {spec.format for _, _, spec in recipe.entries()} if kind.kind != "norm" else {recipe.norm_weight.format}
@@ -38,7 +42,7 @@ def check_layer(name: str, module: nn.Module, kind: LayerKind, recipe: LayerReci
             f"grid storage in {recipe.storage.format} for layer {name!r} of {weight.dtype}: scale times payload need not "
             "fit it; use float32 parameters (with autocast)"
         )
-    if kind.kind in ("linear", "conv"):
+    if kind.kind in ("linear", "conv", "conv_transpose"):
         _check_blocks(name, weight, kind, recipe)
     elif kind.kind == "embedding":
         _check_divides(name, "embedding_dim", weight.shape[1], recipe.forward.weight)
@@ -47,7 +51,7 @@ def check_layer(name: str, module: nn.Module, kind: LayerKind, recipe: LayerReci
 def _check_blocks(name: str, weight, kind: LayerKind, recipe: LayerRecipe) -> None:
     rows, columns = (1, 0) if kind.transposed else (0, 1)
     out_features, in_features = weight.shape[rows], weight.shape[columns]
-    inner, outer = ("in_channels", "out_channels") if kind.kind == "conv" else ("in_features", "out_features")
+    inner, outer = ("in_channels", "out_channels") if kind.kind.startswith("conv") else ("in_features", "out_features")
     for spec in (recipe.forward.input, recipe.forward.weight):
         _check_divides(name, inner, in_features, spec)
     for spec in (recipe.input_grad.grad_output, recipe.input_grad.weight):
@@ -74,10 +78,9 @@ def check_ties(model: nn.Module, planned: dict[str, LayerRecipe]) -> None:
         RecipeError: naming both layers.
     """
     users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(name)
+    for spot in all_spots(model):
+        if spot.weight is not None:
+            users.setdefault(id(spot.weight), []).append(spot.name)
     for names in users.values():
         stores = {name: planned[name].storage if name in planned else None for name in names}
         first = names[0]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
-from altgrad.nn.layer.classes import is_quantized
+from altgrad.nn.layer.classes import attention_in, layers_in, parameter_of
 from altgrad.nn.model.change import change_format
 from altgrad.nn.recipe.recipe import Recipe
-from altgrad.nn.session import STATE, sessions_of
+from altgrad.nn.session import sessions_of
 
 
 def quant_state(model: nn.Module) -> dict:
@@ -34,13 +34,12 @@ def quant_state(model: nn.Module) -> dict:
         "operands": {},
         "storage": {},
     }
-    for name, layer, module in _layers(model):
+    for name, layer, weight in _layers(model):
         for operand in layer.distinct():
             memory = {"window": operand.window, "pending": operand.pending}
             memory = {key: value for key, value in memory.items() if value is not None}
             if memory:
                 state["operands"].setdefault(name, {})[f"{operand.role}.{operand.gemm}"] = memory
-        weight = module._parameters.get("weight")
         storage = layer.storage_of(weight)
         if storage is not None:
             state["storage"][storage.name] = {"scale": storage.grid_of(weight).scale, "steps": storage.steps}
@@ -72,12 +71,11 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
         raise RecipeError(
             f"the state has scale histories for {foreign[0]!r}, which is no quantized layer of this model"
         )
-    for name, layer, module in layers:
+    for name, layer, weight in layers:
         memories = state["operands"].get(name, {})
         for operand in layer.distinct():
             memory = memories.get(f"{operand.role}.{operand.gemm}", {})
             operand.window, operand.pending = memory.get("window"), memory.get("pending")
-        weight = module._parameters.get("weight")
         storage = layer.storage_of(weight)
         if storage is not None:
             kept = state["storage"].get(storage.name)
@@ -90,10 +88,12 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
 
 
 def _layers(model: nn.Module):
+    """(name, state, stored weight) of each quantized layer; attention has two states and no weight."""
     for module in model.modules():
-        if is_quantized(module):
-            state = module.__dict__[STATE]
-            yield state.name, state, module
+        for name, state in layers_in(module).items():
+            yield state.name, state, parameter_of(module, name)
+        for state in attention_in(module):
+            yield state.name, state, None
 
 
 def _tensor(value) -> Tensor:

@@ -20,6 +20,9 @@ from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec, StorageSpec
 from altgrad.nn.recipe.text import layer_text, parse_layer, split_recipe
 
+ATTENTION_NAME = "attention_products"
+"""The last part of the name of a module's attention as a place."""
+
 
 @dataclass(frozen=True)
 class Override:
@@ -27,7 +30,8 @@ class Override:
 
     Args:
         name: pattern of the qualified module name: shell wildcards ("*.mlp.*"), or "re:" and a regular expression.
-        type: class name of the layer, such as "Conv2d".
+        type: class name of the layer, such as "Conv2d"; "attention": the products of attention (scores and values), which
+            are quantized only where an override by this type, or by a name that ends in "attention_products", says so.
         position: "after_norm": the layer's input is the very output of a normalisation layer.
     """
 
@@ -107,13 +111,16 @@ class Recipe:
             RecipeError: two overrides with different recipes claim the layer.
         """
         found = [o for o in self.overrides if o.matches(name, type_name, positions)]
+        attends = name.endswith(ATTENTION_NAME)
+        if attends:
+            found = [o for o in found if o.type == "attention" or (o.name or "").endswith(ATTENTION_NAME)]
         for other in found[1:]:
             if other.recipe != found[0].recipe:
                 raise RecipeError(
                     f"two recipes claim layer {name!r} ({type_name}): the overrides {found[0].condition} and "
                     f"{other.condition}; narrow one of them"
                 )
-        return found[0].recipe if found else self.default
+        return found[0].recipe if found else None if attends else self.default
 
     @property
     def needs_positions(self) -> bool:
@@ -265,8 +272,37 @@ class Recipe:
         return "\n".join(lines + [f"{o.condition}: {o.recipe or 'FP32'}" for o in self.overrides])
 
 
-def uniform(format: FloatFormat | str | None, *, overrides: tuple[Override, ...] = (), **options) -> Recipe:
-    """The recipe `layer_recipe(format, **options)` for every layer, with optional overrides.
+_KEPT = {
+    "routers": {"name": r"re:(?:.*\.)?(?:router|gate)(?:\.(?:layer|classifier|wg))?"},
+    "heads": {"name": r"re:(?:.*\.)?(?:lm_head|head|embed_out|proj_out|score|classifier)"},
+    "embeddings": {"name": r"re:(?:.*\.)?(?:\w*emb\w*|wte|wpe)"},
+}
+
+
+def keep(*presets: str) -> tuple[Override, ...]:
+    """Overrides that leave kinds of layers unquantized, by the names that models give them.
+
+    Args:
+        presets: "routers" (of a mixture of experts: `router`, `gate`), "heads" (`lm_head`, `head`, `classifier`, ...),
+            "embeddings" (`embed_tokens`, `wte`, ...).
+
+    Raises:
+        RecipeError: another word.
+    """
+    for preset in presets:
+        if preset not in _KEPT:
+            raise RecipeError(f"keep={preset!r} is none of {', '.join(_KEPT)}; for other layers write an Override")
+    return tuple(Override(None, **_KEPT[preset]) for preset in presets)
+
+
+def uniform(
+    format: FloatFormat | str | None,
+    *,
+    overrides: tuple[Override, ...] = (),
+    keep: str | Iterable[str] = (),
+    **options,
+) -> Recipe:
+    """The recipe `layer_recipe(format, **options)` for every layer, with optional overrides; `keep`: names of `keep(...)`.
 
     By default x, w and dy are rounded to nearest-even under the current amax per tensor and saturate; weights stay
     float32 (`master` storage); biases and norm weights stay float32.
@@ -274,7 +310,11 @@ def uniform(format: FloatFormat | str | None, *, overrides: tuple[Override, ...]
     >>> print(uniform("E4M3", grad="E5M2"))
     default: x:E4M3 w:E4M3 dy:E5M2
     """
-    return Recipe(layer_recipe(format, **options), tuple(overrides))
+    return Recipe(layer_recipe(format, **options), (*overrides, *_kept(keep)))
+
+
+def _kept(presets: str | Iterable[str]) -> tuple[Override, ...]:
+    return keep(*([presets] if isinstance(presets, str) else presets))
 
 
 def _to_dict(recipe: Recipe) -> dict:
@@ -302,8 +342,8 @@ def _from_dict(data) -> Recipe:
     try:
         if data is None or "default" not in data:
             short = dict(data) if data is not None else None
-            overrides = short.pop("overrides", []) if short is not None else []
-            return Recipe(layer_from_dict(short, "recipe"), _overrides(overrides))
+            overrides, kept = (short.pop("overrides", []), short.pop("keep", ())) if short is not None else ([], ())
+            return Recipe(layer_from_dict(short, "recipe"), (*_overrides(overrides), *_kept(kept)))
         check_keys(data, ["default", "overrides"], "recipe")
         return Recipe(layer_from_dict(data["default"], "default"), _overrides(data.get("overrides") or []))
     except (TypeError, AttributeError, OverflowError) as error:  # a value of a kind that no field takes
