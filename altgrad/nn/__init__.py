@@ -9,6 +9,7 @@ from altgrad.nn.model.spots import places
 from altgrad.nn.model.state import load_quant_state, quant_state
 from altgrad.nn.recipe.cells import Cell, Finder
 from altgrad.nn.recipe.layer_recipe import layer_recipe
+from altgrad.nn.recipe.named import NAMED, NamedRecipe, recipe
 from altgrad.nn.recipe.recipe import Override, Recipe, keep, uniform
 from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
 from altgrad.nn.session import (
@@ -25,10 +26,12 @@ from altgrad.nn.update_counts import UpdateCounts
 Finder.find = staticmethod(places)  # recipes, which know no layers, are told how a model's are found
 
 __all__ = [
+    "NAMED",
     "Cell",
     "GemmRecipe",
     "LayerRecipe",
     "Manifest",
+    "NamedRecipe",
     "OperandSpec",
     "Override",
     "Recipe",
@@ -42,6 +45,7 @@ __all__ = [
     "load_quant_state",
     "quant_state",
     "quantize_model",
+    "recipe",
     "register_layer",
     "restore_model",
     "set_amax_reduction",

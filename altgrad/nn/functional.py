@@ -22,6 +22,7 @@ from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.scaling_choice import DelayedScaling
 from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import Session
+from altgrad.quantization.inverse_scaling import RegionScaling
 
 _MATMUL = Matrices(transposed=True)  # the other factor is [..., in, out]
 
@@ -111,7 +112,7 @@ def scaled_dot_product_attention(
 
 def _state(recipe: LayerRecipe | str, key, *, matmul: bool) -> LayerState:
     recipe = layer_recipe(recipe) if isinstance(recipe, str) else recipe
-    if not any(spec.rounding is Rounding.STOCHASTIC for _, _, spec in recipe.entries()):
+    if not (recipe.mixes_at_random or any(spec.rounding is Rounding.STOCHASTIC for _, _, spec in recipe.entries())):
         return _stateless(recipe, matmul)
     if key is None:
         raise RandomKeyError("stochastic rounding in a functional product needs key=(seed, stream), two integers")
@@ -124,7 +125,7 @@ def _state(recipe: LayerRecipe | str, key, *, matmul: bool) -> LayerState:
 @lru_cache(maxsize=256)
 def _stateless(recipe: LayerRecipe, matmul: bool) -> LayerState:
     scalings = [spec.scaling for _, _, spec in recipe.entries()]
-    if recipe.storage is not None or any(isinstance(s, DelayedScaling) for s in scalings):
+    if recipe.storage is not None or any(isinstance(s, DelayedScaling | RegionScaling) for s in scalings):
         raise RecipeError(
             "delayed scaling and grid storage remember something between calls, which a function cannot; "
             "use current amax and master storage, or quantize_model"

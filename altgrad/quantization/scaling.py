@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from altgrad.errors import DtypeError, FormatError, OptionError, ScaleError
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import as_option
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.checks import FLOAT_DTYPES, as_float32, traced
@@ -206,14 +208,36 @@ class StaticScaling:
         return self.scale, state
 
 
+class Arithmetic(str, Enum):
+    """How a quotient by the scale is computed; the same number where the scale is a power of two."""
+
+    DIVIDE = "divide"  # x / scale with scale = fl(amax / max)
+    MULTIPLY = "multiply"  # x * s with s = fl(max / amax), and fl(1 / s) to dequantize: Transformer Engine, torchao
+
+
 @dataclass(frozen=True)
 class CurrentScaling:
-    """Amax of the very tensor that is quantized; per tensor, or per index of `axis`."""
+    """Amax of the very tensor that is quantized; per tensor, or per index of `axis`.
+
+    Args:
+        power_of_two: round the scale up to a power of two.
+        arithmetic: divide by the scale, or multiply by its inverse, which is found first.
+        floor: what a smaller amax counts as, where the arithmetic multiplies.
+    """
 
     axis: int | tuple[int, ...] | None = None
     power_of_two: bool = False
+    arithmetic: Arithmetic = Arithmetic.DIVIDE
+    floor: float = 0.0
     clamps = True
     needs_amax = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arithmetic", as_option(Arithmetic, self.arithmetic))
+        if not 0 <= self.floor < math.inf:
+            raise OptionError(f"floor {self.floor} of an amax is not a finite number >= 0")
+        if self.floor and self.arithmetic is not Arithmetic.MULTIPLY:
+            raise OptionError('a floor of the amax belongs to arithmetic="multiply"; dividing counts amax 0 as 1')
 
     def init(self) -> tuple:
         """Nothing is remembered."""
@@ -235,7 +259,7 @@ class DelayedState(NamedTuple):
 class DelayedScaling:
     """Scale from the largest amax of the last `history` uses before this one, times 2^margin.
 
-    The first use has no history and takes its own amax. Amaxes are of finite elements, so a step that is rolled back
+    A use with fewer than `warm_up` amaxes before it takes its own amax; so does the first. Amaxes are of finite elements, so a step that is rolled back
     restores the state that it was given. Source: FP8 training as in NVIDIA Transformer Engine's delayed scaling.
     """
 
@@ -243,12 +267,15 @@ class DelayedScaling:
     margin: int = 0
     power_of_two: bool = False
     axis: int | tuple[int, ...] | None = None
+    warm_up: int = 1
     clamps = False
     needs_amax = True
 
     def __post_init__(self) -> None:
         if self.history < 1:
             raise OptionError(f"delayed scaling over a history of {self.history}; use at least 1 past amax")
+        if not 1 <= self.warm_up <= self.history:
+            raise OptionError(f"warm_up {self.warm_up} is outside 1..{self.history}, the history")
         if not -64 <= self.margin <= 64:
             raise OptionError(f"margin {self.margin} is a power of two of headroom; use -64..64")
 
@@ -260,7 +287,7 @@ class DelayedScaling:
         """(scale from the window before this use, window with this amax in front)."""
         assert amax is not None
         window = DelayedState(*state).window
-        largest = amax if window is None else window.amax(dim=0)
+        largest = amax if window is None or len(window) < self.warm_up else window.amax(dim=0)
         scale = scale_from_amax(largest * 2.0**self.margin, fmt, power_of_two=self.power_of_two)
         seen = amax.unsqueeze(0)
         return scale, DelayedState(seen if window is None else torch.cat([seen, window[: self.history - 1]]))

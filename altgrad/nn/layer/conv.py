@@ -17,7 +17,7 @@ from altgrad.nn.layer.state import LayerState
 def conv_forward(state: LayerState, module: nn.Module, x: Tensor) -> Tensor:
     """The forward of a torch Conv1d, Conv2d or Conv3d: x [n, c, ...] or [c, ...], any padding mode."""
     w, bias, spatial = module.weight, module.bias, len(module.kernel_size)  # type: ignore[arg-type]
-    if state.session.bypass:
+    if state.session.bypass or (state.recipe.plain_evaluation and not module.training):
         return module._conv_forward(x, w, bias)  # type: ignore[operator]
     unbatched = x.ndim == spatial + 1
     x = x.unsqueeze(0) if unbatched else x

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from altgrad.errors import BlockError, DtypeError
+from altgrad.nn.layer import emulated
 from altgrad.nn.layer.contractions import Contraction
 from altgrad.nn.layer.gemm import Route
 from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
@@ -70,6 +71,8 @@ def multiply(
         DtypeError: two dtypes without autocast.
         BlockError: an axis is no multiple of the block, and the recipe wants whole blocks.
     """
+    if state.recipe.is_emulated:
+        return emulated.multiply(state, products, x, w, bias, output_dtype(x, w), training)
     record = state.records(training)
     call = Call(state, products, record, state.observed(record), output_dtype(x, w), state.use(training))
     if not state.whole_blocks:

@@ -75,7 +75,8 @@ class LayerState:
         self.dy, self.w_back = get["input_grad", "grad_output"], get["input_grad", "weight"]
         self.dy_back, self.x_back = get["weight_grad", "grad_output"], get["weight_grad", "input"]
         self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "norm")  # a key of its own in states
-        self.uses = Uses(self.session) if any(operand.stochastic for operand in self.distinct()) else None
+        draws = recipe.mixes_at_random or any(operand.stochastic for operand in self.distinct())
+        self.uses = Uses(self.session) if draws else None
         self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
         self.whole_blocks = any(operand.spec.whole_blocks for operand in self.operands.values())
 

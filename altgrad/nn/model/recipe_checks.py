@@ -42,6 +42,11 @@ def check_layer(spot: Spot, recipe: LayerRecipe) -> None:
             f"grid storage in {recipe.storage.format} for layer {name!r} of {weight.dtype}: scale times payload need not "
             "fit it; use float32 parameters (with autocast)"
         )
+    if recipe.is_emulated and kind.kind in ("conv", "conv_transpose", "embedding"):
+        raise RecipeError(
+            f"layer {name!r} ({kind.kind}): accumulators, transforms, inverse scales and requantization are for linear "
+            f"layers; leave it out by an override such as name={name!r}: FP32, or give it another recipe"
+        )
     if kind.kind in ("linear", "conv", "conv_transpose"):
         _check_blocks(name, weight, kind, recipe)
     elif kind.kind == "embedding":

@@ -137,8 +137,24 @@ def changed_layer(layer: LayerRecipe | None, changes: Mapping[Cell, object]) -> 
         if cell.gemm == NORM:
             result = replace(result, norm_weight=operand)
         else:
-            result = replace(result, **{cell.gemm: replace(getattr(result, cell.gemm), **{cell.role: operand})})
+            made = {cell.gemm: _with_operand(getattr(result, cell.gemm), cell.role, operand)}
+            again = _AGAIN.get(cell.role) if cell.gemm == "forward" and operand.format is None else None
+            if again is not None:  # it then starts from the tensor itself
+                one = getattr(result, again)
+                made[again] = replace(one, **{cell.role: replace(getattr(one, cell.role), requantize=False)})
+            result = replace(result, **made)
     return result if result.quantizes_products or result.norm_weight.format is not None else None
+
+
+def _with_operand(one: GemmRecipe, role: str, operand: OperandSpec) -> GemmRecipe:
+    """A GEMM with another operand; where that is in full precision nothing is mixed, and sums are plain."""
+    if operand.format is not None:
+        return replace(one, **{role: operand})
+    others = {name: replace(spec, hadamard=None) for name, spec in one.named() if name != role}
+    return replace(one, **others, **{role: operand}, accumulator=None)
+
+
+_AGAIN = {"weight": "input_grad", "input": "weight_grad"}  # where the forward's operands can be quantized once more
 
 
 def _with_storage(layer: LayerRecipe, storage: object) -> LayerRecipe:

@@ -9,7 +9,7 @@ from enum import Enum
 from altgrad.errors import RecipeError
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.scaling_choice import default_scaling, scaling_to_config
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
+from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec, hadamard_fields
 from altgrad.nn.recipe.text import parse_layer
 from altgrad.quantization import get_format
 
@@ -33,7 +33,9 @@ def operand_to_dict(spec: OperandSpec) -> str | dict:
     """A format name, or a mapping where options differ from their defaults."""
     if spec.format is None:
         return "FP32"
-    data = plain_fields(spec, skip=("scaling",))
+    data = plain_fields(spec, skip=("scaling", "hadamard"))
+    if spec.hadamard is not None:
+        data["hadamard"] = hadamard_fields(spec.hadamard)
     assert spec.scaling is not None
     if spec.scaling != default_scaling(get_format(spec.format)):
         data["scaling"] = scaling_to_config(spec.scaling)
@@ -57,6 +59,11 @@ def layer_to_dict(recipe: LayerRecipe | None) -> dict | None:
     data: dict = {}
     for gemm, role, spec in recipe.entries():
         data.setdefault(gemm, {})[role] = operand_to_dict(spec)
+    for gemm, one in recipe.gemms.items():
+        if one.accumulator is not None:
+            data[gemm]["accumulator"] = str(one.accumulator)
+    if recipe.plain_evaluation:
+        data["plain_evaluation"] = True
     if recipe.storage is not None:
         data["storage"] = plain_fields(recipe.storage)
     if recipe.norm_weight.format is not None:
@@ -87,7 +94,9 @@ def layer_from_dict(data, where: str = "layer recipe") -> LayerRecipe | None:
         if not isinstance(data[gemm], dict):
             raise RecipeError(f"{where}.{gemm} is {data[gemm]!r}; write a mapping of its two operands")
         check_keys(data[gemm], [f.name for f in fields(GemmRecipe)], f"{where}.{gemm}")
-        gemms[gemm] = GemmRecipe(**{r: operand_from_dict(v, f"{where}.{gemm}.{r}") for r, v in data[gemm].items()})
+        sums = data[gemm].get("accumulator")
+        operands = {r: operand_from_dict(v, f"{where}.{gemm}.{r}") for r, v in data[gemm].items() if r != "accumulator"}
+        gemms[gemm] = GemmRecipe(**operands, accumulator=sums)
     storage = data.get("storage")
     if isinstance(storage, dict):
         storage = _storage_from_dict(storage, where)
@@ -96,7 +105,7 @@ def layer_from_dict(data, where: str = "layer recipe") -> LayerRecipe | None:
     else:
         storage = None
     norm = operand_from_dict(data.get("norm_weight"), f"{where}.norm_weight")
-    return LayerRecipe(**gemms, storage=storage, norm_weight=norm)
+    return LayerRecipe(**gemms, storage=storage, norm_weight=norm, plain_evaluation=data.get("plain_evaluation", False))
 
 
 def _storage_from_dict(data: dict, where: str) -> StorageSpec:

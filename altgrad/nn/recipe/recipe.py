@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase, translate
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from altgrad.errors import RecipeError
 from altgrad.formats.scalar import FloatFormat
 from altgrad.nn.recipe.cells import Cell, Finder, Place, cells_of, changed_layer, own_cells
+from altgrad.nn.recipe.ingredients import HIGH_LAYERS, INGREDIENTS, changed, check_known, names_in
 from altgrad.nn.recipe.layer_config import check_keys, layer_from_dict, layer_to_dict, plain_fields
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec, StorageSpec
@@ -56,6 +58,11 @@ class Override:
             and (self.type is None or self.type == type_name)
             and (self.position is None or self.position in positions)
         )
+
+    @property
+    def leaves_high(self) -> bool:
+        """Whether it leaves layers in full precision that it finds by name or position."""
+        return self.recipe is None and self.type is None
 
     @property
     def condition(self) -> str:
@@ -218,6 +225,53 @@ class Recipe:
             raise RecipeError("the recipe asks for positions; quantize_model(model, recipe, example=...) first")
         return self.for_layer(place.name, place.type_name, place.positions or frozenset())
 
+    @property
+    def ingredients(self) -> list[str]:
+        """What the recipe is made of that `without` takes away, such as stochastic_rounding, hadamard, accumulator."""
+        layers = self.layer_recipes()
+        found = [name for name, one in INGREDIENTS.items() if any(one.removed_from(layer) != layer for layer in layers)]
+        return found + [HIGH_LAYERS] * any(o.leaves_high for o in self.overrides)
+
+    def without(self, *names: str) -> Recipe:
+        """This recipe less some of its ingredients, in every layer; everything else as it is.
+
+        Raises:
+            RecipeError: an ingredient that the recipe does not have, or that cannot go alone.
+        """
+        made = self
+        for name in names:
+            check_known(name, made.ingredients)
+            if name == HIGH_LAYERS:
+                made = replace(made, overrides=tuple(o for o in made.overrides if not o.leaves_high))
+                continue
+            try:
+                made = made._of_layers(INGREDIENTS[name].removed_from)
+            except RecipeError as error:
+                raise RecipeError(f"{name!r} cannot be removed alone: {error}") from None
+        return made
+
+    def with_(self, *, high: str | Iterable[str] = (), **changes: Any) -> Recipe:
+        """This recipe with something added, in every quantized layer.
+
+        Args:
+            high: a name pattern, or several, of layers left in full precision.
+            changes: `accumulator`: one for the three GEMMs, or three (None: float32). `stochastic_rounding`: a role
+                (input, weight, grad_output) or several. `hadamard`: a transform for the operands of weight_grad.
+                `plain_evaluation`: True or False.
+
+        Raises:
+            RecipeError: no such change, or what results contradicts itself.
+        """
+        made = self._of_layers(lambda layer: changed(layer, changes))
+        added = [Override(None, name=pattern) for pattern in names_in(high, "high")]
+        return replace(made, overrides=(*made.overrides, *(o for o in added if o not in made.overrides)))
+
+    def _of_layers(self, change: Callable[[LayerRecipe], LayerRecipe]) -> Recipe:
+        """Every layer's recipe changed; those in full precision stay."""
+        default = None if self.default is None else change(self.default)
+        overrides = tuple(o if o.recipe is None else replace(o, recipe=change(o.recipe)) for o in self.overrides)
+        return Recipe(default, overrides)
+
     def operands(self) -> list[OperandSpec]:
         """Every quantized operand of every layer recipe, norm weights included."""
         found = (spec for one in self.layer_recipes() for _, _, spec in one.entries())
@@ -336,7 +390,12 @@ def _from_dict(data) -> Recipe:
             Override(_layer_or_none(text, f"recipe {data!r}"), **given)  # type: ignore[arg-type]
             for given, text in parts
         )
-        return Recipe(_layer_or_none(default, "recipe"), overrides)
+        base = _by_name(default)
+        return (
+            replace(base, overrides=(*base.overrides, *overrides))
+            if base
+            else Recipe(_layer_or_none(default), overrides)
+        )
     if data is not None and not isinstance(data, dict):
         raise RecipeError(f"recipe is {data!r}; write a format name or a mapping with default and overrides")
     try:
@@ -350,7 +409,22 @@ def _from_dict(data) -> Recipe:
         raise RecipeError(f"recipe holds a value of the wrong kind: {error}") from None
 
 
-def _layer_or_none(text: str, where: str) -> LayerRecipe | None:
+class Names:
+    """Recipes that have a name, by their texts: `altgrad.nn.recipe.named` fills them in."""
+
+    texts: Mapping[str, str] = {}
+
+
+def _by_name(text: str) -> Recipe | None:
+    """The recipe that `te_mxfp8`, or `nvfp4_te without hadamard, tiles` names; None where the text is a recipe itself."""
+    name, _, less = text.partition(" without ")
+    known = Names.texts.get(name.strip().lower())
+    if known is None:
+        return None
+    return _from_dict(known).without(*(word.strip() for word in less.split(",") if word.strip()))
+
+
+def _layer_or_none(text: str, where: str = "recipe") -> LayerRecipe | None:
     layer = parse_layer(text, where)
     return layer if layer.quantizes_products or layer.norm_weight.format is not None else None
 

@@ -44,7 +44,9 @@ def reformat_layer(recipe: LayerRecipe, successor: Successor) -> LayerRecipe:
         return replace(spec, format=fmt.name, scaling=spec.scaling if keep else default_scaling(fmt))
 
     def gemm(one: GemmRecipe) -> GemmRecipe:
-        return GemmRecipe(**{role: operand(spec) for role, spec in one.named()})
+        made = replace(one, **{role: operand(spec) for role, spec in one.named()}, accumulator=None)
+        kept = all(spec.format is not None for _, spec in made.named())
+        return replace(made, accumulator=one.accumulator) if kept else made
 
     storage = recipe.storage
     name = None if storage is None else successor(storage.format)
@@ -56,4 +58,5 @@ def reformat_layer(recipe: LayerRecipe, successor: Successor) -> LayerRecipe:
         gemm(recipe.weight_grad),
         storage,
         operand(recipe.norm_weight),
+        recipe.plain_evaluation,
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from enum import Enum
 
-from altgrad.errors import RecipeError
+from altgrad.errors import OptionError, RecipeError
+from altgrad.formats.rounding import as_option
 from altgrad.quantization import CurrentScaling, DelayedScaling, FloatFormat, NoScaling, StaticScaling
+from altgrad.quantization.inverse_scaling import RegionScaling
+from altgrad.quantization.scaling import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -15,14 +19,24 @@ class StorageScaling:
 
 @dataclass(frozen=True)
 class BlockScaling:
-    """The scales that a block format (such as MXFP8) finds for each block by itself."""
+    """The scales that a block format (such as MXFP8) finds for each block by itself.
+
+    Args:
+        arithmetic: of formats with a tensor scale (NVFP4): divide, or multiply as Transformer Engine does.
+    """
+
+    arithmetic: Arithmetic = Arithmetic.DIVIDE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arithmetic", as_option(Arithmetic, self.arithmetic))
 
 
-Scaling = CurrentScaling | DelayedScaling | StaticScaling | NoScaling | StorageScaling | BlockScaling
+Scaling = CurrentScaling | DelayedScaling | RegionScaling | StaticScaling | NoScaling | StorageScaling | BlockScaling
 
 SCALINGS: dict[str, type] = {
     "amax": CurrentScaling,
     "delayed": DelayedScaling,
+    "regions": RegionScaling,
     "static": StaticScaling,
     "none": NoScaling,
     "storage": StorageScaling,
@@ -64,7 +78,17 @@ def as_scaling(value, fmt) -> Scaling:
             f"{fmt.name} with {type(value).__name__}: block formats, and only those, find their own block scales; "
             "leave scaling out"
         )
+    if isinstance(value, BlockScaling) and value.arithmetic is Arithmetic.MULTIPLY and not fmt.tensor_scale:
+        raise RecipeError(
+            f'{fmt.name}: arithmetic="multiply" is for formats with a scale of the tensor above those of blocks (NVFP4); '
+            "powers of two divide and multiply alike"
+        )
     return value
+
+
+def multiplies(policy: Scaling | None) -> bool:
+    """Whether x is multiplied by an inverse scale that is found first, instead of divided by the scale."""
+    return isinstance(policy, RegionScaling) or getattr(policy, "arithmetic", None) is Arithmetic.MULTIPLY
 
 
 def _from_mapping(mapping: dict) -> Scaling:
@@ -81,14 +105,20 @@ def _from_mapping(mapping: dict) -> Scaling:
         raise RecipeError(f"scaling {name!r} needs {', '.join(missing)}; write {{policy: {name}, {missing[0]}: ...}}")
     if isinstance(arguments.get("axis"), list):
         arguments["axis"] = tuple(arguments["axis"])
-    return SCALINGS[name](**arguments)
+    try:
+        return SCALINGS[name](**arguments)
+    except OptionError as error:
+        raise RecipeError(f"scaling {name!r}: {error}") from None
 
 
 def scaling_to_config(policy: Scaling) -> str | dict:
     """The policy as plain data that `as_scaling` reads back: its name, or a mapping where arguments differ."""
     name = _NAMES[type(policy)]
     changed = {f.name: getattr(policy, f.name) for f in fields(policy) if getattr(policy, f.name) != f.default}
-    changed = {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+    changed = {
+        key: list(value) if isinstance(value, tuple) else value.value if isinstance(value, Enum) else value
+        for key, value in changed.items()
+    }
     return {"policy": name, **changed} if changed or name == "amax" else name
 
 
@@ -97,5 +127,5 @@ def scaling_label(policy: Scaling) -> str:
     config = scaling_to_config(policy)
     if isinstance(config, str):
         return config
-    arguments = ",".join(f"{key}={value}" for key, value in config.items() if key != "policy")
+    arguments = ",".join(f"{key}={value!r}" for key, value in config.items() if key != "policy")
     return config["policy"] + (f"({arguments})" if arguments else "")

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from altgrad.errors import AltGradError, RecipeError
+from altgrad.errors import AltGradError, OptionError, RecipeError
+from altgrad.formats.accumulator import Accumulator
 from altgrad.formats.rounding import Overflow, Rounding, as_option
 from altgrad.nn.recipe.scaling_choice import (
     CurrentScaling,
@@ -25,9 +27,13 @@ from altgrad.nn.recipe.scaling_choice import (
     as_scaling,
     default_scaling,
     is_block,
+    multiplies,
     scaling_label,
 )
-from altgrad.quantization import Cast, get_format
+from altgrad.quantization import Cast, FloatFormat, get_format
+from altgrad.quantization.accumulation import check_accumulator
+from altgrad.quantization.hadamard import Hadamard, Signs
+from altgrad.quantization.inverse_scaling import RegionScaling
 
 
 def _format_or_none(value):
@@ -52,6 +58,10 @@ class OperandSpec:
         mask_saturated: let no gradient through where |x / scale| > max (input and weight operands).
         whole_blocks: refuse a tensor whose axis is no multiple of a block format's block; otherwise the last block is
             short, which is the same as padding with zeros.
+        hadamard: a block Hadamard transform along the reduced axis before the tensor is quantized; a `Hadamard`, or a
+            mapping of its fields. The GEMM's other operand has the same.
+        requantize: quantize what the forward's entry of the same tensor made of it, not the tensor itself (weight of
+            input_grad, input of weight_grad).
 
     Raises:
         RecipeError: the fields contradict one another.
@@ -65,17 +75,26 @@ class OperandSpec:
     mask_saturated: bool = False
     random_bits: int = 24
     whole_blocks: bool = False
+    hadamard: Hadamard | None = None
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         fmt = _format_or_none(self.format)
         put = object.__setattr__
+        put(self, "hadamard", _as_hadamard(self.hadamard))
         put(self, "format", None if fmt is None else fmt.name)
         put(self, "rounding", as_option(Rounding, self.rounding))
         put(self, "overflow", as_option(Overflow, self.overflow))
         if fmt is not None:
             put(self, "scaling", as_scaling(self.scaling, fmt))
             self._check(fmt)
-        elif self.scaling is not None or self.mask_saturated or self.rounding is not Rounding.NEAREST_EVEN:
+        elif (
+            self.scaling is not None
+            or self.mask_saturated
+            or self.rounding is not Rounding.NEAREST_EVEN
+            or self.hadamard is not None
+            or self.requantize
+        ):
             raise RecipeError("an operand without a format has nothing to round, scale or mask: name a format")
         else:  # one way to be unquantized
             put(self, "overflow", OperandSpec.overflow)
@@ -83,7 +102,7 @@ class OperandSpec:
             put(self, "random_bits", OperandSpec.random_bits)
 
     def _check(self, fmt) -> None:
-        for name in ("subnormals", "mask_saturated"):
+        for name in ("subnormals", "mask_saturated", "requantize"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} {getattr(self, name)!r} is neither true nor false")
         if (
@@ -131,7 +150,7 @@ class OperandSpec:
         return Cast(self.format, self.rounding, self.overflow, self.subnormals, clamp, self.random_bits, pad=short)
 
     @property
-    def resolved(self):
+    def resolved(self) -> Any:
         """The format itself (without subnormals where they are switched off), or None."""
         cast = self.cast
         return None if cast is None else cast.format if cast.is_block else cast.grid
@@ -147,11 +166,73 @@ class OperandSpec:
             (self.mask_saturated, "masked"),
             (self.random_bits != OperandSpec.random_bits, f"bits={self.random_bits}"),
             (self.whole_blocks, "whole blocks"),
+            (self.hadamard is not None, _hadamard_text(self.hadamard)),
+            (self.requantize, "requantized"),
         ]
         shown = ",".join(text for there, text in notes if there)
         return f"{self.format}({shown})" if shown else self.format
 
 
+def hadamard_fields(value: Hadamard) -> dict[str, Any]:
+    """A transform as a mapping that `OperandSpec` takes."""
+    return {"size": value.size, "signs": value.signs.value, "bfloat16": value.bfloat16}
+
+
+def _hadamard_text(value: Hadamard | None) -> str:
+    """Such as hadamard(size=16,signs='fixed',bfloat16=True)."""
+    return "" if value is None else f"hadamard({','.join(f'{k}={v!r}' for k, v in hadamard_fields(value).items())})"
+
+
+def _as_hadamard(value: Any) -> Hadamard | None:
+    if value is None or isinstance(value, Hadamard):
+        return value
+    if not isinstance(value, dict):
+        raise RecipeError(f"hadamard is {value!r}; write a mapping such as {{size: 16, signs: fixed}}, or leave it out")
+    try:
+        return Hadamard(**value)
+    except (TypeError, OptionError) as error:
+        raise RecipeError(f"hadamard {value!r}: {error}") from None
+
+
+def grid_of(fmt) -> FloatFormat:
+    """The scalar format of a format's elements."""
+    return fmt.element if is_block(fmt) else fmt
+
+
+def _check_sum(gemm: str, role: str, spec: OperandSpec, accumulator: Accumulator) -> None:
+    """Refuse an operand whose scales the accumulator has no place for."""
+    fmt, where = spec.resolved, f"{gemm}.{role} ({spec.format}) under accumulator {accumulator}"
+    if not is_block(fmt):
+        axis = getattr(spec.scaling, "axis", None)
+        along = REDUCED[gemm, role]
+        axes = () if axis is None else (axis,) if isinstance(axis, int) else axis
+        if along in axes or along - 2 in axes:
+            raise RecipeError(f"{where}: its scales vary along the axis that is added up; use axis={1 - along} or none")
+        if accumulator.group > 1 or accumulator.scaled_promotion:
+            raise RecipeError(f"{where}: it has no blocks, whose scales that accumulator multiplies; use another one")
+        return
+    across = fmt.tile[1]
+    if accumulator.group > 1 and across % accumulator.group:
+        raise RecipeError(f"{where}: blocks of {across} are no groups of {accumulator.group}")
+    if accumulator.scaled_promotion and across != accumulator.promote_every:
+        raise RecipeError(
+            f"{where}: blocks of {across}, and sums are promoted every {accumulator.promote_every} products"
+        )
+    if accumulator.group == 1 and not accumulator.scaled_promotion and not fmt.power_of_two:
+        raise RecipeError(
+            f"{where}: the scales of its blocks are no powers of two, so their sums cannot be added; use an accumulator "
+            "that promotes with the scales, such as hopper_fp8_blocks for blocks of 128"
+        )
+
+
+REDUCED = {  # axis that each GEMM adds up, of the operand as a matrix: input [n, k], weight [o, k], grad_output [n, o]
+    ("forward", "input"): 1,
+    ("forward", "weight"): 1,
+    ("input_grad", "grad_output"): 1,
+    ("input_grad", "weight"): 0,
+    ("weight_grad", "grad_output"): 0,
+    ("weight_grad", "input"): 0,
+}
 _GEMM_OPERANDS = {
     "forward": ("input", "weight"),
     "input_grad": ("grad_output", "weight"),
@@ -161,11 +242,24 @@ _GEMM_OPERANDS = {
 
 @dataclass(frozen=True)
 class GemmRecipe:
-    """The two operands of one GEMM: of input, weight and grad_output, the two that this GEMM multiplies."""
+    """The two operands of one GEMM: of input, weight and grad_output, the two that this GEMM multiplies.
+
+    accumulator: how its products are added up: an `Accumulator`, a preset's name such as "hopper_fp8", or its text; None
+    is float32's own sum.
+    """
 
     input: OperandSpec | None = None
     weight: OperandSpec | None = None
     grad_output: OperandSpec | None = None
+    accumulator: Accumulator | None = None
+
+    def __post_init__(self) -> None:
+        if self.accumulator is None:
+            return
+        try:
+            object.__setattr__(self, "accumulator", Accumulator.parse(self.accumulator))
+        except AltGradError as error:
+            raise RecipeError(str(error)) from None
 
     def named(self) -> list[tuple[str, OperandSpec]]:
         """(role, spec) of the two operands."""
@@ -258,6 +352,7 @@ class LayerRecipe:
         forward, input_grad, weight_grad: the operands of the three GEMMs.
         storage: grid of the stored weight; None keeps a float32 master weight that is quantized at use.
         norm_weight: the weight of a normalisation layer, quantized at use.
+        plain_evaluation: in evaluation mode the layer computes in full precision.
 
     Raises:
         RecipeError: a GEMM names an operand that it does not multiply, or storage and operands contradict one another.
@@ -268,8 +363,11 @@ class LayerRecipe:
     weight_grad: GemmRecipe
     storage: StorageSpec | None = None
     norm_weight: OperandSpec = OperandSpec()
+    plain_evaluation: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.plain_evaluation, bool):
+            raise RecipeError(f"plain_evaluation {self.plain_evaluation!r} is neither true nor false")
         for gemm, roles in _GEMM_OPERANDS.items():
             named = sorted(role for role, _ in getattr(self, gemm).named())
             if named != sorted(roles):
@@ -286,6 +384,39 @@ class LayerRecipe:
                     f"{gemm}.weight is {spec} with its own scaling, but storage is {self.storage}: the weight would be "
                     'rounded to two different grids; use scaling="storage" for it'
                 )
+            if spec.requantize and (gemm, role) not in (("input_grad", "weight"), ("weight_grad", "input")):
+                raise RecipeError(
+                    f"{gemm}.{role}: only the weight of input_grad and the input of weight_grad were quantized before, "
+                    "by the forward; drop requantize"
+                )
+            if spec.requantize and getattr(self.forward, role).format is None:
+                raise RecipeError(f"{gemm}.{role} is requantized, but forward.{role} has no format; drop requantize")
+        for gemm in _GEMM_OPERANDS:
+            self._check_gemm(gemm)
+
+    def _check_gemm(self, gemm: str) -> None:
+        """What the two operands of a GEMM must agree on."""
+        one: GemmRecipe = getattr(self, gemm)
+        (left, a), (right, b) = one.named()
+        if a.hadamard != b.hadamard:
+            raise RecipeError(
+                f"{gemm}: {left} is mixed by {a.hadamard}, {right} by {b.hadamard}; both operands need the same transform"
+            )
+        if a.hadamard is not None and gemm == "forward" and (a.mask_saturated or b.mask_saturated):
+            raise RecipeError("forward: a mask of saturated elements means nothing in mixed ones; drop one of them")
+        if one.accumulator is None:
+            return
+        for role, spec in ((left, a), (right, b)):
+            if spec.format is None:
+                raise RecipeError(
+                    f"{gemm} has accumulator {one.accumulator}, and {role} no format; products are added up as a unit "
+                    "does for operands of its formats only"
+                )
+            _check_sum(gemm, role, spec, one.accumulator)
+        try:
+            check_accumulator(one.accumulator, *(grid_of(spec.resolved) for spec in (a, b)))
+        except OptionError as error:
+            raise RecipeError(f"{gemm}: {error}") from None
 
     def _check_storage_scaling(self, gemm: str, role: str, spec: OperandSpec) -> None:
         if role != "weight" or self.storage is None or spec.format != self.storage.format:
@@ -309,8 +440,30 @@ class LayerRecipe:
     def needs_steps(self) -> bool:
         """Whether something changes from step to step: stochastic keys, delayed scales, or grid storage."""
         specs = [spec for _, _, spec in self.entries()] + [self.norm_weight]
-        return self.storage is not None or any(
-            spec.rounding is Rounding.STOCHASTIC or isinstance(spec.scaling, DelayedScaling) for spec in specs
+        return (
+            self.storage is not None
+            or self.mixes_at_random
+            or any(
+                spec.rounding is Rounding.STOCHASTIC or isinstance(spec.scaling, DelayedScaling | RegionScaling)
+                for spec in specs
+            )
+        )
+
+    @property
+    def mixes_at_random(self) -> bool:
+        """Whether a transform draws its signs."""
+        return any(spec.hadamard is not None and spec.hadamard.signs is Signs.RANDOM for _, _, spec in self.entries())
+
+    @property
+    def gemms(self) -> dict[str, GemmRecipe]:
+        """The three GEMMs by name."""
+        return {gemm: getattr(self, gemm) for gemm in _GEMM_OPERANDS}
+
+    @cached_property
+    def is_emulated(self) -> bool:
+        """Whether it asks for the arithmetic of a library or a unit that is not a GEMM of quantized operands in float32."""
+        return any(one.accumulator is not None for one in self.gemms.values()) or any(
+            spec.hadamard is not None or spec.requantize or multiplies(spec.scaling) for _, _, spec in self.entries()
         )
 
     def __str__(self) -> str:
@@ -322,4 +475,8 @@ class LayerRecipe:
         short = {"input": "x", "weight": "w", "grad_output": "dy"}
         text = " ".join(f"{short[role]}:{'|'.join(map(str, specs))}" for role, specs in by_role.items())
         text += f" {self.storage}" if self.storage else ""
-        return text + (f" norm:{self.norm_weight}" if self.norm_weight != OperandSpec() else "")
+        text += f" norm:{self.norm_weight}" if self.norm_weight != OperandSpec() else ""
+        sums = [str(one.accumulator or "float32") for one in self.gemms.values()]
+        if any(word != "float32" for word in sums):
+            text += f" sum:{sums[0] if len(set(sums)) == 1 else '|'.join(sums)}"
+        return text + (" eval:FP32" if self.plain_evaluation else "")

@@ -6,9 +6,10 @@
     x:E4M3(stochastic,delayed(history=4)) w:E4M3 dy:FP32  options in brackets, where they are not the defaults
     x:E4M3|E5M2 w:E4M3 dy:E4M3                            forward's input, then weight_grad's: a role's two products
     MXFP8; name='head': FP32; type='Conv2d': E4M3         overrides, each with its conditions
+    x:E4M3 w:E4M3 dy:E5M2 sum:hopper_fp8 eval:FP32        how products are added up; plain in evaluation
 
-In a role's pair the products come in the order forward, input_grad, weight_grad. `norm:FORMAT` is the weight of a
-normalisation layer.
+In a role's pair the products come in the order forward, input_grad, weight_grad; so do the three of `sum:A|B|C`, where
+float32 stands for a plain sum. `norm:FORMAT` is the weight of a normalisation layer.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def parse_layer(text: str, where: str = "recipe") -> LayerRecipe:
     if len(text) > _LONGEST:
         raise RecipeError(f"{where} is {len(text)} characters long; a recipe's text has at most {_LONGEST}")
     words = _split(text, " ")
-    if len(words) == 1 and not words[0].startswith(("x:", "w:", "dy:", "grid(", "norm:")):
+    if len(words) == 1 and not words[0].startswith(("x:", "w:", "dy:", "grid(", "norm:", "sum:", "eval:")):
         return layer_recipe(words[0])
     parts: dict[str, str] = {}
     for word in words:
         key, rest = ("grid", word[5:-1]) if word.startswith("grid(") and word.endswith(")") else _halves(word)
-        if key not in (*_ROLES, "grid", "norm") or not rest:
+        if key not in (*_ROLES, "grid", "norm", "sum", "eval") or not rest:
             raise RecipeError(f"{where} {text!r}: {word!r} is no part of a recipe; {_FORM}")
         if key in parts:
             raise RecipeError(f"{where} {text!r} names {key} twice; {_FORM}")
@@ -61,10 +62,16 @@ def parse_layer(text: str, where: str = "recipe") -> LayerRecipe:
     if missing:
         raise RecipeError(f"{where} {text!r} lacks {missing[0]}:; {_FORM}")
     (x, x_back), (w, w_back), (dy, dy_back) = (_pair(parts[role], f"{where} {text!r}") for role in _ROLES)
+    sums = _sums(parts.get("sum", "float32"), f"{where} {text!r}")
+    if parts.get("eval", "FP32") != "FP32":
+        raise RecipeError(
+            f"{where} {text!r}: eval:{parts['eval']}; in evaluation a layer is as in training, or eval:FP32"
+        )
     return LayerRecipe(
-        forward=GemmRecipe(input=x, weight=w),
-        input_grad=GemmRecipe(grad_output=dy, weight=w_back),
-        weight_grad=GemmRecipe(grad_output=dy_back, input=x_back),
+        forward=GemmRecipe(input=x, weight=w, accumulator=sums[0]),  # type: ignore[arg-type]
+        input_grad=GemmRecipe(grad_output=dy, weight=w_back, accumulator=sums[1]),  # type: ignore[arg-type]
+        weight_grad=GemmRecipe(grad_output=dy_back, input=x_back, accumulator=sums[2]),  # type: ignore[arg-type]
+        plain_evaluation="eval" in parts,
         storage=_storage(parts["grid"], f"{where} {text!r}") if "grid" in parts else None,
         norm_weight=_operand(parts["norm"], f"{where} {text!r}") if "norm" in parts else OperandSpec(),
     )
@@ -90,6 +97,16 @@ def split_recipe(text: str) -> tuple[str, list[tuple[dict[str, str], str]]]:
             conditions[found[1]], end, at = ast.literal_eval(found[2]), found[3], found.end()
         overrides.append((conditions, part[at:].strip()))
     return default.strip(), overrides
+
+
+def _sums(text: str, where: str) -> list[str | None]:
+    """The accumulators of the three products; None for float32."""
+    words = [None if word == "float32" else word for word in _split(text, "|")]
+    if len(words) not in (1, 3):
+        raise RecipeError(
+            f"{where}: sum:{text} names {len(words)} accumulators; name one, or one for each of the three"
+        )
+    return words * (3 // len(words))
 
 
 def _pair(text: str, where: str) -> tuple[OperandSpec, OperandSpec]:
@@ -143,15 +160,16 @@ def _option(note: str, where: str) -> tuple[str, object]:
         return "overflow", note
     if note in ("no subnormals", "masked"):
         return ("subnormals", False) if note == "no subnormals" else ("mask_saturated", True)
-    if note == "whole blocks":
-        return "whole_blocks", True
+    if note in ("whole blocks", "requantized"):
+        return ("whole_blocks" if note == "whole blocks" else "requantize"), True
     if note.startswith("bits="):
         return "random_bits", _literal(note[5:], where)
     name, arguments = _call(note, where)
     pairs = [one.partition("=") for one in arguments]
     if any(not equals for _, equals, _ in pairs):
         raise RecipeError(f"{where}: {note!r} has an argument without a name; write {name}(key=value)")
-    return "scaling", {"policy": name, **{key: _literal(value, where) for key, _, value in pairs}}
+    given = {key: _literal(value, where) for key, _, value in pairs}
+    return ("hadamard", given) if name == "hadamard" else ("scaling", {"policy": name, **given})
 
 
 def _call(text: str, where: str) -> tuple[str, list[str]]:
@@ -168,7 +186,9 @@ def _literal(text: str, where: str):
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise RecipeError(f"{where}: {text!r} is no number, True, False, None or list of numbers") from None
+        raise RecipeError(
+            f"{where}: {text!r} is no number, quoted word, True, False, None or list of numbers"
+        ) from None
     return tuple(value) if isinstance(value, list) else value
 
 

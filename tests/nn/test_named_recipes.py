@@ -1,0 +1,495 @@
+"""Recipes by name: their hand vectors, their layers against the formulas written out, ablations, and torchao's own bits."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from altgrad.errors import AltGradError, RecipeError
+from altgrad.nn import NAMED, Recipe, functional, load_quant_state, quant_state, quantize_model, recipe
+from altgrad.nn.recipe.ingredients import INGREDIENTS
+from altgrad.quantization import (
+    ACCUMULATORS,
+    Accumulator,
+    CurrentScaling,
+    DelayedScaling,
+    accumulate,
+    block_format,
+    block_scales,
+    get_format,
+    quantize,
+)
+from altgrad.quantization.accumulation import accumulate_terms, terms
+from altgrad.quantization.hadamard import TRANSFORMER_ENGINE_SIGNS, Hadamard
+from altgrad.quantization.inverse_scaling import RegionScaling, inverse_scale, multiply_blocks
+
+E4M3, E5M2 = get_format("E4M3"), get_format("E5M2")
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+# -- hand vectors -----------------------------------------------------------------------------------------------------
+
+
+def test_transformer_engine_delays_its_scale_by_a_region():
+    policy = RegionScaling(history=2)
+    state, used = policy.init(), []
+    for amax in (448.0, 896.0, 224.0, 224.0):
+        used.append(state.s.item())
+        state = policy.close(torch.tensor(amax), state, E4M3)
+    assert used == [1, 1, 0.5, 0.5]
+    assert state.s.item() == 2
+    assert quantize(tensor(896.0) * used[1], "E4M3", overflow="saturate").item() == 448, "the second region saturates"
+
+
+def test_a_region_without_an_amax_leaves_no_trace():
+    policy = RegionScaling(history=2)
+    seen = policy.close(torch.tensor(896.0), policy.init(), E4M3)
+    for amax in (0.0, math.inf, math.nan):
+        after = policy.close(torch.tensor(amax), seen, E4M3)
+        assert after.s == 0.5
+    assert torch.equal(policy.close(torch.tensor(0.0), seen, E4M3).window, seen.window)
+
+
+def test_multiplying_by_the_inverse_scale_breaks_ties_otherwise():
+    x = tensor(0.01904296875)
+    s = inverse_scale(tensor(0.8125), 448.0)
+    assert quantize(x * s, "E4M3").item() == 11
+    assert quantize(x, "E4M3", 0.8125 / 448).item() / (0.8125 / 448) == pytest.approx(10)
+    assert inverse_scale(tensor(0.0, math.inf, math.nan, 1e-45), 448.0).tolist() == [
+        1,
+        1,
+        1,
+        torch.finfo(torch.float32).max,
+    ]
+
+
+@pytest.mark.parametrize(("amax", "scale"), [(448.0, 1.0), (448.00003, 2.0), (449.0, 2.0)])
+def test_transformer_engine_blocks_round_their_scales_to_powers_of_two(amax, scale):
+    x = torch.zeros(1, 128)
+    x[0, 5] = amax
+    spec = recipe("te_block").default.forward.input
+    assert block_scales(x, spec.format).item() == scale
+
+
+@pytest.mark.parametrize(("amax", "byte"), [(448.0, 127), (449.0, 128), (0.0, 0)])
+def test_mxfp8_exponents_are_rounded_up(amax, byte):
+    x = torch.zeros(1, 32)
+    x[0, 5] = amax
+    scale = block_scales(x, recipe("te_mxfp8").default.forward.weight.format).item()
+    assert int(math.log2(scale)) + 127 == byte
+
+
+def test_nvfp4_scales_come_from_an_inverse_tensor_scale():
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 16] = 1.640625, 35
+    assert multiply_blocks(x, get_format("NVFP4")).scales.tolist() == [[22, 448]]
+    assert block_scales(x, "NVFP4")[0, 0].item() / (35 / 2688) == pytest.approx(20), "dividing rounds the tie down"
+
+
+def test_the_fixed_signs_are_those_of_transformer_engine():
+    mixed = Hadamard(16, "fixed")
+    signs = mixed.draw(None, torch.device("cpu"))
+    assert mixed(tensor(*TRANSFORMER_ENGINE_SIGNS), signs).tolist() == [4] + [0] * 15
+    unit = torch.zeros(16)
+    unit[3] = 1
+    assert mixed(unit, signs).tolist() == [-0.25, 0.25, 0.25, -0.25] * 4
+
+
+def test_ms_amp_and_torchao_rows_round_the_inverse_scale_down():
+    for policy in (
+        recipe("msamp_o1").default.forward.weight.scaling,
+        recipe("ao_rowwise").default.forward.weight.scaling,
+    ):
+        assert isinstance(policy, CurrentScaling)
+        assert policy.power_of_two
+    assert inverse_scale(tensor(3.0), 448.0, power_of_two=True).item() == 128
+    assert CurrentScaling(power_of_two=True).update(tensor(3.0), (), E4M3)[0].item() == 1 / 128
+
+
+def test_ms_amp_takes_the_present_amax_for_sixteen_steps_and_then_the_windows():
+    policy = recipe("msamp_o1").default.forward.input.scaling
+    assert isinstance(policy, DelayedScaling)
+    state, used = policy.init(), []
+    for step in range(18):
+        scale, state = policy.update(torch.tensor(448.0 * 2 ** (step % 4)), state, E4M3)
+        used.append(float(scale))
+    assert used[:16] == [2.0 ** (step % 4) for step in range(16)]
+    assert used[16:] == [8, 8]
+
+
+def test_tetrajets_scale_leaves_nothing_to_saturate():
+    x = torch.zeros(1, 32)
+    x[0, 0] = 7
+    assert block_scales(x, recipe("tetrajet").default.forward.input.format).item() == 2
+    assert block_scales(x, "MXFP4").item() == 1, "the OCP rule lets 7 saturate at 6"
+
+
+# -- layers against the formulas written out ----------------------------------------------------------------------------
+
+
+def call(name: str | Recipe, steps: int = 1, shape=(20, 48, 17)) -> dict[str, torch.Tensor]:
+    """x, w, dy and what a layer under the recipe makes of them (of the last of some steps with equal tensors)."""
+    tokens, inner, outer = shape
+    g = torch.Generator().manual_seed(7)
+    torch.manual_seed(7)
+    layer = nn.Linear(inner, outer)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(outer, inner, generator=g) * torch.exp2(torch.randn(outer, 1, generator=g)))
+    x = torch.randn(tokens, inner, generator=g) * torch.exp2(2 * torch.randn(tokens, 1, generator=g))
+    dy = torch.randn(tokens, outer, generator=g) * 1e-3
+    model = nn.Sequential(layer)
+    quantize_model(model, recipe(name) if isinstance(name, str) else name)
+    for _ in range(steps):
+        model.zero_grad()
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.backward(dy)
+    return {
+        "x": x,
+        "w": layer.weight.detach(),
+        "b": layer.bias.detach(),
+        "dy": dy,
+        "y": y,
+        "dx": given.grad,
+        "dw": layer.weight.grad,
+    }
+
+
+def inverse(x: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes' values, what dequantizes them) under s = fl(max / amax)."""
+    s = torch.tensor(get_format(fmt).max, dtype=torch.float32) / x.abs().max()
+    return quantize(x * s, fmt, overflow="saturate"), 1 / s
+
+
+@pytest.mark.parametrize("name", ["te_current", "ao_tensorwise", "nanochat"])
+def test_per_tensor_recipes_are_their_formulas(name):
+    found = call(name)
+    (x, sx), (w, sw), (dy, sdy) = inverse(found["x"], "E4M3"), inverse(found["w"], "E4M3"), inverse(found["dy"], "E5M2")
+    fast, slow = "hopper_fp8", "hopper_fp8_promoted"
+    y = accumulate(x, w.T, fast, formats=("E4M3", "E4M3"), kernel="reference") * sx * sw + found["b"]
+    dx = accumulate(dy, w, slow, formats=("E5M2", "E4M3"), kernel="reference") * sdy * sw
+    dw = accumulate(dy.T, x, slow, formats=("E5M2", "E4M3"), kernel="reference") * sdy * sx
+    assert torch.equal(found["y"], y)
+    assert torch.equal(found["dx"], dx)
+    assert torch.equal(found["dw"], dw)
+
+
+def test_delayed_scales_are_one_in_the_first_region_and_then_those_of_the_amax():
+    first = call("te_delayed")
+    plain = [
+        quantize(first[key], fmt, overflow="saturate") for key, fmt in (("x", "E4M3"), ("w", "E4M3"), ("dy", "E5M2"))
+    ]
+    y = accumulate(plain[0], plain[1].T, "hopper_fp8", formats=("E4M3", "E4M3"), kernel="reference")
+    dw = accumulate(plain[2].T, plain[0], "hopper_fp8_promoted", formats=("E5M2", "E4M3"), kernel="reference")
+    assert torch.equal(first["y"], y + first["b"])
+    assert torch.equal(first["dw"], dw)
+    second, current = call("te_delayed", steps=2), call("te_current")
+    assert all(torch.equal(second[key], current[key]) for key in ("y", "dx", "dw")), "the tensors did not change"
+
+
+def test_a_layers_regions_are_saved_and_loaded():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    quantize_model(model, recipe("te_delayed"))
+    model(x).sum().backward()
+    state = quant_state(model)
+    other = nn.Sequential(nn.Linear(8, 8))
+    other.load_state_dict(model.state_dict())
+    quantize_model(other, recipe("te_delayed"))
+    assert not torch.equal(other(x), model(x))
+    load_quant_state(other, state)
+    load_quant_state(model, state)
+    assert torch.equal(other(x), model(x))
+
+
+def mx(x: torch.Tensor, fmt: str, axis: int = -1, **options) -> torch.Tensor:
+    return quantize(x, fmt, axis=axis, pad=True, **options)
+
+
+@pytest.mark.parametrize("name", ["te_mxfp8", "ao_mxfp8"])
+def test_mxfp8_recipes_quantize_along_each_products_own_axis(name):
+    found = call(recipe(name).without("accumulator"))
+    x, w, dy = (lambda axis, key=key: mx(found[key], "MXFP8:ceil", axis) for key in ("x", "w", "dy"))
+    assert torch.allclose(found["y"], x(1) @ w(1).T + found["b"], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found["dx"], dy(1) @ w(0), rtol=1e-5, atol=1e-9)
+    assert torch.allclose(found["dw"], dy(0).T @ x(0), rtol=1e-5, atol=1e-9)
+
+
+def test_block_exponents_enter_blackwells_sums():
+    found = call("te_mxfp8")
+    grid = get_format("E4M3")
+    sides = []
+    for key in ("x", "w"):
+        scales = block_scales(torch.nn.functional.pad(found[key], (0, 16)), "MXFP8:ceil").repeat_interleave(32, 1)[
+            :, :48
+        ]
+        sides.append(terms(mx(found[key], "MXFP8:ceil") / scales, grid, multipliers=scales))
+    y = accumulate_terms(*sides, ACCUMULATORS["blackwell_fp8"], "reference").float() + found["b"]
+    assert torch.equal(found["y"], y)
+    assert not torch.equal(found["y"], call(recipe("te_mxfp8").without("accumulator"))["y"])
+
+
+@pytest.mark.parametrize("name", ["te_block", "deepseek_v3"])
+def test_blocks_of_128_are_promoted_with_their_scales(name):
+    found = call(name, shape=(6, 300, 9))
+    spec = recipe(name).default.forward
+    padded = [torch.nn.functional.pad(found[key], (0, 84, 0, -len(found[key]) % 128)) for key in ("x", "w")]
+    sides = []
+    for x, one, rows in zip(padded, (spec.input, spec.weight), (6, 9)):
+        scales = block_scales(x, one.format)
+        down = x.shape[0] // scales.shape[0]
+        scales = scales.repeat_interleave(down, 0)
+        payload = quantize(x, one.format) / scales.repeat_interleave(128, 1)
+        payload = quantize(payload, "E4M3")  # the quotient of a product is not always exact
+        sides.append(terms(payload[:rows, :300], E4M3, scales=scales[:rows]))
+    y = accumulate_terms(*sides, spec.accumulator, "reference").float() + found["b"]
+    assert torch.equal(found["y"], y)
+
+
+def test_deepseeks_inputs_are_quantized_twice_for_the_weight_gradient():
+    bare = recipe("deepseek_v3").without("accumulator")
+    found, once = call(bare), call(bare.without("requantization"))
+    x = mx(mx(found["x"], "E4M3/128:FP32"), "E4M3/128:FP32", 0)
+    dy = mx(found["dy"], "E4M3/128:FP32", 0)
+    assert torch.allclose(found["dw"], dy.T @ x, rtol=1e-5, atol=1e-9)
+    assert torch.equal(found["y"], once["y"])
+    assert not torch.equal(found["dw"], once["dw"])
+
+
+def test_rows_and_columns_have_scales_of_their_own_in_torchaos_rowwise():
+    found = call("ao_rowwise")
+
+    def rows(x):
+        s = inverse_scale(x.abs().amax(1, keepdim=True), 448.0, power_of_two=True)
+        return quantize(x * s, "E4M3", overflow="saturate"), 1 / s
+
+    (x, sx), (w, sw) = rows(found["x"]), rows(found["w"])
+    y = accumulate(x, w.T, "hopper_fp8", formats=("E4M3", "E4M3"), kernel="reference") * sx * sw.T + found["b"]
+    assert torch.equal(found["y"], y)
+    (dy, sdy), (x, sx) = rows(found["dy"].T), rows(found["x"].T)
+    dw = accumulate(dy, x.T, "hopper_fp8_promoted", formats=("E4M3", "E4M3"), kernel="reference") * sdy * sx.T
+    assert torch.equal(found["dw"], dw)
+
+
+def test_high_precision_weight_gradients_are_plain():
+    for name in ("ao_rowwise_gw_hp", "ao_mxfp8_wgrad_hp"):
+        found = call(name)
+        assert torch.allclose(found["dw"], found["dy"].T @ found["x"], rtol=1e-5, atol=1e-9)
+
+
+def test_nvfp4_layers_are_their_formulas_but_for_chance():
+    bare = recipe("nvfp4_te").without("accumulator", "stochastic_rounding")
+    found = call(bare)
+    rows, tile = get_format("NVFP4"), block_format("E2M1", (16, 16), "E4M3", tensor_scale=True)
+    w = multiply_blocks(found["w"], tile).values
+    y = multiply_blocks(found["x"], rows).values @ w.T + found["b"]
+    assert torch.allclose(found["y"], y, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found["dx"], multiply_blocks(found["dy"], rows).values @ w, rtol=1e-5, atol=1e-8)
+    mixed = Hadamard(16, "fixed", bfloat16=True)
+    signs = mixed.draw(None, torch.device("cpu"))
+    dy, x = (multiply_blocks(mixed(found[key].T, signs), rows).values for key in ("dy", "x"))
+    assert torch.allclose(found["dw"], dy @ x.T, rtol=1e-4, atol=1e-7)
+
+
+def test_stochastic_gradients_have_the_right_mean():
+    bare = recipe("nvfp4_te").without("accumulator")
+    g = torch.Generator().manual_seed(3)
+    x, dy = torch.randn(64, 16, generator=g), torch.randn(64, 16, generator=g)
+    layer = nn.Linear(16, 16, bias=False)
+    w = multiply_blocks(layer.weight.detach(), block_format("E2M1", (16, 16), "E4M3", tensor_scale=True)).values
+    means = []
+    for seed in range(2):
+        total = torch.zeros_like(x)
+        model = nn.Sequential(nn.Linear(16, 16, bias=False))
+        model[0].weight.data.copy_(layer.weight.detach())
+        quantize_model(model, bare, seed=seed)
+        for _ in range(200):
+            given = x.clone().requires_grad_()
+            model(given).backward(dy)
+            total += given.grad
+        means.append(total / 200)
+    error = (means[0] - dy @ w).abs().mean()
+    single = (multiply_blocks(dy, get_format("NVFP4")).values @ w - dy @ w).abs().mean()
+    assert error < single / 4
+    assert not torch.equal(means[0], means[1])
+
+
+def test_a_random_transform_changes_from_use_to_use_and_not_the_product():
+    text = "hadamard(size=32,signs='random',bfloat16=False)"
+    made = Recipe.from_dict(f"x:FP16|FP16({text}) w:FP16|FP16({text}) dy:FP16({text})")
+    found, again = call(made), call(made, steps=2)
+    for key, plain in (("dx", found["dy"] @ found["w"]), ("dw", found["dy"].T @ found["x"])):
+        assert torch.allclose(found[key], plain, rtol=1e-2, atol=2e-3 * plain.abs().max())
+        assert not torch.equal(found[key], again[key])
+
+
+def test_a_forward_mixed_and_requantized_is_mixed_back():
+    mixed = "hadamard(size=32,signs='none',bfloat16=False)"
+    made = Recipe.from_dict(f"x:FP16({mixed})|FP16(requantized) w:FP16({mixed})|FP16(requantized) dy:FP16")
+    found = call(made)
+    for key, plain in (
+        ("y", found["x"] @ found["w"].T + found["b"]),
+        ("dx", found["dy"] @ found["w"]),
+        ("dw", found["dy"].T @ found["x"]),
+    ):
+        assert torch.allclose(found[key], plain, rtol=1e-2, atol=2e-3 * plain.abs().max()), key
+
+
+def test_evaluation_is_plain_where_the_recipe_says_so():
+    model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(8, 16)
+    plain = model(x)
+    quantize_model(model, recipe("nanochat"))
+    assert not torch.equal(model(x), plain)
+    model.eval()
+    assert torch.equal(model(x), plain)
+
+
+def test_transposed_weights_are_read_as_they_lie():
+    w, x = torch.randn(24, 16), torch.randn(8, 24)
+    spec = recipe("te_current").default
+    assert torch.equal(functional.matmul(x, w, recipe=spec), functional.linear(x, w.T.contiguous(), recipe=spec))
+
+
+@pytest.fixture(scope="module")
+def torchao():
+    """torchao's own casts on the CPU; it warns while it is imported, of extensions built for other Pythons."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.float8 import config, float8_scaling_utils, float8_training_tensor
+        from torchao.prototype.mx_formats import config as mx_config
+        from torchao.prototype.mx_formats import mx_tensor
+    plain = float8_training_tensor.LinearMMConfig()
+    return {
+        "tensor": lambda x, dtype: float8_scaling_utils.hp_tensor_to_float8_dynamic(x, dtype, plain),
+        "rows": lambda x, dtype: float8_scaling_utils.hp_tensor_to_float8_dynamic(
+            x,
+            dtype,
+            plain,
+            scaling_granularity=config.ScalingGranularity.AXISWISE,
+            axiswise_dim=-1,
+            round_scales_to_power_of_2=True,
+        ),
+        "mx": lambda x: mx_tensor.to_mx(x, torch.float8_e4m3fn, 32, mx_config.ScaleCalculationMode.RCEIL),
+    }
+
+
+@pytest.mark.parametrize("spread", [0.0, 4.0])
+def test_the_bits_are_torchaos(torchao, spread):
+    g = torch.Generator().manual_seed(1)
+    x = (torch.randn(256, 256, generator=g) * torch.exp2(spread * torch.randn(256, 1, generator=g))).bfloat16().float()
+    for dtype, fmt in ((torch.float8_e4m3fn, "E4M3"), (torch.float8_e5m2, "E5M2")):
+        theirs = torchao["tensor"](x, dtype)
+        s = inverse_scale(x.abs().max(), get_format(fmt).max, floor=1e-12)
+        assert theirs._scale == s
+        assert torch.equal(theirs._data.float(), quantize(x * s, fmt, overflow="saturate"))
+    theirs = torchao["rows"](x, torch.float8_e4m3fn)
+    s = inverse_scale(x.abs().amax(1, keepdim=True), 448.0, power_of_two=True, floor=1e-12)
+    assert torch.equal(theirs._scale.flatten(), s.flatten())
+    assert torch.equal(theirs._data.float(), quantize(x * s, "E4M3", overflow="saturate"))
+    scales, data = torchao["mx"](x)
+    powers = torch.exp2(scales.view(torch.uint8).float() - 127).repeat_interleave(32, 1)
+    assert torch.equal(data.float() * powers, quantize(x, "MXFP8:ceil"))
+
+
+# -- values, text, ablations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_recipe_reads_back_from_every_spelling(name):
+    made = recipe(name)
+    assert Recipe.from_dict(name) == made
+    assert Recipe.from_dict(made.text) == made
+    assert Recipe.from_dict(made.to_dict()) == made
+    assert Recipe.from_yaml(made.to_yaml()) == made
+    row = NAMED[name]
+    assert row.source
+    assert row.certainty in ("code", "one gap", "report")
+    assert (row.certainty == "code") or row.gaps
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_each_ingredient_can_be_removed_alone(name):
+    made = recipe(name)
+    for ingredient in made.ingredients:
+        less = made.without(ingredient)
+        assert less != made
+        assert ingredient not in less.ingredients
+        assert Recipe.from_dict(less.text) == less
+        assert set(less.ingredients) < set(made.ingredients) or ingredient == "delayed_scales"
+    found = call(made)
+    assert all(found[key].isfinite().all() for key in ("y", "dx", "dw"))
+
+
+def test_an_ablation_in_text_is_the_ablation_as_a_value():
+    text = "nvfp4_te without hadamard, tiles; name='blocks.3.*': FP32"
+    made = recipe("nvfp4_te").without("hadamard").without("tiles").with_(high="blocks.3.*")
+    assert Recipe.from_dict(text) == made
+    assert made.for_layer("blocks.3.mlp", "Linear") is None
+    assert made.for_layer("blocks.2.mlp", "Linear") is not None
+
+
+def test_ingredients_are_added_as_values():
+    base = Recipe.from_dict("E4M3")
+    made = base.with_(accumulator=["hopper_fp8", None, "hopper_fp8_promoted"], stochastic_rounding="grad_output")
+    assert made.text == "x:E4M3 w:E4M3 dy:E4M3(stochastic) sum:hopper_fp8|float32|hopper_fp8_promoted"
+    assert made.without("accumulator", "stochastic_rounding") == base
+    assert base.with_(plain_evaluation=True, hadamard={"size": 16}).ingredients == ["hadamard", "plain_evaluation"]
+    assert base.with_(accumulator=Accumulator(4, 8)).default.forward.accumulator.fraction_bits == 8
+
+
+def test_promotion_is_what_hopper_lacks_without_it():
+    less = recipe("te_current").without("promotion").default
+    assert all(str(one.accumulator) == "hopper_fp8" for one in less.gemms.values())
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (lambda: recipe("te_mxfp9"), "did you mean"),
+        (lambda: recipe("te_mxfp8").without("hadamard"), "it has accumulator"),
+        (lambda: recipe("te_mxfp8").without("salt"), "no ingredient is called"),
+        (lambda: recipe("te_mxfp8").with_(salt=1), "with_ takes"),
+        (lambda: recipe("te_mxfp8").with_(high=3), "give a name"),
+        (lambda: recipe("te_mxfp8").with_(accumulator=["exact"]), "1 accumulators"),
+        (lambda: recipe("te_mxfp8").with_(accumulator="hopper"), "not known"),
+        (lambda: recipe("te_mxfp8").with_(accumulator="deepgemm"), "promoted every 128"),
+        (lambda: recipe("te_mxfp8").with_(stochastic_rounding="bias"), "no role"),
+        (lambda: Recipe.from_dict("x:E4M3 w:E4M3 dy:FP32 sum:hopper_fp8"), "no format"),
+        (lambda: Recipe.from_dict("x:E4M3(amax(axis=1)) w:E4M3 dy:E4M3 sum:hopper_fp8"), "vary along"),
+        (lambda: Recipe.from_dict("x:E4M3/128:FP32 w:E4M3 dy:E4M3 sum:hopper_fp8"), "no powers of two"),
+        (lambda: Recipe.from_dict("x:E4M3(requantized) w:E4M3 dy:E4M3"), "drop requantize"),
+        (lambda: Recipe.from_dict("x:E4M3 w:E4M3 dy:E4M3(hadamard(size=16))"), "same transform"),
+        (lambda: Recipe.from_dict("x:E4M3 w:E4M3 dy:E4M3(hadamard(size=15))"), "power of two"),
+        (lambda: Recipe.from_dict("x:E4M3(amax(arithmetic='twice')) w:E4M3 dy:E4M3"), "arithmetic"),
+        (lambda: Recipe.from_dict("x:MXFP8(block(arithmetic='multiply')) w:E4M3 dy:E4M3"), "NVFP4"),
+        (lambda: Recipe.from_dict("x:E4M3 w:E4M3 dy:E4M3 sum:exact|exact"), "2 accumulators"),
+        (lambda: Recipe.from_dict("x:E4M3 w:E4M3 dy:E4M3 eval:E5M2"), "eval:FP32"),
+        (lambda: Recipe.from_dict("nvfp4_te without salt"), "no ingredient"),
+        (
+            lambda: quantize_model(nn.Sequential(nn.Conv2d(1, 1, 1)), "x:E4M3 w:E4M3 dy:E4M3 sum:hopper_fp8"),
+            "name='0': FP32",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused_with_the_remedy(what, said):
+    with pytest.raises(AltGradError, match=said):
+        what()
+
+
+def test_what_emulation_does_not_know_is_refused():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8, requires_grad=True)
+    quantize_model(model, recipe("te_current"))
+    with pytest.raises(RecipeError, match="eager"):
+        torch.func.vmap(model)(x)
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_every_ingredient_says_what_it_is():
+    assert all(one.says for one in INGREDIENTS.values())
