@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from altgrad.autopsy import Recorder, Told
+from altgrad.autopsy import Recorder, Settings, Told
 from altgrad.formats.catalog import block_format
 from altgrad.nn import Recipe, attach_optimizer, quantize_model, uniform
 from altgrad.nn.recipe.layer_recipe import layer_recipe
@@ -57,7 +57,7 @@ def scrambled(folder: Path, budget: int, tell: Tell) -> tuple[dict[str, Any], di
 
 # -- the student-teacher proxy of arXiv 2506.20752 ------------------------------------------------------------------------
 
-WIDTH, DEPTH, BATCH, STEPS, LR, NOISE, SEEDS = 128, 4, 256, 2000, 6e-3, 5e-3, (0, 1, 2)
+WIDTH, DEPTH, BATCH, STEPS, LR, NOISE, SEEDS = 128, 4, 128, 800, 6e-3, 5e-3, (0, 1, 2)
 """Smaller and faster than the paper's: the width and the steps that two cores carry, and a rate at which MX shows."""
 
 
@@ -140,7 +140,7 @@ def student(recipe: Recipe | None, norm: type[nn.Module], seed: int) -> tuple[nn
 
 
 def switched(folder: Path) -> dict[str, list[float]]:
-    """Mean squared error of the last 200 steps of each switch and seed; a finished run is read back."""
+    """Mean squared error of the last 100 steps of each switch and seed; a finished run is read back."""
     found: dict[str, list[float]] = {}
     for name, (recipe, norm) in SWITCHES.items():
         for seed in SEEDS:
@@ -148,7 +148,7 @@ def switched(folder: Path) -> dict[str, list[float]]:
             if not done.exists():
                 step_fn = student(recipe, norm, seed)[2]
                 losses = [float(step_fn(step)) for step in range(1, STEPS + 1)]
-                write_text(done, repr(sum(losses[-200:]) / 200))
+                write_text(done, repr(sum(losses[-100:]) / 100))
             found.setdefault(name, []).append(float(done.read_text()))
             print(f"  {name}, seed {seed}: {found[name][-1]:.5f}", flush=True)
     return found
@@ -160,10 +160,12 @@ def norm_weights(folder: Path, budget: int, tell: Tell) -> tuple[dict[str, Any],
     folder.mkdir(parents=True, exist_ok=True)
     switches = switched(folder)
     model, optimizer, step_fn = student(*SWITCHES["all in MX"], SEEDS[0])
-    recorder = Recorder(model, optimizer, step_fn, every=100, limit_bytes=2**28)
+    recorder = Recorder(model, optimizer, step_fn, every=50, limit_bytes=2**28)
     for _ in range(STEPS):
         recorder.step()
-    return recorder.autopsy(budget=budget, out=folder, told=tell).as_dict(), {"switches": switches}
+    return recorder.autopsy(budget=budget, settings=Settings(longest=200), out=folder, told=tell).as_dict(), {
+        "switches": switches
+    }
 
 
 LOOPS: dict[str, Loop] = {"scrambled": scrambled, "norm_weights": norm_weights}
