@@ -107,6 +107,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         if over_run is None or over_run.value >= 0.5 or found.spread:
             break
         least = 4 * window.horizon  # these cells did damage first, and others in the end
+        so_far = replace(so_far, first=so_far.first or names(found.cells))
     whole, parts, members, placebos = search.confirm(found)
     assert whole.rescue is not None
     assert whole.alone is not None
@@ -187,6 +188,7 @@ def _sentence(v: Verdict) -> str:
     return (
         f"{who} {verb} the damage of {v.damage:.3g} nats from step {v.onset} on ({v.mechanism}): "
         f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
+        + (f" It began with {joined(v.first)}." if v.first and v.first != v.cells else "")
         + (f" Over the whole run the rescue closes {v.over_run.value:.0%}." if v.over_run else "")
     )
 

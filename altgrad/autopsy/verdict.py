@@ -50,6 +50,7 @@ class Verdict:
     layers of the roles named).
     onset, no_return, symptom: steps; None where unknown. damage: nats, of the run over its twin in the window.
     over_run: what the rescue closes from the window's start to the run's end, where the window is shorter.
+    first: cells that did the damage in a shorter window, where they are not those that did it in the end.
     confidence: chance that the set of cells is right, by the calibration; None before there is one.
     """
 
@@ -69,6 +70,7 @@ class Verdict:
     rescue: Share | None = None
     alone: Share | None = None
     over_run: Share | None = None
+    first: tuple[str, ...] = ()
     groups: tuple[Effect, ...] = ()
     members: tuple[Effect, ...] = ()
     roles: tuple[Effect, ...] = ()

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -137,13 +137,15 @@ class Judge:
     def conclude(self, step: int) -> None:
         """At the end of a run that did not collapse: remark on one that never learned, or is far above its twin.
 
-        A run too short for `no_learning_window` is asked after a quarter of it.
+        A run too short for `no_learning_window` is asked after a quarter of it, one that ends within `freeze_window` steps
+        of its weights standing still after half of that, if two evaluations saw them stand.
         """
         after = step - self.warmup_steps
         if not self.learned and self.start and after >= self.limits.no_learning_window / 4:
             found = self._no_learning(step)
             if found is not None:
                 self._remark(found)
+        self._conclude_freeze(step)
         gaps = self._gaps()
         if not gaps or self.twin is None or gaps[-1][0] != step:
             return
@@ -158,6 +160,25 @@ class Judge:
             f"the twin gained ({self._progress_of_twin():.3f})"
         )
         self._remark(Verdict("far_above", since, step, "loss_above_twin", gap, limit, reason, TWIN))
+
+    def _conclude_freeze(self, step: int) -> None:
+        """A stall whose weights stand still at the end, and whose evaluations since then show no learning, is a freeze."""
+        stalled = next((r for r in self.remarks if r["kind"] == "stalled"), None)
+        since = self.still_since
+        if stalled is None or since is None or step - since + 1 < self.limits.freeze_window / 2:
+            return
+        seen = [loss for at, loss in self.evaluations if at >= since - 1]
+        if len(seen) < 2 or min(seen[1:]) < seen[0] * (1 - self.limits.freeze_improvement):
+            return
+        reason = (
+            f"{stalled['reason'].split(';')[0]}; since step {since} at most {self.limits.freeze_flip_rate:.2%} of the stored "
+            f"codes changed in a step, and the evaluation loss, {seen[0]:.4f} then, did not come "
+            f"{self.limits.freeze_improvement:.2%} below that until the run's end"
+        )
+        self.remarks = [r for r in self.remarks if r is not stalled]
+        self._remark(
+            replace(Verdict(**stalled), kind="freeze", detected_step=step, reason=reason, judged_on=EVALUATION)
+        )
 
     def forget(self) -> None:
         """Start every stretch anew: the format changed, what led here no longer counts."""

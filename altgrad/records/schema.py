@@ -55,7 +55,7 @@ FINISHED = ("completed", "collapsed")
 
 
 VerdictKind = Literal["nonfinite", "divergence", "freeze", "no_learning", "stalled", "far_above"]
-"""The first four are collapses; "stalled", "far_above" and, at the end of a short run, "no_learning" are remarks."""
+"""The first four are collapses; "stalled", "far_above" and, at the end of a short run, "freeze" and "no_learning" are remarks."""
 
 
 @dataclass(frozen=True)

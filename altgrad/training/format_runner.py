@@ -57,7 +57,7 @@ from altgrad.training.step.state_tree import tensors_of, to_device
 from altgrad.training.step.stepping import usable_device
 from altgrad.training.trainer import LossFunction, Trainer, next_token_loss
 
-REPORTED = ("no_learning", "far_above")
+REPORTED = ("freeze", "no_learning", "far_above")
 """Remarks that get a failure report although the run completed."""
 
 

@@ -100,6 +100,8 @@ def test_what_does_damage_first_is_not_taken_for_what_does_it_in_the_end():
     verdict = autopsy(slow, budget=300)
     assert str(FIRST) in verdict.cells
     assert verdict.window[1] - verdict.window[0] > 16
+    assert verdict.first == (str(HEAD),)
+    assert f"It began with {HEAD}." in verdict.sentence
     quick = autopsy(Planted(any_of(HEAD, size=0.4)))
     assert quick.over_run.value > 0.9
     assert "Over the whole run" in quick.sentence

@@ -214,6 +214,20 @@ def test_a_stall_that_becomes_a_freeze_is_told_once():
     assert watching.remarks == []
 
 
+@pytest.mark.parametrize(("end", "kind"), [(4.0, "freeze"), (3.9, "stalled")])
+def test_a_run_that_ends_soon_after_its_weights_stand_still_froze_if_no_evaluation_since_then_fell(end, kind):
+    """As the demo's E1M6: 95% stalled from step 118, still from 153, ended at 200, within the freeze's window."""
+    steps = [*stalling(152, 118, flips=0.01), *[{"loss": 4.0, "stall_rate": 1.0, "flip_rate": 0.0}] * 48]
+    verdict, watching = watched(steps, evaluations={**flat(200, until=150), 200: end})
+    assert verdict is None
+    watching.conclude(200)
+    (remark,) = watching.remarks
+    assert (remark["kind"], remark["onset_step"]) == (kind, 118)
+    if kind == "freeze":
+        assert remark["judged_on"] == "evaluation loss"
+        assert "since step 153 at most 0.20% of the stored codes" in remark["reason"]
+
+
 def test_five_formats_on_shared_batches_have_dates_of_their_own():
     """The losses stop falling at the same step, as shared batches and a shared decay make them; the stalls differ."""
     onsets = [

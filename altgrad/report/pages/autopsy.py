@@ -200,9 +200,7 @@ def _intervention_table(data: Data) -> Table | None:
         [
             one["says"],
             TableCell(share_text(one["closed"]) if one["closed"] else one["refused"] or "not made", sort=_value(one)),
-            TableCell(
-                "none" if not one["cost_bits"] else f"{plural(one['cost_bits'], 'bit')} a value", sort=one["cost_bits"]
-            ),
+            TableCell("none" if not one["cost_bits"] else f"{one['cost_bits']:g} bits a value", sort=one["cost_bits"]),
         ]
         for one in data.get("interventions", ())
     ]
