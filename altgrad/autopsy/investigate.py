@@ -181,13 +181,12 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
 
 
 def _sentence(v: Verdict) -> str:
-    verb = {"redundant": "each caused", "interacting": "together caused", "spread": "together caused"}.get(
-        str(v.structure), "caused"
-    )
+    verb = "together caused" if v.structure in ("interacting", "spread") else "caused"
     who = whole_roles(v.cells) if v.structure == "spread" else joined(v.cells)
     return (
         f"{who} {verb} the damage of {v.damage:.3g} nats from step {v.onset} on ({v.mechanism}): "
         f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
+        + (" Each set does most of it alone, so that no single rescue helps." if v.structure == "redundant" else "")
         + (f" It began with {joined(v.first)}." if v.first and v.first != v.cells else "")
         + (f" Over the whole run the rescue closes {v.over_run.value:.0%}." if v.over_run else "")
     )

@@ -174,16 +174,33 @@
 
   // The map of cells: choosing one says what is known of it and keeps its layer and its role lit.
   for (const map of $$(".map")) {
-    const reading = map.querySelector(".map-reading"), cells = $$("td.cell[data-layer]", map);
+    const reading = map.querySelector(".map-reading"), cells = $$("td.cell[data-layer]", map), hint = reading.textContent;
+    const button = (cell) => cell && cell.querySelector("button");
+    const enter = (cell) => cells.forEach((other) => { button(other).tabIndex = other === cell ? 0 : -1; });
+    enter(cells.find((cell) => cell.classList.contains("caused")) ?? cells[0]);
+    const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    map.addEventListener("keydown", (event) => {
+      const way = ways[event.key], table = map.querySelector("table");
+      let cell = event.target.closest("td.cell");
+      if (!way || !cell) return;
+      event.preventDefault();
+      do {
+        const line = table.rows[cell.parentNode.rowIndex + way[1]];
+        cell = line && line.cells[cell.cellIndex + way[0]];
+      } while (cell && cell.tagName === "TD" && !button(cell));
+      if (button(cell)) { enter(cell); button(cell).focus(); }
+    });
     for (const cell of cells) {
-      cell.querySelector("button").addEventListener("click", () => {
+      button(cell).addEventListener("click", () => {
+        enter(cell);
         const same = cell.classList.contains("is-chosen");
         for (const other of cells) {
           const near = other.dataset.layer === cell.dataset.layer || other.dataset.role === cell.dataset.role;
           other.classList.toggle("is-dim", !same && !near);
           other.classList.toggle("is-chosen", !same && other === cell);
+          button(other).setAttribute("aria-pressed", String(!same && other === cell));
         }
-        reading.textContent = same ? "Choose a cell to read what is known of it." : cell.title;
+        reading.textContent = same ? hint : cell.title;
       });
     }
   }

@@ -86,9 +86,17 @@ def render_autopsy(data: Data) -> tuple[str, str]:
 def _headline(data: Data) -> str:
     if data["kind"] != "cause":
         return data["sentence"].split(":")[0].rstrip(".") + "."
-    cells = data["cells"]
-    who = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
-    return f"{who} caused it: {data['mechanism']}."
+    return f"{_who(data['cells'])} caused it: {data['mechanism']}."
+
+
+def _who(cells: Sequence[str]) -> str:
+    """Two cells by name, more of them by what they share."""
+    if len(cells) <= 2:
+        return " and ".join(cells)
+    endings = {cell.split(".")[-1] for cell in cells}
+    layers = {".".join(cell.split(".")[:-2]) for cell in cells}
+    where = next(iter(layers)) if len(layers) == 1 else f"{len(layers)} layers"
+    return f"{next(iter(endings))} in {len(cells)} places" if len(endings) == 1 else f"{len(cells)} cells of {where}"
 
 
 def _facts(data: Data) -> list[str]:
@@ -132,6 +140,9 @@ def _numbers(data: Data) -> list[tuple[str, str]]:
     if damage is not None:
         scatter = f"; single draws scatter by {number(noise, 2)}" if noise is not None else ""
         pairs.append(("Damage", f"{loss(damage)} nats above the float32 twin{scatter}"))
+    reached = data.get("over_run")
+    add("Over the whole run", reached, f"the rescue closes {share_text(reached)} of the gap")
+    add("It began with", data.get("first") or None, ", ".join(data.get("first") or ()))
     add("Structure", data.get("structure"), _STRUCTURES.get(str(data.get("structure")), ""))
     return pairs
 
@@ -141,6 +152,7 @@ _STRUCTURES = {
     "redundant": "redundant: each set does the damage alone, so no single rescue shows it",
     "interacting": "interacting: only together do they do damage",
     "cumulative": "cumulative: each set does a part",
+    "spread": "spread: all layers of these roles share it",
 }
 
 
@@ -200,7 +212,12 @@ def _intervention_table(data: Data) -> Table | None:
         [
             one["says"],
             TableCell(share_text(one["closed"]) if one["closed"] else one["refused"] or "not made", sort=_value(one)),
-            TableCell("none" if not one["cost_bits"] else f"{one['cost_bits']:g} bits a value", sort=one["cost_bits"]),
+            TableCell(
+                "none"
+                if not one["cost_bits"]
+                else f"{one['cost_bits']:g} bit{'s' if one['cost_bits'] != 1 else ''} a value",
+                sort=one["cost_bits"],
+            ),
         ]
         for one in data.get("interventions", ())
     ]
@@ -342,55 +359,73 @@ def _role(place: Sequence[str]) -> str:
     return _ROLE_NAMES.get(f"{gemm}.{role}", _ROLE_NAMES.get(role, f"{role}, {gemm}"))
 
 
-_WHY_INNOCENT = "with the cause in float32, all other cells stayed low and the run was unharmed"
+_WHY_INNOCENT = "with the cause in float32 all these stayed low, and less than a quarter of the damage was left"
 
 
 def _cell_map(data: Data) -> Markup | None:
+    """Layers by roles as a table of buttons, one tab stop for all: arrows move, Enter reads, and a row for whole roles."""
     layers, roles, cells = _map(data)
     if not cells:
         return None
     head = el("tr", el("th", "layer", scope="col"), *(el("th", role, scope="col") for role in roles))
-    body = []
+    whole = _whole_roles(data)
+    body = [_map_row("all layers", roles, {role: whole[role] for role in roles if role in whole})] if whole else []
     for layer in layers:
-        line = [el("th", layer, scope="row")]
-        for role in roles:
-            word, effect = cells.get((layer, role), ("", None))
-            if not word:
-                line.append(el("td", class_="cell absent"))
-                continue
-            measured = effect is not None and (effect.get("rescue") is not None)
-            rescue = percent(effect["rescue"]["value"]) if measured and effect else ""
-            alone = percent(effect["alone"]["value"]) if measured and effect and effect.get("alone") else ""
-            said = f"{layer}, {role}: {word}" + (
-                f"; rescue closes {share_text(effect.get('rescue'))}, alone does {share_text(effect.get('alone'))}"
-                if measured and effect
-                else f"; {_WHY_INNOCENT}"
-                if word == "exonerated"
-                else ""
-            )
-            line.append(
-                el(
-                    "td",
-                    el("button", el("b", rescue or "–"), el("small", alone or "–"), type="button", aria_label=said),
-                    class_=f"cell {word}",
-                    data_layer=layer,
-                    data_role=role,
-                    title=said,
-                )
-            )
-        body.append(el("tr", *line))
-    caption = (
-        "Above, the share of the gap that rescuing the cell alone closes; below, the damage that it does alone. "
-        f"Grey cells are exonerated: {_WHY_INNOCENT}."
-    )
-    table = el("table", el("caption", caption), el("thead", head), el("tbody", *body), class_="cell-map")
-    reading = el("p", "Choose a cell to read what is known of it.", class_="map-reading", aria_live="polite")
+        body.append(_map_row(layer, roles, {role: cells[layer, role] for role in roles if (layer, role) in cells}))
+    legend = [el("span", el("i", class_=word), _LEGEND[word]) for word in _LEGEND if word in _words(cells, whole)]
+    table = el("table", el("thead", head), el("tbody", *body), class_="cell-map")
     return el(
         "div",
-        el("div", table, class_="table-scroll", tabindex="0", role="region", aria_label="Cells"),
-        reading,
+        el("p", _MAP_SAYS, class_="note"),
+        el("p", *legend, class_="map-legend"),
+        el("div", table, class_="table-scroll", role="region", aria_label="Cells by layer and role"),
+        el("p", _MAP_HINT, class_="map-reading", aria_live="polite"),
         class_="map",
     )
+
+
+_MAP_SAYS = "In a cell, the share of the gap that its rescue alone closes; below it, the share of the damage that it does alone."
+_MAP_HINT = "Choose a cell to read what is known of it; arrow keys move."
+_LEGEND = {
+    "caused": "caused",
+    "contributed": "contributed",
+    "inconclusive": "inconclusive",
+    "exonerated": f"exonerated: {_WHY_INNOCENT}",
+}
+
+
+def _words(*groups: Mapping[Any, tuple[str, Data | None]]) -> set[str]:
+    return {word for group in groups for word, _ in group.values()}
+
+
+def _whole_roles(data: Data) -> dict[str, tuple[str, Data | None]]:
+    """{role: (word, effect)} of each role in all layers, from the role screen."""
+    places = data.get("places") or {}
+    found: dict[str, tuple[str, Data | None]] = {}
+    for one in data.get("roles", ()):
+        if one["cells"] and one["cells"][0] in places:
+            found[_role(places[one["cells"][0]])] = word_for(one.get("rescue"), one.get("alone")), one
+    return found
+
+
+def _map_row(name: str, roles: Sequence[str], cells: Mapping[str, tuple[str, Data | None]]) -> Markup:
+    line = [el("th", name, scope="row")]
+    for role in roles:
+        if role not in cells:
+            line.append(el("td", class_="cell absent"))
+            continue
+        word, effect = cells[role]
+        rescue, alone = (None, None) if effect is None else (effect.get("rescue"), effect.get("alone"))
+        shown = [] if rescue is None else [el("b", percent(rescue["value"]))]
+        shown += [] if alone is None else [el("small", percent(alone["value"]))]
+        said = f"{name}, {role}: {word}"
+        if shown:
+            said += f"; rescue closes {share_text(rescue)}, alone does {share_text(alone)}"
+        elif word == "exonerated":
+            said += f"; {_WHY_INNOCENT}"
+        button = el("button", *(shown or [el("b", "·")]), type="button", aria_label=said)
+        line.append(el("td", button, class_=f"cell {word}", data_layer=name, data_role=role, title=said))
+    return el("tr", *line, class_="whole" if name == "all layers" else None)
 
 
 def _map_table(data: Data) -> Table | None:
