@@ -43,6 +43,27 @@ def formats(
         format_pages.print_format(name)
 
 
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="A recipe's name, such as nvfp4_te, or nvfp4_te without hadamard (quoted).")
+    ] = None,
+    error: Annotated[
+        bool, typer.Option("--error", help="What it, or any recipe's text, does to one layer's products.")
+    ] = False,
+    sizes: Annotated[str | None, typer.Option("--sizes", help="With --error: tokens x in x out, 512x1024x256.")] = None,
+) -> None:
+    """Show the recipes that people know, or what one of them says of each operand, with its source and gaps."""
+    from altgrad.cli import recipe_pages
+
+    if error and name is not None:
+        recipe_pages.print_errors(name, sizes)
+    elif name is None:
+        recipe_pages.print_recipes()
+    else:
+        recipe_pages.print_recipe(name)
+
+
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as optimizer.lr=3e-4 seed=7.")]
 _Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")]
 _FailOnCollapse = Annotated[bool, typer.Option("--fail-on-collapse", help="Exit with 1 if a run collapsed.")]

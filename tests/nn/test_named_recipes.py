@@ -8,6 +8,7 @@ from torch import nn
 
 from altgrad.errors import AltGradError, RecipeError
 from altgrad.nn import NAMED, Recipe, functional, load_quant_state, quant_state, quantize_model, recipe
+from altgrad.nn.layer_error import Sizes, layer_error
 from altgrad.nn.recipe.ingredients import INGREDIENTS
 from altgrad.quantization import (
     ACCUMULATORS,
@@ -493,3 +494,46 @@ def test_what_emulation_does_not_know_is_refused():
 
 def test_every_ingredient_says_what_it_is():
     assert all(one.says for one in INGREDIENTS.values())
+
+
+def test_reports_call_a_recipe_by_its_name():
+    assert recipe("te_block").label == "te_block"
+    assert (
+        recipe("nvfp4_te").without("hadamard").with_(high="a.*").label == "nvfp4_te without hadamard; name='a.*': FP32"
+    )
+    assert Recipe.from_dict("E4M3").label == "E4M3"
+    for name in ("nvfp4_te without accumulator, tiles", "te_current without promotion"):
+        assert Recipe.from_dict(name).label == name
+        assert Recipe.from_dict(Recipe.from_dict(name).label) == Recipe.from_dict(name)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_command_line_says_all_of_a_recipe(name, capsys):
+    from altgrad.cli import recipe_pages
+
+    recipe_pages.print_recipe(name)
+    said = " ".join(capsys.readouterr().out.split())
+    row = NAMED[name]
+    for text in (row.title, row.source, *row.gaps, *row.beyond, *row.recipe.ingredients):
+        assert " ".join(text.split()) in said
+    assert said.count("sum") >= 3
+
+
+def test_errors_of_one_layer_rank_formats_and_sums():
+    sizes = Sizes(64, 256, 32)
+    fine, coarse = layer_error("E4M3", sizes), layer_error("x:E3M2 w:E3M2 dy:E3M2", sizes)
+    narrow = layer_error("x:E4M3 w:E4M3 dy:E4M3 sum:accumulator(products=32,fraction_bits=4,output=E8M4)", sizes)
+    assert all(a < b for a, b in zip(fine.as_row(), coarse.as_row()))
+    assert all(a < b for a, b in zip(fine.as_row(), narrow.as_row()))
+    assert layer_error("te_delayed", sizes).y == pytest.approx(layer_error("te_current", sizes).y)
+    for wrong in ("512x1024", "0x1x1", "99999x99999x99999", "axbxc"):
+        with pytest.raises(AltGradError):
+            Sizes.parse(wrong)
+
+
+def test_the_command_line_prints_errors_of_each_ablation(capsys):
+    from altgrad.cli import recipe_pages
+
+    recipe_pages.print_errors("te_block", "32x128x16")
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("te_block", "without tiles", "without accumulator", "%"))

@@ -12,6 +12,7 @@ not in the layers' arithmetic: `beyond` names it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -242,7 +243,41 @@ _ROWS = [
     ),
 ]
 NAMED: dict[str, NamedRecipe] = {row.name: row for row in _ROWS}
+
+
+def _variants() -> Iterator[tuple[str, Recipe]]:
+    """Every named recipe, and it without one ingredient, or without its accumulator and one more."""
+    for row in _ROWS:
+        whole = row.recipe
+        yield row.name, whole
+        for name in whole.ingredients:
+            yield f"{row.name} without {name}", whole.without(name)
+        if "accumulator" in whole.ingredients:
+            plain = whole.without("accumulator")
+            for name in plain.ingredients:
+                yield f"{row.name} without accumulator, {name}", plain.without(name)
+
+
+@cache
+def _by_default() -> dict[object, list[tuple[str, Recipe]]]:
+    found: dict[object, list[tuple[str, Recipe]]] = {}
+    for name, made in _variants():
+        found.setdefault(made.default, []).append((name, made))
+    return found
+
+
+@cache
+def _name_of(made: Recipe) -> str | None:
+    """The text `te_mxfp8 without accumulator; name='head': FP32` of a recipe that people know; None of any other."""
+    for name, known in _by_default().get(made.default, []) if made.default is not None else []:
+        count = len(known.overrides)
+        if made.overrides[:count] == known.overrides and all(o.recipe is None for o in made.overrides[count:]):
+            return name + "".join(f"; {o.condition}: FP32" for o in made.overrides[count:])
+    return None
+
+
 Names.texts = {row.name: row.text for row in _ROWS}
+Names.name_of = staticmethod(_name_of)
 
 
 def named(name: str) -> NamedRecipe:

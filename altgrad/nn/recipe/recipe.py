@@ -291,8 +291,10 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """What reports call it: the format's name where it has one format for everything, else its text."""
+        """What reports call it: its name where people know it by one, a format's name where that is all, else its text."""
         one = self.default
+        if (known := Names.name_of(self)) is not None:
+            return known
         if self.overrides or one is None:
             return self.text if self.quantizes else "FP32"
         names = {spec.format for _, _, spec in one.entries()} | ({one.storage.format} if one.storage else set())
@@ -413,6 +415,7 @@ class Names:
     """Recipes that have a name, by their texts: `altgrad.nn.recipe.named` fills them in."""
 
     texts: Mapping[str, str] = {}
+    name_of: Callable[[Recipe], str | None] = staticmethod(lambda recipe: None)
 
 
 def _by_name(text: str) -> Recipe | None:

@@ -1,0 +1,135 @@
+"""The terminal pages of `altgrad recipes`: the recipes that people know, and what one says of each operand."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from altgrad.errors import RecipeError
+from altgrad.nn.recipe.ingredients import HIGH_LAYERS
+from altgrad.nn.recipe.named import NAMED, named
+from altgrad.nn.recipe.recipe import Recipe
+from altgrad.nn.recipe.scaling_choice import is_block, scaling_label
+from altgrad.nn.recipe.spec import OperandSpec
+from altgrad.report.console import Terminal
+
+_REDUCED = {"forward": "the input features", "input_grad": "the output features", "weight_grad": "the tokens"}
+_PRODUCTS = {"forward": "y = x w^T", "input_grad": "dx = dy w", "weight_grad": "dw = dy^T x"}
+_SYMBOLS = {"input": "x", "weight": "w", "grad_output": "dy"}
+_CERTAINTY = {
+    "code": "every number of the arithmetic was read in code",
+    "one gap": "read in code but for what is named below",
+    "report": "after a report; no code is public",
+}
+
+
+def print_recipes() -> None:
+    """One row for each recipe."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("certainty", no_wrap=True)
+    table.add_column("made of")
+    for row in NAMED.values():
+        table.add_row(row.name, row.title, row.certainty, ", ".join(row.recipe.ingredients))
+    console = Terminal()
+    console.print(table)
+    console.print(
+        'What one says of each operand: altgrad recipes te_mxfp8. In Python: recipe("te_mxfp8").without("accumulator"); '
+        "in a config: formats: te_mxfp8 without accumulator.",
+        highlight=False,
+    )
+
+
+def print_recipe(name: str) -> None:
+    """All that one recipe says: per operand and GEMM, its source and how certain it is; also of an ablation's text.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    base, _, less = name.partition(" without ")
+    row = named(base)
+    recipe = Recipe.from_dict(f"{row.name} without {less}" if less else row.name)
+    layer = recipe.default
+    if layer is None:
+        raise RecipeError(f"{name} quantizes nothing")
+    console = Terminal()
+    console.print(row.title + (f", without {less}" if less else ""), style="bold", highlight=False)
+    console.print(f"{row.source}\n{row.certainty}: {_CERTAINTY[row.certainty]}\n", highlight=False)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    for column in ("product", "operand", "format", "what is done"):
+        table.add_column(column, no_wrap=column != "what is done")
+    for gemm, one in layer.gemms.items():
+        for index, (role, spec) in enumerate(one.named()):
+            words = _words(spec, gemm)
+            table.add_row("" if index else _PRODUCTS[gemm], _SYMBOLS[role], spec.format or "as it is", "; ".join(words))
+        unit = one.accumulator
+        summed = "in float32" if unit is None else "; ".join(f"{label}: {text}" for label, text in unit.facts())
+        table.add_row("", "sum", "" if unit is None else str(unit), summed)
+        table.add_section()
+    console.print(table)
+    if layer.storage is not None:
+        console.print(f"Weights are stored on a grid: {layer.storage}", highlight=False)
+    if layer.plain_evaluation:
+        console.print("In evaluation mode layers compute in full precision.", highlight=False)
+    high = [o.condition for o in recipe.overrides if o.recipe is None]
+    _list(console, "In full precision", high)
+    _list(console, "Beyond the layers' arithmetic", list(row.beyond))
+    _list(console, "Gaps", list(row.gaps))
+    console.print(f"\nMade of: {', '.join(recipe.ingredients) or 'nothing that can be removed'}", highlight=False)
+    console.print(f"As text: {recipe.text}", highlight=False, soft_wrap=True)
+
+
+def print_errors(name: str, sizes: str | None) -> None:
+    """What the recipe does to one layer's products, and each of its ingredients: errors with it removed.
+
+    Raises:
+        RecipeError: there is no such recipe; OptionError: malformed sizes.
+    """
+    from altgrad.nn.layer_error import Sizes, layer_error
+
+    recipe, given = Recipe.from_dict(name), Sizes.parse(sizes) if sizes else Sizes()
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("recipe")
+    for product in ("y", "dx", "dw"):
+        table.add_column(product, justify="right")
+    rows = [(name, recipe)]
+    rows += [(f"without {one}", recipe.without(one)) for one in recipe.ingredients if one != HIGH_LAYERS]
+    for label, one in rows:
+        table.add_row(label, *(f"{100 * error:.3f} %" for error in layer_error(one, given).as_row()))
+    console = Terminal()
+    console.print(
+        f"One linear layer, {given.tokens} tokens, {given.inner} features to {given.outer}: relative error (root mean "
+        "square) of its products on drawn tensors, 1 % of the features 30 times as large",
+        highlight=False,
+    )
+    console.print(table)
+    console.print("Errors of single products are no verdict on training: altgrad sweep trains.", highlight=False)
+
+
+def _list(console: Terminal, title: str, items: list[str]) -> None:
+    if items:
+        console.print(f"\n{title}", style="bold", highlight=False)
+        for item in items:
+            console.print(f"  {item}", highlight=False)
+
+
+def _words(spec: OperandSpec, gemm: str) -> list[str]:
+    """What is done to an operand, in order."""
+    fmt = spec.resolved
+    if fmt is None:
+        return ["not quantized"]
+    words = ["from the forward's quantized tensor"] if spec.requantize else []
+    if spec.hadamard is not None:
+        rounded = ", rounded to bf16" if spec.hadamard.bfloat16 else ""
+        words.append(
+            f"Hadamard over {spec.hadamard.size} along {_REDUCED[gemm]}, {spec.hadamard.signs.value} signs{rounded}"
+        )
+    if is_block(fmt):
+        rows, columns = fmt.tile
+        shape = f"tiles {rows}x{columns}" if fmt.is_tile else f"blocks of {columns} along {_REDUCED[gemm]}"
+        words.append(f"{shape}, scale {fmt.scale_format}{' under one of the tensor' if fmt.tensor_scale else ''}")
+    assert spec.scaling is not None
+    words.append(f"scaling {scaling_label(spec.scaling)}")
+    words.append(f"rounded {spec.rounding.value.replace('_', ' ')}")
+    return words
