@@ -51,8 +51,12 @@ def verify_run(path: Path) -> Finding:
     An unfinished run is whole without a result and with a last line that a kill tore: the same command goes on with it.
     """
     run = Run(path)
-    problems = [p for p in run.problems if run.finished or p != f"{RESULT} is missing"]
+    begun = run.finished or bool(_checkpoints(path))
+    missing = () if run.finished else (RESULT,) if begun else (RESULT, METRICS, ENVIRONMENT)
+    problems = [p for p in run.problems if p not in {f"{name} is missing" for name in missing}]
     damage, remarks = run.damage(), []
+    if not begun:
+        remarks.append("it has no checkpoint yet")
     if not run.finished and damage.torn and damage.torn[-1] == _last_line(path):
         damage.torn.pop()
         remarks.append("its last line is cut off, as by a kill")

@@ -30,11 +30,12 @@ from altgrad.records.documents import (
     write_environment,
     write_result,
 )
-from altgrad.records.files import remove_leftovers
+from altgrad.records.files import new_folder, remove_leftovers
 from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back, until
 from altgrad.records.run import Run, read_run
 from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, as_whole, event_row
 from altgrad.records.tally import Tally
+from altgrad.records.verify import broken_checkpoint
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
 from altgrad.training.config.loading import dump_config, load_config
@@ -399,8 +400,9 @@ class FormatExperimentRunner:
         good = last_good_checkpoint(self.directory, verdict["onset_step"])
         if good is not None:
             kept = good.with_name(good.name.replace("step-", "last-good-"))
-            if not kept.exists():
-                shutil.copytree(good, kept)
+            if broken_checkpoint(kept):  # missing, or from a run that was killed while it was copied
+                with new_folder(kept) as copy:
+                    shutil.copytree(good, copy, dirs_exist_ok=True)
             good = kept
         return write_failure_report(
             run_dir=self.run_dir,
