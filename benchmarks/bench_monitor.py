@@ -3,7 +3,7 @@
     python -m benchmarks.bench_monitor [--models 0.8M,10M] [--storage grid,master] [--rounds 15] [--json FILE]
 
 Everything but the rank and the FP32 reference is measured on every step; copying to the host and writing the records
-as JSON lines are included. Steps of both variants alternate in one process; the figure is the median over rounds of
+as JSON lines are included. Steps of both variants alternate in one process; the ratio is the median over rounds of
 (with - without) / without. Budgets: 5% of the 10M model's step, 25% of the 0.8M model's. The rank and the FP32
 reference are timed apart and not budgeted: they say their cost in their records.
 """

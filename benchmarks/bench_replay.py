@@ -4,7 +4,7 @@
 
 Measured: bytes of a captured state per parameter, milliseconds to capture and to restore it, and the time of a replayed
 step against the trainer's own (medians of interleaved rounds). Worked out, with the formula printed: ring and autopsy of
-models of 124M, 7B and 70B parameters on accelerators, whose figures are stated assumptions and not measurements.
+models of 124M, 7B and 70B parameters on accelerators, whose numbers are stated assumptions and not measurements.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure(model: str, rounds: int) -> dict[str, float]:
-    """Figures of one model: parameters, bytes of a state per parameter, milliseconds, and ratios to a step."""
+    """Costs of one model: parameters, bytes of a state per parameter, milliseconds, and ratios to a step."""
     trainer = trainer_of(model)
     for _ in range(3):
         trainer.train_step(*trainer.batch(trainer.step + 1))

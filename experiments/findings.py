@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from altgrad.analysis.statistics import estimate, noise_floor, paired
 from altgrad.records.run import Run, find_runs, read_run
+from altgrad.report.numbers import percent
 
 RESULTS = Path(__file__).parent / "results" / "custom-formats.tar.xz"
 
@@ -37,7 +39,7 @@ def verdict_words(run: Run) -> str:
 
 
 def number(value: float | str | None, digits: int = 3) -> str:
-    """A figure ("nan" and "inf" are recorded as words), or a dash where there is none."""
+    """A number ("nan" and "inf" are recorded as words), or a dash where there is none."""
     return "-" if value is None else f"{float(value):.{digits}f}"
 
 
@@ -141,26 +143,49 @@ def print_collapse_reports() -> None:
     print("|---|---|---|---|---|---|---|")
     for runs in by_name(group("c")).values():
         for seed, run in sorted(runs.items()):
-            report = run.text("failure.md")
+            report = run.text("failure.json")
             if report is None:
                 continue
-            lines = report.splitlines()
-            facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
-            moved = next(line for line in lines if "attempted update" in line and line.startswith("In "))
-            still = moved.split(" of ")[0].removeprefix("In ").replace("no layer", "0")
-            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-            layers = [row for row in rows if len(row) > 5 and row[1] in ("input", "weight", "grad_output")]
-            stalls = [row[4] for row in layers if row[4] != "–"]
-            overflow = ", ".join(sorted({row[2] for row in layers}))
+            data = json.loads(report)
+            weights = [row["values"].get("stall_rate") for row in data["layers"]]
+            stalls = [value for value in weights if value is not None]
+            overflow = sorted({share(row["values"]["overflow"]) for row in data["layers"]})
             print(
-                f"| {run.name} | {seed} | {facts['Exact zeros']} | {facts['NaN or infinite']} | {still} of {len(stalls)} "
-                f"| {min(stalls, key=percent_of)} | {overflow} |"
+                f"| {run.name} | {seed} | {share(data['gradient']['zero_frac'])} "
+                f"| {share(data['gradient']['nonfinite_frac'])} | {len(data['zero_update_layers'])} of {len(stalls)} "
+                f"| {share(min(stalls, key=least))} | {', '.join(overflow)} |"
             )
 
 
-def percent_of(text: str) -> float:
-    """The number of a percentage such as ">99.9%"."""
-    return float(text.strip("<>%"))
+def share(value: float | str) -> str:
+    """A fraction as a percentage; the records of before failure.json have some as the words of their page, such as ">99.9%"."""
+    return value if isinstance(value, str) else percent(value)
+
+
+def least(value: float | str) -> float:
+    """What a fraction is at least."""
+    return float(value.strip("<>%")) / 100 if isinstance(value, str) else value
+
+
+def print_recorded_freezes() -> None:
+    """What the runs that were once called frozen say to the rule of today: do codes change, does the evaluation loss fall?"""
+    print("\n### Runs recorded as `freeze`: stored codes that changed per step since, and the best evaluation\n")
+    print(
+        "| run | seed | recorded at | codes changed, least | most | best evaluation | last evaluation |\n|---|---|---|---|---|---|---|"
+    )
+    for name in "acde":
+        for runs in by_name(group(name)).values():
+            for seed, run in sorted(runs.items()):
+                if (run.verdict or {}).get("kind") != "freeze":
+                    continue
+                onset, records = run.verdict["onset_step"], run.metrics()
+                flips = records.columns["flip_rate"]
+                since = flips.values[flips.steps >= onset]
+                best = records.validation.steps[records.validation.values.argmin()]
+                print(
+                    f"| {run.name} | {seed} | {onset} | {since.min():.3%} | {since.max():.3%} "
+                    f"| step {best} | step {records.validation.steps[-1]} |"
+                )
 
 
 def print_around_shift() -> None:
@@ -219,6 +244,7 @@ def main() -> None:
     print_overflow()
     print_gradients()
     print_collapse_reports()
+    print_recorded_freezes()
     print_around_shift()
     print_identity()
 

@@ -124,19 +124,19 @@ class Results:
         """Arms that ran for a format, in the study's order."""
         return [a for a in self.study["arms"] if (a, fmt) in self._by_cell]
 
-    def of(self, arm: str, fmt: str, figure: str) -> dict[int, float]:
-        """seed -> figure, for the runs that have it and did not diverge."""
+    def of(self, arm: str, fmt: str, quantity: str) -> dict[int, float]:
+        """seed -> quantity, for the runs that have it and did not diverge."""
         sound = (r for r in self._by_cell.get((arm, fmt), []) if r["val_loss"] < DIVERGED)
-        return {r["seed"]: r[figure] for r in sound if r.get(figure) is not None}
+        return {r["seed"]: r[quantity] for r in sound if r.get(quantity) is not None}
 
     def count(self, arm: str, fmt: str) -> str:
         """How many runs a mean is over, and how many diverged."""
         sound, all_runs = len(self.of(arm, fmt, "val_loss")), len(self._by_cell[arm, fmt])
         return f"n={sound}" if sound == all_runs else f"n={sound}, {all_runs - sound} diverged"
 
-    def mean(self, arm: str, fmt: str, figure: str) -> Estimate | None:
+    def mean(self, arm: str, fmt: str, quantity: str) -> Estimate | None:
         """Mean over seeds with its 95% interval."""
-        values = self.of(arm, fmt, figure)
+        values = self.of(arm, fmt, quantity)
         return estimate(list(values.values()), list(values)) if values else None
 
     def compare(self, arm: str, reference: str, fmt: str, *, without_tuning_seed: bool = False) -> Comparison | None:

@@ -64,8 +64,9 @@ def thin(run: Run, folder: Path, every: int) -> None:
     write_environment(folder, environment)
     write_bytes(folder / METRICS, b"".join(map(line_of, kept_records(run.records(), every))))
     for page in run.failure_reports:
-        report = page.with_suffix(".md").read_text("utf-8")
-        write_text(folder / "failure.md", report.replace(str(run.path.parent.resolve()), "runs"))
+        for kind in (".md", ".json"):
+            report = page.with_suffix(kind).read_text("utf-8")
+            write_text(folder / f"failure{kind}", report.replace(str(run.path.parent.resolve()), "runs"))
     write_result(folder, without_paths(run.result))
 
 

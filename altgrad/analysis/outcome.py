@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from altgrad.records.run import Metrics, Run, as_number
-from altgrad.report.numbers import count, duration, listing, loss, number, percent
-from altgrad.report.verdicts import past_tense
+from altgrad.report.numbers import count, duration, loss, number, percent
+from altgrad.report.verdicts import ending, past_tense, remarks_in_words
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,7 @@ class Outcome:
     @property
     def short_verdict(self) -> str:
         """The verdict for a table cell."""
-        if self.collapsed:
-            at = f", step {count(self.onset)}" if self.onset is not None else ""
-            return f"{past_tense(self.kind)}{at}"
-        return (self._remarked or "no collapse") if self.run.status == "completed" else self.run.status
-
-    @property
-    def _remarked(self) -> str:
-        """What the run was remarked for, with its steps; "" for nothing."""
-        parts = []
-        for remark in self.run.remarks:
-            step = as_number(remark.get("onset_step"))
-            since = f" (from step {count(step)})" if step is not None else ""
-            parts.append(f"{past_tense(remark.get('kind'))}{since}")
-        return listing(parts)
+        return ending("collapsed" if self.collapsed else self.run.status, self.run.verdict, self.run.remarks)
 
     @property
     def said(self) -> str:
@@ -104,7 +91,7 @@ class Outcome:
             seen = f"; detected at step {count(detected)}" if detected is not None and detected != self.onset else ""
             return f"{verb[:1].upper()}{verb[1:]}{at}{seen}."
         if self.run.status == "completed":
-            but = f"; {self._remarked}" if self._remarked else ""
+            but = f"; {remarks_in_words(self.run.remarks)}" if self.run.remarks else ""
             return f"Completed {count(self.steps)} steps without a collapse{but}."
         if self.run.status == "interrupted":
             return f"Interrupted at step {count(self.steps)}{of}; the same command goes on from there."
@@ -115,7 +102,7 @@ class Outcome:
         return f"No result recorded: the last step written is {count(self.metrics.last_step)}{of} (still running, or killed)."
 
     def evidence(self) -> list[tuple[str, str]]:
-        """(term, text) pairs that carry the verdict, or the run's figures when there is none."""
+        """(term, text) pairs that carry the verdict, or the run's numbers when there is none."""
         pairs: list[tuple[str, str]] = []
         verdict = self.run.verdict or {}
         if self.collapsed:

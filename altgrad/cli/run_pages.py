@@ -26,6 +26,7 @@ from altgrad.errors import ConfigError, os_error_text
 from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
 from altgrad.report.console import Terminal
+from altgrad.report.verdicts import ending
 from altgrad.sweep import SweepOptions, SweepResult, describe_plan, describe_result, plan_sweep, run_sweep
 from altgrad.training.config.experiment import ExperimentConfig, is_twin
 from altgrad.training.config.loading import dump_config, load_config
@@ -235,15 +236,18 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
     baseline = next((r.final_val_loss for r in results if r.format == "FP32"), None)
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     for heading in ("format", "final", "best", "vs FP32", "steps", "verdict", "stall", "time"):
-        table.add_column(heading, justify="left" if heading in ("format", "verdict") else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading in ("format", "verdict") else "right", no_wrap=heading != "verdict"
+        )
     for r in results:
         against = "" if baseline is None or r.format == "FP32" else f"{r.final_val_loss - baseline:+.3f}"
         stall = "" if r.stall_rate is None else f"{r.stall_rate:.1%}"
         cells = [r.format, f"{r.final_val_loss:.3f}", f"{r.best_val_loss:.3f}", against, f"{r.steps}/{r.max_steps}"]
-        table.add_row(*cells, _verdict(r), stall, f"{r.wall_s:.0f} s")
+        how = ending("collapsed" if r.verdict else r.status, r.verdict, r.remarks)
+        table.add_row(*cells, how, stall, f"{r.wall_s:.0f} s")
     console.print(table)
     console.print(
-        "validation losses, nats per token; verdict at its step; stall: updates lost to rounding", style="dim"
+        "validation losses, nats per token; verdict with its first step; stall: updates lost to rounding", style="dim"
     )
     for r in results:
         for said in (r.verdict, *r.remarks):
@@ -253,13 +257,6 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
             console.print(f"  failure report: {r.details['failure_report']}", highlight=False, soft_wrap=True)
     if any(r.status == "interrupted" for r in results):
         console.print("interrupted; the same command continues", highlight=False)
-
-
-def _verdict(result: ExperimentResult) -> str:
-    if result.verdict:
-        return f"{result.verdict['kind']} at {result.verdict['onset_step']}"
-    remarks = [f"{r['kind']} at {r['onset_step']}" for r in result.remarks]
-    return ", ".join(["trained", *remarks]) if result.status == "completed" else result.status
 
 
 STOPPED = 130  # as a shell says of a command that Ctrl-C ended

@@ -10,16 +10,16 @@ import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from altgrad.diagnostics.fields import NEAR_ZERO
 from altgrad.monitor.failure_rows import TREND_STEPS, gradient_facts, layer_columns, layer_rows, trends
-from altgrad.records.files import write_text
+from altgrad.records.files import write_json, write_text
 from altgrad.records.metrics import RUN, metrics
 from altgrad.records.run import FAILURE_REPORTS, Run
-from altgrad.records.schema import as_number
+from altgrad.records.schema import as_number, jsonable
 from altgrad.report.pages.failure import (
     FailureData,
     Intervention,
@@ -43,7 +43,8 @@ def write_failure_report(
     collapsed: Path | None,
     records: Sequence[Record] = (),
 ) -> Path:
-    """Write `<checkpoint_dir>/failure_reports/step-<detected>-<kind>.html` and `.md`; returns the HTML's path.
+    """Write `<checkpoint_dir>/failure_reports/step-<detected>-<kind>.html`, `.md`, and `.json`, which holds the data of
+    both (the fields of `FailureData`); returns the HTML's path.
 
     Args:
         run_dir: with metrics.jsonl and env.json, as far as they exist.
@@ -74,6 +75,7 @@ def write_failure_report(
     html, markdown = render_failure(data)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"step-{data.verdict.detected_step or 0:06d}-{data.verdict.kind}"
+    write_json(folder / f"{stem}.json", jsonable(asdict(data)))
     write_text(folder / f"{stem}.md", markdown)
     write_text(folder / f"{stem}.html", html)
     return folder / f"{stem}.html"

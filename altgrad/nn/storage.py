@@ -206,8 +206,8 @@ class GridStorage:
         if self.codes.device != weight.device:
             self.codes = self.codes.to(weight.device)
         wide = weight.dtype == torch.float64
-        stored = self.cast.decode(self.codes, self.scale.to(weight.device), dtype=_carrier(wide))
-        values = weight.detach().to(_carrier(wide))
+        stored = self.cast.decode(self.codes, self.scale.to(weight.device), dtype=_compute_dtype(wide))
+        values = weight.detach().to(_compute_dtype(wide))
         return torch.equal(stored, values) or bool(((stored == values) | values.isnan()).all())
 
     def _know(self, weight: Tensor) -> None:
@@ -362,7 +362,7 @@ class GridStorage:
         return regridded, (regridded.values != landed.values).sum()
 
 
-def _carrier(wide: bool) -> torch.dtype:
+def _compute_dtype(wide: bool) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
@@ -392,10 +392,10 @@ def _present_scale(weight: Tensor, number: int, axis: int) -> Tensor:
     if storage is None:
         raise RecipeError("compiled code outlived the grid storage of its layer; compile the model again")
     scale = storage.grid_of(weight).scale
-    return torch.as_tensor(scale).to(_carrier(weight.dtype == torch.float64), copy=True)
+    return torch.as_tensor(scale).to(_compute_dtype(weight.dtype == torch.float64), copy=True)
 
 
 @_present_scale.register_fake
 def _(weight: Tensor, number: int, axis: int) -> Tensor:
     shape = [n if d == axis else 1 for d, n in enumerate(weight.shape)] if axis >= 0 else []
-    return weight.new_empty(shape, dtype=_carrier(weight.dtype == torch.float64))
+    return weight.new_empty(shape, dtype=_compute_dtype(weight.dtype == torch.float64))

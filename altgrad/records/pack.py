@@ -16,7 +16,7 @@ from altgrad.records.folders import open_archive, pack_of, read_bytes, write_arc
 from altgrad.records.metrics_log import METRICS
 from altgrad.records.run import FAILURE_REPORTS, Run, find_runs, is_run
 
-KEPT = (CONFIG, ENVIRONMENT, METRICS, RESULT, CRASHES, "failure.md")
+KEPT = (CONFIG, ENVIRONMENT, METRICS, RESULT, CRASHES, "failure.md", "failure.json")
 
 
 def pack_runs(sources: Sequence[str | Path], out: str | Path) -> list[str]:
@@ -70,7 +70,7 @@ def _records_of(run: Path) -> dict[str, bytes]:
         if (content := _read(run / name)) is not None:
             found[name] = content
     for page in Run(run).failure_reports:
-        for file in (page, page.with_suffix(".md")):
+        for file in (page, page.with_suffix(".md"), page.with_suffix(".json")):
             if (content := _read(file)) is not None:
                 found[f"{FAILURE_REPORTS}/{file.name}"] = content
     if (packed := pack_of(run)) is not None:
