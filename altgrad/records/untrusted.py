@@ -1,7 +1,8 @@
 """Parses JSON and YAML that anybody may have written: bounded in size, depth, aliases and numbers, clear about what is wrong.
 
 A parser's own leniency is the danger here: Python's JSON takes 1e400 as inf and half of a surrogate pair as text, YAML
-unfolds aliases without end, and both recurse as deep as a file says. What passes is safe to walk, compare and print.
+unfolds aliases without end, takes the later of two equal keys, and both recurse as deep as a file says. What passes is
+plain: text, numbers, true, false, null, lists and mappings with text keys, safe to walk, compare and print.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ MOST_JSON_BYTES, MOST_YAML_BYTES, MOST_LINE_BYTES = 16 << 20, 1 << 20, 1 << 20
 MOST_NODES = 200_000
 """Values of one document, aliases counted as often as they are used."""
 MOST_DEPTH = 64
+MOST_ALIASES = 1000
 LARGEST_INTEGER = 2**63 - 1
+_MOST_MERGED = 2000  # keys that `<<` brings into one mapping
 
-_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]|[eE]\+?\d{3}|\d{19}|NaN|Infinity")
 """What a line must have for any of its plain values to be refused; most have none of it and need no second look."""
 
@@ -53,16 +55,17 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def parse_yaml(text: bytes) -> Any:
-    """The value of a YAML document in UTF-8, of plain values, lists and mappings with text as keys.
+    """The value of a YAML document in UTF-8; numbers as in YAML 1.2 (3e-4 is one), dates stay text.
 
     Raises:
-        Malformed: it is none, or is larger, deeper or (aliases unfolded) longer than the limits of this module.
+        Malformed: it is none, gives a key twice, or is larger, deeper or (aliases unfolded) longer than the limits of this
+            module.
     """
     _limit_size(text, MOST_YAML_BYTES)
     try:
-        decoded = text.decode("utf-8")
-        _limit_nesting(decoded)
-        loader = _YamlLoader(decoded)
+        decoded = text.decode("utf-8-sig")
+        _limit_shape(decoded)
+        loader = _Loader(decoded)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -75,6 +78,38 @@ def parse_yaml(text: bytes) -> Any:
         raise error if isinstance(error, Malformed) else Malformed(_short(error)) from None
     _check(value, of_yaml=True)
     return value
+
+
+def as_in_yaml_1_2(kind: Any) -> Any:
+    """A loader or dumper class for which 3e-4 is a number and 2020-01-01 a text."""
+    kind.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if tag not in (_FLOAT_TAG, "tag:yaml.org,2002:timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    kind.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
+    return kind
+
+
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+_FLOAT = re.compile(
+    r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+
+
+@as_in_yaml_1_2
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML's plain data; a key that is given twice is an error."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(own) != len(set(own)):
+            twice = next(key for key in own if own.count(key) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        super().flatten_mapping(node)
+        if len(node.value) > len(own) + _MOST_MERGED:
+            raise yaml.constructor.ConstructorError(None, None, "`<<` brings in too many keys", node.start_mark)
 
 
 def _decode(text: bytes) -> Any:
@@ -103,48 +138,54 @@ def _short(error: BaseException) -> str:
 
 
 def _check(value: Any, *, of_yaml: bool = False) -> None:
-    """Every value below `value`: its kind, size and depth. `of_yaml`: non-finite floats and dates are values there."""
-    waiting, seen = [(value, 1)], 0
+    """Every value below `value`: its kind, size and depth. `of_yaml`: non-finite floats are values there."""
+    waiting: list[tuple[Any, tuple[Any, ...]]] = [(value, ())]
+    seen = 0
     while waiting:
-        node, depth = waiting.pop()
+        node, path = waiting.pop()
         seen += 1
-        if depth > MOST_DEPTH:
+        if len(path) >= MOST_DEPTH:
             raise Malformed(f"nested deeper than {MOST_DEPTH} levels")
+        problem = _problem(node, of_yaml)
+        if problem:
+            raise Malformed(f"{'.'.join(map(str, path))}: {problem}"[-300:] if path else problem)
         if isinstance(node, dict):
-            for key in node:
-                if not isinstance(key, str) and not (of_yaml and isinstance(key, int | float | None)):
-                    raise Malformed(f"the key {key!r} is no text"[:200])
-            waiting += [(key, depth) for key in node]
-            waiting += [(inner, depth + 1) for inner in node.values()]
+            waiting += [(key, path) for key in node]
+            waiting += [(inner, (*path, key)) for key, inner in node.items()]
         elif isinstance(node, list):
-            waiting += [(inner, depth + 1) for inner in node]
-        elif isinstance(node, str):
-            if not node.isascii() and any("\ud800" <= letter <= "\udfff" for letter in node):
-                raise Malformed("half of a surrogate pair stands for a letter")
-        elif isinstance(node, bool) or node is None:
-            pass
-        elif isinstance(node, int):
-            if not -LARGEST_INTEGER <= node <= LARGEST_INTEGER:
-                raise Malformed("an integer needs more than 64 bits")
-        elif isinstance(node, float):
-            if not of_yaml and not math.isfinite(node):
-                raise Malformed("a number is beyond the range of float64")
-        elif not of_yaml or type(node).__name__ not in ("date", "datetime"):
-            raise Malformed(f"a {type(node).__name__} is no plain value")
+            waiting += [(inner, (*path, index)) for index, inner in enumerate(node)]
         if seen + len(waiting) > MOST_NODES:
             raise Malformed(f"more than {MOST_NODES:,} values")
 
 
-def _limit_nesting(text: str) -> None:
+def _problem(node: Any, of_yaml: bool) -> str | None:
+    """What is wrong with one value by itself."""
+    if isinstance(node, dict):
+        return next(
+            (f"the key {key!r:.100} is no text; put it in quotes" for key in node if not isinstance(key, str)), None
+        )
+    if isinstance(node, str):
+        halves = not node.isascii() and any("\ud800" <= letter <= "\udfff" for letter in node)
+        return "half of a surrogate pair stands for a letter" if halves else None
+    if isinstance(node, bool | list) or node is None:
+        return None
+    if isinstance(node, int):
+        return None if -LARGEST_INTEGER <= node <= LARGEST_INTEGER else "an integer needs more than 64 bits"
+    if isinstance(node, float):
+        return None if of_yaml or math.isfinite(node) else "a number is beyond the range of float64"
+    return f"a {type(node).__name__} is no plain value; write text, a number, a list or a mapping"
+
+
+def _limit_shape(text: str) -> None:
     """By events, before anything recurses; the time that libyaml takes grows with the square of the depth."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_YamlLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MOST_DEPTH:
-                raise Malformed(f"nested deeper than {MOST_DEPTH} levels")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > MOST_DEPTH:
+            raise Malformed(f"nested deeper than {MOST_DEPTH} levels")
+        if aliases > MOST_ALIASES:
+            raise Malformed(f"more than {MOST_ALIASES:,} aliases")
 
 
 def _unfolded(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:

@@ -1,5 +1,7 @@
 """Real models, built from their configurations with random weights, unmodified but for `quantize_model`."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -157,3 +159,30 @@ def test_manifest_traces_what_layers_cannot_see_and_norm_positions():
     assert ("model.layers.0.self_attn", "scaled_dot_product_attention") in calls
     assert all(p.found_by == "traced" for p in manifest.unseen)
     assert loss_of(model(**batch)).isfinite()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_of_hugging_face(use_reentrant):
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    plain = transformers.LlamaForCausalLM(config).train()
+    recomputed = copy.deepcopy(plain)
+    recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    recomputed.enable_input_require_grads()
+    found = []
+    for model in (plain, recomputed):
+        quantize_model(model, uniform("E3M4", rounding="stochastic"), seed=1)
+        outputs = [model(input_ids=ids, labels=ids).loss for ids in torch.arange(48).view(2, 2, 12)]
+        for loss in outputs:
+            loss.backward()
+        found.append([*outputs, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

@@ -13,12 +13,13 @@ import yaml
 
 from altgrad.analysis.study_report import csv_text
 from altgrad.errors import AltGradError, ConfigError, DataError, RunBusyError, SweepError
+from altgrad.records.untrusted import MOST_YAML_BYTES
 from altgrad.report.console import Terminal
 from altgrad.report.pages.page import render_markdown
 from altgrad.report.tables import Column, Table, table_markdown
 from altgrad.report.text import for_markdown, for_spreadsheet, for_terminal, shortened
 from altgrad.sweep import matrix_from_mapping, read_matrix
-from altgrad.training.config.document import MOST_BYTES, read_document, write_document
+from altgrad.training.config.document import read_document, write_document
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.data import load_corpus
 from altgrad.training.format_runner import FormatExperimentRunner
@@ -123,7 +124,7 @@ BAD_DOCUMENTS = {
     "bomb": BOMB, "merges": MERGES, "deep": "a: " + "[" * 300 + "]" * 300, "deep mappings": "{a: " * 300 + "1" + "}" * 300,
     "integer": "seed: " + "9" * 5000, "itself": "a: &a [*a]", "twice": "seed: 1\nseed: 2", "tag": "a: !!python/name:os.system",
     "set": "? a\n? b", "binary": "a: !!binary aGk=", "key": "1: 2", "null key": "~: 2", "list key": "? [1]\n: 2",
-    "surrogate": 'name: "\\ud800"', "nul": "name: \0", "open": "max_steps: [1,2", "long": "#" * (MOST_BYTES + 1),
+    "surrogate": 'name: "\\ud800"', "nul": "name: \0", "open": "max_steps: [1,2", "long": "#" * (MOST_YAML_BYTES + 1),
     "two documents": "a: 1\n---\nb: 2", "alias of nothing": "a: *b", "date": "max_steps: 2020-13-45",
 }  # fmt: skip
 

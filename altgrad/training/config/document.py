@@ -15,19 +15,9 @@ from typing import Any
 import yaml
 
 from altgrad.errors import ConfigError
+from altgrad.records.untrusted import MOST_DEPTH, MOST_NODES, MOST_YAML_BYTES, Malformed, as_in_yaml_1_2, parse_yaml
 from altgrad.report.text import shortened
 
-MOST_BYTES = 1 << 20
-MOST_VALUES = 100_000
-DEEPEST = 40
-MOST_ALIASES = 1000
-_MOST_MERGED = 2000  # keys that `<<` brings into one mapping
-
-_FLOAT = re.compile(
-    r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-    re.VERBOSE,
-)  # YAML 1.2: 3e-4 is a number
 _REFERENCE = re.compile(r"(\\*)\$\{([^${}\\]*)(\})?")
 _PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 
@@ -43,13 +33,13 @@ def read_document(source: Path | str, origin: str | None = None, *, references: 
         ConfigError: it cannot be read, is no YAML, is larger than the limits, or refers to what is not in it.
     """
     name = origin or (str(source) if isinstance(source, Path) else "text")
-    data = _parse(_text_of(source, name) if isinstance(source, Path) else source, name)
+    data = _parse(_bytes_of(source, name) if isinstance(source, Path) else _encoded(source), name)
     return resolved(data, name) if references else data
 
 
 def read_value(text: str, origin: str) -> Any:
     """One value as YAML reads it, references left as they are: what stands behind a setting's `=`."""
-    return _parse(text, origin)
+    return _parse(_encoded(text), origin)
 
 
 def write_document(data: Any) -> str:
@@ -105,19 +95,7 @@ def nested(path: list[str], value: Any) -> dict[str, Any]:
     return value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain data; a key that is given twice is an error."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if len(own) != len(set(own)):
-            twice = next(key for key in own if own.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
-        super().flatten_mapping(node)
-        if len(node.value) > len(own) + _MOST_MERGED:
-            raise yaml.constructor.ConstructorError(None, None, "`<<` brings in too many keys", node.start_mark)
-
-
+@as_in_yaml_1_2
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads; no anchors, so equal parts are written twice."""
 
@@ -125,85 +103,23 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _kind in (_Loader, _Dumper):
-    _kind.yaml_implicit_resolvers = {
-        first: [
-            (tag, pattern)
-            for tag, pattern in rules
-            if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-        ]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # of which the reader says what is wrong
 
 
-def _text_of(path: Path, name: str) -> str:
+def _bytes_of(path: Path, name: str) -> bytes:
     try:
         with path.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
-        return data.decode("utf-8-sig")
+            return stream.read(MOST_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is not valid YAML: it is no UTF-8 text (byte {error.start})") from None
 
 
-def _parse(text: str, name: str) -> Any:
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"{name} is longer than {MOST_BYTES:,} bytes; a config or a matrix is a few kilobytes")
+def _parse(text: bytes, name: str) -> Any:
     try:
-        _check_shape(text, name)
-        return _plain(yaml.load(text, Loader=_Loader), name)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{name} is not valid YAML: {shortened(said, 300)}") from None
-
-
-def _check_shape(text: str, name: str) -> None:
-    """Refuse depth and aliases by the bill, before anything is built of them."""
-    depth = aliases = 0
-    for values, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        aliases += isinstance(event, yaml.AliasEvent)
-        for count, limit, what in (
-            (depth, DEEPEST, "levels deep"), (aliases, MOST_ALIASES, "aliases"), (values, 4 * MOST_VALUES, "values"),
-        ):  # fmt: skip
-            if count > limit:
-                raise ConfigError(f"{name} has more than {limit:,} {what}; that is the limit")
-
-
-def _plain(root: Any, name: str) -> Any:
-    """The data as new lists and mappings; anything that is no plain data is refused."""
-    left = MOST_VALUES
-
-    def copy(value: Any, path: tuple[str, ...]) -> Any:
-        nonlocal left
-        left -= 1
-        where = f"{name}: {'.'.join(path)}" if path else name
-        if left < 0:
-            raise ConfigError(f"{name} has more than {MOST_VALUES:,} values, aliases written out; that is the limit")
-        if len(path) > DEEPEST:
-            raise ConfigError(f"{name} is more than {DEEPEST} levels deep; that is the limit")
-        if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    raise ConfigError(f"{where}: the key {shortened(repr(key))} is no text; put it in quotes")
-            return {copy(key, path): copy(item, (*path, key)) for key, item in value.items()}
-        if isinstance(value, list):
-            return [copy(item, (*path, str(index))) for index, item in enumerate(value)]
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise ConfigError(f"{where} holds half of a surrogate pair, which is no text") from None
-            return value
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        raise ConfigError(f"{where} is a {type(value).__name__}; write text, a number, a list or a mapping")
-
-    return copy(root, ())
+        return parse_yaml(text)
+    except Malformed as error:
+        raise ConfigError(f"{name} is not valid YAML: {shortened(str(error), 300)}") from None
 
 
 class _Resolver:
@@ -211,14 +127,14 @@ class _Resolver:
 
     def __init__(self, root: Any, origin: str) -> None:
         self.root, self.origin = root, origin
-        self.left, self.characters = MOST_VALUES, 4 * MOST_BYTES
+        self.left, self.characters = MOST_NODES, 4 * MOST_YAML_BYTES
 
     def value(self, node: Any, following: tuple[str, ...]) -> Any:
         """`node` with its references replaced; `following`: the references that led here."""
         self.left -= 1
         if self.left < 0 or self.characters < 0:
             raise ConfigError(
-                f"{self.origin}: the references write out more than {MOST_VALUES:,} values or too much text"
+                f"{self.origin}: the references write out more than {MOST_NODES:,} values or too much text"
             )
         if isinstance(node, Mapping):
             return {key: self.value(item, following) for key, item in node.items()}
@@ -249,7 +165,7 @@ class _Resolver:
                 f"{self.origin}: {shortened(found[0].lstrip(chr(92)))!r} reaches outside the document: only ${{key}} and "
                 "${section.key} of the same document are known; write \\${ for a plain ${"
             )
-        if path in following or len(following) > DEEPEST:
+        if path in following or len(following) > MOST_DEPTH:
             raise ConfigError(f"{self.origin}: ${{{path}}} refers to itself; write the value")
         at = self.root
         for part in path.split("."):
