@@ -176,9 +176,10 @@ def print_recorded_freezes() -> None:
     for name in "acde":
         for runs in by_name(group(name)).values():
             for seed, run in sorted(runs.items()):
-                if (run.verdict or {}).get("kind") != "freeze":
+                verdict = run.verdict or {}
+                if verdict.get("kind") != "freeze":
                     continue
-                onset, records = run.verdict["onset_step"], run.metrics()
+                onset, records = verdict["onset_step"], run.metrics()
                 flips = records.columns["flip_rate"]
                 since = flips.values[flips.steps >= onset]
                 best = records.validation.steps[records.validation.values.argmin()]

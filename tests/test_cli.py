@@ -150,7 +150,7 @@ def test_a_collapse_fails_the_command_only_when_asked(config):
     assert invoke(*arguments).exit_code == 0
     failed = invoke(*arguments, "--fail-on-collapse")
     assert failed.exit_code == 1
-    assert "freeze at 2" in failed.output
+    assert "froze, step 2" in failed.output
     assert "failure report: " in failed.output
 
 

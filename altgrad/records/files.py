@@ -59,9 +59,16 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
     sync_folder(aside)
     if path.exists():
-        shutil.rmtree(path)
+        remove_folder(path)
     os.rename(aside, path)
     sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder: at once for every reader, whose parts then go; a kill leaves at most what `remove_leftovers` takes."""
+    aside = path.with_name(f"{ASIDE}{secrets.token_hex(8)}")
+    os.rename(path, aside)
+    shutil.rmtree(aside)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -99,7 +99,7 @@ _FLOAT = re.compile(
 
 
 @as_in_yaml_1_2
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # pyright: ignore[reportGeneralTypeIssues]
     """YAML's plain data; a key that is given twice is an error."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:

@@ -175,7 +175,8 @@ def test_gradient_checkpointing_of_hugging_face(use_reentrant):
     torch.manual_seed(0)
     plain = transformers.LlamaForCausalLM(config).train()
     recomputed = copy.deepcopy(plain)
-    recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    enable = getattr(recomputed, "activation_checkpointing_enable", None) or recomputed.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})  # the later name, where it is there
     recomputed.enable_input_require_grads()
     found = []
     for model in (plain, recomputed):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from altgrad.errors import CheckpointError, RunBusyError
 from altgrad.records.documents import read_json
-from altgrad.records.files import file_sha256, new_folder, remove_leftovers, write_json
+from altgrad.records.files import file_sha256, new_folder, remove_folder, remove_leftovers, write_json
 from altgrad.records.verify import CHECKSUMS, broken_checkpoint
 from altgrad.training.run.lock import LOCK, RunLock
 
@@ -122,7 +121,7 @@ def prune(directory: Path, keep: int, reach: int = 0) -> None:
         if (behind and path == behind[0]) or steps[path] >= last_kept + max(1, reach / 2):
             last_kept = steps[path]
         else:
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def claim_directory(wanted: Path, run_hash: str) -> tuple[Path, str | None]:
