@@ -438,7 +438,7 @@ def test_a_run_far_above_its_twin_completes_and_gets_a_report(tmp_path):
     outcome = Outcome(read_run(result.run_dir), "E5M2")
     assert not outcome.collapsed
     assert "ended far above its FP32 twin" in outcome.said
-    assert "ended far above its FP32 twin" in outcome.short_verdict
+    assert "far above FP32" in outcome.short_verdict
     assert any(term == "Remark" and "FP32 twin" in text for term, text in outcome.evidence())
 
 

@@ -2,7 +2,7 @@
 
 An operand is a matrix of codes [rows, steps], steps along the reduction, in batches; either axis may be the one whose
 codes are neighbours. Packed, it is cut along the reduction into slices of `SLICE` words, each of them into panels of 32
-rows (`tiles`), short ones filled with zeros. Codes become what is multiplied by arithmetic (`jit.decoding`), or are looked
+rows (`tiles`), short ones filled with zeros. Codes become what is multiplied by arithmetic (`jit.code_table`), or are looked
 up where a run of them holds NaN or inf.
 """
 
