@@ -117,7 +117,8 @@ def family_of(
 ) -> Family:
     """The cheapest arithmetic that is exact for these options; `plain`: see `settles_plainly`."""
     stochastic = rounding is Rounding.STOCHASTIC
-    if overflow is not Overflow.NAN:  # which turns inputs of inf into NaN: only the general arithmetic does
+    # The general arithmetic alone turns inputs of inf into NaN, and knows that an overflow may have no code.
+    if overflow is not Overflow.NAN and not (overflow is Overflow.INF and not fmt.has_inf):
         if rounding is Rounding.NEAREST_EVEN and addition_rounds(fmt, wide):
             return Family.BY_ADDITION
         if stochastic and short_chance_suffices(fmt, random_bits, wide, plain):

@@ -18,7 +18,7 @@ from altgrad.formats.scalar import FloatFormat
 from altgrad.formats.scalar_rows import E0M7
 from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.checks import FLOAT_DTYPES, check_scale
-from altgrad.quantization.memory import readable
+from altgrad.quantization.memory import detached, readable
 from altgrad.quantization.ops import encode, quantize
 
 
@@ -247,7 +247,7 @@ def _floating(x: Tensor, name: str = "weights") -> Tensor:
         what = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise DtypeError(f"{name} is {what}, not a tensor of float32, float64, bfloat16 or float16; cast it first")
     x = readable(x, name)
-    return x.detach()
+    return detached(x)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -11,14 +11,26 @@ operators of `altgrad.quantization.operators`, which take the cast's text and en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from altgrad.errors import BlockError, CodeError, DtypeError, FormatError, OptionError, RandomKeyError, ScaleError
+from altgrad import errors
+from altgrad.errors import (
+    AltGradError,
+    BlockError,
+    CodeError,
+    DtypeError,
+    FormatError,
+    OptionError,
+    RandomKeyError,
+    ScaleError,
+)
 from altgrad.formats.block import BlockFormat, block_format_from_spec
 from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import Overflow, Rounding, as_option
@@ -28,16 +40,26 @@ from altgrad.quantization.block_layout import BlockLayout, block_layout
 from altgrad.quantization.checks import (
     as_key,
     as_scale,
+    at_hand,
     check_block_dtype,
     check_call,
     check_dtype,
     check_encodable,
     check_problems,
+    hides_from_tracers,
     traced,
 )
-from altgrad.quantization.codec import check_codes, check_integers, scale_values, stored_scale_dtype
+from altgrad.quantization.codec import check_codes, check_integers, value_table
 from altgrad.quantization.kernels.choose import check_kernel, kernel_name, load
-from altgrad.quantization.memory import check_dense, is_unusual, needs_a_detour, readable, written
+from altgrad.quantization.memory import (
+    check_beside,
+    check_dense,
+    detached,
+    is_unusual,
+    needs_a_detour,
+    readable,
+    written,
+)
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized, QuantizedTensor, Want
 from altgrad.quantization.scaling import amax, two_level_scale
@@ -119,12 +141,14 @@ class Cast:
 
     # -- plans ----------------------------------------------------------------------------------------------------
 
-    def check(self, dtype: torch.dtype, want: Want) -> None:
-        """Refuse what no tensor of that dtype can give.
+    def check(self, dtype: torch.dtype, device: torch.device, want: Want, kernel: str | None) -> str:
+        """Refuse what no tensor of that dtype and device can give; returns the kernel that runs.
 
         Raises:
-            DtypeError, FormatError, CodeError: with value, limit and remedy.
+            DtypeError, FormatError, CodeError: with value, limit and remedy. KernelError, OptionError: no such kernel, or
+            it does not cover the case.
         """
+        check_kernel(kernel)
         if self.is_block:
             check_block_dtype(dtype, self.format)
         else:
@@ -133,20 +157,21 @@ class Cast:
                 raise FormatError(
                     f"{self.format} is a scale format without zero; put an element format such as E4M3 on a tensor"
                 )
-        if want & CODES and not want & VALUES:
-            check_encodable(self.grid, self.overflow)
+        if want & CODES:
+            check_encodable(self.grid, self.overflow, raises=not want & VALUES)
+        if not want:
+            value_table(self.grid)  # refuses formats of more values than can be listed
+        return kernel_name(self.format, dtype, device, kernel)
 
     def plan(self, dtype: torch.dtype, device: torch.device, want: Want = VALUES, kernel: str | None = None) -> Plan:
         """The cast resolved; `want` 0 is for decoding to `dtype`.
 
         Raises:
-            KernelError, OptionError: no such kernel, or it does not cover the case; and as `check`.
+            as `check`.
         """
-        check_kernel(kernel)
-        found = self._plans.get((dtype, device, want, kernel))
+        found = self._plans.get((dtype, device, want, kernel)) if isinstance(kernel, str | None) else None
         if found is None:
-            self.check(dtype, want)
-            name = kernel_name(self.format, dtype, device, kernel)
+            name = self.check(dtype, device, want, kernel)
             found = Plan(
                 self.format,
                 self.grid,
@@ -179,7 +204,7 @@ class Cast:
         kernel: str | None = None,
     ) -> Quantized:
         """Values, codes and statistics of x in one pass; arguments, edge values and errors as for `quantize`."""
-        if traced(x) or is_unusual(x):
+        if not at_hand(x):
             x = x if torch.compiler.is_compiling() else readable(x)
             if traced(x) or x.is_meta:
                 return call_traced(self.spec, x, scale, key, out, want, kernel)
@@ -231,12 +256,15 @@ class Cast:
         """scale * value(code), of the codes' shape and of `dtype`; as the face `altgrad.quantization.decode`."""
         upper: Any = None
         if isinstance(codes, QuantizedTensor):
+            check_integers(codes.codes)
+            if codes.codes.shape != codes.shape:
+                raise BlockError(f"codes of shape {list(codes.codes.shape)} for a tensor of shape {list(codes.shape)}")
             codes, scale, upper = codes.codes, codes.scales, codes.tensor_scale
         elif self.is_block:
             raise _plain_codes(self.spec)
         if not isinstance(dtype, torch.dtype):
             raise DtypeError(f"dtype {dtype!r} is no torch.dtype; pass torch.float32, float64, bfloat16 or float16")
-        if traced(codes) or is_unusual(codes):
+        if not at_hand(codes):
             plain: Any = codes if torch.compiler.is_compiling() else readable(codes, "codes", CodeError)
             if traced(plain) or plain.is_meta:
                 return decode_traced(self.spec, plain, scale, upper, dtype, out, kernel)
@@ -261,36 +289,41 @@ class Cast:
         except (KeyError, TypeError):
             plan = self.plan(dtype, codes.device, Want(0), kernel)
         check_codes(codes, plan.grid)
-        scale, _ = check_call(codes, scale, None, out, False, plan.upper, dtype, decodes=True)
         if plan.upper is not None:
-            scale = self.stored_scales(codes, scale, upper)
+            upper = self._check_stored(plan, codes, scale, upper)
+        if plan.upper is None or out is not None:
+            scale, _ = check_call(codes, scale, None, out, False, plan.upper, dtype, decodes=True)
         if out is not None:
             if needs_a_detour(out, codes, scale):
-                return out.copy_(plan.kernel.decode(plan, codes, scale, None))
+                return out.copy_(plan.decode(plan, codes, scale, upper, None))
             written(out)
-        return plan.kernel.decode(plan, codes, scale, out)
+        return plan.decode(plan, codes, scale, upper, out)
 
-    def stored_scales(self, codes: Tensor, stored: Any, upper: Any) -> Tensor:
-        """The float32 multipliers of a block format's stored scales.
+    def _check_stored(self, plan: Plan, codes: Tensor, stored: Any, upper: Any) -> Tensor | None:
+        """Refuse what are no stored scales of a block format for these codes; returns the upper scale as float32.
 
         Raises:
             ScaleError: not of the dtype that the format stores, or on another device than the codes; CodeError,
             BlockError: codes out of range, or shapes that do not belong to each other.
         """
-        parts: list[tuple[str, Any]] = [("scales", stored)]
-        parts += [] if upper is None else [("tensor_scale", upper)]
-        for name, given in parts:
+        for name, given in (("scales", stored),) if upper is None else (("scales", stored), ("tensor_scale", upper)):
+            if at_hand(given) and given.device == codes.device:
+                continue
             check_dense(given, name, ScaleError)
             if given.device != codes.device or given.is_meta or (given.numel() and is_unusual(given)):
                 raise ScaleError(f"{name} are on {given.device}, the codes on {codes.device}; pass both on one device")
-        if stored.dtype != stored_scale_dtype(self.format):
-            raise ScaleError(
-                f"scales have dtype {stored.dtype}; {self.format} stores {stored_scale_dtype(self.format)} (from encode)"
-            )
-        self.check_stored_scales(codes.shape, stored.shape)
+        if stored.dtype != plan.scale_dtype:
+            raise ScaleError(f"scales have dtype {stored.dtype}; {self.format} stores {plan.scale_dtype} (from encode)")
+        _check_fit(plan.layout(codes.shape), self, codes.shape, stored.shape)
         if not self.format.has_float_scale:
             check_codes(stored, self.format.scale_format)
-        return scale_values(stored, self.format, upper)
+        if upper is None or (upper.dtype == torch.float32 and not upper.ndim):
+            return upper
+        if not upper.dtype.is_floating_point or upper.numel() != 1:
+            raise ScaleError(
+                f"tensor_scale is {upper.dtype} {list(upper.shape)}; {self.format} has one float32 number (from encode)"
+            )
+        return upper.reshape(()).to(torch.float32)
 
     def layout(self, shape: torch.Size) -> BlockLayout:
         """Where the blocks lie in a tensor of that shape."""
@@ -302,12 +335,15 @@ class Cast:
         Raises:
             BlockError: their shapes do not belong to each other.
         """
-        expected = self.layout(codes).scale_shape
-        if tuple(scales) != expected:
-            raise BlockError(
-                f"scales of shape {list(scales)} for codes of shape {list(codes)}; {self.format} along axis "
-                f"{self.axis} has {list(expected)}"
-            )
+        _check_fit(self.layout(codes), self, codes, scales)
+
+
+def _check_fit(layout: BlockLayout, cast: Cast, codes: torch.Size, scales: torch.Size) -> None:
+    if scales != layout.scale_shape:
+        raise BlockError(
+            f"scales of shape {list(scales)} for codes of shape {list(codes)}; {cast.format} along axis {cast.axis} "
+            f"has {list(layout.scale_shape)}"
+        )
 
 
 def _last_step_may_overflow(plan: Plan, scale: Any, found: Quantized) -> bool:
@@ -331,11 +367,35 @@ def outputs_of(cast: Cast, want: Want) -> tuple[bool, bool, bool, bool, bool]:
     return bool(want & VALUES), bool(want & CODES), cast.is_block, bool(want & Want.STATS), two_levels
 
 
-def _traced_facts(spec: str, want: Want) -> tuple:
-    """(number of `want`, whether bits are drawn, `Plan.upper`, `outputs_of`): constants while tracing."""
+class _Facts(NamedTuple):
+    """What a traced call knows of its cast: constants in a graph."""
+
+    refused: tuple[str, str] | None  # kind and words of an error
+    want: int
+    draws: bool
+    upper: bool | None  # as `Plan.upper`
+    outputs: tuple[bool, ...]  # as `outputs_of`
+
+
+def _traced_facts(spec: str, want: Want, dtype: torch.dtype, device: torch.device, kernel: str | None) -> tuple:
     cast = Cast.parse(spec)
     upper = cast.format.tensor_scale if cast.is_block else None
-    return int(want), cast.rounding is Rounding.STOCHASTIC, upper, outputs_of(cast, want)
+    refused = _refusal(lambda: cast.check(dtype, device, want, kernel))
+    return _Facts(refused, int(want), cast.rounding is Rounding.STOCHASTIC, upper, outputs_of(cast, want))
+
+
+def _refusal(judge: Callable[[], Any]) -> tuple[str, str] | None:
+    """The error of a check as a constant: the compiler would make what is raised in here an error of its own."""
+    try:
+        judge()
+    except AltGradError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def _raise(refused: tuple[str, str] | None) -> None:
+    if refused is not None:
+        raise getattr(errors, refused[0])(refused[1])
 
 
 _traced_facts._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without the compiler
@@ -351,11 +411,14 @@ def call_traced(
     kernel: str | None,
 ) -> Quantized:
     """The call as one operator; what cannot be known while tracing is checked when it runs."""
-    check_kernel(kernel)
-    number, draws, upper, there = _traced_facts(spec, want)
+    if hides_from_tracers(x):
+        with torch._C.DisableTorchFunctionSubclass():
+            return call_traced(spec, x, scale, key, out, want, kernel)
+    refused, number, draws, upper, there = _traced_facts(spec, want, x.dtype, x.device, kernel)
+    _raise(refused)
     given, key = check_call(x, scale, key, out, draws, upper, x.dtype if there[0] else None)
-    given = None if given is None else as_scale(x, given, x.dtype)
-    parts = iter(torch.ops.altgrad.cast(x.detach(), given, as_key(key), spec, number, kernel))
+    given = None if given is None else as_scale(x, given, torch.float64)  # which no thread flushes
+    parts = iter(torch.ops.altgrad.cast(detached(x), given, as_key(key), spec, number, kernel))
     values, codes, scales, vector, level = [next(parts) if here else None for here in there]
     if out is not None:
         values = out.copy_(values)
@@ -372,13 +435,18 @@ def decode_traced(
     kernel: str | None,
 ) -> Tensor:
     """Decoding as one operator."""
-    check_kernel(kernel)
+    if hides_from_tracers(codes):
+        with torch._C.DisableTorchFunctionSubclass():
+            return decode_traced(spec, codes, scale, upper, dtype, out, kernel)
     check_integers(codes)
-    _, _, level, _ = _traced_facts(spec, VALUES)
+    refused, _, _, level, _ = _traced_facts(spec, Want(0), dtype, codes.device, kernel)
+    _raise(refused)
     if level is not None:
-        check_dense(scale, "scales", ScaleError)
+        for name, given in (("scales", scale), ("tensor_scale", upper)):
+            if name == "scales" or given is not None:
+                check_beside(given, codes, name, ScaleError)
     scale, _ = check_call(codes, scale, None, out, False, level, dtype, decodes=True)
-    found = torch.ops.altgrad.decode(codes, as_scale(codes, scale, dtype), upper, spec, dtype, kernel)
+    found = torch.ops.altgrad.decode(codes, as_scale(codes, scale, torch.float64), upper, spec, dtype, kernel)
     return found if out is None else out.copy_(found)
 
 
@@ -394,7 +462,7 @@ class TracedCast:
     def decode(self, codes, scale=1.0, *, dtype=torch.float32, out=None, kernel=None) -> Tensor:
         if isinstance(codes, QuantizedTensor):
             return decode_traced(self.spec, codes.codes, codes.scales, codes.tensor_scale, dtype, out, kernel)
-        if _traced_facts(self.spec, VALUES)[2] is not None:
+        if _is_block(self.spec):
             raise _plain_codes(self.spec)
         return decode_traced(self.spec, codes, scale, None, dtype, out, kernel)
 
@@ -403,11 +471,17 @@ def _plain_codes(spec: str) -> FormatError:
     return FormatError(f"format {spec} with plain codes; give a scalar format, or the QuantizedTensor that encode gave")
 
 
-def _traced_spec(*facts) -> str:
-    return Cast(*facts).spec
+def _is_block(spec: str) -> bool:
+    return Cast.parse(spec).is_block
 
 
-_traced_spec._dynamo_marked_constant = True
+def _traced_spec(*facts) -> tuple:
+    """(text of the cast, None), or (nothing, `_refusal`)."""
+    refused = _refusal(lambda: Cast(*facts))
+    return "" if refused else Cast(*facts).spec, refused
+
+
+_is_block._dynamo_marked_constant = _traced_spec._dynamo_marked_constant = True
 
 
 # -- casts by their facts -------------------------------------------------------------------------------------------
@@ -426,15 +500,19 @@ def cast_for(
     pad: bool = False,
 ) -> Cast | TracedCast:
     """The cast of these facts, made once."""
-    if torch.compiler.is_compiling():
-        return TracedCast(_traced_spec(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad))
-    numbers = (random_bits, type(random_bits), axis, type(axis))  # 1.0 equals 1, and is no axis
-    key = (fmt if type(fmt) is str else id(fmt), rounding, overflow, subnormals, clamp, numbers, pad)
+    if is_dynamo_compiling():
+        spec, refused = _traced_spec(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)
+        _raise(refused)
+        return TracedCast(spec)
+    key = (fmt if type(fmt) is str else id(fmt), rounding, overflow, subnormals, clamp, random_bits, axis, pad)
     try:
-        return _casts[key]
+        found = _casts[key]
     except (KeyError, TypeError):
-        made = Cast(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)  # type: ignore[arg-type]
-        return _casts.setdefault(key, made)  # which keeps fmt alive, and so its id
+        found = Cast(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)  # type: ignore[arg-type]
+        return _casts.setdefault(key, found)  # which keeps fmt alive, and so its id
+    if type(random_bits) is not int or type(axis) is not int:  # 1.0 equals 1, and is no axis
+        return Cast(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)  # type: ignore[arg-type]
+    return found
 
 
 def _written(cast: Cast) -> str:

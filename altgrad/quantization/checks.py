@@ -11,8 +11,11 @@ import struct
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
 from altgrad.errors import CodeError, DtypeError, OptionError, RandomKeyError, ScaleError
 from altgrad.formats.block import BlockFormat
@@ -20,7 +23,14 @@ from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM
 from altgrad.jit.subnormals import unflushed
-from altgrad.quantization.memory import PLAIN_TYPES, check_dense, check_writable, is_unusual, readable
+from altgrad.quantization.memory import (
+    PLAIN_TYPES,
+    check_beside,
+    check_writable,
+    detached,
+    is_unusual,
+    readable,
+)
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _watching_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
@@ -71,6 +81,37 @@ def traced(x: Tensor) -> bool:
     return type(x) not in PLAIN_TYPES or _watching_modes() > 0 or _transform() is not None
 
 
+def at_hand(x: Tensor) -> bool:
+    """Whether kernels may take x as it is: a plain tensor, nothing watches, and its bytes in memory are its values.
+
+    False for some that are as plain (empty ones, views whose storage has room to spare): the one cheap question of a
+    small call, `traced` and `is_unusual` in one.
+    """
+    if is_dynamo_compiling():
+        return False
+    kind = type(x)
+    if (kind is not Tensor and kind is not Parameter) or _watching_modes() or _transform() is not None:
+        return False
+    try:
+        if x.data_ptr() == 0 or x.is_neg() or x.is_nested:
+            return False
+        return (
+            x.untyped_storage().nbytes() >= x.nbytes
+            if x.is_contiguous() and not x.storage_offset()
+            else not is_unusual(x)
+        )
+    except RuntimeError:  # without memory
+        return False
+
+
+def hides_from_tracers(x: Tensor) -> bool:
+    """Whether a subclass's __torch_function__ would replace every result, and a tracer that watches lose track of x."""
+    if torch.compiler.is_compiling() or type(x) in PLAIN_TYPES or not _watching_modes():
+        return False
+    replaces = getattr(type(x).__torch_function__, "__func__", None) is Tensor.__torch_function__.__func__
+    return replaces and torch._C._is_torch_function_enabled()
+
+
 def as_float32(number: float) -> float:
     """The float32 nearest to a number; inf beyond float32's range."""
     try:
@@ -91,10 +132,12 @@ def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor 
     wide = dtype == torch.float64
     if isinstance(scale, Tensor):
         return _scale_tensor(x, scale, wide)
-    if torch.compiler.is_compiling():  # the operator checks the number when it runs
-        return scale
+    if torch.compiler.is_compiling() and isinstance(scale, np.ndarray):  # a NumPy number, to the compiler
+        return _scale_tensor(x, torch.as_tensor(scale), wide)
     if not isinstance(scale, Real):
         raise ScaleError(f"scale is a {type(scale).__name__}; pass one positive number, or a floating tensor")
+    if torch.compiler.is_compiling():  # the operator checks the number when it runs
+        return float(scale)
     return _scale_number(float(scale), wide)
 
 
@@ -109,8 +152,9 @@ def _scale_number(scale: float, wide: bool) -> float:
 
 def _scale_tensor(x: Tensor, scale: Tensor, wide: bool) -> Tensor:
     is_traced = traced(x)
-    if not is_traced and (type(scale) not in PLAIN_TYPES or is_unusual(scale)):
-        scale = _scale_in_memory(x, scale)
+    if not torch.compiler.is_compiling() and (type(scale) not in PLAIN_TYPES or is_unusual(scale)):
+        check_beside(scale, x, "scale", ScaleError)
+        scale = _plain_type(scale) if is_traced else _scale_in_memory(x, scale)
     if not scale.dtype.is_floating_point or scale.dtype.itemsize == 1:
         raise ScaleError(f"scale has dtype {scale.dtype}; pass a float32 or float64 tensor, or a number")
     if scale.device != x.device and (scale.ndim or scale.device.type != "cpu"):
@@ -121,13 +165,19 @@ def _scale_tensor(x: Tensor, scale: Tensor, wide: bool) -> Tensor:
             f"scale of shape {list(scale.shape)} does not broadcast to x of shape {list(x.shape)}; "
             "use one number, or size 1 on every axis that shares a scale"
         )
-    tensor = scale.detach().to(device=x.device, dtype=torch.float64 if wide else torch.float32)
-    if is_traced or tensor.device.type != "cpu" or not tensor.numel():
-        return tensor
+    tensor = detached(scale).to(torch.float64 if wide else torch.float32)
+    if traced(tensor) or tensor.device.type != "cpu" or not tensor.numel():
+        return tensor.to(x.device)
     low, high = (tensor.item(),) * 2 if tensor.numel() == 1 else (float(v) for v in torch.aminmax(tensor))
     if not (low > 0 and high < math.inf):  # false for NaN, too
         raise ScaleError(f"scale holds {low if not low > 0 else high}; every scale must be positive and finite")
-    return tensor
+    return tensor if x.device == tensor.device else tensor.to(x.device)
+
+
+def _plain_type(scale: Tensor) -> Tensor:
+    """The same values without a subclass that only names them; where a tracer watches, it must go on seeing its own."""
+    names = type(scale).__torch_dispatch__ is Tensor.__torch_dispatch__ and not _watching_modes()
+    return scale.as_subclass(Tensor) if names else scale
 
 
 def _scale_in_memory(x: Tensor, scale: Tensor) -> Tensor:
@@ -139,8 +189,6 @@ def _scale_in_memory(x: Tensor, scale: Tensor) -> Tensor:
     if scale.is_meta or (scale.layout is torch.strided and scale._is_zerotensor()):
         kind = "meta" if scale.is_meta else "efficient zero"
         raise ScaleError(f"scale is a {kind} tensor on {scale.device} without values, x is on {x.device}; pass values")
-    if hasattr(scale, "fake_mode"):
-        raise ScaleError(f"scale is a fake tensor on {scale.device} without values, x is on {x.device}; pass values")
     found = readable(scale, "scale", ScaleError)
     if hasattr(type(found), "__torch_dispatch__") and type(found).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise ScaleError(
@@ -193,12 +241,12 @@ def check_upper_scale(x: Tensor, scale: Any, two_levels: bool) -> Tensor | None:
     if not two_levels:
         raise ScaleError("a block format takes its scales from its blocks, but a scale was given; leave scale at 1.0")
     if isinstance(scale, Tensor):
-        check_dense(scale, "scale", ScaleError)
+        check_beside(scale, x, "scale", ScaleError)
         if scale.numel() != 1:
             raise ScaleError(
                 f"a two-level format takes one scale per tensor, not {scale.numel()}; pass a number or leave it out"
             )
-        scale = scale if scale.ndim == 0 else scale.detach().reshape(())
+        scale = scale if scale.ndim == 0 else detached(scale).reshape(())
     return as_scale(x, check_scale(x, scale, torch.float32), torch.float32)
 
 
@@ -232,14 +280,14 @@ def check_key(x: Tensor, key: Any) -> tuple[int, int] | Tensor:
         )
     if not isinstance(key, Tensor):
         return key_words(key)
-    check_dense(key, "key", RandomKeyError)
+    check_beside(key, x, "key", RandomKeyError)
     if key.dtype != torch.int64 or key.shape != (2,):
         raise RandomKeyError(
             f"key tensor is {key.dtype} of shape {list(key.shape)}; pass int64 of shape [2]: seed, stream"
         )
     if traced(x) or x.is_meta or not (key.device.type == "cpu" or x.device.type == "cpu"):
         return key  # an operator reads it when it runs
-    if key.is_meta or hasattr(key, "fake_mode"):
+    if key.is_meta:
         raise RandomKeyError(f"key tensor is a {type(key).__name__} on {key.device} without values; pass two integers")
     seed, stream = readable(key, "key", RandomKeyError).tolist()
     return seed, stream
@@ -261,12 +309,16 @@ def key_words(key: tuple[int, int]) -> tuple[int, int]:
     return seed - 2**64 if seed >= 2**63 else seed, stream - 2**64 if stream >= 2**63 else stream
 
 
-def check_encodable(fmt: FloatFormat, overflow: Overflow) -> None:
-    """Refuse overflow policies whose results have no code in the format.
+def check_encodable(fmt: FloatFormat, overflow: Overflow, *, raises: bool) -> None:
+    """Refuse codes that int32 has no room for, and where the call `raises`, policies whose results have no code.
 
     Raises:
-        CodeError: `inf` for a format without inf, `nan` for one without NaN.
+        CodeError: a format of 32 bits; `inf` for a format without inf, `nan` for one without NaN.
     """
+    if fmt.bits > 31:
+        raise CodeError(f"codes of {fmt} take {fmt.bits} bits and codes are int32; quantize without encoding")
+    if not raises:
+        return
     if (overflow is Overflow.INF and not fmt.has_inf) or (overflow is Overflow.NAN and not fmt.has_nan):
         raise CodeError(
             f'{fmt} has no code for {overflow.value}; encode with overflow="saturate", or quantize without encoding'

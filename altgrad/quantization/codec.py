@@ -136,7 +136,7 @@ def from_code_index(index: Tensor, fmt: FloatFormat | str) -> Tensor:
     fmt = _scalar(fmt)
     check_integers(index, "index")
     top = len(fmt.magnitudes()) - 1
-    index = index.clamp(-top if fmt.signed else 0, top).to(torch.int32)
+    index = index.to(torch.int64).clamp(-top if fmt.signed else 0, top).to(torch.int32)
     half = 2**fmt.magnitude_bits
     negative = index + 2 * half if fmt.twos_complement else half - index
     return torch.where(index < 0, negative, index).to(code_dtype(fmt))

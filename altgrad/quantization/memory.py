@@ -17,9 +17,16 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def is_unusual(x: Tensor) -> bool:
-    """Whether x has no address, or its bytes are not its values: empty, meta, sparse, nested, freed, lazily negated."""
+    """Whether x has no address, or its bytes are not its values.
+
+    That is: empty, meta, sparse, nested, lazily negated, or of a storage that was freed or has become too small.
+    """
     try:
-        return x.data_ptr() == 0 or x.is_neg() or x.is_nested
+        if x.data_ptr() == 0 or x.is_neg() or x.is_nested:
+            return True
+        if x.is_contiguous() and not x.storage_offset():
+            return x.untyped_storage().nbytes() < x.nbytes
+        return _bytes_reached(x) > x.untyped_storage().nbytes()
     except (AttributeError, RuntimeError):  # no tensor, or one without memory
         return True
 
@@ -32,8 +39,7 @@ def readable(x: Tensor, name: str = "x", error: type[AltGradError] = DtypeError)
     """
     check_dense(x, name, error)
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            raise error(f"{name} outlived the torch.func transform (vmap, grad) that made it; return it from there")
+        _check_alive(x, name, error)
         return x
     if hasattr(x, "fake_mode") and _active_fake_mode() is None:
         raise error(
@@ -45,10 +51,73 @@ def readable(x: Tensor, name: str = "x", error: type[AltGradError] = DtypeError)
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if x.is_neg():
         return x.resolve_neg()
-    if type(x) in PLAIN_TYPES and x.numel() and not x.is_meta and x.data_ptr() == 0:
+    check_storage(x, name, error)
+    return x
+
+
+def _check_alive(x: Tensor, name: str, error: type[AltGradError]) -> None:
+    """Refuse the wrapper of a torch.func transform that has ended; a dead one of `grad` is no wrapper to torch."""
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    batched = torch._C._functorch.is_batchedtensor(x)
+    at = [t for t in transforms if t.level() == torch._C._functorch.maybe_get_level(x)]
+    if not transforms or (batched and not any(t.key() == torch._C._functorch.TransformType.Vmap for t in at)):
+        raise error(f"{name} outlived the torch.func transform (vmap, grad) that made it; return it from there")
+
+
+def check_storage(x: Tensor, name: str = "x", error: type[AltGradError] = DtypeError) -> None:
+    """Refuse a tensor whose elements lie beyond the end of its storage, which was freed or shrunk under it.
+
+    Tensors that keep their values elsewhere (meta, fake, wrappers of transforms or with a dispatch of their own) have
+    nothing to check.
+
+    Raises:
+        error: with the bytes that the elements take and those that the storage has.
+    """
+    if x.is_meta or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x) or x._is_zerotensor():
+        return
+    reached, held = _bytes_reached(x), x.untyped_storage().nbytes()
+    if reached > held:
         raise error(
-            f"{name} has {x.numel()} elements but no memory: its storage was freed; pass a tensor that owns memory"
+            f"{name} of shape {list(x.shape)} reaches {reached} bytes into its storage, which has {held}: it was freed "
+            "or shrunk by resize_; pass a tensor that owns memory for all its elements"
         )
+
+
+def _bytes_reached(x: Tensor) -> int:
+    """Bytes from the start of its storage to the end of its last element; 0 for an empty tensor."""
+    return (x.storage_offset() + _reach(x)) * x.element_size() if x.numel() else 0
+
+
+def detached(x: Tensor) -> Tensor:
+    """x outside of autograd's graph; in inference mode x itself, where wrapper tensors made elsewhere cannot be detached."""
+    recorded = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    return x.detach() if recorded or torch._C._functorch.peek_interpreter_stack() is not None else x
+
+
+def check_beside(given: Tensor, x: Tensor, name: str, error: type[AltGradError]) -> None:
+    """Refuse a tensor beside x that is not dense, lacks memory, or is fake where x has values and no mode is active.
+
+    Raises:
+        error: with what is wrong and what to pass.
+    """
+    check_dense(given, name, error)
+    if torch.compiler.is_compiling():
+        return
+    check_storage(given, name, error)
+    if torch._C._functorch.is_functorch_wrapped_tensor(given):
+        _check_alive(given, name, error)
+    if given.is_meta and not x.is_meta:
+        raise error(f"{name} is a meta tensor without values, x is on {x.device}; pass values")
+    if hasattr(given, "fake_mode") and _active_fake_mode() is None and not hasattr(_unwrapped(x), "fake_mode"):
+        raise error(f"{name} is a fake tensor on {given.device} without values, x is on {x.device}; pass values")
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor under the wrappers of torch.func."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
     return x
 
 
@@ -82,20 +151,21 @@ def check_writable(out: Tensor, x: Tensor, dtype: torch.dtype, *, is_traced: boo
         raise DtypeError(f"out is on {out.device}, x on {x.device}; make out on x's device")
     if out.requires_grad and torch.is_grad_enabled():
         raise DtypeError("out requires grad, and writing to it is not differentiable; write under torch.no_grad()")
+    if torch.compiler.is_compiling():
+        return
+    check_storage(out, "out")
+    if not _elements_apart(out):
+        raise DtypeError("elements of out share memory (an expanded or overlapping view); write to a clone")
+    if type(out) not in PLAIN_TYPES and not (is_traced and type(out) is type(x)):
+        raise DtypeError(f"out is a {type(out).__name__} and x a {type(x).__name__}; pass a plain tensor as out")
     if is_traced:
         return
-    if type(out) not in PLAIN_TYPES:
-        raise DtypeError(f"out is a {type(out).__name__} and x a plain tensor; pass a plain tensor as out")
     if torch._C._functorch.is_functorch_wrapped_tensor(out) or torch._is_functional_tensor(out) or out._is_zerotensor():
         raise DtypeError(
             "out has no memory of its own to write to (a wrapped or zero tensor); make it by torch.empty_like"
         )
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise DtypeError("out was made in inference mode; write to it there, or pass a clone")
-    if out.numel() and not out.is_meta and out.data_ptr() == 0:
-        raise DtypeError("out has no memory: its storage was freed; pass a tensor that owns memory")
-    if not _elements_apart(out):
-        raise DtypeError("elements of out share memory (an expanded or overlapping view); write to a clone")
 
 
 def _elements_apart(x: Tensor) -> bool:
@@ -113,8 +183,14 @@ def _stretch(x: Tensor) -> tuple[int, int]:
     start = x.data_ptr()
     if not x.numel():
         return start, start
-    reach = sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1
-    return start, start + reach * x.element_size()
+    return start, start + _reach(x) * x.element_size()
+
+
+def _reach(x: Tensor) -> int:
+    """Elements from the first to the last in memory, both counted, of a tensor that has any."""
+    if x.is_contiguous():
+        return x.numel()
+    return sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1
 
 
 def needs_a_detour(out: Tensor, *read: Any) -> bool:

@@ -42,7 +42,7 @@ def cast(x: Tensor, scale: Tensor | None, key: Tensor | None, spec: str, want: i
 @cast.register_fake
 def _(x, scale, key, spec, want, kernel):
     made = Cast.parse(spec)
-    made.check(x.dtype, Want(want))
+    made.check(x.dtype, x.device, Want(want), kernel)
     values, codes, scales, stats, tensor_scale = outputs_of(made, Want(want))
     parts = []
     if values:
@@ -107,7 +107,7 @@ def decode(
 @decode.register_fake
 def _(codes, scale, upper, spec, dtype, kernel):
     made = Cast.parse(spec)
-    made.check(dtype, Want(0))
+    made.check(dtype, codes.device, Want(0), kernel)
     if made.is_block:
         made.check_stored_scales(codes.shape, scale.shape)
     return torch.empty_like(codes, dtype=dtype)

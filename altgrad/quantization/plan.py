@@ -1,12 +1,12 @@
 """One cast resolved for one dtype, device, kernel and choice of outputs: what a kernel reads, and where it keeps its own.
 
-A kernel is a module with `run(plan, x, scale, key, out) -> Quantized` and `decode(plan, codes, scale, out) -> Tensor`.
+A kernel is a module with `run(plan, x, scale, key, out) -> Quantized` and `decode(plan, codes, scale, upper, out) -> Tensor`.
 What it can prepare once it keeps in `prepared`, and what depends on the shape of x in `shapes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.block_layout import BlockLayout, block_layout
+from altgrad.quantization.codec import stored_scale_dtype
 
 SHAPES_KEPT = 256  # of one plan; dynamic shapes must not grow it without end
 
@@ -28,6 +29,7 @@ class Plan:
     format: as the cast has it. grid: the scalar format that elements are rounded to, without subnormals where they are
     off. dtype: of x and of the values. values, codes, stats: which outputs are wanted; none of them for a plan of
     `decode`. upper: None for scalar formats, else whether one scale of the tensor lies above the blocks' scales.
+    scale_dtype: what the scales of blocks are stored in.
     """
 
     format: Any
@@ -46,15 +48,19 @@ class Plan:
     kernel: ModuleType
     draws: bool = field(init=False)
     upper: bool | None = field(init=False)
+    scale_dtype: torch.dtype | None = field(init=False)
     run: Callable = field(init=False)
+    decode: Callable = field(init=False)
     prepared: Any = field(init=False, default=None)
     shapes: dict = field(init=False, default_factory=dict)
     layouts: dict = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.draws = self.rounding is Rounding.STOCHASTIC
-        self.upper = self.format.tensor_scale if isinstance(self.format, BlockFormat) else None
-        self.run = self.kernel.run
+        is_block = isinstance(self.format, BlockFormat)
+        self.upper = self.format.tensor_scale if is_block else None
+        self.scale_dtype = stored_scale_dtype(self.format) if is_block else None
+        self.run, self.decode = self.kernel.run, self.kernel.decode
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -70,7 +76,7 @@ class Plan:
         found = self.layouts.get(shape)
         return found or _keep(self.layouts, shape, block_layout(shape, self.format, self.axis, pad=self.pad))
 
-    def keep(self, shape: torch.Size, found: Any) -> Any:
+    def keep(self, shape: Hashable, found: Any) -> Any:
         """Remember what a kernel found for a shape, and return it."""
         return _keep(self.shapes, shape, found)
 

@@ -22,7 +22,7 @@ from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.checks import FLOAT_DTYPES, as_float32, traced
 from altgrad.quantization.kernels.choose import load
-from altgrad.quantization.memory import is_unusual, readable
+from altgrad.quantization.memory import detached, is_unusual, readable
 
 _TINY = 2.0**-126  # the smallest normal float32
 
@@ -47,7 +47,7 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
         x = readable(x)
     if x.dtype not in FLOAT_DTYPES:
         raise DtypeError(f"amax of a tensor of dtype {x.dtype}; cast it to float32, float64, bfloat16 or float16 first")
-    work = x.detach()
+    work = detached(x)
     if axis is None and plain and x.device.type == "cpu":
         return load("cpu").amax(work)
     magnitude = torch.where(torch.isfinite(work), work.abs(), 0)

@@ -11,6 +11,7 @@ from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.block_layout import block_layout
 from altgrad.quantization.cast import cast_for
 from altgrad.quantization.kernels.eager.blocks import spread
+from altgrad.quantization.memory import detached
 from altgrad.quantization.quantized import Quantized
 
 
@@ -65,7 +66,7 @@ def fake_quantize(
     kept = None
     if mask_saturated:
         where = {name: options[name] for name in ("axis", "pad") if name in options}
-        kept = _unsaturated(x.detach(), fmt, scale, found, **where)
+        kept = _unsaturated(detached(x), fmt, scale, found, **where)
     function = _StraightThrough if torch.compiler.is_compiling() else _WithForwardMode
     return function.apply(x, found.values, kept)
 

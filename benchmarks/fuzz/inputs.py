@@ -116,6 +116,27 @@ def _leaked(p: Tensor) -> Any:
     return kept[0]
 
 
+def _freed(p: Tensor) -> Tensor:
+    freed = p.clone()
+    freed.untyped_storage().resize_(0)
+    return freed
+
+
+def _shrunk(p: Tensor) -> Tensor:
+    """Of p's shape, in a storage that lacks the last byte."""
+    shrunk = p.clone(memory_format=torch.contiguous_format)
+    shrunk.untyped_storage().resize_(max(shrunk.nbytes - 1, 0))
+    return shrunk
+
+
+def _cut(p: Tensor) -> Tensor:
+    """Every second element of a storage that ends before the last one."""
+    cut = _strided(p)
+    cut.untyped_storage().resize_(cut.element_size() * max(2 * p.numel() - 2, 0))
+    return cut
+
+
+WITHOUT_MEMORY = {"freed": _freed, "shrunk": _shrunk, "cut": _cut}
 LAYOUTS = {
     "plain": torch.clone,
     "transposed": _transposed,
@@ -158,7 +179,7 @@ BAD_TENSORS = {
 
 def dressed(draw: Draw, p: Tensor, odds: float = 1.0) -> Given:
     """The plain tensor p in one guise; `odds` scales the chance of the strange ones."""
-    group = draw.weighted(layout=12, hollow=0.8 * odds, zero=0.2 * odds, freed=0.2 * odds, bad=0.9 * odds)
+    group = draw.weighted(layout=12, hollow=0.8 * odds, zero=0.2 * odds, freed=0.4 * odds, bad=0.9 * odds)
     if group == "layout":
         name = draw.weighted(plain=8, **{layout: 1.0 for layout in LAYOUTS if layout != "plain"})
         value = LAYOUTS[name](p)
@@ -171,11 +192,15 @@ def dressed(draw: Draw, p: Tensor, odds: float = 1.0) -> Given:
         value = torch._efficientzerotensor(p.shape, dtype=p.dtype)
         return Given(value, torch.zeros_like(p), f"efficient zero tensor {_words(p)}", ODD)
     if group == "freed":
-        value = p.clone()
-        value.untyped_storage().resize_(0)
-        return Given(value, p, f"freed {_words(p)}", BAD if p.numel() else ODD)
+        return without_memory(draw, p)
     name = draw.choice(list(BAD_TENSORS))
     return Given(BAD_TENSORS[name](p), None, name, BAD)
+
+
+def without_memory(draw: Draw, p: Tensor, name: str = "") -> Given:
+    """A tensor of p's shape whose storage does not hold all its elements."""
+    how = draw.choice(list(WITHOUT_MEMORY))
+    return Given(WITHOUT_MEMORY[how](p), p, f"{how} {name}{_words(p)}", BAD if p.numel() else ODD)
 
 
 def _words(p: Tensor) -> str:
@@ -241,6 +266,8 @@ def scale(draw: Draw, x: Given, block: bool = False) -> Given:
         bad = (0.0, -1.0, float("nan"), float("inf"), -0.0, "0.5", None, 1j, [1.0], {}, 1e-300, 1e300)
         tensors = (torch.tensor(0.0), torch.tensor([-1.0]), torch.tensor(float("nan")), torch.tensor(3))
         value = draw.choice(tensors) if draw.random() < 0.4 else draw.choice(bad)
+        if value is None and block:
+            return Given(None, 1.0, "None", ODD)  # as much as none given
         odd = isinstance(value, float) and 0 < value < float("inf")  # in range for float64 tensors only
         plain = value if odd else None
         return Given(value, plain, repr(value), ODD if odd else BAD)
@@ -254,6 +281,8 @@ def scale(draw: Draw, x: Given, block: bool = False) -> Given:
         axis = draw.randrange(len(shape)) if shape else 0
         wanted = tuple(n if d == axis else 1 for d, n in enumerate(shape))
     plain = torch.from_numpy(draw.numpy().uniform(0.01, 3, wanted)).to(draw.choice((*FLOATS, torch.float32)))
+    if draw.random() < 0.05:
+        return without_memory(draw, plain, "scale ")
     found = dressed(draw, plain, odds=0.0)
     return Given(found.value, found.plain, f"scale {found.says}", found.status)
 
@@ -282,8 +311,11 @@ def key(draw: Draw, stochastic: bool) -> Given:
         torch.ones(2),
         torch.ones(3),
     )
-    value = draw.choice((*bad, signed.to("meta"), signed.int(), {"seed": 1}, (None, 1)))
-    return Given(value, (1, 2), f"key {value!r:.30}", BAD if stochastic else ODD)
+    value = draw.choice(
+        (*bad, signed.to("meta"), signed.int(), {"seed": 1}, (None, 1), _freed(signed), _shrunk(signed))
+    )
+    words = f"tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.30}"
+    return Given(value, (1, 2), f"key {words}", BAD if stochastic else ODD)
 
 
 def options(draw: Draw) -> dict[str, Given]:
@@ -331,7 +363,13 @@ def out(draw: Draw, x: Given) -> Given | None:
         return Given(x.value, None, "out is x", ODD if overlaps else SOUND)
     if kind == "shifted":
         flat = x.value.detach()
-        if type(flat) is not Tensor or not flat.is_contiguous() or flat.ndim != 1 or flat.numel() < 3:
+        if (
+            x.status != SOUND
+            or type(flat) is not Tensor
+            or not flat.is_contiguous()
+            or flat.ndim != 1
+            or flat.numel() < 3
+        ):
             return None
         base = torch.cat([flat, flat[:1]])
         x.value, x.plain = base[:-1], base[:-1].clone()
@@ -341,6 +379,8 @@ def out(draw: Draw, x: Given) -> Given | None:
     if kind == "leaf":
         return Given(empty.requires_grad_(), None, "leaf out", ODD)  # allowed where no gradient is recorded
     if kind == "hollow":
+        if draw.random() < 0.4:
+            return without_memory(draw, empty, "out ")
         name = draw.choice(list(WITHOUT_VALUES))
         return Given(WITHOUT_VALUES[name](empty), None, f"{name} out", BAD)
     other = torch.float64 if empty.dtype != torch.float64 else torch.float16

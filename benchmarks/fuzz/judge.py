@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
+from altgrad import errors
 from altgrad.errors import AltGradError
 from altgrad.quantization.stats import EXACT_FIELDS, FIELDS, SUM_ERROR
 from benchmarks.fuzz.calls import WRAPPED, Case, leaves
@@ -24,12 +25,12 @@ def judge(case: Case) -> tuple[str, str]:
     before = {name: _bytes(argument) for name, argument in case.arguments.items() if name in ("x", "scale", "codes")}
     try:
         found = leaves(case.call())
-    except AltGradError as error:
-        excused = status != SOUND or refusal is not None or case.oracle is None
-        return ("refused", "") if excused else ("overrefused", f"{type(error).__name__}: {error}")
-    except BaseException as error:  # every other exception is what this program looks for
+    except BaseException as error:  # every exception but our own is what this program looks for
         if isinstance(error, KeyboardInterrupt):
             raise
+        if isinstance(error, AltGradError) or (case.transform == "compile" and _quotes_ours(error)):
+            excused = status != SOUND or refusal is not None or case.oracle is None
+            return ("refused", "") if excused else ("overrefused", f"{type(error).__name__}: {error}")
         return "foreign", f"{type(error).__module__}.{type(error).__name__}: {str(error)[:300]}"
     if status == BAD:
         return "accepted", "a bad argument was not refused"
@@ -43,6 +44,15 @@ def judge(case: Case) -> tuple[str, str]:
     if expected is None or refusal is not None:
         return "shape", ""
     return _compare(case, found, expected)
+
+
+def _quotes_ours(error: BaseException) -> bool:
+    """Whether the compiler, which wraps what is raised while it traces, quotes an error of ours."""
+    names = [
+        kind.__name__ for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AltGradError)
+    ]
+    quoted = f"{error} {error.__cause__}"
+    return any(f"{said} {name}(" in quoted for name in names for said in (" got", "raised exception"))
 
 
 def _bytes(argument: Given) -> bytes | None:

@@ -1,7 +1,7 @@
 """Which implementation runs: named explicitly, or chosen by device; none falls back silently.
 
 Every kernel is a package whose modules `scalar` and `blocks` have `run(plan, x, scale, key, out) -> Quantized` and
-`decode(plan, codes, scale, out) -> Tensor`; `altgrad.quantization.plan` says what a plan is. Tensors on a CPU go to `cpu`,
+`decode(plan, codes, scale, upper, out) -> Tensor`; `altgrad.quantization.plan` says what a plan is. Tensors on a CPU go to `cpu`,
 on a CUDA device to `cuda`, on any other device to `eager`.
 """
 
@@ -37,7 +37,8 @@ def kernel_name(fmt: FloatFormat | BlockFormat, dtype: torch.dtype, device: torc
     """The kernel that runs: the one asked for, else by device.
 
     The compiled kernels of block formats cover float32, bf16 and fp16 tensors in formats whose grids stay clear of
-    float32's subnormals, which are all named ones; where they do not, the device's kernel is `eager`.
+    float32's subnormals, which are all named ones; where they do not, the device's kernel is `eager`. Without values (a
+    meta tensor) every kernel is as good.
 
     Raises:
         OptionError: no such kernel.
@@ -51,6 +52,8 @@ def kernel_name(fmt: FloatFormat | BlockFormat, dtype: torch.dtype, device: torc
         return _BY_DEVICE.get(device.type, "eager") if covered else "eager"
     if kernel != "eager" and not covered:
         raise KernelError(f'kernel {kernel!r} does not cover {dtype} in {fmt}; use kernel="eager" or a float32 tensor')
+    if device.type == "meta":  # shapes alone, of whatever device
+        return "eager"
     if kernel in ("cpu", "cuda") and kernel != device.type and not (kernel == "cuda" and _interpreted()):
         raise KernelError(f"kernel {kernel!r} works on {kernel} tensors, x is on {device}; move x, or leave kernel out")
     return kernel

@@ -1,10 +1,10 @@
-"""The loops that turn element codes and multipliers of block formats into values.
+"""The loops that turn element codes and stored scales of block formats into values.
 
 As the loops that quantize (`kernels.cpu.block_loops`), one walks tiles whose rows are contiguous, one strips of columns
 under blocks along another axis; there the multipliers of a strip are fetched once and serve all its rows. Values are
-made of codes by arithmetic (`jit.code_table`), or looked up in a table; a run that holds NaN or inf is looked up again. An
-index cannot leave its table: that has at least what a byte can name, and a wider code is taken modulo its length, a
-power of two.
+made of codes by arithmetic (`jit.code_table`), or looked up in a table; a run that holds NaN or inf is looked up again.
+Scales are looked up. An index cannot leave its table: that has at least what a byte can name, and a wider code is taken
+modulo its length, a power of two.
 """
 
 # ruff: noqa: F821  (names are bound to the templates)
@@ -17,9 +17,10 @@ import numpy as np
 
 from altgrad.jit.code_table import Decoding, by_fields, by_integer, read_codes
 from altgrad.jit.machine import bor, low_word
-from altgrad.jit.memory import keep, kept, load, load_code, load_word, scratch, store
+from altgrad.jit.memory import keep, kept, load, load_code, scratch, store
 from altgrad.jit.storage import FLOAT32, ITEM_BYTES
-from altgrad.jit.template import loop, part, table_reader
+from altgrad.jit.template import loop, part
+from altgrad.quantization.kernels.cpu.block_parts import CALL_PARAMETERS, parameter_reader
 
 STRIP = 256  # columns that a strip works on at once
 STRIP_BYTES = 4 * STRIP
@@ -30,28 +31,33 @@ class DecodeVariant(NamedTuple):
 
     KIND: int  # storage of the values written: float32, bf16 or fp16
     CODE_BYTES: int  # of an element's code: 1 or 4
+    SCALE_BYTES: int  # of a scale's code: 1 or 4; 0 for scales that are stored as float32
     BLOCK: int  # length of every run where it is the same and known, else 0
     DECODING: int  # `jit.code_table.Decoding`
 
 
-class Parameters(NamedTuple):
-    """What a decoding loop finds in its table of 64-bit words."""
-
-    codes: int  # addresses
-    out: int
-    scales: int  # float32 multipliers, one for each block
-    values: int  # float32 value of each code
-    facts: int  # `jit.code_table.code_table` of the element
-    last: int  # index of its last entry
-    rows: int  # the layout, as `block_layout.BlockLayout`
-    columns: int
-    tile_rows: int
-    tile_columns: int
-
-
-_read_parameters = table_reader(
-    Parameters, lambda i, _: f"np.int64(load_word(np.uint64(0), table, {i}))", load_word=load_word, np=np
+PARAMETERS = (
+    *CALL_PARAMETERS,  # codes, out, scales and upper of them
+    "values",  # addresses: float32 value of each code,
+    "scale_values",  # of each scale's code,
+    "facts",  # and `jit.code_table.code_table` of the element
+    "last",  # index of the last entry of `values`
+    "last_scale",
+    "rows",  # the layout, as `block_layout.BlockLayout`
+    "columns",
+    "tile_rows",
+    "tile_columns",
 )
+Parameters = NamedTuple("Parameters", [(name, int) for name in PARAMETERS])
+_read_parameters = parameter_reader(Parameters)
+
+
+def _multiplier(p, block):
+    """The scale of a block as float32: its value, times the scale of the tensor."""
+    if SCALE_BYTES == 0:
+        return load(p.scales, block, FLOAT32)
+    value = load(p.scale_values, load_code(p.scales, block, SCALE_BYTES) & p.last_scale, FLOAT32)
+    return np.float32(p.upper) * value
 
 
 def _run(codes, out, count, s, multipliers, facts, p):
@@ -79,7 +85,7 @@ def _tiles(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
     down = (start // tiles_across) % tiles_down
     outer = start // tiles_across // tiles_down
     for tile in range(start, stop):
-        s = load(p.scales, tile, FLOAT32)
+        s = multiplier(p, tile)
         height = min(p.tile_rows, p.rows - down * p.tile_rows)
         width = min(p.tile_columns, p.columns - across * p.tile_columns)
         corner = (outer * p.rows + down * p.tile_rows) * p.columns + across * p.tile_columns
@@ -111,7 +117,7 @@ def _strips(table, x, out, codes, scales, scale, inner, channels, seed, stream, 
         height = min(p.tile_rows, p.rows - block * p.tile_rows)
         first = (outer * blocks + block) * p.columns + strip * STRIP
         for i in range(count):
-            keep(multipliers, i, load(p.scales, first + i, FLOAT32))
+            keep(multipliers, i, multiplier(p, first + i))
         for row in range(height):
             at = (outer * p.rows + block * p.tile_rows + row) * p.columns + strip * STRIP
             run(p.codes + at * CODE_BYTES, p.out + at * ITEM, count, np.float32(1.0), multipliers, facts, p)
@@ -124,5 +130,6 @@ def compiled(variant: DecodeVariant, strips: bool) -> int:
     by = {member.name: int(member) for member in Decoding}
     parts = {
         "run": part(_run, variant, inline=True, EACH=strips, **by),
+        "multiplier": part(_multiplier, variant, inline=True),
     }
     return loop(_strips if strips else _tiles, variant, ITEM=ITEM_BYTES[variant.KIND], **parts)

@@ -7,7 +7,7 @@ compiled.
 # ruff: noqa: F821  (names are bound to the templates)
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -48,11 +48,16 @@ _FLOATS = ("element_max", "upper")
 _inline = njit(forceinline=True, error_model="numpy")
 
 
-def _parameter(i: int, name: str) -> str:
-    return f"load_word(0.0, table, {i})" if name in _FLOATS else f"np.int64(load_word(np.uint64(0), table, {i}))"
+def parameter_reader(row: type) -> Any:
+    """A compiled function (like, table) -> `row`, of a table of integers, addresses and the floats among them."""
+
+    def word(i: int, name: str) -> str:
+        return f"load_word(0.0, table, {i})" if name in _FLOATS else f"np.int64(load_word(np.uint64(0), table, {i}))"
+
+    return table_reader(row, word, load_word=load_word, np=np)
 
 
-read_parameters = table_reader(Parameters, _parameter, load_word=load_word, np=np)
+read_parameters = parameter_reader(Parameters)
 
 
 @intrinsic

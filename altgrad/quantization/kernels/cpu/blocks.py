@@ -20,8 +20,9 @@ from altgrad.jit.subnormals import gradual_underflow
 from altgrad.jit.template import function
 from altgrad.jit.threads import ELEMENTS_PER_THREAD, call_loop, run_table, threads_for
 from altgrad.quantization.codec import code_dtype, stored_scale_dtype, value_table
+from altgrad.quantization.kernels.cpu.block_decode import PARAMETERS as DECODING_PARAMETERS
 from altgrad.quantization.kernels.cpu.block_decode import STRIP as DECODE_STRIP
-from altgrad.quantization.kernels.cpu.block_decode import DecodeVariant, Parameters
+from altgrad.quantization.kernels.cpu.block_decode import DecodeVariant
 from altgrad.quantization.kernels.cpu.block_decode import compiled as decoding_loop
 from altgrad.quantization.kernels.cpu.block_loops import PARTIAL_BYTES, STRIP, Variant, compiled
 from altgrad.quantization.kernels.cpu.block_parts import (
@@ -128,14 +129,25 @@ def _prepare(plan: Plan, x: Tensor) -> _Prepared:
         "group": group,
         "element_max": int(np.float64(fmt.element.max).view(np.int64)),
     }
-    template = np.array([0] * _GIVEN + [facts[name] for name in PARAMETERS[_GIVEN:]], dtype=np.int64)
-    many = ELEMENTS_PER_THREAD * 2
-    small = x.numel() < many
-    scales = torch.empty(layout.scale_shape, dtype=scale_kind, device="cpu") if small else None
-    address = template.ctypes.data
     loop = compiled(variant, strips)
-    prepared = _Prepared(loop, template, address, units, group, not small, layout.scale_shape, scales)
-    return plan.keep(x.shape, prepared)
+    return plan.keep(x.shape, _prepared(loop, PARAMETERS, facts, units, group, x, layout.scale_shape, scale_kind))
+
+
+def _prepared(
+    loop: int,
+    names: tuple[str, ...],
+    facts: dict[str, int],
+    units: int,
+    group: int,
+    x: Tensor,
+    scale_shape: tuple[int, ...],
+    scale_kind: torch.dtype,
+) -> _Prepared:
+    template = np.zeros(_WORDS, dtype=np.int64)
+    template[_GIVEN : len(names)] = [facts[name] for name in names[_GIVEN:]]
+    small = x.numel() < ELEMENTS_PER_THREAD * 2
+    scales = torch.empty(scale_shape, dtype=scale_kind, device="cpu") if small else None
+    return _Prepared(loop, template, template.ctypes.data, units, group, not small, scale_shape, scales)
 
 
 def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None, out: Tensor | None) -> Quantized:
@@ -162,10 +174,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
     seed, stream = key or _NO_KEY
     upper = 1.0 if scale is None else float(scale)
     call = (x.data_ptr(), written_address, coded_address, stored.data_ptr(), partials_address, seed, stream, upper)
-    if prepared.threads_matter:
-        problems = _on_threads(prepared, call, x.numel())
-    else:
-        problems = _serial()(prepared.loop, prepared.address, *call, prepared.units)
+    problems = _call(prepared, call, x.numel())
     if partials is not None:
         vector = torch.empty(len(FIELDS), dtype=torch.float64, device="cpu")
         total(partials_address, len(partials), x.numel(), vector.data_ptr())
@@ -176,9 +185,9 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
     return Quantized(written, coded, stored, stats, scale, problems & INF_PROBLEM)
 
 
-def _on_threads(prepared: _Prepared, call: tuple, elements: int) -> int:
-    """The units in one chunk per thread."""
-    threads = threads_for(elements)
+def _call(prepared: _Prepared, call: tuple, elements: int) -> int:
+    """The units in one chunk per thread, under the parameters of this call."""
+    threads = threads_for(elements) if prepared.threads_matter else 1
     if threads == 1:
         return _serial()(prepared.loop, prepared.address, *call, prepared.units)
     table = prepared.template.copy()
@@ -187,39 +196,49 @@ def _on_threads(prepared: _Prepared, call: tuple, elements: int) -> int:
     return run_table(prepared.loop, table.ctypes.data, prepared.units, grain=prepared.group, threads=threads)
 
 
-def decode(plan: Plan, codes: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
-    """Element values times their block's multiplier; as `kernels.eager.blocks.decode`, bit for bit."""
-    if codes.dtype != torch.uint8:
-        codes = codes.to(torch.int32)
-    codes, scale, layout = codes.contiguous(), scale.contiguous(), plan.layout(codes.shape)
-    direct = out is not None and out.is_contiguous()
-    written = out if direct else torch.empty(codes.shape, dtype=plan.dtype, device="cpu")
+def _prepare_decoding(plan: Plan, codes: Tensor) -> _Prepared:
+    """The loop and its parameters for codes of that shape and dtype, kept in the plan."""
+    fmt, layout = plan.format, plan.layout(codes.shape)
     strips = layout.tile_columns == 1 and layout.columns > 1
     whole = layout.tile_columns in (16, 32) and layout.columns % layout.tile_columns == 0
-    element = plan.format.element
+    element, code_bytes, scale_kind = fmt.element, codes.dtype.itemsize, stored_scale_dtype(fmt)
     variant = DecodeVariant(
         KIND=KINDS[plan.dtype],
-        CODE_BYTES=codes.dtype.itemsize,
+        CODE_BYTES=code_bytes,
+        SCALE_BYTES=0 if fmt.has_float_scale else scale_kind.itemsize,
         BLOCK=layout.tile_columns if whole and not strips else 0,
-        DECODING=int(decoding_of(element) if codes.dtype == torch.uint8 else Decoding.BY_TABLE),
+        DECODING=int(decoding_of(element) if code_bytes == 1 else Decoding.BY_TABLE),
     )
     outer, down, across = layout.grid
     units = outer * down * (-(-layout.columns // DECODE_STRIP) if strips else across)
-    values = _value_table(element)
-    facts = Parameters(
-        codes=codes.data_ptr(),
-        out=written.data_ptr(),
-        scales=scale.data_ptr(),
-        values=values.ctypes.data,
-        facts=code_table(element).ctypes.data,
-        last=len(values) - 1,
-        rows=layout.rows,
-        columns=layout.columns,
-        tile_rows=layout.tile_rows,
-        tile_columns=layout.tile_columns,
-    )
-    table = np.array(facts, dtype=np.int64)
-    run_table(decoding_loop(variant, strips), table.ctypes.data, units, threads=threads_for(codes.numel()))
+    values, scale_values = _value_table(element), _value_table(element if fmt.has_float_scale else fmt.scale_format)
+    facts = {
+        "values": values.ctypes.data,
+        "scale_values": scale_values.ctypes.data,
+        "facts": code_table(element).ctypes.data,
+        "last": len(values) - 1,
+        "last_scale": len(scale_values) - 1,
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "tile_rows": layout.tile_rows,
+        "tile_columns": layout.tile_columns,
+    }
+    loop = decoding_loop(variant, strips)
+    found = _prepared(loop, DECODING_PARAMETERS, facts, units, 1, codes, layout.scale_shape, scale_kind)
+    return plan.keep((codes.shape, code_bytes), found)
+
+
+def decode(plan: Plan, codes: Tensor, scale: Tensor, upper: Tensor | None, out: Tensor | None) -> Tensor:
+    """Element values times their block's multiplier; as `kernels.eager.blocks.decode`, bit for bit."""
+    if codes.dtype != torch.uint8:
+        codes = codes.to(torch.int32)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    prepared = plan.shapes.get((codes.shape, codes.dtype.itemsize)) or _prepare_decoding(plan, codes)
+    direct = out is not None and out.is_contiguous()
+    written = out if direct else torch.empty_like(codes, dtype=plan.dtype)
+    level = 1.0 if upper is None else float(upper)
+    call = (0, written.data_ptr(), codes.data_ptr(), scale.data_ptr(), 0, 0, 0, level)
+    _call(prepared, call, codes.numel())
     return written if out is None or direct else out.copy_(written)
 
 

@@ -23,6 +23,7 @@ from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import FIELDS, QuantStats
 
 _NO_KEY = (0, 0)
+_tuple = tuple.__new__  # as `Quantized(...)`, at half its cost
 COUNTS_PAYLOADS = True  # an overflow of the last step, scale * payload in the tensor's own dtype, is not counted
 ONE_THREAD = 4096  # elements below which no driver is asked on how many threads to run
 
@@ -140,7 +141,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
     if out is not None and target is not out:
         assert target is not None
         target = out.copy_(target)
-    return Quantized(target, coded, None, stats, None, problems)
+    return _tuple(Quantized, (target, coded, None, stats, None, problems))
 
 
 def _sums(count: int) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,7 @@ def _sums(count: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: Tensor | None) -> Tensor:
     """scale * value(code) in the plan's dtype; the codes (integers in range) and the scale are the caller's to check."""
     loops, run_on_threads, _ = _machinery()
     source = codes if codes.is_contiguous() or is_dense(codes) else codes.contiguous()

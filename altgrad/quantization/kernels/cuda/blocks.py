@@ -19,7 +19,7 @@ from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import Family, family_of
 from altgrad.quantization.block_layout import BlockLayout
-from altgrad.quantization.codec import code_dtype, stored_scale_dtype, value_tensor
+from altgrad.quantization.codec import code_dtype, scale_values, stored_scale_dtype, value_tensor
 from altgrad.quantization.kernels.cuda.bits import (
     ADDITION,
     MODES,
@@ -397,9 +397,10 @@ def _decode(
     tl.store(out + index, narrow(value, out.dtype.element_ty), mask=valid)
 
 
-def decode(plan: Plan, codes: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+def decode(plan: Plan, codes: Tensor, scale: Tensor, upper: Tensor | None, out: Tensor | None) -> Tensor:
     """Element values times their block's multiplier; as `kernels.eager.blocks.decode`, bit for bit."""
-    codes, scale, layout = codes.contiguous(), scale.contiguous(), plan.layout(codes.shape)
+    scale = scale_values(scale, plan.format, upper).contiguous()
+    codes, layout = codes.contiguous(), plan.layout(codes.shape)
     direct = out is not None and out.is_contiguous()
     written = out if direct else torch.empty(codes.shape, dtype=plan.dtype, device=codes.device)
     values = _device_values(plan.format.element, codes.device)

@@ -168,7 +168,7 @@ def run(
     return Quantized(target, coded, None, stats, None, found)
 
 
-def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: Tensor | None) -> Tensor:
     """scale * value(code) in the plan's dtype; as `cpu.scalar.decode`."""
     source = codes.contiguous()
     fits = out is not None and out.is_contiguous()

@@ -116,9 +116,10 @@ def run(
 
 
 @unflushed
-def decode(plan: Plan, codes: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
-    """Element values times their block's scale (float32 multipliers, one per block)."""
+def decode(plan: Plan, codes: Tensor, scale: Tensor, upper: Tensor | None, out: Tensor | None) -> Tensor:
+    """Element values times their block's multiplier: its stored scale's value, times the tensor scale `upper`."""
     layout = plan.layout(codes.shape)
+    scale = scale_values(scale, plan.format, upper)
     values = value_tensor(plan.format.element, plan.compute_dtype, codes.device)[codes.to(torch.int64)]
     spreaded = spread(scale.reshape(layout.grid), layout).reshape(codes.shape)
     result = (values * spreaded.to(plan.compute_dtype)).to(plan.dtype)

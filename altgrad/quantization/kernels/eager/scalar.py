@@ -137,7 +137,7 @@ def run(
 
 
 @unflushed
-def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: Tensor | None) -> Tensor:
     """scale * value(code), by a table of values."""
     table = value_tensor(plan.format, plan.compute_dtype, codes.device)
     result = (table[codes.to(torch.int64)] * scale).to(plan.dtype)

@@ -189,7 +189,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
     return Quantized(value if plan.values else None, coded, None, stats, None, problems)
 
 
-def decode(plan: Plan, codes: Tensor, scale: Tensor | float, out: Tensor | None) -> Tensor:
+def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: Tensor | None) -> Tensor:
     """scale * value(code), by indexing the table of values."""
     values = torch.from_numpy(np.asarray(value_table(plan.format)[codes.numpy()])).to(plan.compute_dtype)
     result = (values * scale).to(plan.dtype)
