@@ -157,8 +157,8 @@ class Cast:
                 raise FormatError(
                     f"{self.format} is a scale format without zero; put an element format such as E4M3 on a tensor"
                 )
-        if want & CODES:
-            check_encodable(self.grid, self.overflow, raises=not want & VALUES)
+        if want & CODES and not want & VALUES:
+            check_encodable(self.grid, self.overflow)
         if not want:
             value_table(self.grid)  # refuses formats of more values than can be listed
         return kernel_name(self.format, dtype, device, kernel)
@@ -295,9 +295,9 @@ class Cast:
             scale, _ = check_call(codes, scale, None, out, False, plan.upper, dtype, decodes=True)
         if out is not None:
             if needs_a_detour(out, codes, scale):
-                return out.copy_(plan.decode(plan, codes, scale, upper, None))
+                return out.copy_(plan.kernel.decode(plan, codes, scale, upper, None))
             written(out)
-        return plan.decode(plan, codes, scale, upper, out)
+        return plan.kernel.decode(plan, codes, scale, upper, out)
 
     def _check_stored(self, plan: Plan, codes: Tensor, stored: Any, upper: Any) -> Tensor | None:
         """Refuse what are no stored scales of a block format for these codes; returns the upper scale as float32.

@@ -309,16 +309,12 @@ def key_words(key: tuple[int, int]) -> tuple[int, int]:
     return seed - 2**64 if seed >= 2**63 else seed, stream - 2**64 if stream >= 2**63 else stream
 
 
-def check_encodable(fmt: FloatFormat, overflow: Overflow, *, raises: bool) -> None:
-    """Refuse codes that int32 has no room for, and where the call `raises`, policies whose results have no code.
+def check_encodable(fmt: FloatFormat, overflow: Overflow) -> None:
+    """Refuse overflow policies whose results have no code in the format.
 
     Raises:
-        CodeError: a format of 32 bits; `inf` for a format without inf, `nan` for one without NaN.
+        CodeError: `inf` for a format without inf, `nan` for one without NaN.
     """
-    if fmt.bits > 31:
-        raise CodeError(f"codes of {fmt} take {fmt.bits} bits and codes are int32; quantize without encoding")
-    if not raises:
-        return
     if (overflow is Overflow.INF and not fmt.has_inf) or (overflow is Overflow.NAN and not fmt.has_nan):
         raise CodeError(
             f'{fmt} has no code for {overflow.value}; encode with overflow="saturate", or quantize without encoding'

@@ -50,7 +50,6 @@ class Plan:
     upper: bool | None = field(init=False)
     scale_dtype: torch.dtype | None = field(init=False)
     run: Callable = field(init=False)
-    decode: Callable = field(init=False)
     prepared: Any = field(init=False, default=None)
     shapes: dict = field(init=False, default_factory=dict)
     layouts: dict = field(init=False, default_factory=dict)
@@ -60,7 +59,7 @@ class Plan:
         is_block = isinstance(self.format, BlockFormat)
         self.upper = self.format.tensor_scale if is_block else None
         self.scale_dtype = stored_scale_dtype(self.format) if is_block else None
-        self.run, self.decode = self.kernel.run, self.kernel.decode
+        self.run = self.kernel.run
 
     @property
     def compute_dtype(self) -> torch.dtype:

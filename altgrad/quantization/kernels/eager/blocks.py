@@ -91,7 +91,7 @@ def round_blocks(
 
 
 def codes_of(payload: Tensor, element_scales: Tensor, element: FloatFormat) -> Tensor:
-    """Element codes (int32), 0 under a NaN scale (OCP MX 1.0, 5.1: the block is NaN whatever its elements); -1 for none."""
+    """Element codes (int64), 0 under a NaN scale (OCP MX 1.0, 5.1: the block is NaN whatever its elements); -1 for none."""
     return torch.where(torch.isnan(element_scales), 0, eager.payload_codes(payload, element))
 
 

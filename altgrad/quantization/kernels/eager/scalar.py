@@ -145,7 +145,7 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: T
 
 
 def payload_codes(payload: Tensor, fmt: FloatFormat) -> Tensor:
-    """Codes (int32) of float64 grid values; inf and NaN get their codes, -1 where the format has none."""
+    """Codes (int64) of float64 grid values; inf and NaN get their codes, -1 where the format has none."""
     magnitude = payload.abs()
     finite = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
     exponent = torch.where(finite == 0, fmt.emin, torch.frexp(finite)[1].to(torch.int64) - 1)
@@ -165,8 +165,7 @@ def payload_codes(payload: Tensor, fmt: FloatFormat) -> Tensor:
         if not fmt.has_negative_zero:
             signed = signed & (code > 0)
         code = torch.where(signed, code + sign_bit, code)
-    code = torch.where(torch.isnan(payload), nan_code(fmt), code)
-    return code.to(torch.int32)
+    return torch.where(torch.isnan(payload), nan_code(fmt), code)
 
 
 def nan_code(fmt: FloatFormat) -> int:
