@@ -36,6 +36,7 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import Overflow, Rounding, as_option
 from altgrad.formats.scalar import FloatFormat, format_from_spec
 from altgrad.jit.subnormals import flushed, gradual_underflow
+from altgrad.quantization import cast_text
 from altgrad.quantization.block_layout import BlockLayout, block_layout
 from altgrad.quantization.checks import (
     as_key,
@@ -46,6 +47,8 @@ from altgrad.quantization.checks import (
     check_dtype,
     check_encodable,
     check_problems,
+    check_scale_shape,
+    check_stored_scales,
     hides_from_tracers,
     traced,
 )
@@ -53,9 +56,7 @@ from altgrad.quantization.codec import check_codes, check_integers, value_table
 from altgrad.quantization.kernels.choose import check_kernel, kernel_name, load
 from altgrad.quantization.memory import (
     check_beside,
-    check_dense,
     detached,
-    is_unusual,
     needs_a_detour,
     readable,
     written,
@@ -109,7 +110,7 @@ class Cast:
             )
         element = self.format.element if self.is_block else self.format
         put(self, "grid", element if self.subnormals else element.without_subnormals())
-        put(self, "spec", _written(self))
+        put(self, "spec", cast_text.written(self))
 
     @property
     def is_block(self) -> bool:
@@ -137,7 +138,7 @@ class Cast:
         """
         name, bracket, options = text.rpartition("(") if text.endswith(")") else (text, "", "")
         read = block_format_from_spec if ";" in name else format_from_spec if "|" in name else get_format
-        return Cast(read(name), **dict(_option(word) for word in options[:-1].split(",") if bracket))
+        return Cast(read(name), **dict(cast_text.option(word) for word in options[:-1].split(",") if bracket))
 
     # -- plans ----------------------------------------------------------------------------------------------------
 
@@ -290,7 +291,7 @@ class Cast:
             plan = self.plan(dtype, codes.device, Want(0), kernel)
         check_codes(codes, plan.grid)
         if plan.upper is not None:
-            upper = self._check_stored(plan, codes, scale, upper)
+            upper = check_stored_scales(codes, scale, upper, self.format, plan.layout(codes.shape))
         if plan.upper is None or out is not None:
             scale, _ = check_call(codes, scale, None, out, False, plan.upper, dtype, decodes=True)
         if out is not None:
@@ -298,32 +299,6 @@ class Cast:
                 return out.copy_(plan.kernel.decode(plan, codes, scale, upper, None))
             written(out)
         return plan.kernel.decode(plan, codes, scale, upper, out)
-
-    def _check_stored(self, plan: Plan, codes: Tensor, stored: Any, upper: Any) -> Tensor | None:
-        """Refuse what are no stored scales of a block format for these codes; returns the upper scale as float32.
-
-        Raises:
-            ScaleError: not of the dtype that the format stores, or on another device than the codes; CodeError,
-            BlockError: codes out of range, or shapes that do not belong to each other.
-        """
-        for name, given in (("scales", stored),) if upper is None else (("scales", stored), ("tensor_scale", upper)):
-            if at_hand(given) and given.device == codes.device:
-                continue
-            check_dense(given, name, ScaleError)
-            if given.device != codes.device or given.is_meta or (given.numel() and is_unusual(given)):
-                raise ScaleError(f"{name} are on {given.device}, the codes on {codes.device}; pass both on one device")
-        if stored.dtype != plan.scale_dtype:
-            raise ScaleError(f"scales have dtype {stored.dtype}; {self.format} stores {plan.scale_dtype} (from encode)")
-        _check_fit(plan.layout(codes.shape), self, codes.shape, stored.shape)
-        if not self.format.has_float_scale:
-            check_codes(stored, self.format.scale_format)
-        if upper is None or (upper.dtype == torch.float32 and not upper.ndim):
-            return upper
-        if not upper.dtype.is_floating_point or upper.numel() != 1:
-            raise ScaleError(
-                f"tensor_scale is {upper.dtype} {list(upper.shape)}; {self.format} has one float32 number (from encode)"
-            )
-        return upper.reshape(()).to(torch.float32)
 
     def layout(self, shape: torch.Size) -> BlockLayout:
         """Where the blocks lie in a tensor of that shape."""
@@ -335,15 +310,7 @@ class Cast:
         Raises:
             BlockError: their shapes do not belong to each other.
         """
-        _check_fit(self.layout(codes), self, codes, scales)
-
-
-def _check_fit(layout: BlockLayout, cast: Cast, codes: torch.Size, scales: torch.Size) -> None:
-    if scales != layout.scale_shape:
-        raise BlockError(
-            f"scales of shape {list(scales)} for codes of shape {list(codes)}; {cast.format} along axis {cast.axis} "
-            f"has {list(layout.scale_shape)}"
-        )
+        check_scale_shape(codes, scales, self.format, self.layout(codes))
 
 
 def _last_step_may_overflow(plan: Plan, scale: Any, found: Quantized) -> bool:
@@ -513,47 +480,3 @@ def cast_for(
     if type(random_bits) is not int or type(axis) is not int:  # 1.0 equals 1, and is no axis
         return Cast(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)  # type: ignore[arg-type]
     return found
-
-
-def _written(cast: Cast) -> str:
-    """The text of a cast: the format, and in parentheses what differs from the defaults."""
-    words = [
-        (cast.rounding is not Rounding.NEAREST_EVEN, cast.rounding.value),
-        (cast.overflow is not Overflow.NATIVE, cast.overflow.value),
-        (not cast.subnormals, "no_subnormals"),
-        (cast.clamp, "clamp"),
-        (cast.random_bits != 24, f"random_bits={cast.random_bits}"),
-        (cast.axis != -1, f"axis={cast.axis}"),
-        (cast.pad, "pad"),
-    ]
-    shown = ",".join(word for there, word in words if there)
-    name = _format_text(cast.format)
-    return f"{name}({shown})" if shown else name
-
-
-def _format_text(fmt: FloatFormat | BlockFormat) -> str:
-    """The format's name where the catalog has it under that name, else its facts."""
-    try:
-        known = get_format(fmt.name) == fmt
-    except FormatError:
-        known = False
-    return fmt.name if known else fmt.spec
-
-
-_WORDS: dict[str, tuple[str, Any]] = {
-    **{mode.value: ("rounding", mode) for mode in Rounding},
-    **{policy.value: ("overflow", policy) for policy in Overflow},
-    "no_subnormals": ("subnormals", False),
-    "clamp": ("clamp", True),
-    "pad": ("pad", True),
-}
-
-
-def _option(word: str) -> tuple[str, Any]:
-    word = word.strip()
-    name, equals, number = word.partition("=")
-    if equals and name in ("random_bits", "axis") and number.lstrip("-").isdecimal():
-        return name, int(number)
-    if word not in _WORDS:
-        raise OptionError(f"{word!r} is no option of a cast; use random_bits=N, axis=N, {', '.join(_WORDS)}")
-    return _WORDS[word]

@@ -17,15 +17,18 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from altgrad.errors import CodeError, DtypeError, OptionError, RandomKeyError, ScaleError
+from altgrad.errors import BlockError, CodeError, DtypeError, OptionError, RandomKeyError, ScaleError
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM
 from altgrad.jit.subnormals import unflushed
+from altgrad.quantization.block_layout import BlockLayout
+from altgrad.quantization.codec import check_codes, stored_scale_dtype
 from altgrad.quantization.memory import (
     PLAIN_TYPES,
     check_beside,
+    check_dense,
     check_writable,
     detached,
     is_unusual,
@@ -331,4 +334,45 @@ def check_problems(problems: int | Tensor, fmt: FloatFormat | BlockFormat) -> No
         bad = "inf" if problems >= INF_PROBLEM else "NaN"
         raise CodeError(
             f"{fmt} has no code for {bad}; remove it first, or quantize (which keeps it) instead of encoding"
+        )
+
+
+def check_stored_scales(
+    codes: Tensor, stored: Tensor, upper: Tensor | None, fmt: BlockFormat, layout: BlockLayout
+) -> Tensor | None:
+    """Refuse what are no stored scales of a block format for these codes; returns the upper scale as 0-d float32.
+
+    Raises:
+        ScaleError: not of the dtype that the format stores, or on another device than the codes; CodeError, BlockError:
+        codes out of range, or shapes that do not belong to each other.
+    """
+    for name, given in (("scales", stored),) if upper is None else (("scales", stored), ("tensor_scale", upper)):
+        if at_hand(given) and given.device == codes.device:
+            continue
+        check_dense(given, name, ScaleError)
+        if given.device != codes.device or given.is_meta or (given.numel() and is_unusual(given)):
+            raise ScaleError(f"{name} are on {given.device}, the codes on {codes.device}; pass both on one device")
+    if stored.dtype != stored_scale_dtype(fmt):
+        raise ScaleError(f"scales have dtype {stored.dtype}; {fmt} stores {stored_scale_dtype(fmt)} (from encode)")
+    check_scale_shape(codes.shape, stored.shape, fmt, layout)
+    if not fmt.has_float_scale:
+        check_codes(stored, fmt.scale_format)
+    if upper is None or (upper.dtype == torch.float32 and not upper.ndim):
+        return upper
+    if not upper.dtype.is_floating_point or upper.numel() != 1:
+        raise ScaleError(
+            f"tensor_scale is {upper.dtype} {list(upper.shape)}; {fmt} has one float32 number (from encode)"
+        )
+    return upper.reshape(()).to(torch.float32)
+
+
+def check_scale_shape(codes: torch.Size, scales: torch.Size, fmt: BlockFormat, layout: BlockLayout) -> None:
+    """Refuse stored scales that do not fit the codes of a block format.
+
+    Raises:
+        BlockError: their shapes do not belong to each other.
+    """
+    if scales != layout.scale_shape:
+        raise BlockError(
+            f"scales of shape {list(scales)} for codes of shape {list(codes)}; {fmt} has {list(layout.scale_shape)}"
         )

@@ -17,7 +17,6 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.block_layout import BlockLayout, block_layout
-from altgrad.quantization.codec import stored_scale_dtype
 
 SHAPES_KEPT = 256  # of one plan; dynamic shapes must not grow it without end
 
@@ -29,7 +28,6 @@ class Plan:
     format: as the cast has it. grid: the scalar format that elements are rounded to, without subnormals where they are
     off. dtype: of x and of the values. values, codes, stats: which outputs are wanted; none of them for a plan of
     `decode`. upper: None for scalar formats, else whether one scale of the tensor lies above the blocks' scales.
-    scale_dtype: what the scales of blocks are stored in.
     """
 
     format: Any
@@ -48,7 +46,6 @@ class Plan:
     kernel: ModuleType
     draws: bool = field(init=False)
     upper: bool | None = field(init=False)
-    scale_dtype: torch.dtype | None = field(init=False)
     run: Callable = field(init=False)
     prepared: Any = field(init=False, default=None)
     shapes: dict = field(init=False, default_factory=dict)
@@ -58,7 +55,6 @@ class Plan:
         self.draws = self.rounding is Rounding.STOCHASTIC
         is_block = isinstance(self.format, BlockFormat)
         self.upper = self.format.tensor_scale if is_block else None
-        self.scale_dtype = stored_scale_dtype(self.format) if is_block else None
         self.run = self.kernel.run
 
     @property

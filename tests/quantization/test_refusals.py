@@ -1,8 +1,15 @@
 """What makes no sense is refused with value, limit and remedy; names work where formats do."""
 
+from collections import Counter
+from dataclasses import replace
+from math import inf
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from altgrad import quantization
 from altgrad.errors import (
@@ -29,7 +36,9 @@ from altgrad.quantization import (
     quantize,
     scale_from_amax,
 )
-from benchmarks.fuzz_quantization import FAULTS, run
+from altgrad.quantization.cast import Cast
+from altgrad.quantization.quantized import Want
+from benchmarks.fuzz_quantization import FAULTS, kept, run
 from tests.quantization.oracles import assert_same_bits
 
 
@@ -145,10 +154,187 @@ def test_stochastic_rounding_takes_numpy_and_bounded_python_integers():
     assert_same_bits(quantize(x, "E4M3", rounding="stochastic", key=[7, 9]), expected)
 
 
-def test_a_sample_of_drawn_calls_is_right_or_refused():
-    verdicts, faults = run(count=250, seed=1, workers=1)
-    assert not faults, faults
+def test_a_sample_of_drawn_calls_is_right_or_refused_and_kept(tmp_path):
+    lines = run(count=250, seed=1, workers=1, folder=tmp_path)
+    assert not [line.fault for line in lines if line.fault]
+    verdicts = Counter(line.verdict for line in lines)
     assert verdicts["bits"] > 100
     assert verdicts["refused"] > 30
     assert not any(verdicts[name] for name in FAULTS)
-    assert sum(verdicts.values()) == 250
+    assert [line.index for line in lines] == list(range(250))
+    (path,) = tmp_path.iterdir()
+    text = path.read_text()
+    path.write_text(
+        text[: text.rindex("248 ")] + '248 {"index": 248, "verdict": "crash", "words": "exit status -11"}\n249 '
+    )
+    assert [line.index for line in kept(path)] == list(range(249))  # the torn line is none
+    assert run(count=250, seed=1, workers=1, folder=tmp_path, again=True) == lines
+
+
+# -- memory: storages that end before their tensor does -------------------------------------------------------------
+
+
+def shrunk(x: torch.Tensor, bytes_less: int = 1) -> torch.Tensor:
+    """x in a storage that lacks its last bytes."""
+    x = x.clone()
+    x.untyped_storage().resize_(x.nbytes - bytes_less)
+    return x
+
+
+def every_second(x: torch.Tensor) -> torch.Tensor:
+    """Every second element of a storage that ends before the last of them."""
+    view = torch.stack([x, x], -1)[..., 0]
+    view.untyped_storage().resize_(8 * x.numel() - 8)
+    return view
+
+
+class Named(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+ALL = Want.VALUES | Want.CODES | Want.STATS
+CHANNELS = shrunk(torch.ones(32))
+PACKED = encode(draws(4, 32), "NVFP4")
+SHORT = {
+    "x": lambda x: quantize(shrunk(x), "E4M3"),
+    "x, all of it": lambda x: quantize(shrunk(x, x.nbytes), "MXFP8"),
+    "every second element": lambda x: encode(every_second(x), "E4M3"),
+    "a subclass": lambda x: quantize(shrunk(x).as_subclass(Named), "E4M3"),
+    "amax": lambda x: amax(shrunk(x)),
+    "amax of channels": lambda x: amax(shrunk(x), 0),
+    "diagnostics": lambda x: grid_spacing(shrunk(x), "E4M3"),
+    "scale": lambda x: quantize(x, "E4M3", shrunk(torch.tensor(0.5))),
+    "scale of channels": lambda x: quantize(x, "E4M3", shrunk(torch.ones(32))),
+    "scale in traced code": lambda x: torch.func.functionalize(lambda t: quantize(t, "E4M3", shrunk(torch.ones(32))))(
+        x
+    ),
+    "tensor scale": lambda x: quantize(x, "NVFP4", shrunk(torch.tensor(0.5))),
+    "key": lambda x: quantize(x, "E4M3", rounding="stochastic", key=shrunk(torch.tensor([1, 2]))),
+    "out": lambda x: quantize(x, "E4M3", out=shrunk(x)),
+    "out in traced code": lambda x: quantize(x.as_subclass(Named), "E4M3", out=shrunk(x)),
+    "codes": lambda x: decode(shrunk(encode(x, "E4M3")), "E4M3"),
+    "codes of blocks": lambda x: decode(replace(PACKED, codes=shrunk(PACKED.codes))),
+    "scales of blocks": lambda x: decode(replace(PACKED, scales=shrunk(PACKED.scales))),
+    "tensor scale of blocks": lambda x: decode(replace(PACKED, tensor_scale=shrunk(torch.tensor(0.5)))),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(name):
+    with pytest.raises(AltGradError, match=r"storage|pass both on one device"):
+        SHORT[name](draws(4, 32))
+
+
+def test_views_with_all_their_memory_are_as_good_as_copies():
+    wide = draws(40, 64)
+    for view in (wide[3:, ::2], wide[5:9].T, wide[0].expand(7, 64), wide[-1:], wide.view(-1).unfold(0, 5, 2)):
+        assert_same_bits(quantize(view, "E4M3"), quantize(view.clone(memory_format=torch.contiguous_format), "E4M3"))
+
+
+# -- what stands beside x -------------------------------------------------------------------------------------------
+
+
+def leaked():
+    """A wrapper that outlived its vmap."""
+    kept = []
+    torch.vmap(lambda t: kept.append(t) or t)(torch.ones(2))
+    return kept[0]
+
+
+STRAY = {
+    "a fake scale under vmap": lambda x: torch.vmap(lambda t: quantize(t, "E4M3", FakeTensorMode().from_tensor(HALF)))(
+        x
+    ),
+    "a leaked scale": lambda x: torch.func.functionalize(lambda t: quantize(t, "E4M3", leaked()))(x),
+    "a scale of nan beside a subclass": lambda x: grid_spacing(
+        x.as_subclass(Named), "E4M3", torch.tensor(float("nan"))
+    ),
+    "a scale of nan beside a meta tensor": lambda x: quantize(x.to("meta"), "E4M3", torch.tensor(float("nan"))),
+    "a meta key": lambda x: encode(
+        x.as_subclass(Named), "E4M3", rounding="stochastic", key=torch.ones(2, dtype=torch.int64, device="meta")
+    ),
+    "an out of another type": lambda x: quantize(x.as_subclass(Named), "E4M3", out=TwoTensor(x.clone(), x.clone())),
+    "an out that shares memory": lambda x: quantize(x.as_subclass(Named), "E4M3", out=x[:1].expand(4, 32)),
+    "codes of another shape": lambda x: decode(replace(PACKED, codes=PACKED.codes[:1], scales=PACKED.scales[:1])),
+}
+HALF = torch.tensor(0.5)
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_what_does_not_belong_to_x_is_refused(name):
+    with pytest.raises(AltGradError):
+        STRAY[name](draws(4, 32))
+
+
+def test_subclasses_beside_one_another_and_in_inference_mode_are_taken_as_their_values():
+    x = draws(4, 32)
+    two, named = TwoTensor(x.clone(), x.clone()), torch.tensor(0.5).as_subclass(Named)
+    assert_same_bits(quantize(two, "E4M3", named).a, quantize(x, "E4M3", 0.5))
+    with torch.inference_mode():
+        assert_same_bits(quantize(two, "E4M3").a, quantize(x, "E4M3"))
+        assert_same_bits(amax(two).a, amax(x))
+
+
+# -- traced calls ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [quantize, encode, lambda x, fmt: quantize(x, fmt, 2.0**-130)])
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_traced_call_on_a_subclass_reads_its_argument(call, flush):
+    x = draws(64)
+    try:
+        assert torch.set_flush_denormal(flush) or not flush
+        graph = make_fx(lambda t: call(t, "E4M3"))(torch.zeros_like(x).as_subclass(Named))
+        found = graph(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found.as_subclass(torch.Tensor), call(x, "E4M3"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"random_bits": -1}, {"overflow": []}, {"scale": 1j}, {"scale": {}}, {"kernel": "fpga"}, {"fmt": "E99M1"}],
+)
+def test_a_compiled_call_raises_the_error_of_the_plain_one(options):
+    given = {"fmt": "E4M3", **options}
+    torch._dynamo.reset()
+    with pytest.raises(AltGradError) as plain:
+        encode(draws(8), **given)
+    with pytest.raises(AltGradError) as compiled:
+        torch.compile(lambda x: encode(x, **given), backend="eager")(draws(8))
+    assert str(compiled.value) == str(plain.value)
+
+
+def test_a_numpy_number_is_a_scale_in_compiled_code_too():
+    x, scale = draws(8), np.float32(0.3)
+    torch._dynamo.reset()
+    found = torch.compile(lambda t: quantize(t, "E4M3", scale), backend="eager", fullgraph=True)(x)
+    assert_same_bits(found, quantize(x, "E4M3", scale))
+
+
+# -- codes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["E4M3", "E2M13", "E2M1"])
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic", "up"])
+def test_an_overflow_without_a_code_has_code_0_and_is_told(name, rounding):
+    x = torch.tensor([-1e6, 1e6, -1.0, 1.0, 0.0])
+    cast = Cast(name, rounding=rounding, overflow="inf")
+    for dtype in (torch.float32, torch.float64):
+        found = [cast(x.to(dtype), key=(1, 2), want=ALL, kernel=kernel) for kernel in ("cpu", "eager", "reference")]
+        for each in found:
+            assert each.codes[:2].tolist() == [0, 0]
+            assert each.problems
+            assert torch.equal(each.codes, found[0].codes)
+
+
+def test_codes_of_32_bits_are_the_bit_patterns():
+    x = torch.cat([draws(64), torch.tensor([-0.0, inf, -inf])])
+    for kernel in ("cpu", "eager"):
+        assert torch.equal(encode(x, "FP32", kernel=kernel), x.view(torch.int32))
+
+
+def test_indices_of_one_byte_serve_wide_formats():
+    index = torch.tensor([0, 1, 255], dtype=torch.uint8)
+    assert from_code_index(index, "BF16").tolist() == [0, 1, 255]
+    assert from_code_index(torch.tensor([2**40, -(2**40)]), "E4M3").tolist() == [126, 254]
