@@ -206,7 +206,7 @@ class Cast:
     ) -> Quantized:
         """Values, codes and statistics of x in one pass; arguments, edge values and errors as for `quantize`."""
         if not at_hand(x):
-            x = x if torch.compiler.is_compiling() else readable(x)
+            x = readable(x)
             if traced(x) or x.is_meta:
                 return call_traced(self.spec, x, scale, key, out, want, kernel)
         return self.run(x, scale, key, out, want, kernel)
@@ -266,7 +266,7 @@ class Cast:
         if not isinstance(dtype, torch.dtype):
             raise DtypeError(f"dtype {dtype!r} is no torch.dtype; pass torch.float32, float64, bfloat16 or float16")
         if not at_hand(codes):
-            plain: Any = codes if torch.compiler.is_compiling() else readable(codes, "codes", CodeError)
+            plain: Any = readable(codes, "codes", CodeError)
             if traced(plain) or plain.is_meta:
                 return decode_traced(self.spec, plain, scale, upper, dtype, out, kernel)
             codes = plain

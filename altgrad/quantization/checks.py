@@ -136,7 +136,7 @@ def check_scale(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor 
     if isinstance(scale, Tensor):
         return _scale_tensor(x, scale, wide)
     if torch.compiler.is_compiling() and isinstance(scale, np.ndarray):  # a NumPy number, to the compiler
-        return _scale_tensor(x, torch.as_tensor(scale), wide)
+        return _scale_tensor(x, torch.as_tensor(scale, device="cpu"), wide)
     if not isinstance(scale, Real):
         raise ScaleError(f"scale is a {type(scale).__name__}; pass one positive number, or a floating tensor")
     if torch.compiler.is_compiling():  # the operator checks the number when it runs

@@ -32,11 +32,13 @@ def is_unusual(x: Tensor) -> bool:
 
 
 def readable(x: Tensor, name: str = "x", error: type[AltGradError] = DtypeError) -> Tensor:
-    """The tensor with its values in memory: lazy negation and efficient zeros are carried out.
+    """The tensor with its values in memory: lazy negation and efficient zeros are carried out. In a graph, x.
 
     Raises:
         error: no tensor, not dense, outside of the transform or mode that made it, or its memory is freed.
     """
+    if torch.compiler.is_compiling():
+        return x
     check_dense(x, name, error)
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         _check_alive(x, name, error)
@@ -73,7 +75,7 @@ def check_storage(x: Tensor, name: str = "x", error: type[AltGradError] = DtypeE
     Raises:
         error: with the bytes that the elements take and those that the storage has.
     """
-    if x.is_meta or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if torch.compiler.is_compiling() or x.is_meta or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x) or x._is_zerotensor():
         return

@@ -43,7 +43,7 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
         DtypeError: x is no dense floating tensor. OptionError: an axis that x does not have.
     """
     plain = not traced(x)
-    if (not plain or is_unusual(x)) and not torch.compiler.is_compiling():
+    if not plain or is_unusual(x):
         x = readable(x)
     if x.dtype not in FLOAT_DTYPES:
         raise DtypeError(f"amax of a tensor of dtype {x.dtype}; cast it to float32, float64, bfloat16 or float16 first")
@@ -104,8 +104,7 @@ def scale_from_amax(amax: Tensor, fmt: FloatFormat | str, *, power_of_two: bool 
     Raises:
         ScaleError: amax is no floating tensor. FormatError: fmt is no scalar format, nor the name of one.
     """
-    if not torch.compiler.is_compiling():
-        amax = readable(amax, "amax", ScaleError)
+    amax = readable(amax, "amax", ScaleError)
     if not amax.is_floating_point():
         raise ScaleError(f"amax has dtype {amax.dtype}; pass the floating tensor that altgrad.quantization.amax gives")
     # CUDA turns division by a Python number into a product with its reciprocal

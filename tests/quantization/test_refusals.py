@@ -205,9 +205,7 @@ SHORT = {
     "diagnostics": lambda x: grid_spacing(shrunk(x), "E4M3"),
     "scale": lambda x: quantize(x, "E4M3", shrunk(torch.tensor(0.5))),
     "scale of channels": lambda x: quantize(x, "E4M3", shrunk(torch.ones(32))),
-    "scale in traced code": lambda x: torch.func.functionalize(lambda t: quantize(t, "E4M3", shrunk(torch.ones(32))))(
-        x
-    ),
+    "scale in traced code": lambda x: torch.func.functionalize(lambda t: quantize(t, "E4M3", CHANNELS))(x),
     "tensor scale": lambda x: quantize(x, "NVFP4", shrunk(torch.tensor(0.5))),
     "key": lambda x: quantize(x, "E4M3", rounding="stochastic", key=shrunk(torch.tensor([1, 2]))),
     "out": lambda x: quantize(x, "E4M3", out=shrunk(x)),
