@@ -188,7 +188,8 @@ def only(seed: int, index: int) -> None:
 def summary(lines: list[Line], seed: int, seconds: float) -> str:
     """The one line that the documents quote."""
     verdicts = Counter(line.verdict for line in lines)
-    present = sum(line.sources == sources_hash() for line in lines)
+    sources = sources_hash()
+    present = sum(line.sources == sources for line in lines)
     words = ", ".join(f"{name} {verdicts[name]}" for name in (*RIGHT, *FAULTS))
     return f"{len(lines)} calls ({present} by the present sources), seed {seed}, {seconds:.0f} s: {words}"
 

@@ -68,7 +68,7 @@ def grid_spacing(weights: Tensor, format: FloatFormat | str, scale: Tensor | flo
     w = _floating(weights)
     fmt = _scalar(format)
     work = w if w.dtype == torch.float64 else w.float()
-    check_scale(w, scale, w.dtype)
+    scale = check_scale(w, scale, w.dtype)
     y = work / scale
     exponent = torch.where(y == 0, fmt.emin, floor_log2(y)).clamp(min=fmt.emin)
     if fmt.bias is None:

@@ -117,10 +117,10 @@ def check_beside(given: Tensor, x: Tensor, name: str, error: type[AltGradError])
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    """The tensor under the wrappers of torch.func."""
+    """The tensor under the wrappers of torch.func and of functionalization."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
-    return x
+    return torch._from_functional_tensor(x) if torch._is_functional_tensor(x) else x
 
 
 def _active_fake_mode() -> object:
@@ -160,12 +160,13 @@ def check_writable(out: Tensor, x: Tensor, dtype: torch.dtype, *, is_traced: boo
         raise DtypeError("elements of out share memory (an expanded or overlapping view); write to a clone")
     if type(out) not in PLAIN_TYPES and not (is_traced and type(out) is type(x)):
         raise DtypeError(f"out is a {type(out).__name__} and x a {type(x).__name__}; pass a plain tensor as out")
-    if is_traced:
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(out) or torch._is_functional_tensor(out) or out._is_zerotensor():
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(out) or torch._is_functional_tensor(out)
+    if out._is_zerotensor() or (wrapped and not (is_traced and _unwrapped(x) is not x)):
         raise DtypeError(
             "out has no memory of its own to write to (a wrapped or zero tensor); make it by torch.empty_like"
         )
+    if is_traced:
+        return
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise DtypeError("out was made in inference mode; write to it there, or pass a clone")
 

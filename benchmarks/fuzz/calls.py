@@ -184,6 +184,11 @@ def draw_case(seed: int, index: int) -> Case:
     for name in SURROUNDINGS:
         if draw.random() < 0.04 and not (name.startswith("threads") and case.surroundings):
             case.surroundings.append(name)
+    if case.transform == "compile" and "default device meta" in case.surroundings:
+        for (
+            given
+        ) in case.arguments.values():  # torch's compiler makes a tensor of a NumPy number, without its value there
+            given.value = float(given.value) if isinstance(given.value, np.floating) else given.value
     if case.transform == "none" and draw.random() < 0.03:
         case.transform = "thread"
     return case

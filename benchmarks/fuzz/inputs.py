@@ -298,7 +298,7 @@ def key(draw: Draw, stochastic: bool) -> Given:
         return Given(words, words, f"key {words}")
     if kind == "tensor":
         return Given(signed, signed, "key tensor")
-    bad = (
+    bad: tuple[Any, ...] = (
         None,
         5,
         (1,),
@@ -311,7 +311,7 @@ def key(draw: Draw, stochastic: bool) -> Given:
         torch.ones(2),
         torch.ones(3),
     )
-    value = draw.choice(
+    value: Any = draw.choice(
         (*bad, signed.to("meta"), signed.int(), {"seed": 1}, (None, 1), _freed(signed), _shrunk(signed))
     )
     words = f"tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.30}"
@@ -375,7 +375,9 @@ def out(draw: Draw, x: Given) -> Given | None:
         x.value, x.plain = base[:-1], base[:-1].clone()
         return Given(base[1:], None, "out overlaps x", ODD)
     if kind == "windows":
-        return Given(_expanded(empty), None, "out with elements that share memory", ODD if p.numel() < 2 else BAD)
+        return Given(
+            _expanded(empty), None, "out with elements that share memory", ODD if p.numel() < 2 or len(p) < 2 else BAD
+        )
     if kind == "leaf":
         return Given(empty.requires_grad_(), None, "leaf out", ODD)  # allowed where no gradient is recorded
     if kind == "hollow":

@@ -253,6 +253,9 @@ STRAY = {
     ),
     "an out of another type": lambda x: quantize(x.as_subclass(Named), "E4M3", out=TwoTensor(x.clone(), x.clone())),
     "an out that shares memory": lambda x: quantize(x.as_subclass(Named), "E4M3", out=x[:1].expand(4, 32)),
+    "an out of a transform that x is not in": lambda x: quantize(
+        x.as_subclass(Named), "E4M3", out=torch._to_functional_tensor(x.clone())
+    ),
     "codes of another shape": lambda x: decode(replace(PACKED, codes=PACKED.codes[:1], scales=PACKED.scales[:1])),
 }
 HALF = torch.tensor(0.5)
@@ -268,6 +271,8 @@ def test_subclasses_beside_one_another_and_in_inference_mode_are_taken_as_their_
     x = draws(4, 32)
     two, named = TwoTensor(x.clone(), x.clone()), torch.tensor(0.5).as_subclass(Named)
     assert_same_bits(quantize(two, "E4M3", named).a, quantize(x, "E4M3", 0.5))
+    inferred = torch.inference_mode()(torch.clone)(x)
+    assert torch.equal(grid_spacing(inferred, "E4M3", torch.nn.Parameter(HALF)), grid_spacing(x, "E4M3", 0.5))
     with torch.inference_mode():
         assert_same_bits(quantize(two, "E4M3").a, quantize(x, "E4M3"))
         assert_same_bits(amax(two).a, amax(x))
@@ -301,6 +306,19 @@ def test_a_compiled_call_raises_the_error_of_the_plain_one(options):
     with pytest.raises(AltGradError) as compiled:
         torch.compile(lambda x: encode(x, **given), backend="eager")(draws(8))
     assert str(compiled.value) == str(plain.value)
+
+
+def test_a_graph_made_while_the_thread_flushes_is_one_graph():
+    torch._dynamo.reset()
+    x = draws(8)
+    try:
+        assert torch.set_flush_denormal(True)
+        found = torch.compile(lambda t: decode(encode(t, "E4M3", HALF), "E4M3", 0.5), backend="eager", fullgraph=True)(
+            x
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(found, quantize(x, "E4M3", 0.5))
 
 
 def test_a_numpy_number_is_a_scale_in_compiled_code_too():
