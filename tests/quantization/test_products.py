@@ -50,7 +50,7 @@ def values(operand):
     """Exact values of an operand in float64, without its scale."""
     if operand.blocks is None:
         return decode(operand.codes, operand.fmt, 1.0, dtype=torch.float64)
-    scales = operand.blocks.double()
+    scales = scale_values(operand.blocks, operand.fmt, None).double()
     for axis, times in zip((-2, -1), operand.tile):
         scales = scales.repeat_interleave(times, axis).narrow(axis, 0, operand.codes.shape[axis])
     return decode(operand.codes, operand.fmt.element, 1.0, dtype=torch.float64) * scales
@@ -165,7 +165,7 @@ def test_block_formats_along_the_reduction(name, unit, emulated):
         found = cast(x, want=Want.CODES)
         layout = cast.layout(x.shape)
         scale = 1.0 if found.tensor_scale is None else float(found.tensor_scale)
-        return Codes(found.codes, fmt, scale, scale_values(found.scales, fmt, None), layout[3:5])
+        return Codes(found.codes, fmt, scale, found.scales, layout[3:5])
 
     spread = torch.exp2(torch.randint(-20, 20, (45, 1)).float())
     x, w = torch.randn(45, 100) * spread, torch.randn(100, 37)

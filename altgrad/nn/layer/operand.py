@@ -22,7 +22,6 @@ from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor
 from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.checks import traced
-from altgrad.quantization.codec import scale_values
 from altgrad.quantization.products.multiply import Codes
 from altgrad.quantization.scaling import DelayedState, host_scale
 from altgrad.randomness import stream_base
@@ -236,8 +235,7 @@ class Operand:
         if self.block:
             assert self.cast is not None
             layout, upper = self.cast.layout(codes.shape), float(rest[1]) if len(rest) > 1 else 1.0
-            blocks = scale_values(rest[0], self.fmt, None)
-            return Codes(codes, self.fmt, upper, blocks, (layout.tile_rows, layout.tile_columns)), None
+            return Codes(codes, self.fmt, upper, rest[0], (layout.tile_rows, layout.tile_columns)), None
         if isinstance(scale, Tensor) and scale.numel() > 1:
             largest = float(scale.max())
             return Codes(codes, self.fmt, largest), scale / largest

@@ -26,8 +26,8 @@ MOST_BLOCK_ROWS = 4  # panels of rows in a block: their slices stay in the secon
 class Codes(NamedTuple):
     """A matrix of one-byte codes, or a batch of them, with what makes values of them.
 
-    codes: uint8 [..., rows, columns], in any strides. fmt: its format. scale: multiplies everything. blocks: float32
-    multipliers of a block format's blocks, with one entry for each `tile` (rows, columns) of the last two axes.
+    codes: uint8 [..., rows, columns], in any strides. fmt: its format. scale: multiplies everything. blocks: stored scales
+    of a block format's blocks, uint8, with one entry for each `tile` (rows, columns) of the last two axes.
     """
 
     codes: Tensor
@@ -61,7 +61,7 @@ class _Workspace(threading.local):
 
 
 _workspace = _Workspace()
-_PACKING, _PRODUCT = 17, 12
+_PACKING, _PRODUCT = 18, 12
 _TABLES = struct.Struct(f"{2 * _PACKING + _PRODUCT - 1}qd")
 
 
@@ -77,11 +77,12 @@ def _machinery():
 
 @cache
 def _packing(fmt: FloatFormat | BlockFormat, unit: Unit, by_steps: bool, scaled: bool) -> tuple:
-    """(loop, address of the facts, address of the payloads) of an operand."""
+    """(loop, addresses of the facts, of the payloads and of the values of scales) of an operand."""
     _, panels, _ = _machinery()
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     variant = panels.Variant(panels.UNITS.index(unit), int(decoding_of(element)), by_steps, scaled)
-    return panels.compiled(variant), facts(fmt, unit).ctypes.data, payloads(fmt, unit).ctypes.data
+    scales = payloads(fmt.scale_format, Unit.BF16, 0).ctypes.data if isinstance(fmt, BlockFormat) else 0
+    return panels.compiled(variant), facts(fmt, unit).ctypes.data, payloads(fmt, unit).ctypes.data, scales
 
 
 @cache
@@ -189,7 +190,7 @@ def _row(
     row_axis, step_axis = axes
     sizes, strides = codes.shape[-2:], codes.stride()[-2:]
     by_steps = strides[step_axis] == 1
-    loop, facts_address, payloads_address = _packing(fmt, unit, by_steps, blocks is not None)
+    loop, facts_address, payloads_address, scale_values_address = _packing(fmt, unit, by_steps, blocks is not None)
     scales, scale_strides, scale_batch = 0, (0, 0), 0
     if blocks is not None:
         scales, scale_strides = blocks.data_ptr(), blocks.stride()[-2:]
@@ -200,6 +201,7 @@ def _row(
         facts_address,
         payloads_address,
         scales,
+        scale_values_address,
         sizes[row_axis],
         sizes[step_axis],
         strides[row_axis],

@@ -43,7 +43,8 @@ class Packing(NamedTuple):
     packed: int
     facts: int
     payloads: int
-    scales: int  # float32 multipliers of blocks
+    scales: int  # one-byte codes of the scales of blocks
+    scale_values: int  # float32 of each of them
     rows: int
     steps: int
     row_bytes: int  # from a code to that of the next row, step and matrix
@@ -119,6 +120,18 @@ def _copy(source, count, target, room):
         put_byte(target, i, 0)
 
 
+def _multipliers(p, scales, row, step, count, multipliers):
+    """The scales of `count` neighbouring codes along the reduction."""
+    first, done = scales + row // p.block_rows * p.scale_row, 0
+    block = step // p.block_steps
+    while done < count:
+        stop = min((block + 1) * p.block_steps - step, count)
+        s = load(p.scale_values, load_code(first, block * p.scale_step, 1), FLOAT32)
+        for i in range(done, stop):
+            keep(multipliers, i, s)
+        done, block = stop, block + 1
+
+
 def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
     """A panel of rows whose codes along the reduction are neighbours: decoded row by row, then transposed."""
     lines, padded, multipliers = scratch(BLOCK_BYTES), scratch(64), scratch(1024)
@@ -132,10 +145,7 @@ def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
                 if at + i < p.rows:
                     source = codes + (at + i) * p.row_bytes + (step + done * GROUP_SIZE)
                     if SCALED:
-                        first = scales + 4 * ((at + i) // p.block_rows * p.scale_row)
-                        for j in range(count):
-                            block = (step + done * GROUP_SIZE + j) // p.block_steps
-                            keep(multipliers, j, load(first, block * p.scale_step, FLOAT32))
+                        multiply_by(p, scales, at + i, step + done * GROUP_SIZE, count, multipliers)
                     if count < LANES * GROUP_SIZE:
                         copy(source, count, padded, LANES * GROUP_SIZE)
                         if SCALED:
@@ -163,7 +173,7 @@ def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
                 held = block
                 for i in range(width):
                     place = (row + i) // p.block_rows * p.scale_row + block * p.scale_step
-                    keep(multipliers, i, load(scales, place, FLOAT32))
+                    keep(multipliers, i, load(p.scale_values, load_code(scales, place, 1), FLOAT32))
                 for i in range(width, PANEL):
                     keep(multipliers, i, np.float32(1.0))
         source, line_bytes = codes + at * p.step_bytes + row, p.step_bytes
@@ -188,7 +198,7 @@ def _pack(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
             target = p.packed + ((batch * slices + cut) * panels + panel) * PANEL_BYTES
             here = min(SLICE, words - cut * SLICE)
             first = cut * SLICE * GROUP_SIZE
-            codes_here, scales_here = p.codes + batch * p.batch_bytes, p.scales + 4 * batch * p.scale_batch
+            codes_here, scales_here = p.codes + batch * p.batch_bytes, p.scales + batch * p.scale_batch
             fill(p, facts, codes_here, scales_here, panel * PANEL, first, here, target)
             if p.sums != 0:
                 starts(target, here)
@@ -211,7 +221,8 @@ def compiled(variant: Variant) -> int:
     copy = part(_copy, variant, **given)
     if variant.BY_STEPS:
         decode = part(_decode, variant, inline=True, **given)
-        fill = part(_panel_by_steps, variant, copy=copy, decode=decode, **given)
+        multiply_by = part(_multipliers, variant, **given)
+        fill = part(_panel_by_steps, variant, copy=copy, decode=decode, multiply_by=multiply_by, **given)
     else:
         combine = part(_combine, variant, inline=True, **given)
         fill = part(_panel_by_rows, variant, copy=copy, combine=combine, **given)

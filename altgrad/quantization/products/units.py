@@ -96,11 +96,14 @@ def facts(fmt: FloatFormat | BlockFormat, unit: Unit) -> np.ndarray:
 
 
 @cache
-def payloads(fmt: FloatFormat | BlockFormat, unit: Unit) -> np.ndarray:
-    """payload * 2^p of each of the 256 codes that a byte can name, as float32; NaN beyond the format's codes."""
+def payloads(fmt: FloatFormat | BlockFormat, unit: Unit, p: int | None = None) -> np.ndarray:
+    """payload * 2^p of each of the 256 codes that a byte can name, as float32; NaN beyond the format's codes.
+
+    p: None takes that of the format.
+    """
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     with gradual_underflow():
-        values = np.ldexp(value_table(element), power(fmt, unit)).astype(np.float32)
+        values = np.ldexp(value_table(element), power(fmt, unit) if p is None else p).astype(np.float32)
     values = np.pad(values, (0, 256 - len(values)), constant_values=np.nan)
     values.setflags(write=False)
     return values
