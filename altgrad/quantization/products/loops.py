@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from altgrad.jit.memory import load_word, scratch
+from altgrad.jit.memory import load_word, scratch, store_double
 from altgrad.jit.template import function, loop, part, table_reader
 from altgrad.jit.threads import call_loop
-from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS
-from altgrad.quantization.products.tiles import PANEL_ROWS, TILE_ROWS, put_word, tile, word_at
+from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS, Packing
+from altgrad.quantization.products.tiles import PANEL_ROWS, TILE_ROWS, put_word, store_long, tile, word_at
 
 
 class Variant(NamedTuple):
@@ -130,9 +130,32 @@ def _tile(left, right, words, out, stride, adds, last, factor, bias):
     multiply_tile(left, right, words, out, stride, adds, last, factor, bias)
 
 
-@function(types.void(*[types.int64] * 9))
-def run_all(pack_left, left, left_units, pack_right, right, right_units, multiply, product, units):
-    """Pack both operands and multiply on this thread: loops and their tables by address."""
-    call_loop(pack_left, (left, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, left_units))
-    call_loop(pack_right, (right, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, right_units))
+_TABLE_WORDS = 2 * len(Packing._fields) + len(Product._fields)
+_TABLE_BYTES = 8 * _TABLE_WORDS
+_RIGHT, _PRODUCT = 8 * len(Packing._fields), 16 * len(Packing._fields)
+_CODES, _SCALES, _PACKED = (Packing._fields.index(name) for name in ("codes", "scales", "packed"))
+
+
+@function(types.void(*[types.int64] * 9, types.float64, *[types.int64] * 6))
+def run_all(
+    template, a, a_scales, b, b_scales, left, right, out, bias, factor, pack_left, pack_right, multiply, m, n, units
+):
+    """Pack both operands and multiply on this thread: the tables are those at `template` with the addresses given."""
+    table = scratch(_TABLE_BYTES)
+    for i in range(_TABLE_WORDS):
+        store_long(table, i, np.int64(load_word(np.uint64(0), template, i)))
+    store_long(table, _CODES, a)
+    store_long(table, _SCALES, a_scales)
+    store_long(table, _PACKED, left)
+    store_long(table + _RIGHT, _CODES, b)
+    store_long(table + _RIGHT, _SCALES, b_scales)
+    store_long(table + _RIGHT, _PACKED, right)
+    product = table + _PRODUCT
+    store_long(product, 0, left)
+    store_long(product, 1, right)
+    store_long(product, 2, out)
+    store_long(product, 3, bias)
+    store_double(product, 11, factor)
+    call_loop(pack_left, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, m))
+    call_loop(pack_right, (table + _RIGHT, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, n))
     call_loop(multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))

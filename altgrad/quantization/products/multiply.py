@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -47,8 +46,9 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
-        words = np.zeros(64, np.int64)
-        self.tables, self.address = memoryview(words), words.ctypes.data
+        self.tables = np.zeros(2 * _PACKING + _PRODUCT, np.int64)
+        self.factor = self.tables[-1:].view(np.float64)
+        self.address = self.tables.ctypes.data
 
     def room(self, size: int) -> Tensor:
         """At least `size` bytes."""
@@ -60,9 +60,28 @@ class _Workspace(threading.local):
         return found
 
 
-_workspace = _Workspace()
+class _Plan(NamedTuple):
+    """A product resolved for shapes, strides and formats: all that the loops read but addresses and the factor.
+
+    template: tables of the left, the right and the product, in this order. loops, units: those that pack left and right
+    and multiply, and how much work each has. sizes: bytes of the left operand when packed, and of both.
+    """
+
+    template: np.ndarray
+    address: int  # of the template
+    loops: tuple[int, int, int]
+    units: tuple[int, int, int]
+    sizes: tuple[int, int]
+    shape: tuple[int, ...]
+    exponent: int  # of the power of two that both operands carry
+    workers: int
+    formats: tuple  # kept alive, as a plan goes by their ids
+
+
 _PACKING, _PRODUCT = 18, 12
-_TABLES = struct.Struct(f"{2 * _PACKING + _PRODUCT - 1}qd")
+_workspace = _Workspace()
+_plans: dict[tuple, _Plan] = {}
+PLANS_KEPT = 1024
 
 
 @cache
@@ -104,74 +123,124 @@ def multiply(a: Codes, b: Codes, unit: Unit, *, bias: Tensor | None = None, emul
     """
     if emulated is None:
         emulated = not on_this_cpu(unit)
-    batch = () if a.codes.ndim == b.codes.ndim == 2 else torch.broadcast_shapes(a.codes.shape[:-2], b.codes.shape[:-2])
-    a, left_count = _matrices(a, batch)
-    b, right_count = _matrices(b, batch)
-    rows, depth, columns = a.codes.shape[-2], a.codes.shape[-1], b.codes.shape[-1]
-    assert depth == b.codes.shape[-2]
-    assert unit is Unit.BF16 or depth <= LARGEST_DEPTH
-    out = torch.empty((*batch, rows, columns), dtype=torch.float32, device="cpu")
-    if not out.numel() or not depth:
+    if a.codes.ndim > 2 or b.codes.ndim > 2:
+        return _batched(a, b, unit, bias, emulated)
+    return _multiply(a, b, unit, bias, emulated, ())
+
+
+def _multiply(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: bool, batch: tuple[int, ...]) -> Tensor:
+    """The product of matrices, or of stacks of them, `batch` of them in all."""
+    a, b = _readable(a), _readable(b)
+    own = (*_layout(a), *_layout(b), batch, id(unit), emulated, torch.get_num_threads())
+    plan = _plans.get(own)
+    if plan is None:
+        if len(_plans) >= PLANS_KEPT:
+            _plans.clear()
+        plan = _plans[own] = _plan(a, b, unit, emulated, batch)
+    out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
+    if not plan.units[2]:
         return out.zero_() if bias is None else out.zero_().add_(bias)
-    loops, panels, threads = _machinery()
-    words = -(-depth // GROUP[unit])
-    slices = -(-words // panels.SLICE)
-    panels_left, panels_right = -(-rows // panels.PANEL_ROWS), -(-columns // panels.PANEL_ROWS)
-    left_bytes = left_count * slices * panels_left * panels.PANEL_BYTES
-    right_bytes = right_count * slices * panels_right * panels.PANEL_BYTES
-    memory = _workspace.room(left_bytes + right_bytes + 64)
-    packed = -(-memory.data_ptr() // 64) * 64
-    flips = 0x80808080 if unit is Unit.INT8 else 0
-    pack_left, left_row, kept_left = _row(a, packed, unit, (0, 1), flips, 0)
-    pack_right, right_row, kept_right = _row(b, packed + left_bytes, unit, (1, 0), 0, 1)
-    count = math.prod(batch)
-    workers = threads.threads_for(count * rows * columns * depth // WORK_PER_ELEMENT)
-    block_rows, block_columns = _blocks(panels_left, panels_right, -(-4 * workers // count) if workers > 1 else 1)
-    units = count * -(-panels_left // block_rows) * -(-panels_right // block_columns)
-    factor = math.ldexp(float(a.scale) * float(b.scale), -power(a.fmt, unit) - power(b.fmt, unit))
-    address = _workspace.address
-    _TABLES.pack_into(
-        _workspace.tables,
-        0,
-        *left_row,
-        *right_row,
+    loops, _, threads = _machinery()
+    left_bytes, bytes_ = plan.sizes
+    packed = _workspace.room(bytes_).data_ptr() + 63 & -64
+    factor = math.ldexp(a.scale * b.scale, plan.exponent)
+    given = (
+        a.codes.data_ptr(),
+        0 if a.blocks is None else a.blocks.data_ptr(),
+        b.codes.data_ptr(),
+        0 if b.blocks is None else b.blocks.data_ptr(),
         packed,
         packed + left_bytes,
         out.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        rows,
-        columns,
-        words,
-        int(left_count > 1),
-        int(right_count > 1),
-        block_rows,
-        block_columns,
-        factor,
     )
-    left_table, right_table, product_table = address, address + 8 * _PACKING, address + 2 * 8 * _PACKING
-    units_left, units_right = left_count * panels_left, right_count * panels_right
-    loop = _multiplying(unit, emulated)
-    if workers == 1:
-        loops.run_all()(
-            pack_left, left_table, units_left, pack_right, right_table, units_right, loop, product_table, units
-        )
-    else:
-        threads.run_table(pack_left, left_table, units_left, threads=workers)
-        threads.run_table(pack_right, right_table, units_right, threads=workers)
-        threads.run_table(loop, product_table, units, threads=workers)
-    del kept_left, kept_right
+    if plan.workers == 1:
+        loops.run_all()(plan.address, *given, factor, *plan.loops, *plan.units)
+        return out
+    tables, address = _workspace.tables, _workspace.address
+    tables[:] = plan.template
+    for place, value in zip(_given(), given, strict=True):
+        for index in place:
+            tables[index] = value
+    _workspace.factor[0] = factor
+    starts = (address, address + 8 * _PACKING, address + 16 * _PACKING)
+    for loop, table, units in zip(plan.loops, starts, plan.units, strict=True):
+        threads.run_table(loop, table, units, threads=plan.workers)
     return out
 
 
-def _matrices(operand: Codes, batch: Sequence[int]) -> tuple[Codes, int]:
-    """The operand as [matrices, rows, columns], or as [rows, columns] if one serves all, and the number of matrices."""
+@cache
+def _given() -> tuple[tuple[int, ...], ...]:
+    """Where in the tables each address of a call goes."""
+    loops, panels, _ = _machinery()
+    left = [panels.Packing._fields.index(name) for name in ("codes", "scales", "packed")]
+    right = [_PACKING + index for index in left]
+    names = ("left", "right", "out", "bias")
+    product = [2 * _PACKING + loops.Product._fields.index(name) for name in names]
+    packed = ((left[2], product[0]), (right[2], product[1]))
+    return (left[0],), (left[1],), (right[0],), (right[1],), *packed, (product[2],), (product[3],)
+
+
+def _layout(operand: Codes) -> tuple:
+    codes, fmt, _, blocks, tile = operand
+    return codes.shape, codes.stride(), id(fmt), None if blocks is None else blocks.stride(), tile
+
+
+def _readable(operand: Codes) -> Codes:
+    """The operand with codes that are neighbours along one of the last two axes."""
+    strides = operand.codes.stride()
+    if strides[-1] == 1 or strides[-2] == 1:
+        return operand
+    return operand._replace(codes=operand.codes.contiguous())
+
+
+def _plan(a: Codes, b: Codes, unit: Unit, emulated: bool, batch: tuple[int, ...]) -> _Plan:
+    _, panels, threads = _machinery()
+    rows, depth, columns = a.codes.shape[-2], a.codes.shape[-1], b.codes.shape[-1]
+    assert depth == b.codes.shape[-2]
+    assert unit is Unit.BF16 or depth <= LARGEST_DEPTH
+    count = math.prod(batch)
+    left_count, right_count = (count if one.codes.ndim == 3 else 1 for one in (a, b))
+    words = -(-depth // GROUP[unit])
+    slices = -(-words // panels.SLICE)
+    down, across = -(-rows // panels.PANEL_ROWS), -(-columns // panels.PANEL_ROWS)
+    left_bytes, right_bytes = (n * slices * panels.PANEL_BYTES for n in (left_count * down, right_count * across))
+    flips = 0x80808080 if unit is Unit.INT8 else 0
+    pack_left, left_row = _row(a, unit, (-2, -1), flips, 0)
+    pack_right, right_row = _row(b, unit, (-1, -2), 0, 1)
+    workers = threads.threads_for(count * rows * columns * depth // WORK_PER_ELEMENT)
+    block_rows, block_columns = _blocks(down, across, -(-4 * workers // max(count, 1)) if workers > 1 else 1)
+    blocks = -(-down // block_rows) * -(-across // block_columns) if rows and columns and depth else 0
+    stacked = (int(left_count > 1), int(right_count > 1))
+    product = (0, 0, 0, 0, rows, columns, words, *stacked, block_rows, block_columns, 0)
+    template = np.array([*left_row, *right_row, *product], np.int64)
+    return _Plan(
+        template,
+        template.ctypes.data,
+        (pack_left, pack_right, _multiplying(unit, emulated)),
+        (left_count * down, right_count * across, count * blocks),
+        (left_bytes, left_bytes + right_bytes + 64),
+        (*batch, rows, columns),
+        -power(a.fmt, unit) - power(b.fmt, unit),
+        workers,
+        (a.fmt, b.fmt),
+    )
+
+
+def _batched(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: bool) -> Tensor:
+    """The product of stacks of matrices, whose batch axes broadcast."""
+    batch = tuple(torch.broadcast_shapes(a.codes.shape[:-2], b.codes.shape[:-2]))
+    return _multiply(_stack(a, batch), _stack(b, batch), unit, bias, emulated, batch)
+
+
+def _stack(operand: Codes, batch: Sequence[int]) -> Codes:
+    """The operand as [matrices, rows, columns], or as [rows, columns] if one matrix serves all."""
     codes = operand.codes
     if codes.ndim == 2:
-        return operand, 1
+        return operand
     if math.prod(codes.shape[:-2]) == 1:
-        return _reshaped(operand, lambda part: part.reshape(part.shape[-2:])), 1
-    each = _reshaped(operand, lambda part: part.expand(*batch, *part.shape[-2:]).reshape(-1, *part.shape[-2:]))
-    return each, math.prod(batch)
+        return _reshaped(operand, lambda part: part.reshape(part.shape[-2:]))
+    return _reshaped(operand, lambda part: part.expand(*batch, *part.shape[-2:]).reshape(-1, *part.shape[-2:]))
 
 
 def _reshaped(operand: Codes, change: Callable[[Tensor], Tensor]) -> Codes:
@@ -180,47 +249,39 @@ def _reshaped(operand: Codes, change: Callable[[Tensor], Tensor]) -> Codes:
     return operand._replace(codes=change(operand.codes), blocks=blocks)
 
 
-def _row(
-    operand: Codes, packed: int, unit: Unit, axes: tuple[int, int], flips: int, sums: int
-) -> tuple[int, tuple[int, ...], Tensor]:
-    """(packing loop, its table, codes that must live while it runs); axes: which of the last two are rows and steps."""
+def _row(operand: Codes, unit: Unit, axes: tuple[int, int], flips: int, sums: int) -> tuple[int, tuple[int, ...]]:
+    """(packing loop, its table without addresses of a call); axes: which of the last two are rows and steps."""
     codes, fmt, _, blocks, tile = operand
-    if codes.stride(-1) != 1 and codes.stride(-2) != 1:
-        codes = codes.contiguous()
-    row_axis, step_axis = axes
-    sizes, strides = codes.shape[-2:], codes.stride()[-2:]
-    by_steps = strides[step_axis] == 1
-    loop, facts_address, payloads_address, scale_values_address = _packing(fmt, unit, by_steps, blocks is not None)
-    scales, scale_strides, scale_batch = 0, (0, 0), 0
-    if blocks is not None:
-        scales, scale_strides = blocks.data_ptr(), blocks.stride()[-2:]
-        scale_batch = blocks.stride(0) if blocks.ndim == 3 else 0
+    row, step = axes
+    strides = codes.stride()
+    loop, facts_address, payloads_address, scales_address = _packing(fmt, unit, strides[step] == 1, blocks is not None)
+    scale_strides = (0, 0, 0) if blocks is None else blocks.stride()
     table = (
-        codes.data_ptr(),
-        packed,
+        0,
+        0,
         facts_address,
         payloads_address,
-        scales,
-        scale_values_address,
-        sizes[row_axis],
-        sizes[step_axis],
-        strides[row_axis],
-        strides[step_axis],
-        codes.stride(0) if codes.ndim == 3 else 0,
-        scale_strides[row_axis],
-        scale_strides[step_axis],
-        scale_batch,
-        tile[row_axis],
-        tile[step_axis],
+        0,
+        scales_address,
+        codes.shape[row],
+        codes.shape[step],
+        strides[row],
+        strides[step],
+        strides[0] if codes.ndim == 3 else 0,
+        scale_strides[row],
+        scale_strides[step],
+        scale_strides[0] if blocks is not None and blocks.ndim == 3 else 0,
+        tile[row],
+        tile[step],
         flips,
         sums,
     )
-    return loop, table, codes
+    return loop, table
 
 
 def _blocks(down: int, across: int, wanted: int) -> tuple[int, int]:
     """Panels of rows and of columns in a block, so that there are about `wanted` blocks or more where possible."""
-    rows, columns = min(down, MOST_BLOCK_ROWS), across
+    rows, columns = max(min(down, MOST_BLOCK_ROWS), 1), max(across, 1)
     while -(-down // rows) * -(-across // columns) < wanted and (rows > 1 or columns > 1):
         if rows > 1:
             rows = (rows + 1) // 2
