@@ -89,7 +89,9 @@ def test_manifest_says_what_was_swapped_and_why_not():
     assert "blocks.0.up (Linear)  x:E4M3 w:E4M3 dy:E5M2" in text
     assert "(root): einsum (source)" in text
     shown = str(model)
-    assert "QuantizedLinear(in_features=32, out_features=64, bias=True, x:E4M3 w:E4M3 dy:E5M2)" in shown
+    route = manifest.routes["blocks.0.up"]  # which this CPU decides
+    assert f"large products by {route}: blocks.0." in text
+    assert f"QuantizedLinear(in_features=32, out_features=64, bias=True, x:E4M3 w:E4M3 dy:E5M2 [{route}])" in shown
     assert "QuantizedEmbedding(40, 32, w:E4M3)" in shown
 
 

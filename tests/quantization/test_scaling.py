@@ -6,16 +6,20 @@ import torch
 from altgrad.errors import OptionError, ScaleError
 from altgrad.quantization import (
     E4M3,
+    Cast,
     CurrentScaling,
     DelayedScaling,
     NoScaling,
     StaticScaling,
     amax,
     amax_scale,
+    get_format,
     quantize_with_stats,
     scale_from_amax,
 )
-from altgrad.quantization.scaling import round_up_to_power_of_two
+from altgrad.quantization.kernels.cpu.scalar import encode_by_amax
+from altgrad.quantization.quantized import Want
+from altgrad.quantization.scaling import host_scale, round_up_to_power_of_two
 
 inf, nan = float("inf"), float("nan")
 
@@ -91,3 +95,27 @@ def test_the_other_policies():
         DelayedScaling(history=0)
     with pytest.raises(OptionError, match="margin"):
         DelayedScaling(margin=99)
+
+
+@pytest.mark.parametrize("name", ["E4M3", "E0M7", "INT8", "E7M0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_and_codes_in_one_call_are_those_of_two(name, dtype):
+    fmt = get_format(name)
+    cast = Cast(fmt, overflow="saturate_finite", clamp=True)
+    plan = cast.plan(dtype, torch.device("cpu"), Want.CODES)
+    noise = torch.randn(40000).to(dtype)
+    samples = [noise[:1], noise[:8192], noise[:8193], noise, noise * 1e30, noise * 1e-38, noise[:64] * 1e-45]
+    samples += [torch.zeros(5, dtype=dtype), noise[:24].reshape(4, 6).t(), noise[:24].reshape(4, 6)[:, ::2]]
+    samples += [torch.full((3,), torch.finfo(dtype).max, dtype=dtype)]
+    for x in samples:
+        for power_of_two in (False, True):
+            codes, scale, problems = encode_by_amax(plan, x, power_of_two)
+            assert scale == host_scale(float(amax(x)), fmt.max, power_of_two)
+            assert problems == 0
+            if scale == inf:  # which a cast refuses
+                continue
+            assert torch.equal(codes, cast(x, scale, want=Want.CODES).codes)
+    assert encode_by_amax(plan, torch.randn(1 << 17).to(dtype), False) is None  # on several threads
+    assert encode_by_amax(plan, torch.empty(0, dtype=dtype), False) is None
+    if not fmt.has_nan:
+        assert encode_by_amax(plan, torch.tensor([1.0, nan], dtype=dtype), False)[2] != 0

@@ -40,7 +40,8 @@ class Quantized:
 
     def extra_repr(self) -> str:
         own = self._base.extra_repr(self)  # type: ignore[arg-type]
-        return f"{own}, " * bool(own) + shown_recipe(self)
+        routes = shown_routes(self)
+        return f"{own}, " * bool(own) + shown_recipe(self) + f" [{routes}]" * bool(routes)
 
     def __reduce_ex__(self, protocol):
         return _empty, (self._base, isinstance(self, QuantizedRaw)), self.__dict__
@@ -64,6 +65,21 @@ def shown_recipe(module, parameter: str | None = None) -> str:
     if isinstance(module, QuantizedEmbedding):
         return f"w:{recipe.forward.weight}" + (f" {recipe.storage}" if recipe.storage else "")
     return str(recipe)
+
+
+def shown_routes(module, parameter: str | None = None) -> str:
+    """Which unit multiplies the products of a layer (or of one place of a module) where they are large; "": it has none."""
+    if isinstance(module, QuantizedRaw):
+        names = [parameter] if parameter is not None else [*layers_in(module), ATTENTION]
+        states = [layer_of(module, name) for name in names]
+        return "; ".join(dict.fromkeys(state.routes(_device(module)) for state in states if state is not None))
+    if isinstance(module, QuantizedConv | QuantizedConvTranspose):
+        return "float32"  # torch's own loops
+    return module.quantization.routes(_device(module)) if isinstance(module, QuantizedLinear) else ""
+
+
+def _device(module: nn.Module) -> str:
+    return next((p.device.type for p in module.parameters()), "cpu")
 
 
 class QuantizedLinear(Quantized):

@@ -37,13 +37,8 @@ class Route(Enum):
     BF16_CODES = "bf16 codes"
     INT8_CODES = "int8 codes"
 
-    @property
-    def unit(self) -> Unit | None:
-        """What multiplies codes; None for the routes of values."""
-        return _UNITS.get(self)
-
-
-_UNITS = {Route.BF16_CODES: Unit.BF16, Route.INT8_CODES: Unit.INT8}
+    def __init__(self, says: str) -> None:
+        self.unit = {"bf16 codes": Unit.BF16, "int8 codes": Unit.INT8}.get(says)  # of codes; None for values
 
 
 class Needs(NamedTuple):
@@ -118,7 +113,7 @@ def choose_route(
     *,
     dtype: torch.dtype = torch.float32,
     codes: bool = True,
-    processor: Processor = PROCESSOR,
+    processor: Processor | None = None,
 ) -> Route:
     """The route of one GEMM: a committed rule of formats, shape, device and CPU capability, never timed.
 
@@ -127,7 +122,7 @@ def choose_route(
         shape: (rows, columns, reduced).
         dtype: of the carrier; float64 products stay in float64.
         codes: whether operands can be had as codes: not in compiled code, nor where the backward is differentiated.
-        processor: what the CPU has.
+        processor: what the CPU has; None: `PROCESSOR`, this one.
 
     The thread count does not enter: units are one for each core, and the ratio of two routes' speeds is the same on each.
     """
@@ -137,6 +132,7 @@ def choose_route(
         return needed.values
     if device_type != "cpu":
         return Route.FLOAT32
+    processor = processor or PROCESSOR
     products = shape[0] * shape[1] * shape[2]
     if needed.values is Route.BF16 and processor.bf16_matrices:
         large = products >= CPU_BF16_MIN_PRODUCTS and min(shape) >= CPU_BF16_MIN_SIDE

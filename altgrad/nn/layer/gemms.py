@@ -172,7 +172,7 @@ class _Products(torch.autograd.Function):
         qw = quantized(state.w, w, sw, state.w.options(call.use), route, call.observed, keep=keep_w)
         route = Route.FLOAT32 if qx.needs_float32 or qw.needs_float32 else route
         y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, bias=bias).to(call.dtype)
-        saved_x, saved_w = qx.saved, qw.saved
+        saved_x, saved_w, sx, sw = qx.saved, qw.saved, qx.scale, qw.scale
         del qx, qw
         if need_w and not keep_x:
             saved_x = state.x_back.save(x, sx_back, state.x_back.options(call.use), call.observed)
@@ -211,7 +211,7 @@ class _Products(torch.autograd.Function):
         dx = dw = qdy = made = None
         if need_x:
             route = call.backward_route("input_grad", dy, ctx.shapes[1], state.w_back, kept["w"], again)
-            scale = state.dy.scale_of(dy, call.record)
+            scale = state.dy.scale_before(dy, call.record)
             qdy = quantized(state.dy, dy, scale, ctx.dy_options[0], route, observed, keep=False)
             route = Route.FLOAT32 if qdy.needs_float32 else route
             a, b = qdy.ready(route), restored(state.w_back, kept["w"], kept["sw"], route, work)
@@ -224,7 +224,7 @@ class _Products(torch.autograd.Function):
         if need_w:
             route = call.backward_route("weight_grad", dy, ctx.shapes[0], state.x_back, kept["x"], again)
             if qdy is None or state.dy_back is not state.dy:
-                scale = state.dy_back.scale_of(dy, call.record)
+                scale = state.dy_back.scale_before(dy, call.record)
                 qdy = quantized(state.dy_back, dy, scale, ctx.dy_options[1], route, observed, keep=False)
             elif not qdy.saved and route is not Route.FLOAT32:  # the other product needed no codes
                 qdy = quantized(state.dy, dy, qdy.scale, ctx.dy_options[0], route, False, keep=False)

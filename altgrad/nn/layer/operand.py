@@ -6,6 +6,7 @@ seen: a maximum is idempotent, so a forward that activation checkpointing recomp
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor
 from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.checks import traced
+from altgrad.quantization.kernels.choose import load
+from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes
 from altgrad.quantization.scaling import DelayedState, host_scale
 from altgrad.randomness import stream_base
@@ -113,6 +116,10 @@ class Operand:
         if record:
             self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
         return policy.update(seen, DelayedState(self.window), self.fmt)[0]
+
+    def scale_before(self, x: Tensor, record: bool) -> Tensor | float | None:
+        """`scale_of`, or None where the scale is best found together with the codes: nothing remembers it then."""
+        return None if isinstance(self.spec.scaling, CurrentScaling) and self._on_host(x) else self.scale_of(x, record)
 
     def _on_host(self, x: Tensor) -> bool:
         """Whether the one scale of x may be a Python number: it costs less than a tensor, where none has to be waited for."""
@@ -228,6 +235,17 @@ class Operand:
         if observed:
             self._publish(found.stats, scale)
         return found
+
+    def encoded_by_amax(self, x: Tensor) -> tuple[Saved, float] | None:
+        """What `save` keeps of x and its scale, in one call; None where that is not one, or something has no code."""
+        if self.stochastic or x.dtype == torch.float64 or is_unusual(x):
+            return None
+        assert isinstance(self.spec.scaling, CurrentScaling)
+        assert self.cast is not None
+        x = carrier(x)
+        plan = self.cast.plan(x.dtype, x.device, Want.CODES)
+        found = load("cpu").encode_by_amax(plan, x, self.spec.scaling.power_of_two)
+        return None if found is None or found[2] or not math.isfinite(found[1]) else ((found[0],), found[1])
 
     def coded(self, saved: Saved, scale: Tensor | float) -> tuple[Codes, Tensor | None]:
         """The saved codes as an operand of a product, and what multiplies each row or column of it afterwards."""

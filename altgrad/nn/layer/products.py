@@ -61,10 +61,25 @@ class Cast(NamedTuple):
 
 
 def quantized(
-    operand: Operand, x: Tensor, scale: Tensor | float, options: dict, route: Route, observed: bool, *, keep: bool
+    operand: Operand,
+    x: Tensor,
+    scale: Tensor | float | None,
+    options: dict,
+    route: Route,
+    observed: bool,
+    *,
+    keep: bool,
 ) -> Cast:
-    """x quantized for a GEMM that would like `route`, with codes where that or the backward (`keep`) needs them."""
+    """x quantized for a GEMM that would like `route`, with codes where that or the backward (`keep`) needs them.
+
+    scale: None if it is that of x itself (`Operand.scale_before`).
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if scale is None:
+        found = operand.encoded_by_amax(x) if route.unit is not None and not observed else None
+        if found is not None:
+            return Cast(operand, None, *found, dtype)
+        scale = operand.scale_of(x, False)
     if route.unit is not None:
         return Cast(operand, None, operand.save(x, scale, options, observed), scale, dtype)
     if route is Route.FLOAT32 and not keep and not operand.block:

@@ -29,6 +29,7 @@ GEMMS = {  # each GEMM's operands, left and right
     "input_grad": ("grad_output", "weight"),
     "weight_grad": ("grad_output", "input"),
 }
+LARGE = (4096, 4096, 4096)  # rows, columns, reduced: of a GEMM that any rule calls large
 
 
 class LayerState:
@@ -160,6 +161,12 @@ class LayerState:
         """The unit that multiplies this GEMM (`gemm.choose_route`)."""
         return choose_route(self._needed[gemm], shape, device.type, dtype=dtype, codes=codes)
 
+    def routes(self, device_type: str) -> str:
+        """Which unit multiplies each GEMM where it is large: one name, or one for each GEMM."""
+        found = {gemm: choose_route(self._needed[gemm], LARGE, device_type).value for gemm in GEMMS}
+        names = set(found.values())
+        return names.pop() if len(names) == 1 else ", ".join(f"{gemm} {name}" for gemm, name in found.items())
+
     # -- the present call -----------------------------------------------------------------------------------------
 
     def records(self, training: bool) -> bool:
@@ -177,9 +184,9 @@ class LayerState:
     def scale_pair(self, first: Operand, second: Operand, x: Tensor, record: bool):
         """Scales of the two uses of one tensor; the second is None where the entries are shared.
 
-        (A traced autograd function must not get one tensor twice.)
+        (A traced autograd function must not get one tensor twice.) The first is None, too, where it is found with the codes.
         """
-        return first.scale_of(x, record), None if second is first else second.scale_of(x, record)
+        return first.scale_before(x, record), None if second is first else second.scale_of(x, record)
 
     def __repr__(self) -> str:
         return f"LayerState({self.name!r}, {self.recipe})"

@@ -12,7 +12,7 @@ from weakref import ref
 from torch import nn
 
 from altgrad.errors import RecipeError
-from altgrad.nn.layer.classes import is_quantized, layers_in, parameter_of, shown_recipe, swap, swap_back
+from altgrad.nn.layer.classes import is_quantized, layers_in, parameter_of, shown_recipe, shown_routes, swap, swap_back
 from altgrad.nn.layer.raw import ATTENTION
 from altgrad.nn.layer.registry import RAW, LayerKind, kind_of
 from altgrad.nn.layer.state import LayerState
@@ -120,8 +120,10 @@ def _manifest(model: nn.Module, swapped: dict[str, Swapped], skipped: dict[str, 
     parameters = {id(p): p.numel() for p in model.parameters()}
     covered = {id(s.weight): s.weight.numel() for s in all_spots(model) if s.name in swapped and s.weight is not None}
     share = Share(sum(covered.values()), sum(parameters.values()))
+    routes = {s.name: shown_routes(s.module, s.parameter) for s in all_spots(model) if s.name in swapped}
+    routes = {name: route for name, route in routes.items() if route}
     if seen is None:
-        return Manifest(swapped, skipped, read_source(model, set(swapped)), parameters=share)
+        return Manifest(swapped, skipped, read_source(model, set(swapped)), parameters=share, routes=routes)
     ran = {product.spot for product in seen.products} | seen.called
     unknown_size = any(macs is None for macs in seen.products.values())
     macs = [(product, count or 0) for product, count in seen.products.items()]
@@ -135,6 +137,7 @@ def _manifest(model: nn.Module, swapped: dict[str, Swapped], skipped: dict[str, 
         parameters=share,
         multiply_adds=Share(sum(n for p, n in macs if p.spot in swapped), sum(n for _, n in macs)),
         uncounted=unknown_size,
+        routes=routes,
     )
 
 

@@ -50,7 +50,8 @@ class Manifest:
     further down (in functions that forward calls) are not found, and branches not taken are. uncalled: swapped layers
     that the example did not call; a model that reads such a layer's weight directly gets the unquantized weight.
     parameters: how many of the model's are quantized. multiply_adds: the same of the traced run; None without one.
-    uncounted: whether operators ran whose multiply-adds are not known.
+    uncounted: whether operators ran whose multiply-adds are not known. routes: which unit multiplies a layer's products
+    where they are large (`altgrad.nn.layer.gemm.choose_route`; small ones take float32), for layers with products.
     """
 
     swapped: dict[str, Swapped] = field(default_factory=dict)
@@ -62,12 +63,17 @@ class Manifest:
     parameters: Share | None = None
     multiply_adds: Share | None = None
     uncounted: bool = False
+    routes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)}:"]
         lines += [f"  {name or '(root)'} ({one.type})  {one.shown}" for name, one in self.swapped.items()]
         lines.append(f"skipped {len(self.skipped)}:")
         lines += [f"  {name or '(root)'}: {reason}" for name, reason in self.skipped.items()]
+        for route in dict.fromkeys(self.routes.values()):
+            names = [name or "(root)" for name, own in self.routes.items() if own == route]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"large products by {route}: {', '.join(names[:3])}{more}")
         if self.parameters is not None:
             of_products = "" if self.multiply_adds is None else f" and {self.multiply_adds} of the multiply-adds"
             unknown = " (operators of unknown size left out)" if self.uncounted else ""

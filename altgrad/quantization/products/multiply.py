@@ -60,6 +60,11 @@ class _Workspace(threading.local):
         return found
 
 
+def room_kept() -> int:
+    """Bytes that this thread keeps for packed operands."""
+    return _workspace.memory.numel()
+
+
 class _Plan(NamedTuple):
     """A product resolved for shapes, strides and formats: all that the loops read but addresses and the factor.
 

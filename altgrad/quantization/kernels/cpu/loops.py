@@ -11,10 +11,12 @@ that this may not hold, they are taken again with care, in float64.
 # ruff: noqa: F821  (names are bound to the templates)
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
 
 from altgrad.jit.element import Arithmetic, rounding_of
 from altgrad.jit.grid_rounding import key_words, random_word, read_grid
@@ -36,13 +38,16 @@ from altgrad.jit.machine import (
 )
 from altgrad.jit.memory import compute_zero, load, load_code, reload, scratch, store, store_code, store_double, stored
 from altgrad.jit.storage import FLOAT32, FLOAT64, ITEM_BYTES
-from altgrad.jit.template import loop, part
-from altgrad.jit.threads import CHUNK, run_range
+from altgrad.jit.template import function, loop, part
+from altgrad.jit.threads import CHUNK, call_loop, run_range
 
 TILE = 2048  # elements whose temporaries stay in the first-level cache
 SUM_TILE = 512  # elements that are squared and summed in float32: few, so that their rounding errors stay few
 LEAST_SUM, MOST_SUM = 2.0**-100, 2.0**120  # between them no float32 square in a sum can have been lost that counts
 STATS_TILE = CHUNK  # elements per partial sum, whatever the number of threads
+MOST_AT_ONCE = 8 * STATS_TILE  # elements whose amaxes `encode_by_amax` keeps
+AMAX_BYTES = 8 * MOST_AT_ONCE // STATS_TILE
+LEAST_SCALE = 2.0**-126
 SCRATCH_BYTES = 8 * TILE
 SHORT_RUN = 512  # runs of one scale shorter than this go through a buffer of scales
 PARTIALS = ("amax", "overflow", "underflow", "nonfinite", "sse", "sum_sq")  # float64 fields of a partial sum
@@ -339,6 +344,21 @@ def compiled_decode(variant: DecodeVariant) -> int:
 def compiled_amax(kind: int) -> int:
     """Address of the loop that finds the amax of each STATS_TILE elements of a kind of storage."""
     return loop(_amax, _Kind(kind), **_constants(kind))
+
+
+@function(types.Tuple((types.float64, types.int64))(*[types.int64] * 6, types.float64, types.int64))
+def encode_by_amax(amax_loop, loop, table, x, codes, count, top, power_of_two):
+    """(scale, problems): the amax of `count` elements, `scaling.host_scale` of it, and their codes, on this thread."""
+    partials = scratch(AMAX_BYTES)
+    call_loop(amax_loop, (0, x, 0, 0, 0, 0.0, 0, 0, 0, 0, partials, 0, count))
+    found = 0.0
+    for tile in range((count + STATS_TILE - 1) // STATS_TILE):
+        found = max(found, load(partials, tile, FLOAT64))
+    scale = max(np.float64(np.float32((found if found > 0.0 else 1.0) / top)), LEAST_SCALE)
+    if power_of_two != 0 and scale < np.inf:
+        mantissa, exponent = math.frexp(scale)
+        scale = math.ldexp(1.0, min(exponent - (1 if mantissa == 0.5 else 0), 127))
+    return scale, call_loop(loop, (table, x, 0, codes, 0, scale, count, 1, 0, 0, 0, 0, count))
 
 
 @cache

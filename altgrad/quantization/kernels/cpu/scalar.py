@@ -144,6 +144,31 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
     return _tuple(Quantized, (target, coded, None, stats, None, problems))
 
 
+def encode_by_amax(plan: Plan, x: Tensor, power_of_two: bool) -> tuple[Tensor, float, int] | None:
+    """(codes, scale, problems) under `scaling.host_scale` of x's amax, in one call; None for tensors on many threads.
+
+    plan: wants codes alone, and draws nothing.
+    """
+    loops, _, _ = _machinery()
+    count = x.numel()
+    if not 0 < count < loops.MOST_AT_ONCE:
+        return None
+    loop, table, code_kind, _ = plan.prepared or _prepare(plan)
+    source = x if x.is_contiguous() or is_dense(x) else x.contiguous()
+    codes = torch.empty_like(source, dtype=code_kind)
+    scale, problems = loops.encode_by_amax()(
+        loops.compiled_amax(KINDS[plan.dtype]),
+        loop,
+        table,
+        source.data_ptr(),
+        codes.data_ptr(),
+        count,
+        plan.grid.max,
+        power_of_two,
+    )
+    return codes, scale, problems
+
+
 def _sums(count: int) -> tuple[Tensor, Tensor]:
     """(a row of partial sums per tile of elements, the vector of statistics), both to be written by the loops."""
     loops = _machinery()[0]
