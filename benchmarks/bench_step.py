@@ -30,7 +30,7 @@ from altgrad.nn.layer import gemm
 from altgrad.nn.layer.classes import is_quantized
 from altgrad.nn.layer.gemm import Processor
 from altgrad.nn.recipe.scaling_choice import is_block
-from altgrad.quantization.products.multiply import room_kept
+from altgrad.quantization.products.multiply import leave_room, room_kept
 from altgrad.quantization.products.units import Unit, unit_of
 from altgrad.training.model import GPT, GPTConfig
 from benchmarks._timing import keep_record
@@ -188,6 +188,7 @@ def profile_table(step: Callable[[], None]) -> list[tuple[str, float]]:
 def bench(name: str, recipes: list[str], rounds: int, device: str) -> dict:
     """All variants of one model: medians, ratios, peaks and profiles."""
     config, batch = MODELS[name]
+    leave_room()
     model = GPT(config)
     variants = [Variant("FP32", model, batch, config, device=device)]
     variants += [Variant(r, model, batch, config, recipe_named(r), device) for r in recipes]

@@ -65,6 +65,11 @@ def room_kept() -> int:
     return _workspace.memory.numel()
 
 
+def leave_room() -> None:
+    """Give back what this thread keeps for packed operands."""
+    _workspace.memory = torch.empty(0, dtype=torch.uint8)
+
+
 class _Plan(NamedTuple):
     """A product resolved for shapes, strides and formats: all that the loops read but addresses and the factor.
 
