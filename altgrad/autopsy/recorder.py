@@ -200,6 +200,11 @@ class Recorder:
         if self.taken < 10:
             raise ConfigError(f"the loop has taken {self.taken} steps; an autopsy needs at least 10")
         start = self.ring.steps[0]
+        if self._reach() - start < 10:
+            raise ConfigError(
+                f"the first state kept is that after step {start} of {self.taken}, and an autopsy starts from one before the "
+                f"damage; raise limit_bytes (one state has {self.ring.bytes // len(self.ring.steps):,} bytes)"
+            )
         if (differs := self.certify()) is not None:
             raise ConfigError(
                 f"the loop does not repeat itself: {differs} differs when the same steps are taken twice from step {start}; "

@@ -118,7 +118,7 @@ def bisect(points: Sequence[int], holds: Callable[[int], bool]) -> int | None:
 def no_return(forks: Forks, ceiling: float, horizon: int) -> int | None:
     """The last captured state of the run that float32 still rescues: at least half of the gap to the twin is closed.
 
-    The gap is the run's own over the same steps. None: float32 rescues no captured state.
+    The gap is the run's own over the same steps. None: float32 rescues every captured state, or none.
     """
     low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
 
@@ -128,10 +128,14 @@ def no_return(forks: Forks, ceiling: float, horizon: int) -> int | None:
             return False
         yardstick = Yardstick(tuple(twin[step : step + length]), ceiling)
         without = yardstick.over(low[step : step + length], length // 2)
+        if without < yardstick.floor:
+            return True  # there is nothing to rescue it from yet
         outcome = forks(Fork(frozenset(), step, LOW, length))
-        return yardstick.damage(outcome) < max(without, yardstick.floor) / 2
+        return yardstick.damage(outcome) < without / 2
 
-    return bisect([c for c in forks.oracle.captures(LOW) if c + 2 <= min(len(low), len(twin))], rescued)
+    points = [c for c in forks.oracle.captures(LOW) if c + 2 <= min(len(low), len(twin))]
+    last = bisect(points, rescued)
+    return None if last == points[-1] else last
 
 
 def first_damaged(forks: Forks, ceiling: float, window: Window, points: Sequence[int]) -> int | None:

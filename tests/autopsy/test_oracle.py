@@ -5,6 +5,7 @@ import math
 import shutil
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +283,25 @@ def test_too_short_a_loop_is_refused():
     recorder.step()
     with pytest.raises(ConfigError, match="at least 10"):
         recorder.autopsy()
+
+
+def test_a_loop_whose_captures_begin_after_the_damage_is_refused():
+    recorder = own_loop(uniform("E4M3"))
+    recorder.ring.limit_bytes = 1  # room for the newest state alone
+    for _ in range(20):
+        recorder.step()
+    with pytest.raises(ConfigError, match=r"first state kept is that after step 20 of 20.*raise limit_bytes"):
+        recorder.autopsy()
+
+
+def test_the_guides_hugging_face_loop_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "autopsy.md").read_text(encoding="utf-8")
+    script = next(block for block in guide.split("```python\n")[1:] if "transformers" in block).split("```")[0]
+    whole = Recorder.autopsy
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Recorder, "autopsy", lambda self, **given: whole(self, settings=QUICK, **given))
+    found: dict = {}
+    exec(script, found)
+    assert found["verdict"].cells == ("lm_head.input_grad.grad_output",)
+    assert (tmp_path / "autopsy" / "autopsy.html").is_file()

@@ -33,6 +33,7 @@ def test_a_single_cause_is_found_with_its_onset(cause, onset):
     assert verdict.rescue.value > 0.9
     assert verdict.alone.value > 0.9
     assert all(p.rescue.value < 0.2 for p in verdict.placebos)
+    assert verdict.no_return is None  # float32 saves it from every state
 
 
 def test_redundant_causes_that_no_single_rescue_shows():
