@@ -27,12 +27,13 @@ from altgrad.nn import Recipe, uniform
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.quantization import NoScaling, StaticScaling
 from altgrad.records.files import write_json, write_text
-from altgrad.records.pack import pack_runs
+from altgrad.records.run import Run
 from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.run.demo import DEMO_SIZE
 from altgrad.training.run.folder import processor_name
 from experiments.autopsy_loops import LOOPS
+from experiments.records import collect
 
 SMALL: dict[str, Any] = {
     "max_steps": 200,
@@ -258,14 +259,52 @@ def _share(share: dict[str, Any] | None) -> str:
     return "" if share is None else f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
 
 
+STALLS = [(fmt, decay, seed) for seed in (42, 43, 44) for decay in ("cosine", "constant") for fmt in ("FP32", "E1M6")]
+STALLS += [("E5M2", "cosine", 42), ("E7M0", "cosine", 42)]
+"""The demo's runs whose stall is dated: (format, decay of the learning rate, seed)."""
+
+
+def stalls(out: Path) -> str:
+    """When the demo's runs stall, what they are called for it, and how far they end above float32, as Markdown."""
+    ends: dict[tuple[str, str, int], float] = {}
+    lines = [
+        "| format | decay | seed | stall since | remark | last change of a code | above float32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for fmt, decay, seed in STALLS:
+        storage = "master" if fmt == "FP32" else "grid"
+        schedule = {**DEMO_SIZE["optimizer"], "decay": decay}
+        more = {"name": f"{fmt.lower()}-{decay}", "fp8_format": fmt, "weight_storage": storage, "seed": seed}
+        config = load_config({**DEMO, **more, "optimizer": schedule, "runs_dir": str(out / "stalls")})
+        result = FormatExperimentRunner(config).run()
+        assert result.final_val_loss is not None
+        ends[fmt, decay, seed] = result.final_val_loss
+        if fmt == "FP32":
+            continue
+        steps = Run(result.run_dir).records("step")
+        below = [r["step"] for r in steps if r["stall_rate"] < 0.95]
+        since = "never" if below[-1] == steps[-1]["step"] else str(below[-1] + 1)
+        moved = max(r["step"] for r in steps if r["flip_rate"])
+        remark = ", ".join(r["kind"] for r in result.remarks) or "none"
+        above = f"{ends[fmt, decay, seed] - ends['FP32', decay, seed]:+.3f}" if ("FP32", decay, seed) in ends else ""
+        lines.append(f"| {fmt} | {decay} | {seed} | {since} | {remark} | {moved} | {above} |")
+        print(lines[-1], flush=True)
+    return "\n".join(["## When the demo's runs stall", "", *lines, ""])
+
+
 def main() -> None:
     """Run the cases asked for, print the table, and pack the records where a pack is named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES])
     parser.add_argument("--out", type=Path, default=Path("runs/autopsies"))
     parser.add_argument("--pack", type=Path, help="such as experiments/results/autopsies.tar.xz")
+    parser.add_argument(
+        "--stalls", action="store_true", help="also date the stalls of the demo's runs, at two schedules"
+    )
     parser.add_argument("--list", action="store_true", help="say what the cases are and expect; run none")
     arguments = parser.parse_args()
+    if arguments.case is None and arguments.pack is not None:
+        arguments.stalls = True
     chosen = [case for case in CASES if arguments.case is None or case.name in arguments.case]
     if arguments.list:
         for case in chosen:
@@ -277,10 +316,11 @@ def main() -> None:
         print(case.name, flush=True)
         records.append(run(case, arguments.out))
         print(f"  {records[-1]['verdict']['sentence']}  {records[-1]['misses'] or 'as expected'}", flush=True)
-    print(table(records))
+    text = table(records) + ("\n" + stalls(arguments.out) if arguments.stalls else "")
+    print(text)
     if arguments.pack is not None:
-        pack_runs([arguments.out], arguments.pack)
-        write_text(arguments.pack.with_name(arguments.pack.name.removesuffix(".tar.xz") + ".md"), table(records))
+        collect(arguments.out, arguments.pack)
+        write_text(arguments.pack.with_name(arguments.pack.name.removesuffix(".tar.xz") + ".md"), text)
 
 
 if __name__ == "__main__":
