@@ -76,6 +76,8 @@ def collect(runs: Path, out: Path, every: int = STEP_EVERY) -> None:
         for path in find_runs(runs):
             if (run := Run(path)).finished:
                 thin(run, Path(scratch) / path.relative_to(runs), every)
+        for document in sorted(runs.glob("*.json")):  # a study's own results
+            write_bytes(Path(scratch) / document.name, document.read_bytes())
         pack([Path(scratch)], out)
 
 
