@@ -138,7 +138,12 @@ def lost_node() -> bool:
         start = oracle.captures(LOW)[2]
         forks = [Fork(everything, start, LOW, 12, draw=k) for k in range(1, 9)]
         expected = {fork: oracle.run(fork).losses for fork in forks}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        noticed = {
+            "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 4,
+        }
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": noticed})
         second = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
         try:

@@ -268,7 +268,7 @@ def stalls(out: Path) -> str:
     """When the demo's runs stall, what they are called for it, and how far they end above float32, as Markdown."""
     ends: dict[tuple[str, str, int], float] = {}
     lines = [
-        "| format | decay | seed | stall since | remark | last change of a code | above float32 |",
+        "| format | decay | seed | stall since | verdict, remarks | last change of a code | above float32 |",
         "|---|---|---|---|---|---|---|",
     ]
     for fmt, decay, seed in STALLS:
@@ -277,6 +277,8 @@ def stalls(out: Path) -> str:
         more = {"name": f"{fmt.lower()}-{decay}", "fp8_format": fmt, "weight_storage": storage, "seed": seed}
         config = load_config({**DEMO, **more, "optimizer": schedule, "runs_dir": str(out / "stalls")})
         result = FormatExperimentRunner(config).run()
+        if result.status == "interrupted":
+            sys.exit("interrupted; the same command goes on from there")
         assert result.final_val_loss is not None
         ends[fmt, decay, seed] = result.final_val_loss
         if fmt == "FP32":
@@ -285,7 +287,8 @@ def stalls(out: Path) -> str:
         below = [r["step"] for r in steps if r["stall_rate"] < 0.95]
         since = "never" if below[-1] == steps[-1]["step"] else str(below[-1] + 1)
         moved = max(r["step"] for r in steps if r["flip_rate"])
-        remark = ", ".join(r["kind"] for r in result.remarks) or "none"
+        judged = [*([result.verdict] if result.verdict else []), *result.remarks]
+        remark = ", ".join(f"{r['kind']} from {r['onset_step']}" for r in judged) or "none"
         above = f"{ends[fmt, decay, seed] - ends['FP32', decay, seed]:+.3f}" if ("FP32", decay, seed) in ends else ""
         lines.append(f"| {fmt} | {decay} | {seed} | {since} | {remark} | {moved} | {above} |")
         print(lines[-1], flush=True)
