@@ -36,7 +36,7 @@ from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.step.state_tree import state_bytes, tensors_of
 
 RANKS, STEPS = 2, 4
-SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 32}
+SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 32}
 
 
 def local_copy(node: Any) -> Any:
