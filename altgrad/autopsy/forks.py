@@ -52,8 +52,8 @@ class Forks:
         self._stage, self._in_stage = "", 0
         self._began = time.monotonic()
         self.run = 0
-        self.seconds = 0.0
         self.known: dict[str, Outcome] = read_log(log)
+        self.seconds = sum(outcome.seconds for outcome in self.known.values())
         self._torn = log is not None and log.exists() and log.stat().st_size > 0 and log.read_bytes()[-1:] != b"\n"
         self.found = len(self.known)
 

@@ -19,7 +19,7 @@ from altgrad.autopsy.run import autopsy as run_autopsy
 from altgrad.autopsy.run import fork_run, plan
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
 from altgrad.errors import ConfigError
-from altgrad.report.numbers import duration
+from altgrad.report.numbers import duration, plural
 from altgrad.report.pages.autopsy import share_text
 
 
@@ -121,7 +121,7 @@ def replay(run_dir: Path, step: int, steps: int, patterns: list[str]) -> None:
 
     start, own, forked, rescued = fork_run(run_dir, step, steps, chosen)
     console.print(
-        f"from the state after step {start}, {len(rescued)} cells in float32"
+        f"from the state after step {start}, {plural(len(rescued), 'cell')} in float32"
         + (f": {', '.join(sorted(map(str, rescued))[:4])}" if rescued else ""),
         highlight=False,
         markup=False,

@@ -163,6 +163,8 @@ def test_an_interrupted_autopsy_goes_on_without_running_a_fork_twice(tmp_path):
     assert verdict.cells == whole.cells
     assert verdict.rescue == whole.rescue
     assert len(oracle.asked) == whole.forks - 30
+    again = investigate(Forks(Planted(any_of(HEAD)), log=log))
+    assert (again.sentence, again.seconds > 0) == (verdict.sentence, True)  # what it cost stays known
 
 
 def test_a_verdict_is_plain_data():
