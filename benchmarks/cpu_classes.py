@@ -1,11 +1,13 @@
 """Runs the numeric tests as other CPUs would: three classes by the switches of torch, oneDNN, MKL and Numba.
 
     python -m benchmarks.cpu_classes                  # every class the host can stand for, and every route forced
-    python -m benchmarks.cpu_classes --classes avx2   # one of them
+    python -m benchmarks.cpu_classes --classes avx2   # one of them; `--write` leaves the others' rows of the record
 
 A class limits which instructions are used; it cannot add any, so a class above the host is printed as not run. Compiled
-loops of each class are kept apart in `.cpu_classes/`. The routes of the matrix products are forced wherever their products
-are exact (`--gemm-route` of the tests). Prints one table and ends with status 1 where a test failed.
+loops of each class are kept apart in `.cpu_classes/`. Run are the tests whose figures a CPU can change: compiled loops,
+matrix products and layers; refusals, formats and texts are the same everywhere. On the host itself `make test` runs them,
+so there the routes are forced alone: each wherever its products are exact (`--gemm-route` of the tests). Prints one table
+and ends with status 1 where a test failed.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from altgrad.records.machine import processor_name
 
 ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).parent / "results" / "cpu-classes.json"
-NUMERIC = ("tests/quantization", "tests/nn/test_gemm.py", "tests/nn/test_layers.py")
+NUMERIC = tuple(f"tests/quantization/test_{name}.py" for name in ("blocks", "cpu", "products", "scaling"))
 FUSED = ("tests/optim/test_fused.py",)
 PRODUCTS = ("tests/nn/test_gemm.py", "tests/nn/test_layers.py")
-LEFT_OUT = ("--ignore=tests/quantization/cuda",)
+WORKERS = ("-n", "2", "--dist", "loadfile")  # a file's loops are compiled once
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def run(name: str, label: str, tests: tuple[str, ...], extra: tuple[str, ...] = 
     """Run tests as that class of CPU."""
     switches = {**CLASSES[name].switches, "NUMBA_CACHE_DIR": str(ROOT / ".cpu_classes" / name)}
     started = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *LEFT_OUT, *tests, *extra]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *WORKERS, *tests, *extra]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **switches}, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines() or ["no output"]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])}
@@ -114,17 +116,20 @@ def main() -> None:
         if not can_stand_for(CLASSES[name]):
             outcomes.append(Outcome(name, "numeric", other=f"not run: this CPU has no {CLASSES[name].needs}"))
             continue
-        outcomes.append(run(name, "quantization and layers", NUMERIC))
-        outcomes.append(run(name, "fused optimizers", FUSED))
+        if CLASSES[name].switches:
+            outcomes.append(run(name, "loops, products, optimizers", NUMERIC + FUSED))
         outcomes += [run(name, f"products by {r.value}", PRODUCTS, (f"--gemm-route={r.value}",)) for r in cpu_routes()]
     print(f"{processor_name()}, torch {torch.__version__}")
-    print(f"{'class':8s} {'tests':26s} {'passed':>7s} {'failed':>7s} {'s':>6s}")
+    print(f"{'class':8s} {'tests':28s} {'passed':>7s} {'failed':>7s} {'s':>6s}")
     for o in outcomes:
-        print(f"{o.cpu:8s} {o.tests:26s} {o.passed:7d} {o.failed:7d} {o.seconds:6.0f}  {o.other}".rstrip())
+        print(f"{o.cpu:8s} {o.tests:28s} {o.passed:7d} {o.failed:7d} {o.seconds:6.0f}  {o.other}".rstrip())
         for failure in o.failures:
             print(f"{'':8s} failed: {failure}")
     if arguments.write:
-        record = {"cpu": processor_name(), "torch": torch.__version__, "rows": [asdict(o) for o in outcomes]}
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {"rows": []}
+        others = [row for row in record["rows"] if row["cpu"] not in arguments.classes]
+        rows = sorted(others + [asdict(o) for o in outcomes], key=lambda row: list(CLASSES).index(row["cpu"]))
+        record = {"cpu": processor_name(), "torch": torch.__version__, "rows": rows}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(any(o.failed for o in outcomes))
 

@@ -19,6 +19,10 @@ import triton.language as tl
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import GRID_FIELDS, grid_table
+from altgrad.quantization.codec import code_dtype
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.quantized import Quantized
+from altgrad.quantization.stats import QuantStats
 
 ADDITION, NEAREST_EVEN, NEAREST_AWAY, TOWARD_ZERO, UP, DOWN, ODD, STOCHASTIC = (tl.constexpr(i) for i in range(8))
 MODES = {
@@ -315,3 +319,39 @@ def key_tensor(key: tuple[int, int] | torch.Tensor | None, device: torch.device)
     if key is None or isinstance(key, torch.Tensor):
         return None if key is None else key.to(device)
     return torch.tensor(key, dtype=torch.int64).to(device)
+
+
+class Outputs(NamedTuple):
+    """What a launch writes to; None for what the plan does not want."""
+
+    values: torch.Tensor | None
+    codes: torch.Tensor | None
+    problems: torch.Tensor | None  # int32, one per program
+    partials: torch.Tensor | None  # float64, six per program
+
+
+def outputs(plan: Plan, x: torch.Tensor, out: torch.Tensor | None, programs: int) -> Outputs:
+    """Room for the results of so many programs over the contiguous x; values go straight to an `out` that is contiguous."""
+    direct = out is not None and out.is_contiguous()
+    return Outputs(
+        (out if direct else torch.empty_like(x)) if plan.values else None,
+        torch.empty_like(x, dtype=code_dtype(plan.grid)) if plan.codes else None,
+        torch.zeros(programs, dtype=torch.int32, device=x.device) if plan.codes else None,
+        torch.empty((programs, 6), dtype=torch.float64, device=x.device) if plan.stats else None,
+    )
+
+
+def collected(
+    found: Outputs,
+    out: torch.Tensor | None,
+    elements: int,
+    scales: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+) -> Quantized:
+    """The results of a launch over so many elements."""
+    values, codes, problems, partials = found
+    if out is not None and values is not None and values is not out:
+        values = out.copy_(values)
+    stats = None if partials is None else QuantStats(total(partials, elements))
+    missing = 0 if problems is None or not len(problems) else problems.amax()
+    return Quantized(values, codes, scales, stats, upper, missing)

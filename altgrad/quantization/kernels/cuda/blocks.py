@@ -19,28 +19,28 @@ from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import Family, family_of
 from altgrad.quantization.block_layout import BlockLayout
-from altgrad.quantization.codec import code_dtype, scale_values, stored_scale_dtype, value_tensor
+from altgrad.quantization.codec import scale_values, stored_scale_dtype, value_tensor
 from altgrad.quantization.kernels.cuda.bits import (
     ADDITION,
     MODES,
     NEAREST_EVEN,
     code_of,
+    collected,
     count,
     device_table,
     float_of,
     key_tensor,
     narrow,
     on_device,
+    outputs,
     read_grid,
     round_element,
     round_magnitude,
     store_counts,
-    total,
     widen,
 )
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
-from altgrad.quantization.stats import QuantStats
 
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PATCH = 2048  # elements that a program holds at once
@@ -157,9 +157,9 @@ def _process(
     x,
     out,
     codes,
-    scales,
     problems,
     partials,
+    scales,
     element_table,
     scale_table,
     upper,
@@ -312,16 +312,12 @@ def run(
     fmt, element, layout = plan.format, plan.grid, plan.layout(x.shape)
     x = x.contiguous()
     device = x.device
-    direct = out is not None and out.is_contiguous()
-    written = (out if direct else torch.empty_like(x)) if plan.values else None
-    coded = torch.empty(x.shape, dtype=code_dtype(element), device=device) if plan.codes else None
     scales = torch.empty(layout.scale_shape, dtype=stored_scale_dtype(fmt), device=device)
     strips = layout.tile_columns == 1 and layout.columns > 1
     tiles, patch, chunks = _patches(layout, strips)
     outer, down, across = layout.grid
     programs = outer * down * -(-layout.columns // tiles) if strips else -(-outer * down * across // tiles)
-    problems = torch.zeros(programs, dtype=torch.int32, device=device) if plan.codes else None
-    partials = torch.empty((programs, 6), dtype=torch.float64, device=device) if plan.stats else None
+    found = outputs(plan, x, out, programs)
     native_inf = plan.overflow is Overflow.NATIVE and element.has_inf
     family = family_of(element, plan.rounding, plan.overflow, plan.random_bits, False)
     rounded_scale = not (fmt.power_of_two or fmt.has_float_scale)
@@ -330,11 +326,8 @@ def run(
         with on_device(x):
             _process[(programs,)](
                 x,
-                written,
-                coded,
+                *found,
                 scales,
-                problems,
-                partials,
                 device_table(element, plan.rounding, plan.overflow, fmt.has_float_scale, False, native_inf, device),
                 device_table(scale_grid, Rounding.NEAREST_AWAY, Overflow.SATURATE, False, False, False, device),
                 scale,
@@ -362,12 +355,7 @@ def run(
                 STATS=plan.stats,
                 enable_fp_fusion=False,
             )
-    if out is not None and not direct:
-        assert written is not None
-        written = out.copy_(written)
-    stats = None if partials is None else QuantStats(total(partials, x.numel()))
-    missing = 0 if problems is None or not programs else problems.amax()
-    return Quantized(written, coded, scales, stats, scale, missing)
+    return collected(found, out, x.numel(), scales, scale)
 
 
 @triton.jit

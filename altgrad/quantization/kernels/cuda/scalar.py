@@ -12,26 +12,26 @@ import triton.language as tl
 from torch import Tensor
 
 from altgrad.jit.grid_table import Family, family_of, float32_arithmetic_suffices
-from altgrad.quantization.codec import code_dtype, value_tensor
+from altgrad.quantization.codec import value_tensor
 from altgrad.quantization.kernels.cuda.bits import (
     ADDITION,
     MODES,
     code_of,
+    collected,
     count,
     device_table,
     float_of,
     key_tensor,
     narrow,
     on_device,
+    outputs,
     read_grid,
     round_element,
     store_counts,
-    total,
     widen,
 )
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
-from altgrad.quantization.stats import QuantStats
 
 ELEMENTS = 2048  # per program
 
@@ -127,22 +127,15 @@ def run(
     wide = double or not float32_arithmetic_suffices(fmt)
     by_addition = family_of(fmt, rounding, overflow, plan.random_bits, wide) is Family.BY_ADDITION
     source = x.contiguous()
-    fits = out is not None and out.is_contiguous()
-    target = (out if fits else torch.empty_like(source)) if plan.values else None
-    coded = torch.empty_like(source, dtype=code_dtype(fmt)) if plan.codes else None
     size = source.numel()
     programs = -(-size // ELEMENTS)
-    problems = torch.zeros(programs, dtype=torch.int32, device=x.device) if plan.codes else None
-    partials = torch.empty((programs, 6), dtype=torch.float64, device=x.device) if plan.stats else None
+    found = outputs(plan, source, out, programs)
     scales, inner, channels = _scales(source, scale, plan.compute_dtype)
     if size:
         with on_device(source):
             _process[(programs,)](
                 source,
-                target,
-                coded,
-                problems,
-                partials,
+                *found,
                 scales,
                 device_table(fmt, rounding, overflow, plan.clamp, wide, False, x.device),
                 key_tensor(key, x.device),
@@ -160,12 +153,7 @@ def run(
                 ELEMENTS=ELEMENTS,
                 enable_fp_fusion=False,
             )
-    if out is not None and target is not out:
-        assert target is not None
-        target = out.copy_(target)
-    stats = None if partials is None else QuantStats(total(partials, size))
-    found = 0 if problems is None or not programs else problems.amax()
-    return Quantized(target, coded, None, stats, None, found)
+    return collected(found, out, size)
 
 
 def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: Tensor | None) -> Tensor:
