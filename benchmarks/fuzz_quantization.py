@@ -34,7 +34,7 @@ FAULTS = ("crash", "hang", "foreign", "wrong", "accepted", "overrefused")
 HANG_SECONDS = 300.0  # a case may compile several loops, on a busy machine
 RANGE = 500  # cases of one file
 ROOT = Path(__file__).parent.parent
-JUDGED = ("altgrad/errors.py", "altgrad/formats", "altgrad/jit", "altgrad/quantization", "altgrad/randomness")
+JUDGED = ("altgrad/errors.py", "altgrad/formats", "altgrad/jit", "altgrad/quantization", "altgrad/randomness.py")
 
 
 class Line(NamedTuple):
