@@ -23,6 +23,15 @@ from altgrad.quantization.scaling import DelayedScaling
 _LARGEST = torch.finfo(torch.float32).max
 
 
+def largest_of(x: Tensor, axis: int | None = None) -> Tensor:
+    """The largest magnitude, inf and NaN among them, of a matrix or of each index of `axis`; 0 of no elements."""
+    size = x.abs()
+    if axis is None:
+        return size.amax() if x.numel() else x.new_zeros(())
+    shape = [n if d == axis else 1 for d, n in enumerate(x.shape)]
+    return size.amax(1 - axis, keepdim=True) if x.numel() else x.new_zeros(shape)
+
+
 def inverse_scale(amax: Tensor, largest: float, *, power_of_two: bool = False, floor: float = 0.0) -> Tensor:
     """s = fl(max / amax) in float32, which x is multiplied by: 1 where amax is 0, inf or NaN, at most float32's largest.
 
@@ -114,13 +123,18 @@ def multiply_blocks(
             filled up with zeros.
         key: of stochastic rounding of the elements; scales round to nearest even.
 
+    A NaN or inf stays where it is and has no part in the scales.
+
     Source: NVIDIA Transformer Engine d0067d0d, NVFP4BlockScaling and its Python reference.
     """
     (down, across), element, upper = fmt.tile, fmt.element, fmt.scale_format
     rows, columns = x.shape
-    filled = pad(x.abs(), (0, -columns % across, 0, -rows % down))
-    amaxes = filled.unflatten(1, (-1, across)).unflatten(0, (-1, down)).amax((1, 3))
-    whole = inverse_scale(amaxes.amax() if amaxes.numel() else x.new_zeros(()), element.max * upper.max)
+    finite = x.isfinite()
+    filled = pad(torch.where(finite, x.abs(), 0), (0, -columns % across, 0, -rows % down))
+    blocks = filled.view(-(-rows // down), down, -(-columns // across), across)
+    amaxes = blocks.amax((1, 3)) if x.numel() else x.new_zeros((blocks.shape[0], blocks.shape[2]))
+    largest = largest_of(amaxes)
+    whole = inverse_scale(largest, element.max * upper.max)
     one = torch.ones((), device=x.device)
     scales = amaxes * (whole * (one / element.max))
     scales = cast_for(upper, overflow=Overflow.SATURATE)(scales).values
@@ -128,9 +142,9 @@ def multiply_blocks(
     multipliers = (one / (scales * (one / whole))).clamp(max=_LARGEST)
     spread = multipliers.repeat_interleave(down, 0)[:rows].repeat_interleave(across, 1)[:, :columns]
     rounded = cast_for(element, rounding, Overflow.SATURATE)
-    payload = rounded((x * spread).clamp(-_LARGEST, _LARGEST), key=key).values
-    tensor_scale = (
-        torch.where(amaxes.amax() > 0, amaxes.amax(), 1.0) / (element.max * upper.max) if amaxes.numel() else one
-    )
+    payload = rounded((torch.where(finite, x, 0) * spread).clamp(-_LARGEST, _LARGEST), key=key).values
+    assert payload is not None
+    tensor_scale = torch.where(largest > 0, largest, 1.0) / (element.max * upper.max)
     stored = scales.repeat_interleave(down, 0)[:rows].repeat_interleave(across, 1)[:, :columns]
-    return ScaledBlocks(payload, scales, tensor_scale, payload * stored * tensor_scale)  # type: ignore[operator]
+    values = torch.where(finite, payload * stored * tensor_scale, x)
+    return ScaledBlocks(torch.where(finite, payload, x), scales, tensor_scale, values)

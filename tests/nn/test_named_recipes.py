@@ -537,3 +537,29 @@ def test_the_command_line_prints_errors_of_each_ablation(capsys):
     recipe_pages.print_errors("te_block", "32x128x16")
     said = capsys.readouterr().out
     assert all(word in said for word in ("te_block", "without tiles", "without accumulator", "%"))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_nothing_is_laundered_and_empty_batches_pass(name):
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 10)
+    model = nn.Sequential(nn.Linear(24, 10))
+    model[0].load_state_dict(layer.state_dict())
+    quantize_model(model, recipe(name))
+    for value in (math.inf, math.nan):
+        found = []
+        for one in (layer, model):
+            one.zero_grad()
+            torch.manual_seed(1)
+            x, dy = torch.randn(5, 24), torch.ones(5, 10)
+            x[2, 3] = value
+            given = x.requires_grad_()
+            y = one(given)
+            dy[1, 1] = value
+            y.backward(dy)
+            found.append([t.isfinite() for t in (y, given.grad)])
+        assert all(torch.equal(a, b) for a, b in zip(*found)), value
+    empty = torch.randn(0, 24, requires_grad=True)
+    model(empty).sum().backward()
+    assert empty.grad.shape == (0, 24)
+    assert model(torch.randn(2, 3, 24)).shape == (2, 3, 10)

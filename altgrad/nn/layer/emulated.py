@@ -36,7 +36,7 @@ from altgrad.quantization import Cast, Want, amax
 from altgrad.quantization.accumulation import Terms, accumulate_terms, group_terms, terms
 from altgrad.quantization.codec import scale_values
 from altgrad.quantization.hadamard import Signs
-from altgrad.quantization.inverse_scaling import RegionScaling, RegionState, inverse_scale, multiply_blocks
+from altgrad.quantization.inverse_scaling import RegionScaling, RegionState, inverse_scale, largest_of, multiply_blocks
 from altgrad.quantization.stats import measure
 from altgrad.randomness import stream_base
 
@@ -165,11 +165,10 @@ class _Call(NamedTuple):
                     )
                 s = region_state(operand, policy).s
                 if self.record:
-                    operand.pending = x.abs().amax() if x.numel() else x.new_zeros(())
+                    operand.pending = largest_of(x)
             else:
                 assert isinstance(policy, CurrentScaling)
-                axis = _turned(policy.axis, turned)
-                largest = x.abs().amax() if axis is None else x.abs().amax(1 - axis % 2, keepdim=True)
+                largest = largest_of(x, _turned(policy.axis, turned))
                 s = inverse_scale(largest, fmt.max, power_of_two=policy.power_of_two, floor=policy.floor)
             scaled = (x * s).clamp(-_LARGEST, _LARGEST)
             payload = plain(torch.where(x.isfinite(), scaled, x), key=key).values
