@@ -56,7 +56,7 @@ class Monitor:
         parameters: name to parameter; None: all of the model's that require gradients.
 
     Raises:
-        OptionError: `flush_every` below 1. ConfigError: a schedule that is none. FormatError: an unknown format, or one
+        OptionError: `flush_every` below 1; parameters that are spread over processes. ConfigError: a schedule that is none. FormatError: an unknown format, or one
             without a grid of its own for a model that is not quantized.
     """
 
@@ -78,6 +78,11 @@ class Monitor:
             raise OptionError(f"flush_every {flush_every} is below 1; it counts measured steps per copy to the host")
         optimizer = None if optimizer is None else bare_optimizer(optimizer)
         named = dict(model.named_parameters(remove_duplicate=False)) if parameters is None else parameters
+        if any(hasattr(p, "device_mesh") for p in named.values()):
+            raise OptionError(
+                "the monitor reads whole weights, and these are spread over processes (FSDP2, DTensor); pass parameters={} to "
+                "measure operands only, or use DDP"
+            )
         own_counts = getattr(optimizer, "grid_step_counts", None)
         self.schedule, self.flush_every = make_schedule(schedule), flush_every
         self.latest: dict[tuple[str, str], Record] = {}  # the last record of each (layer, role)

@@ -33,7 +33,13 @@ def _rank() -> int:
 
 
 class Stepped(Protocol):
-    """What has random keys, a scale history or a count of uses, and so lives by the clock."""
+    """What has random keys, a scale history or a count of uses, and so lives by the clock.
+
+    shares_amax: whether the history is of one amax, `pending`, that differs from process to process.
+    """
+
+    shares_amax: bool
+    pending: Tensor | None
 
     def renew_key(self) -> None:
         """Set the random key of the session's present step."""
@@ -53,6 +59,7 @@ class Session:
         self.bypass = False
         self.observer: Observer | None = None
         self.reduce_amax: Callable[[Tensor], Tensor] | None = None
+        self.group: object | None = None  # the processes that train the model together, as DDP or FSDP2 have shown
         self.recipe: Recipe | None = None
         self.lead_optimizer: Callable[[], object] | None = (
             None  # weak reference to the optimizer that advances the clock
@@ -67,6 +74,7 @@ class Session:
             "observer": None,
             "bypass": False,
             "reduce_amax": None,
+            "group": None,
             "lead_optimizer": None,
             "model": None,
         }
@@ -83,10 +91,31 @@ class Session:
             operand.renew_key()
 
     def advance(self) -> None:
-        """Close a step: roll the scale histories once, then move to the next step's first micro-batch."""
+        """Close a step: roll the scale histories once, then move to the next step's first micro-batch.
+
+        Where several processes train the model, the amaxes of the step are those of all of them.
+        """
+        if self.group is not None and self.reduce_amax is None:
+            _share_pending([o for o in self.operands if o.shares_amax], self.group)
         for operand in self.operands:
             operand.roll()
         self.set_clock(self.step + 1, 0)
+
+
+def _share_pending(operands: list[Stepped], group) -> None:
+    """Give each operand the largest pending amax of the group's processes, some of which may not have used it."""
+    if not operands:
+        return
+    seen = [o.pending for o in operands if o.pending is not None]
+    device = seen[0].device if seen else torch.device("cpu")
+    if not seen and torch.distributed.get_backend(group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    unused = torch.full((), -1.0, device=device, dtype=torch.float64)
+    found = torch.stack([unused if o.pending is None else o.pending.double() for o in operands])
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
+    for operand, largest, used in zip(operands, found.unbind(), (found >= 0).tolist(), strict=True):
+        dtype = torch.float32 if operand.pending is None else operand.pending.dtype
+        operand.pending = largest.to(dtype) if used else None
 
 
 @dataclass(frozen=True)
@@ -157,6 +186,9 @@ def set_rank(model: nn.Module, rank: int | None) -> None:
 
 def set_amax_reduction(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None) -> None:
     """Pass every amax of an input or grad_output through `reduce`, such as an all-reduce by maximum over ranks.
+
+    Without one each rank scales what it has, and delayed histories take the largest amax of the ranks at the end of each
+    step, under DDP and FSDP2.
 
     It is called in the same order on every rank that runs the same model. Weights are replicated and not reduced.
     """

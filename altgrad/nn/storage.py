@@ -4,8 +4,8 @@
     attempted  what the optimizer wrote: before + update, in float32
     after      attempted, rounded to the grid under the scale at the start of the step
 
-The storage of a parameter is the one owner of its grid. It knows the values that it wrote by the parameter, its memory
-and its version counter. Anything else is somebody else's write (loading, initialisation, averaging, an editor) and gets
+The storage of a parameter is the one owner of its grid. It knows the values that it wrote by the parameter, its memory,
+its version counter and, on the CPU, a sample of them: `weight.data.normal_()` counts no version. Anything else is somebody else's write (loading, initialisation, averaging, an editor) and gets
 a fresh scale by the policy before the weight is next used; foreign values are never pressed into an old scale. They are
 rounded where the grid matters, at the start of the next step, and counted as a regrid; a forward quantizes them as they
 are. Values that moved without changing (deepcopy, pickle, `.to`) keep their grid: they still match the codes.
@@ -75,7 +75,7 @@ class GridStorage:
 
     def __getstate__(self) -> dict:
         # A copy belongs to another parameter, which it meets when that is next used.
-        left_out = ("_parameter", "_memory", "_written", "_number", "_stepping")
+        left_out = ("_parameter", "_memory", "_written", "_sampled", "_number", "_stepping")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict) -> None:
@@ -86,6 +86,7 @@ class GridStorage:
         self._parameter: ref[Tensor] | None = None
         self._memory: StorageWeakRef | None = None  # keeps the address from being given to other values
         self._written: _Written | None = None
+        self._sampled: Tensor | None = None  # some of the values that were there then
         self._stepping = False
         self._number = next(_NUMBERS)
         _BY_NUMBER[self._number] = self
@@ -123,6 +124,11 @@ class GridStorage:
         Raises:
             RecipeError: the parameter is stored on another layer's grid already, and the two specs differ.
         """
+        if hasattr(weight, "device_mesh"):
+            raise RecipeError(
+                f"{self.name!r} is stored on a grid ({self.spec.format}) and spread over processes (FSDP2, DTensor): its scale "
+                'and its rounding need the whole weight; use DDP, or storage="master"'
+            )
         owner = grid_owner(weight)
         if isinstance(owner, GridStorage):
             if owner.spec != self.spec:
@@ -165,7 +171,9 @@ class GridStorage:
         return self._found(weight)
 
     def _wrote(self, weight: Tensor) -> bool:
-        return self._written is not None and self._written == _written(weight)
+        if self._written is None or self._written != _written(weight):
+            return False
+        return self._sampled is None or traced(weight) or torch.equal(self._sampled, _sample(weight))
 
     def _found(self, weight: Tensor) -> ParameterGrid:
         plain = _without_transforms(weight)
@@ -213,6 +221,7 @@ class GridStorage:
     def _know(self, weight: Tensor) -> None:
         self.bind(weight)
         self._written = _written(weight)
+        self._sampled = _sample(weight).clone() if weight.device.type == "cpu" and not traced(weight) else None
         self._memory = StorageWeakRef(weight.untyped_storage())
 
     def state_grid(self, weight: Tensor, scale: Tensor, steps: int) -> None:
@@ -371,6 +380,12 @@ def _written(tensor: Tensor) -> _Written | None:
     if tensor.is_inference():
         return None
     return _Written(tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some of a tensor's values, evenly spaced: at least 256 of them, where it has as many."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 256)]
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from altgrad.errors import CheckpointError, OptionError
 from altgrad.integrations import HuggingFaceCallback, LightningCallback, Recorder, track
-from altgrad.nn import quant_state, quantize_model, uniform
+from altgrad.nn import load_quant_state, quant_state, quantize_model, uniform
 from altgrad.records.run import read_run
 from altgrad.records.verify import verify_run
 
@@ -271,3 +271,71 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "altgrad.integrations.with_lightning", raising=False)
     with pytest.raises(OptionError, match="needs the package lightning, which is not installed: pip install lightning"):
         integrations.LightningCallback  # noqa: B018
+
+
+# -- peft and averages -----------------------------------------------------------------------------------------------------
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    options = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "init_lora_weights": False}
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=DATA[:2]).logits
+
+
+@pytest.mark.parametrize("kind", ["nearest", "stochastic", "grid"])
+def test_lora_adapts_a_quantized_model_and_is_trained_saved_and_merged(tmp_path, kind):
+    """Only adapters are in the optimizer: the clock follows it, the quantized base stays, its outputs are those of Q(w)."""
+    import peft
+
+    model = adapted(language_model(RECIPES[kind]))
+    base = model.base_model.model.transformer.h[0].attn.c_attn.base_layer
+    before = base.weight.clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=DATA[:2], labels=DATA[:2]).loss.backward()
+        optimizer.step()
+    assert torch.equal(base.weight, before)
+    assert quant_state(model)["clocks"][0]["step"] == (0 if kind == "nearest" else 2)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(language_model(RECIPES[kind]), tmp_path)
+    load_quant_state(loaded, quant_state(model))
+    wanted = logits(model)
+    assert torch.equal(logits(loaded), wanted)
+    merged = model.merge_and_unload()
+    assert type(merged.transformer.h[0].attn.c_attn).__name__ == "QuantizedConv1D"
+    assert (logits(merged) - wanted).abs().max() < 0.2 * wanted.abs().max()  # Q(w + ba) for Q(w) + ba
+    assert not torch.equal(merged.transformer.h[0].attn.c_attn.weight, before)
+
+
+def test_a_model_with_adapters_is_quantized_with_or_without_them():
+    with_adapters = quantize_model(adapted(language_model(None)), uniform("E4M3"), exclude=["*lm_head", "*wte"])
+    without = quantize_model(
+        adapted(language_model(None)), uniform("E4M3", keep="adapters"), exclude=["*lm_head", "*wte"]
+    )
+    added = set(with_adapters.swapped) - set(without.swapped)
+    assert added == {name for name in with_adapters.swapped if "lora_" in name} != set()
+    assert any(name.endswith("c_attn.base_layer") for name in without.swapped)
+
+
+def test_averages_of_quantized_models_are_models_of_the_average():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = language_model(RECIPES["grid"])
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=DATA[:2], labels=DATA[:2]).loss.backward()
+        optimizer.step()
+        average.update_parameters(model)
+    fresh = language_model(RECIPES["grid"])
+    fresh.load_state_dict(average.module.state_dict())
+    assert torch.equal(logits(average), logits(fresh))
+    assert not torch.equal(logits(average), logits(model))

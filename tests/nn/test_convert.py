@@ -299,3 +299,72 @@ def test_global_settings_are_left_as_found():
     model(TOKENS).sum().backward()
     assert torch.equal(state, torch.random.get_rng_state())  # no global generator is drawn from
     assert before[:3] == (mkldnn.matmul.fp32_precision, torch.get_num_threads(), torch.is_grad_enabled())
+
+
+# -- models that have no values yet, and other ways to record them ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [uniform("E4M3"), uniform("E3M4", storage="grid"), uniform("MXFP8")], ids=str)
+def test_a_model_made_on_the_meta_device_is_quantized_there_and_filled_later(recipe):
+    """The first rounding to the grid waits for values; a forward on the meta device gives shapes and dtypes."""
+
+    def layers():
+        return nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.Linear(9, 6), nn.LayerNorm(6), nn.Embedding(4, 8))
+
+    def forward(model, x):
+        return model[3](torch.tensor([0, 2], device=x.device)).sum() + model[2](model[1](model[0](x)))
+
+    with torch.device("meta"):
+        model = layers()
+    quantize_model(model, recipe)
+    y = forward(model, torch.empty(2, 8, 9, device="meta"))
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 8, 6), torch.float32)
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for layer in model:
+        layer.reset_parameters()
+    torch.manual_seed(0)
+    plain = layers()
+    quantize_model(plain, recipe)
+    x = torch.randn(2, 8, 9)
+    assert torch.equal(model[1](x), plain[1](x))
+    for one in (model, plain):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        forward(one, x).square().sum().backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lazy_layers_are_quantized_once_their_shape_is_known():
+    lazy = [nn.LazyLinear(6), nn.LazyConv1d(4, 3)]
+    for layer in lazy:
+        with pytest.raises(
+            RecipeError, match=rf"layer '0' is a {type(layer).__name__} whose shape is not known yet.*example="
+        ):
+            quantize_model(nn.Sequential(layer, nn.Linear(4, 4)), "E4M3")
+    model = nn.Sequential(nn.LazyLinear(6), nn.ReLU())
+    x = torch.randn(3, 5)
+    assert quantize_model(model, "E2M1", example=(x,)).swapped["0"].type == "Linear"
+    with torch.no_grad():
+        assert (model(x) - restore_model(copy.deepcopy(model))(x)).abs().max() > 1e-3
+
+
+def test_recordings_of_a_quantized_model_hold_its_arithmetic_or_are_refused():
+    """fx keeps the layers as leaves; torch.jit would bake in values, so it is refused with what works."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    quantize_model(model, "E2M1")
+    x, other = torch.randn(3, 8), torch.randn(5, 8)
+    graph = torch.fx.symbolic_trace(model)
+    assert torch.equal(graph(other), model(other))
+    exported = torch.export.export(model, (x,))
+    assert torch.equal(exported.module()(x), model(x))
+    late = torch.fx.symbolic_trace(restore_model(copy.deepcopy(model)))
+    assert set(quantize_model(late, "E2M1").swapped) == {"0", "2"}
+    assert torch.equal(late(x), model(x))
+    for record in (lambda: torch.jit.trace(model, x), lambda: torch.jit.script(model)):
+        with (
+            pytest.warns(DeprecationWarning, match="torch.jit"),
+            pytest.raises(RecipeError, match=r"torch\.export\.export or torch\.compile"),
+        ):
+            record()

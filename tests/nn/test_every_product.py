@@ -106,7 +106,7 @@ def test_routers_are_kept_high_by_a_named_preset(name):
     routers = [n for n in manifest.skipped if n.endswith((".gate", ".router"))]
     assert len(routers) == (1 if name == "DeepseekV3" else 2)
     assert "lm_head" in manifest.skipped
-    with pytest.raises(RecipeError, match="keep='routes' is none of routers, heads, embeddings"):
+    with pytest.raises(RecipeError, match="keep='routes' is none of adapters, routers, heads, embeddings"):
         keep("routes")
 
 

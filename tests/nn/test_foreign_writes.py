@@ -88,6 +88,16 @@ def data(layer):
     return layer
 
 
+def data_in_place(layer):
+    layer.weight.data.normal_()
+    return layer
+
+
+def data_added(layer):
+    layer.weight.data += values()  # as peft merges
+    return layer
+
+
 def data_twice(layer):
     layer.weight.data = layer.weight.data * 3
     layer.weight.data = layer.weight.data * 3
@@ -177,6 +187,8 @@ WRITERS = {
     "new parameter": new_parameter,
     "new parameter beside the old": new_parameter_while_the_old_one_lives,
     "averaged model": averaged,
+    "data in place": data_in_place,
+    "data added": data_added,
     "ema": ema,
     "vector_to_parameters": vector,
     "pruned": pruned,

@@ -39,7 +39,7 @@ def attention_states(recipe: LayerRecipe, session: Session, name: str) -> Attent
 
 def product_forward(state: LayerState, a: Tensor, b: Tensor, training: bool) -> Tensor:
     """a [..., m, k] @ b [..., k, n] of two activations."""
-    return a @ b if state.session.bypass else multiply(state, _MATMUL, a, b, None, training)
+    return a @ b if state.is_plain(a, training) else multiply(state, _MATMUL, a, b, None, training)
 
 
 def attention_forward(

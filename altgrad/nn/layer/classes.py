@@ -38,6 +38,12 @@ class Quantized:
         """The layer's recipe and operands."""
         return self.__dict__[STATE]
 
+    def __prepare_scriptable__(self):
+        raise RecipeError(
+            f"torch.jit.script cannot compile quantized layers ({type(self).__name__}); use torch.export.export or "
+            "torch.compile, or restore_model(model) before"
+        )
+
     def extra_repr(self) -> str:
         own = self._base.extra_repr(self)  # type: ignore[arg-type]
         routes = shown_routes(self)
@@ -150,7 +156,7 @@ _MIXINS = {
 @cache
 def quantized_class(base: type[nn.Module], raw: bool = False) -> type[nn.Module]:
     """The quantized subclass of a supported class, or (raw) of any whose own parameters multiply."""
-    kind, about = kind_of(base), {"_base": base, "__module__": __name__}
+    kind, about = kind_of(base), {"_base": base, "__module__": base.__module__}  # torch.fx judges leaves by it
     if raw:
         return type(f"Quantized{base.__name__}", (QuantizedRaw, base), {**about, "forward": _raw_forward(base)})
     if kind is None:

@@ -17,7 +17,7 @@ from altgrad.nn.layer.state import LayerState
 def conv_forward(state: LayerState, module: nn.Module, x: Tensor) -> Tensor:
     """The forward of a torch Conv1d, Conv2d or Conv3d: x [n, c, ...] or [c, ...], any padding mode."""
     w, bias, spatial = module.weight, module.bias, len(module.kernel_size)  # type: ignore[arg-type]
-    if state.session.bypass or (state.recipe.plain_evaluation and not module.training):
+    if state.is_plain(x, module.training):
         return module._conv_forward(x, w, bias)  # type: ignore[operator]
     unbatched = x.ndim == spatial + 1
     x = x.unsqueeze(0) if unbatched else x
@@ -41,7 +41,7 @@ def conv_transpose_forward(state: LayerState, module, x: Tensor, output_size=Non
     geometry = Convolution(
         tuple(module.stride), tuple(module.padding), tuple(module.dilation), module.groups, True, tuple(extra)
     )
-    if state.session.bypass:
+    if state.is_plain(x, module.training):
         how = (module.stride, module.padding, module.dilation, True, list(extra), module.groups)
         y = torch.convolution(x, module.weight, module.bias, *how)
     else:

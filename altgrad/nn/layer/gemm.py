@@ -227,10 +227,15 @@ def conv_precision(device_type: str):
         _set(library.conv, found)
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; the meta device has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 @contextmanager
 def without_autocast(device_type: str):
     """Switch autocast off: it would cast the operands off their grid and disagree between forward and backward."""
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(device_type):
         yield
         return
     with torch.autocast(device_type, enabled=False):
@@ -250,7 +255,7 @@ def mm(a: Tensor, b: Tensor, route: Route = Route.FLOAT32) -> Tensor:
 
 def _mm(a: Tensor, b: Tensor, route: Route) -> Tensor:
     kind = a.device.type
-    if torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         with without_autocast(kind):
             return _mm(a, b, route)
     if route is Route.BF16 and kind == "cuda" and a.ndim == 2:

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from altgrad.errors import BlockError, DtypeError
 from altgrad.nn.layer import emulated
 from altgrad.nn.layer.contractions import Contraction
-from altgrad.nn.layer.gemm import Route
+from altgrad.nn.layer.gemm import Route, autocasts
 from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
 from altgrad.nn.layer.products import Ready, quantized, restored, stash, unstash
 from altgrad.nn.layer.state import LayerState
@@ -100,7 +100,7 @@ def output_dtype(x: Tensor, w: Tensor) -> torch.dtype:
         DtypeError: two dtypes without autocast.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
     if x.dtype != w.dtype:
         raise DtypeError(f"input is {x.dtype} and weight {w.dtype}; cast one of them, or use torch.autocast")

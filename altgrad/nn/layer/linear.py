@@ -16,7 +16,7 @@ _PLAIN, _TRANSPOSED = Matrices(), Matrices(transposed=True)
 
 def linear_forward(state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None, training: bool) -> Tensor:
     """The layer's forward: x [..., in], w [out, in] (or [in, out] where the state says so), bias [out]."""
-    if state.session.bypass or (state.recipe.plain_evaluation and not training):
+    if state.is_plain(x, training):
         return F.linear(x, w.t() if state.transposed else w, bias)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous where there are no features
     y = multiply(state, _TRANSPOSED if state.transposed else _PLAIN, rows, w, bias, training)

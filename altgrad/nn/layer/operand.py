@@ -64,6 +64,7 @@ class Operand:
         self.key: Tensor | None = None
         self.as_values = 0  # uses in which a NaN or inf without a code made the operand travel as values
         self.delayed = isinstance(spec.scaling, DelayedScaling)
+        self.shares_amax = self.delayed and role != "weight" and axis is None
         self.follows_storage = isinstance(spec.scaling, StorageScaling)
         # A stored weight was rounded when it was written; reading it must not round it another way.
         rounding = Rounding.NEAREST_EVEN if self.follows_storage else spec.rounding

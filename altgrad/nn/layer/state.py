@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from altgrad.errors import RecipeError
 from altgrad.nn.layer.contractions import LINEAR_REDUCED
 from altgrad.nn.layer.gemm import Needs, Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
@@ -79,6 +81,7 @@ class LayerState:
         draws = recipe.mixes_at_random or any(operand.stochastic for operand in self.distinct())
         self.uses = Uses(self.session) if draws else None
         self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
+        self.shares_amax = any(operand.shares_amax for operand in self.distinct())
         self.whole_blocks = any(operand.spec.whole_blocks for operand in self.operands.values())
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
@@ -169,12 +172,30 @@ class LayerState:
 
     # -- the present call -----------------------------------------------------------------------------------------
 
+    def is_plain(self, x: Tensor, training: bool) -> bool:
+        """Whether the layer computes as an unquantized one does now: within `full_precision`, on the meta device, and in
+        evaluation where the recipe says so."""
+        return self.session.bypass or x.is_meta or (self.recipe.plain_evaluation and not training)
+
     def records(self, training: bool) -> bool:
         """Whether this call belongs to training: scale histories and observers hear of it."""
+        if training and self.shares_amax and not torch.compiler.is_compiling():
+            wrapper = DistributedDataParallel._active_ddp_module
+            if wrapper is not None:
+                self.session.group = wrapper.process_group
         return training and torch.is_grad_enabled()
 
     def use(self, training: bool) -> int | Tensor:
-        """Which use of the layer within the step this forward is, for its random bits (`Uses.take`)."""
+        """Which use of the layer within the step this forward is, for its random bits (`Uses.take`).
+
+        Raises:
+            RecipeError: `torch.jit.trace` is at work, which would record this very input's values as constants.
+        """
+        if torch._C._get_tracing_state() is not None:
+            raise RecipeError(
+                f"torch.jit.trace cannot record the quantized layer {self.name!r}; use torch.export.export or "
+                "torch.compile, or restore_model(model) before"
+            )
         return 0 if self.uses is None else self.uses.take(training)
 
     def observed(self, record: bool) -> bool:

@@ -66,6 +66,9 @@ class Uses:
         self.count = state["count"].clone()
         self._register()
 
+    shares_amax = False
+    pending = None
+
     def renew_key(self) -> None:
         """Start a step."""
         self.count[:1].zero_()

@@ -27,7 +27,7 @@ def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) ->
     """The forward of an embedding: rows of the quantized weight. Stochastic rounding rounds the whole weight."""
     operand, w = state.w, module.weight
     rest = (module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse)
-    if state.session.bypass or operand.fmt is None:
+    if state.is_plain(w, module.training) or operand.fmt is None:
         return F.embedding(index, w, *rest)
     if transformed():
         return F.embedding(index, quantized_weight(state, operand, w, None, module.training), *rest)
@@ -42,7 +42,7 @@ def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) ->
 def with_quantized_weight(state: LayerState, operand: Operand, module: nn.Module, forward, *args, **kwargs):
     """Call `forward(*args)` of a normalisation or a bag of embeddings while `module.weight` reads as its quantized value."""
     w = module._parameters.get("weight")
-    if state.session.bypass or operand.fmt is None or w is None:
+    if w is None or state.is_plain(w, module.training) or operand.fmt is None:
         return forward(*args, **kwargs)
     module.__dict__["weight"] = quantized_weight(state, operand, w, None, module.training)  # shadows the parameter
     try:

@@ -103,6 +103,10 @@ class OptimizerHandle:
         self._idle = closure is None and _is_no_step(optimizer)
         if self._idle:
             return None
+        mesh = _mesh_of(optimizer)
+        if mesh is not None:
+            for session in self._leads:
+                session.group = mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
         self._entries = self._grid_entries(optimizer)
         for entry in self._entries:
             entry.storage.before_step(entry.weight)
@@ -149,6 +153,14 @@ class OptimizerHandle:
             return None
         total = self.counts.sum(0).double()
         return total[2] / total[0]
+
+
+def _mesh_of(optimizer: Optimizer):
+    """The mesh of processes over which an optimizer's parameters are spread (FSDP2); None where they are whole."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return next((mesh for p in parameters if (mesh := getattr(p, "device_mesh", None)) is not None), None)
 
 
 def _within_step(closure, storages: list[GridStorage]):

@@ -27,6 +27,11 @@ def check_layer(spot: Spot, recipe: LayerRecipe) -> None:
         return
     if weight is None or weight.dtype not in _MANTISSA:
         raise RecipeError(f"layer {name!r} has a weight of dtype {getattr(weight, 'dtype', None)}; cast it to float32")
+    if recipe.storage is not None and hasattr(weight, "device_mesh"):
+        raise RecipeError(
+            f"layer {name!r}: grid storage in {recipe.storage.format} needs whole weights, and this one is spread over "
+            'processes (FSDP2, DTensor); use DDP, or storage="master"'
+        )
     formats = {spec.format for _, _, spec in recipe.entries()} if kind.kind != "norm" else {recipe.norm_weight.format}
     if recipe.storage is not None:
         formats.add(recipe.storage.format)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from altgrad.errors import RecipeError
 from altgrad.nn.layer.classes import layer_of, parameter_of, place_name
@@ -101,6 +102,11 @@ def out_of_reach(
             "its weight is computed from other parameters (a parametrization, weight_norm, pruning); remove that first"
             if getattr(module, "weight", None) is not None
             else "has no weight"
+        )
+    if isinstance(spot.weight, UninitializedParameter):
+        raise RecipeError(
+            f"layer {name!r} is a {type(module).__name__} whose shape is not known yet; run the model once on an input, or pass "
+            "example="
         )
     if spot.state is not None:
         raise RecipeError(

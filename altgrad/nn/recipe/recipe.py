@@ -329,6 +329,7 @@ class Recipe:
 
 
 _KEPT = {
+    "adapters": {"name": r"re:(?:.*\.)?lora_\w+(?:\..*)?"},
     "routers": {"name": r"re:(?:.*\.)?(?:router|gate)(?:\.(?:layer|classifier|wg))?"},
     "heads": {"name": r"re:(?:.*\.)?(?:lm_head|head|embed_out|proj_out|score|classifier)"},
     "embeddings": {"name": r"re:(?:.*\.)?(?:\w*emb\w*|wte|wpe)"},
@@ -340,7 +341,7 @@ def keep(*presets: str) -> tuple[Override, ...]:
 
     Args:
         presets: "routers" (of a mixture of experts: `router`, `gate`), "heads" (`lm_head`, `head`, `classifier`, ...),
-            "embeddings" (`embed_tokens`, `wte`, ...).
+            "embeddings" (`embed_tokens`, `wte`, ...), "adapters" (peft's `lora_A`, `lora_B`, ...).
 
     Raises:
         RecipeError: another word.
