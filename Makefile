@@ -44,7 +44,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.bench_monitor
 	$(BIN)/python -m benchmarks.bench_optim
-	$(BIN)/python -m benchmarks.bench_study
+	$(BIN)/python -m benchmarks.long_run study
 
 exhaustive: $(READY)
 	$(BIN)/python -m benchmarks.exhaustive

@@ -245,9 +245,12 @@ def main() -> None:
             sys.stdout.flush()
     except AltGradError as error:
         _fail(str(error))
-    except BrokenPipeError:  # whoever read our output has gone
-        _forget_output()
-        sys.exit(128 + signal.SIGPIPE)
+    except BrokenPipeError:
+        _end_with_its_reader()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # click has met it before us, and exits with 1
+            _end_with_its_reader()
+        raise
     except OSError as error:
         _fail(f"{os_error_text(error)}. What was written before is whole; the same command goes on from there.")
     except KeyboardInterrupt:
@@ -261,6 +264,12 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     with contextlib.suppress(OSError):
         print(f"altgrad: {for_terminal(shortened(message, 4000))}", file=sys.stderr)
     sys.exit(code)
+
+
+def _end_with_its_reader() -> NoReturn:
+    """Whoever read our output has gone: end as a shell's commands do."""
+    _forget_output()
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _forget_output() -> None:

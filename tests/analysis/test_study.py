@@ -335,7 +335,7 @@ def test_validation_curves_are_aligned_by_step(study):
 
 
 def test_many_runs_stay_fast(tmp_path):
-    """A tenth of the 2,000 runs that `benchmarks/bench_study.py` reports on, within a tenth of their time."""
+    """A tenth of the 2,000 runs that `python -m benchmarks.long_run study` reports on, within a tenth of their time."""
     for seed in range(20):
         for fmt in ("FP32", "E3M4", "E5M2", "E1M6", "E7M0"):
             make_run(tmp_path, fmt, seed=seed, steps=300, eval_interval=50)

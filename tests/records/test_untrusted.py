@@ -9,6 +9,7 @@ import pytest
 
 from altgrad.records.documents import read_result
 from altgrad.records.untrusted import MOST_DEPTH, Malformed, parse_json, parse_line, parse_yaml
+from benchmarks import fuzz_configs
 from benchmarks.fuzz_records import judge, make_runs
 
 REFUSED_JSON = {
@@ -104,3 +105,10 @@ def test_damaged_folders_are_reported_or_refused(tmp_path):
     make_runs(tmp_path / "base")
     told = [judge(tmp_path / "base", tmp_path, random.Random(f"0 {number}")) for number in range(15)]
     assert [case for case in told if case[0] not in ("reported", "refused")] == []
+
+
+@pytest.mark.parametrize("kind", fuzz_configs.KINDS)
+def test_hostile_configs_overrides_and_matrices_are_taken_or_refused(kind):
+    verdicts = fuzz_configs.run(kind, 40, seed=2)
+    assert set(verdicts) <= {"taken", "refused"}
+    assert verdicts["refused"] > 10
