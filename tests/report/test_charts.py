@@ -321,3 +321,14 @@ def test_runs_of_one_format_are_told_apart_by_colour_and_of_several_by_dash():
 def test_unknown_formats_take_free_colours():
     styles = styles_for(["E3M4", "MXFP8", "NVFP4", "E5M2"])
     assert len({s.slot for s in styles}) == 4
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 0.04])
+@pytest.mark.parametrize(
+    "values", [[3.0], [0.0], [], [1e308, -1e308], [5e-324, 1e308], [1.0, np.nextafter(1.0, 2.0)], [np.nan, 7]]
+)
+def test_an_axis_over_any_values_has_a_length_and_ticks(values, margin, log):
+    axis = axis_over([np.array(values)], log=log, margin=margin)
+    assert axis.lo < axis.hi
+    assert all(0 <= position <= 1 and label for position, label in axis.ticks(8))

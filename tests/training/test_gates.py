@@ -357,6 +357,12 @@ class TestData:
         with pytest.raises(DataError, match=said):
             self.corpus(tmp_path)
 
+    def test_fractions_written_as_float32_are_no_tokens(self, tmp_path):
+        for name in ("train.bin", "val.bin"):
+            np.random.default_rng(0).random(5000, np.float32).tofile(tmp_path / name)
+        with pytest.raises(DataError, match="float32 numbers"):
+            self.corpus(tmp_path)
+
     def test_an_absurd_size_cap_and_a_folder_named_as_a_text(self, tmp_path):
         (tmp_path / "a.txt").mkdir()
         (tmp_path / "b.txt").write_text("some text " * 100)

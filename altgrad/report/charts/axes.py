@@ -50,12 +50,20 @@ def axis_over(values: Iterable[np.ndarray], *, log: bool = False, label: str = "
     usable = stacked[np.isfinite(stacked) & ((stacked > 0) | (not log))]
     if not len(usable):
         return Axis(*((1.0, 10.0) if log else (0.0, 1.0)), log, label)
+    usable = np.clip(usable, *((1 / _FAR, _FAR) if log else (-_FAR, _FAR)))
     lo, hi = float(usable.min()), float(usable.max())
+    if hi - lo < 1e-12 * max(abs(lo), abs(hi)):  # no more than rounding tells them apart: as one value
+        lo = hi
     if log:
-        ratio = max(hi / lo, 1.02) ** margin
+        ratio = max(hi / lo, 1.02) ** (margin if hi > lo else 0.5)
         return Axis(lo / ratio, hi * ratio, True, label)
     span = (hi - lo) or abs(hi) * 0.1 or 1.0
+    margin = margin if hi > lo else 0.5
     return Axis(lo - margin * span, hi + margin * span, False, label)
+
+
+_FAR = 1e100
+"""Axes end here: beyond, differences and ratios of their ends overflow."""
 
 
 def _linear_ticks(lo: float, hi: float, about: int) -> list[float]:
