@@ -57,7 +57,7 @@ from altgrad.quantization.scaling import (
 from altgrad.quantization.stability import EmergencyMantissaShift, PartitionRelativeClipper
 from altgrad.quantization.stats import QuantStats
 
-NUMERICS_VERSION = "1"
+NUMERICS_VERSION = "2"
 """Part of every run's identity; raised whenever a change of the numerics changes results."""
 
 __all__ = [

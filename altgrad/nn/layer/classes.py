@@ -81,7 +81,8 @@ def shown_routes(module, parameter: str | None = None) -> str:
         return "; ".join(dict.fromkeys(state.routes(_device(module)) for state in states if state is not None))
     if isinstance(module, QuantizedConv | QuantizedConvTranspose):
         return "float32"  # torch's own loops
-    return module.quantization.routes(_device(module)) if isinstance(module, QuantizedLinear) else ""
+    state = module.__dict__[STATE] if isinstance(module, QuantizedLinear) else None
+    return state.routes(_device(module)) if isinstance(state, LayerState) else ""
 
 
 def _device(module: nn.Module) -> str:

@@ -255,7 +255,7 @@ class Operand:
             assert self.cast is not None
             layout, upper = self.cast.layout(codes.shape), float(rest[1]) if len(rest) > 1 else 1.0
             return Codes(codes, self.fmt, upper, rest[0], (layout.tile_rows, layout.tile_columns)), None
-        if isinstance(scale, Tensor) and scale.numel() > 1:
+        if not isinstance(scale, float | int) and scale.numel() > 1:
             largest = float(scale.max())
             return Codes(codes, self.fmt, largest), scale / largest
         return Codes(codes, self.fmt, float(scale)), None
