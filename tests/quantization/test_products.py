@@ -4,12 +4,18 @@ The units' instructions are run where this CPU has them and spelled out everywhe
 """
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from altgrad.quantization import FORMAT_REGISTRY, Cast, amax_scale, decode, encode, get_format
+from altgrad.nn import functional, layer_recipe
+from altgrad.nn.layer import gemm
+from altgrad.quantization import FORMAT_REGISTRY, Cast, CurrentScaling, amax_scale, decode, encode, get_format
 from altgrad.quantization.codec import scale_values
+from altgrad.quantization.products import multiply as multiply_module
 from altgrad.quantization.products.multiply import Codes, multiply
 from altgrad.quantization.products.units import LARGEST_DEPTH, Unit, common_unit, on_this_cpu, power, unit_of
 from altgrad.quantization.quantized import Want
@@ -205,3 +211,92 @@ def test_the_deepest_sum_of_bytes_is_exact():
     other = Codes(torch.full((depth, 1), 255, dtype=torch.uint8), fmt)  # -127
     got = multiply(largest, other, Unit.INT8, emulated=True)
     assert float(got) == float(torch.tensor(-(127.0**2) * depth / 2.0**14))
+
+
+# -- layers whose products are of codes, against the same layers on float32 ----------------------------------------------
+
+
+def of_both_routes(monkeypatch, x, w, recipe, bias=None):
+    """(y, dx, dw) by codes and by float32, with what each element may differ by."""
+    found = []
+    for processor in (gemm.Processor(True, True, False), gemm.Processor()):
+        monkeypatch.setattr(gemm, "PROCESSOR", processor)
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = functional.linear(a, b, bias, recipe=recipe)
+        y.sum().backward()
+        found.append((y.detach(), a.grad, b.grad))
+    a, b, ones = x.double().abs(), w.double().abs(), torch.ones(len(x), len(w), dtype=torch.float64)
+    bounds = [p.amax(1)[:, None] * q.amax(1) * p.shape[1] * 2e-6 for p, q in ((a, b), (ones, b.t()), (ones.t(), a.t()))]
+    return list(zip(*found, bounds, strict=True))
+
+
+def rows_of_their_own(x, w):
+    x, w = x.clone(), w.clone()
+    x[3], x[5], w[7], w[8] = x[3] * 1e30, x[5] * 1e-30, w[7] * 1e-20, 0
+    return x, w
+
+
+PRODUCTS_OF_LAYERS = {
+    "tiles of odd sides": ("E4M3/1x128", lambda x, w: (x * torch.linspace(-3, 3, len(x)).exp()[:, None], w)),
+    "blocks of odd sides": ("E4M3/7", lambda x, w: (x, w)),
+    "blocks of large scales beside one scale": (("MXFP8", "E4M3"), lambda x, w: (x * 1e25, w * 1e-25)),
+    "blocks of small scales": ("MXFP8", lambda x, w: (x * 1e-41, w * 1e30)),
+    "scales of rows far apart": (("E4M3", "rows"), rows_of_their_own),
+    "integers with scales of rows far apart": (("INT8", "rows"), rows_of_their_own),
+    "scales of rows that overflow together": (("E4M3", "rows"), lambda x, w: (x * torch.tensor([1e30] + [1.0] * 95)[:, None], w * torch.tensor([1e15] + [1.0] * 63)[:, None])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PRODUCTS_OF_LAYERS)
+def test_a_layer_by_codes_is_the_layer_by_float32(case, monkeypatch):
+    spelled, change = PRODUCTS_OF_LAYERS[case]
+    fmt, other = spelled if isinstance(spelled, tuple) else (spelled, None)
+    options = {"scaling": CurrentScaling(axis=0)} if other == "rows" else {"weight": other} if other else {}
+    generator = torch.Generator().manual_seed(0)
+    x, w = change(torch.randn(96, 256, generator=generator), torch.randn(64, 256, generator=generator))
+    for codes, reference, bound in of_both_routes(monkeypatch, x, w, layer_recipe(fmt, **options)):
+        finite = torch.isfinite(reference)
+        assert torch.equal(torch.isfinite(codes), finite)
+        assert bool(((codes.double() - reference.double()).abs() <= bound)[finite].all())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 64), (96, 64)], ids=str)
+def test_a_bias_that_torch_broadcasts_is_added_and_has_its_gradient(shape, monkeypatch):
+    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    x, w = torch.randn(96, 256), torch.randn(64, 256)
+    bias = torch.randn(shape, requires_grad=True)
+    y = functional.linear(x, w, bias, recipe=layer_recipe("E4M3"))
+    assert torch.equal(y, functional.linear(x, w, recipe=layer_recipe("E4M3")) + bias)
+    y.sum().backward()
+    assert bias.grad is not None
+    assert float(bias.grad.sum()) == pytest.approx(96 * 64)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_packed_operands_beyond_what_a_thread_keeps_live_until_they_are_multiplied(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = (torch.randint(0, 120, size, dtype=torch.uint8) for size in ((8, 256), (256, 70_000)))
+        assert 2 * b.numel() > multiply_module.KEPT_BYTES
+        fmt = get_format("E4M3")
+        found = multiply(Codes(a, fmt), Codes(b, fmt), Unit.BF16)
+        expected = decode(a, fmt).double() @ decode(b[:, -32:].contiguous(), fmt).double()
+        torch.testing.assert_close(found[:, -32:].double(), expected, rtol=1e-5, atol=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_multiplies_shapes_that_its_parent_planned():
+    code = "\n".join([
+        "import os, torch",
+        "from altgrad.nn import functional as F",
+        "torch.set_num_threads(2)",
+        "x = torch.randn(512, 512)",
+        "F.linear(x, x, recipe='E4M3')",
+        "child = os.fork()",
+        "if child == 0: F.linear(x, x, recipe='E4M3'); os._exit(7)",
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7",
+    ])  # fmt: skip
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)

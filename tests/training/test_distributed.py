@@ -53,7 +53,7 @@ def test_two_ranks_give_the_one_process_run_to_summation_order(case: str, result
     turned = 100 if "fp8_format" in CASES[case] else 1  # a sum's last bit can turn a rounding after the first update
     assert two["losses"] == pytest.approx(one["losses"], rel=5e-7 * turned)
     assert two["norms"] == pytest.approx(one["norms"], rel=2e-5 * turned)
-    assert two["val"] == pytest.approx(one["val"], abs=1e-4)
+    assert two["val"] == pytest.approx(one["val"], abs=1e-3 if turned > 1 else 1e-4)
     assert two["events"] == one["events"]
     if one["stall"][0] is not None:
         assert two["stall"] == pytest.approx(one["stall"], abs=1e-3)

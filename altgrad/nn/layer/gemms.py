@@ -55,8 +55,8 @@ class Call(NamedTuple):
     def backward_route(
         self, gemm: str, dy: Tensor, other: torch.Size, operand: Operand, saved: Saved, again: bool
     ) -> Route:
-        """The unit of a gradient; float32 where that is differentiated again, or values without a code were saved."""
-        return Route.FLOAT32 if again or operand.is_values(saved) else self.route(gemm, dy, other)
+        """The unit of a gradient; float32 where that is differentiated again, or for what was saved."""
+        return Route.FLOAT32 if again or operand.needs_float32(saved) else self.route(gemm, dy, other)
 
 
 def multiply(

@@ -15,9 +15,15 @@ _PLAIN, _TRANSPOSED = Matrices(), Matrices(transposed=True)
 
 
 def linear_forward(state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None, training: bool) -> Tensor:
-    """The layer's forward: x [..., in], w [out, in] (or [in, out] where the state says so), bias [out]."""
+    """The layer's forward: x [..., in], w [out, in] (or [in, out] where the state says so).
+
+    bias: [out], or what else torch broadcasts to the result.
+    """
     if state.is_plain(x, training):
         return F.linear(x, w.t() if state.transposed else w, bias)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous where there are no features
-    y = multiply(state, _TRANSPOSED if state.transposed else _PLAIN, rows, w, bias, training)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    products = _TRANSPOSED if state.transposed else _PLAIN
+    apart = bias is not None and bias.shape != (w.shape[1 if state.transposed else 0],)
+    y = multiply(state, products, rows, w, None if apart else bias, training)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y + bias.to(y.dtype) if bias is not None and apart else y

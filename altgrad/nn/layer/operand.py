@@ -26,6 +26,7 @@ from altgrad.quantization.checks import traced
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes
+from altgrad.quantization.products.units import fits_exponents
 from altgrad.quantization.scaling import DelayedState, host_scale
 from altgrad.randomness import stream_base
 
@@ -256,13 +257,16 @@ class Operand:
             layout, upper = self.cast.layout(codes.shape), float(rest[1]) if len(rest) > 1 else 1.0
             return Codes(codes, self.fmt, upper, rest[0], (layout.tile_rows, layout.tile_columns)), None
         if not isinstance(scale, float | int) and scale.numel() > 1:
-            largest = float(scale.max())
-            return Codes(codes, self.fmt, largest), scale / largest
+            return Codes(codes, self.fmt), scale
         return Codes(codes, self.fmt, float(scale)), None
 
-    def is_values(self, saved: Saved) -> bool:
-        """Whether values were saved although the format has codes: something in them has none."""
-        return self.saves_codes and saved[0].is_floating_point()
+    def needs_float32(self, saved: Saved) -> bool:
+        """Whether no unit multiplies what was saved: something in it has no code, or its blocks' scales are extreme."""
+        if not self.saves_codes:
+            return False
+        if saved[0].is_floating_point():
+            return True
+        return self.block and self.fmt.power_of_two and waits(saved[0]) and not fits_exponents(self.fmt, saved[1])
 
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from altgrad.formats.block import BlockFormat
 from altgrad.nn.layer.gemm import Route, mm, pull_apart
 from altgrad.nn.layer.operand import Operand, Saved, waits
 from altgrad.quantization.products.multiply import Codes, multiply
+from altgrad.quantization.products.units import Unit
 
 
 class Ready(NamedTuple):
@@ -45,8 +48,8 @@ class Cast(NamedTuple):
 
     @property
     def needs_float32(self) -> bool:
-        """Whether something in it has no code, so that only its values can be multiplied."""
-        return bool(self.saved) and self.operand.is_values(self.saved)
+        """Whether only its values can be multiplied (`Operand.needs_float32`)."""
+        return bool(self.saved) and self.operand.needs_float32(self.saved)
 
     def ready(self, route: Route) -> Ready:
         """The operand for a GEMM on `route`."""
@@ -109,16 +112,32 @@ def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None) -> Ten
     if route.unit is not None:
         assert a.codes is not None
         assert b.codes is not None
-        fused = None if bias is None or factors else bias.detach().to(torch.float32).contiguous()
-        out = multiply(a.codes, b.codes, route.unit, bias=fused)
-        bias = bias if factors else None
+        if factors:
+            out = _scaled_afterwards(a.codes, b.codes, route.unit, factors)
+        else:
+            fused = None if bias is None else bias.detach().to(torch.float32).contiguous()
+            return multiply(a.codes, b.codes, route.unit, bias=fused)
     else:
         out = mm(a.values, b.values, route)
-    for factor in factors:
-        out = out.mul_(factor)
+        for factor in factors:
+            out = out.mul_(factor)
     if bias is None:
         return out
     return out + bias if torch._C._are_functorch_transforms_active() else out.add_(bias)
+
+
+def _scaled_afterwards(a: Codes, b: Codes, unit: Unit, factors: list[Tensor]) -> Tensor:
+    """The product where rows or columns have scales of their own.
+
+    Sums are those of values below 2, so that no row's scale takes another row beyond float32, and all scales multiply
+    them in float64, rounded once.
+    """
+    of_a, of_b = (0 if isinstance(codes.fmt, BlockFormat) else codes.fmt.emax for codes in (a, b))
+    out = multiply(a._replace(scale=math.ldexp(1.0, -of_a)), b._replace(scale=math.ldexp(1.0, -of_b)), unit).double()
+    out = out.mul_(a.scale * b.scale).mul_(math.ldexp(1.0, of_a + of_b))
+    for factor in factors:
+        out = out.mul_(factor)
+    return out.to(torch.float32)
 
 
 def stash(ctx, **items) -> None:

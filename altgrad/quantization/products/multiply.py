@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -92,6 +93,8 @@ _PACKING, _PRODUCT = 18, 12
 _workspace = _Workspace()
 _plans: dict[tuple, _Plan] = {}
 PLANS_KEPT = 1024
+if hasattr(os, "register_at_fork"):  # a plan holds how many threads work, and a forked child has no others
+    os.register_at_fork(after_in_child=_plans.clear)
 
 
 @cache
@@ -150,9 +153,11 @@ def _multiply(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: boo
     out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
     if not plan.units[2]:
         return out.zero_() if bias is None else out.zero_().add_(bias)
+    assert bias is None or bias.shape == plan.shape[-1:], "the loops read one bias for each column"
     loops, _, threads = _machinery()
     left_bytes, bytes_ = plan.sizes
-    packed = _workspace.room(bytes_).data_ptr() + 63 & -64
+    memory = _workspace.room(bytes_)  # owned here until the loops are through: the workspace keeps no large one
+    packed = (memory.data_ptr() + 63) & -64
     factor = math.ldexp(a.scale * b.scale, plan.exponent)
     given = (
         a.codes.data_ptr(),

@@ -37,6 +37,8 @@ SIGNIFICANT_BITS = 8  # of a bf16
 LARGEST_INTEGER = 127
 LARGEST_DEPTH = (2**31 - 1) // 128**2  # terms whose sum fits int32
 TOP_BINADE, NORMAL_EMIN = 47, -126
+LARGEST_BLOCK_BINADE = 59  # of element * scale: times 2^48, 2^18 terms stay finite
+E8M0_BIAS = 127
 
 
 def significant_bits(fmt: FloatFormat) -> int:
@@ -64,8 +66,20 @@ def _folds(fmt: BlockFormat) -> bool:
     """Whether element * scale is a bf16 number: the scale is a power of two, or both together are short."""
     if fmt.element.bits > 8 or fmt.has_float_scale:
         return False
+    if any(side % GROUP[Unit.BF16] for side in (fmt.tile if fmt.is_tile else (fmt.block_elements,))):
+        return False  # two operands of a word would have scales of their own
     scale_bits = 0 if fmt.power_of_two else significant_bits(fmt.scale_format)
     return significant_bits(fmt.element) + scale_bits <= SIGNIFICANT_BITS
+
+
+def fits_exponents(fmt: BlockFormat, scales: torch.Tensor) -> bool:
+    """Whether element * scale is normal for all stored scales, and times any payload of another format stays finite.
+
+    scales: uint8, E8M0, as stored; NaN does not fit.
+    """
+    lowest, highest = (int(bound) - E8M0_BIAS for bound in torch.aminmax(scales)) if scales.numel() else (0, 0)
+    smallest = math.frexp(fmt.element.min_subnormal)[1] - 1
+    return lowest + smallest >= NORMAL_EMIN and highest + fmt.element.emax <= LARGEST_BLOCK_BINADE
 
 
 def common_unit(a: FloatFormat | BlockFormat, b: FloatFormat | BlockFormat) -> Unit | None:
