@@ -57,8 +57,11 @@ def test_two_ranks_give_the_one_process_run_to_summation_order(case: str, result
     assert two["events"] == one["events"]
     if one["stall"][0] is not None:
         assert two["stall"] == pytest.approx(one["stall"], abs=1e-3)
-    moved = max(float((two["model"][name] - one["model"][name]).abs().max()) for name in one["model"])
-    assert moved < 1e-3, "an Adam step is 3e-3"
+    moved = torch.cat([(two["model"][name] - one["model"][name]).abs().flatten() for name in one["model"]])
+    assert float(moved.max()) < (6e-3 if turned > 1 else 1e-3), (
+        "an Adam step is 3e-3, and near zero a sum's sign may turn"
+    )
+    assert float(moved.mean()) < 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)
