@@ -189,7 +189,8 @@ def _scale_in_memory(x: Tensor, scale: Tensor) -> Tensor:
     Raises:
         ScaleError: it has no values that a kernel could read.
     """
-    if scale.is_meta or (scale.layout is torch.strided and scale._is_zerotensor()):
+    compiled = torch.compiler.is_compiling()  # Dynamo lets a backward ask for no layout, and has no such tensors
+    if scale.is_meta or (not compiled and scale.layout is torch.strided and scale._is_zerotensor()):
         kind = "meta" if scale.is_meta else "efficient zero"
         raise ScaleError(f"scale is a {kind} tensor on {scale.device} without values, x is on {x.device}; pass values")
     found = readable(scale, "scale", ScaleError)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from altgrad.errors import BlockError, RecipeError
 from altgrad.nn import functional, quantize_model, uncoded_uses, uniform
+from altgrad.nn.layer import gemm as gemm_rule
 from altgrad.nn.layer import state as layer_state
 from altgrad.nn.layer.gemm import (
     PROCESSOR,
@@ -25,11 +26,18 @@ from altgrad.nn.layer.gemm import (
     pull_apart,
 )
 from altgrad.nn.recipe.text import parse_layer
-from altgrad.quantization import FORMAT_REGISTRY, FloatFormat, amax_scale, decode, encode, get_format
+from altgrad.quantization import FORMAT_REGISTRY, CurrentScaling, FloatFormat, amax_scale, decode, encode, get_format
 from altgrad.quantization.products.units import LARGEST_DEPTH, common_unit
 
 EIGHT_BITS = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.has_zero]
 MODES = ("ordinary", "wide", "tiny", "huge")
+MATRIX_UNITS = Processor(True, True, True)  # AMX: the setting around a GEMM may be emulated, which these tests allow
+
+
+def every_size_is_large(monkeypatch, processor):
+    """The rule of that processor, whose units are worth their while at any size."""
+    for name, value in {"PROCESSOR": processor, "CPU_BF16_MIN_PRODUCTS": 0, "CPU_BF16_MIN_SIDE": 0}.items():
+        monkeypatch.setattr(gemm_rule, name, value)
 
 
 def sample(mode: str, shape, fmt, seed) -> torch.Tensor:
@@ -357,8 +365,10 @@ def test_a_loss_scaler_backs_off():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "E3M4", "MXFP8", "NVFP4"])
-def test_compiled_layers_hide_nothing(name):
+@pytest.mark.parametrize("processor", [Processor(), MATRIX_UNITS], ids=str)
+def test_compiled_layers_hide_nothing(name, processor, monkeypatch):
     torch._dynamo.reset()
+    every_size_is_large(monkeypatch, processor)
     torch.manual_seed(0)
     layer, x, element = linear()
     plain = copy.deepcopy(layer)
@@ -370,6 +380,20 @@ def test_compiled_layers_hide_nothing(name):
     expected = finite(plain, x, dy)
     assert torch.equal(y.isfinite(), expected[0])
     assert not layer.weight.grad.isfinite()[~expected[2]].any()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_matrix_units_leave_scales_of_rows_to_the_other_routes(axis, monkeypatch):
+    torch.manual_seed(0)
+    plain, x, found = nn.Linear(64, 32), torch.randn(48, 64), []
+    for processor in (Processor(), MATRIX_UNITS):
+        every_size_is_large(monkeypatch, processor)
+        layer, given = copy.deepcopy(plain), x.clone().requires_grad_()
+        quantize_model(layer, uniform("E4M3", scaling=CurrentScaling(axis=axis)))
+        layer(given).square().sum().backward()
+        found.append((given.grad, layer.weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
 
 
 BLOCK_FORMATS = ["MXFP8", "MXFP4", "NVFP4", "E4M3/32:FP32"]

@@ -291,12 +291,14 @@ def test_packed_operands_beyond_what_a_thread_keeps_live_until_they_are_multipli
 def test_a_forked_child_multiplies_shapes_that_its_parent_planned():
     code = "\n".join([
         "import os, torch",
-        "from altgrad.nn import functional as F",
+        "from altgrad.quantization import get_format",
+        "from altgrad.quantization.products.multiply import Codes, multiply",
+        "from altgrad.quantization.products.units import Unit",
         "torch.set_num_threads(2)",
-        "x = torch.randn(512, 512)",
-        "F.linear(x, x, recipe='E4M3')",
+        "x = Codes(torch.zeros(512, 512, dtype=torch.uint8), get_format('E4M3'))",
+        "multiply(x, x, Unit.BF16)",
         "child = os.fork()",
-        "if child == 0: F.linear(x, x, recipe='E4M3'); os._exit(7)",
+        "if child == 0: multiply(x, x, Unit.BF16); os._exit(7)",
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7",
     ])  # fmt: skip
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +24,8 @@ def linear_forward(state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None,
         return F.linear(x, w.t() if state.transposed else w, bias)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous where there are no features
     products = _TRANSPOSED if state.transposed else _PLAIN
-    apart = bias is not None and bias.shape != (w.shape[1 if state.transposed else 0],)
+    outputs = w.shape[1 if state.transposed else 0]
+    apart = bias is not None and not torch.jit.is_tracing() and bias.shape != (outputs,)
     y = multiply(state, products, rows, w, None if apart else bias, training)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y + bias.to(y.dtype) if bias is not None and apart else y

@@ -57,8 +57,10 @@ class Cast(NamedTuple):
             return restored(self.operand, self.saved, self.scale, route, self.dtype)
         if route is Route.FLOAT32:
             return Ready(self.values)
-        pulled, factor = _pulled(self.operand, self.saved, self.scale, self.values.dtype)
-        if not waits(self.values) and not (self.operand.fmt.has_nan and self.operand.fmt.has_inf):
+        traced = not waits(self.values)
+        saved = self.saved[:1] if traced else self.saved  # without what would make all of it NaN: the values are here
+        pulled, factor = _pulled(self.operand, saved, self.scale, self.values.dtype)
+        if traced and not (self.operand.fmt.has_nan and self.operand.fmt.has_inf):
             pulled = torch.where(torch.isfinite(self.values), pulled, self.values)  # what has no code goes along
         return Ready(pulled, factor)
 

@@ -155,7 +155,7 @@ class LayerState:
         operand = self.operands[(gemm, role)]
         if operand.fmt is None or operand.block or not operand.saves_codes:
             return None
-        per_channel = self._storage_axis() if operand.follows_storage else operand.axis
+        per_channel = self._storage_axis() if operand.follows_storage else operand.kept_axes
         return None if per_channel else operand.fmt
 
     def route(
