@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from altgrad.nn.layer.gemm import PROCESSOR
+from altgrad.records.machine import processor_name
+
 WARM_ROUNDS = 3
 
 
@@ -53,6 +58,10 @@ def interleaved(
 
 
 def keep_record(path: Path, name: str, record: Any) -> None:
-    """Put a benchmark's record under its name into the file of a CPU, such as `results/cpu-avx2.json`; others stay."""
+    """Put a benchmark's record under its name into the file of a CPU, such as `results/cpu-avx2.json`; others stay.
+
+    The file names the CPU, the units that multiply codes there and torch, as they were when it was last written.
+    """
     records = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(records | {name: record}, indent=1) + "\n")
+    machine = {"cpu": processor_name(), "units": str(PROCESSOR), "torch": torch.__version__}
+    path.write_text(json.dumps({"machine": machine} | records | {"machine": machine, name: record}, indent=1) + "\n")
