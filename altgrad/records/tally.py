@@ -54,5 +54,21 @@ class Tally:
     def stall_rate(self) -> float | None:
         return self.stall_sum / self.stall_steps if self.stall_steps else None
 
+    def result(self, ended: bool) -> dict[str, Any]:
+        """What an `ExperimentResult` takes from here, by its names; ended: no further step is to come."""
+        return {
+            "status": "interrupted" if not ended else "collapsed" if self.verdict else "completed",
+            "verdict": self.verdict,
+            "final_loss": self.final_loss,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "final_val_loss": self.final_val_loss,
+            "best_val_loss": self.best_val_loss,
+            "stall_rate": self.stall_rate,
+            "wall_s": self.elapsed_s,
+            "tokens_per_s": self.tokens / self.stepping_s if self.stepping_s else 0.0,
+            "interventions": self.interventions,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -183,7 +183,8 @@ def test_markdown_and_data_files_hold_the_same(page, study):
 
 
 def test_parquet_is_the_same_table(page):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra altgrad[parquet] is not installed")
+    from pyarrow import parquet
+
     table = parquet.read_table(page.parent / "study-runs.parquet").to_pylist()
     rows = read_csv(page.parent / "study-runs.csv")
     assert len(table) == len(rows)

@@ -295,7 +295,6 @@ def test_a_loop_whose_captures_begin_after_the_damage_is_refused():
 
 
 def test_the_guides_hugging_face_loop_runs(tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "autopsy.md").read_text(encoding="utf-8")
     script = next(block for block in guide.split("```python\n")[1:] if "transformers" in block).split("```")[0]
     whole = Recorder.autopsy

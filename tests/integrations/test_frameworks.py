@@ -3,8 +3,11 @@
 import json
 import warnings
 
+import accelerate
+import lightning
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,9 +16,6 @@ from altgrad.integrations import HuggingFaceCallback, LightningCallback, Recorde
 from altgrad.nn import load_quant_state, quant_state, quantize_model, uniform
 from altgrad.records.run import read_run
 from altgrad.records.verify import verify_run
-
-transformers, accelerate = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
-lightning = pytest.importorskip("lightning")
 
 STEPS, HALF, ACCUMULATE, WIDTH = 6, 3, 2, 16
 RECIPES = {
@@ -277,7 +277,8 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def adapted(model):
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(1)
     options = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "init_lora_weights": False}
     return peft.get_peft_model(model, peft.LoraConfig(r=4, **options))

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from altgrad.nn import Override, Recipe, layer_recipe, quantize_model, restore_model, uniform
-
-transformers = pytest.importorskip("transformers")
 
 WIDTH, VOCABULARY = 64, 96
 TOKENS = torch.randint(VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))

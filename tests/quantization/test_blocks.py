@@ -166,7 +166,8 @@ def test_gfloat(name):
 
 @pytest.fixture(scope="module")
 def mx():
-    mx_tensor = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    from torchao.prototype.mx_formats import mx_tensor
+
     return mx_tensor
 
 
@@ -209,8 +210,9 @@ def test_where_torchao_leaves_the_standard(mx):
 
 
 def test_torchao_nvfp4():
-    nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
-    kernels = pytest.importorskip("torchao.prototype.mx_formats.kernels")
+    from torchao.prototype.mx_formats import kernels
+    from torchao.prototype.mx_formats import nvfp4_tensor as nvfp4
+
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(64, 128, generator=generator)
     x[0, 0] = 448 * 6 * 2.0**-8  # makes the tensor scale the power of two 2^-8

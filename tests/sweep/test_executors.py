@@ -224,7 +224,7 @@ os.environ |= {  # before Ray is imported
     "RAY_AUTH_MODE": "disabled",  # it would put a token into the home directory
     "RAY_raylet_start_wait_time_s": "120",  # a busy machine is slow, not broken
 }
-ray = pytest.importorskip("ray")
+import ray  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -233,16 +233,10 @@ def cluster() -> Iterator[None]:
     root = str(Path(__file__).parents[2])
     with warnings.catch_warnings():  # Ray leaves process objects behind that complain when they are collected
         warnings.simplefilter("ignore")
-        try:
-            ray.init(
-                "local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="error",
-                object_store_memory=80 << 20, _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"PYTHONPATH": root}},
-            )  # fmt: skip
-        except Exception as error:
-            gc.collect()
-            if "timed out during startup" not in str(error):
-                raise
-            pytest.skip(f"this machine is too busy to start Ray: {error}")
+        ray.init(
+            "local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="error",
+            object_store_memory=80 << 20, _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"PYTHONPATH": root}},
+        )  # fmt: skip
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -48,7 +48,8 @@ def test_nothing_is_opened_that_was_not_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the tracker's own packages
 def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     trackers = make_trackers(config(tensorboard=True), tmp_path, "tracked-s42-00000000")
     assert trackers.names == ["tensorboard"]
     for record in RECORDS:
@@ -64,7 +65,6 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_keeps_an_offline_run_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB__DISABLE_STATS": "true"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
