@@ -36,7 +36,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Every number of DESIGN's budgets; each file also runs by itself, such as `.venv/bin/python -m benchmarks.bench_step`.
+# The numbers of docs/benchmarks.md; each file also runs by itself, such as `.venv/bin/python -m benchmarks.bench_step`.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_quantize
 	$(BIN)/python -m benchmarks.bench_calls

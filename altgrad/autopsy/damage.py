@@ -53,7 +53,7 @@ class Yardstick:
 
     def over(self, losses: Sequence[float], first: int) -> float:
         """Mean damage of the steps from index `first` on."""
-        pairs = zip(losses[first:], self.twin[first:], strict=False)
+        pairs = zip(losses[first:], self.twin[first : len(losses)], strict=True)
         return float(np.mean([self._capped(loss) - self._capped(twin) for loss, twin in pairs]))
 
     def curve(self, losses: Sequence[float]) -> np.ndarray:

@@ -67,6 +67,10 @@ class Fork:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+Stop = Callable[[Sequence[float]], bool]
+"""Whether the losses of a fork so far decide the question that it was run for."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a fork did: its training loss at each step (NaN where it was not finite), or why it could not run.
@@ -78,9 +82,10 @@ class Outcome:
     refused: str | None = None
     seconds: float = 0.0
 
-    def answers(self, fork: Fork, *, whole: bool) -> bool:
-        """Whether this is an answer to the fork; `whole`: to its last step."""
-        return not whole or self.refused is not None or len(self.losses) >= fork.horizon
+    def answers(self, fork: Fork, stop: Stop | None) -> bool:
+        """Whether this is an answer to the fork, which `stop` may end early."""
+        decided = stop is not None and stop(self.losses)
+        return decided or self.refused is not None or len(self.losses) >= fork.horizon
 
     @property
     def died_at(self) -> int | None:
@@ -97,10 +102,6 @@ class Outcome:
         """Back from `as_dict`."""
         losses = tuple(math.nan if loss is None else float(loss) for loss in data["losses"])
         return cls(losses, data.get("refused"), float(data.get("seconds", 0.0)))
-
-
-Stop = Callable[[Sequence[float]], bool]
-"""Whether the losses of a fork so far decide the question that it was run for."""
 
 
 class Oracle(Protocol):

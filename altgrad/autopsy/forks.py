@@ -100,7 +100,7 @@ class Forks:
 
     def _known(self, fork: Fork, stop: Stop | None) -> Outcome | None:
         known = self.known.get(fork.key)
-        if known is not None and known.answers(fork, whole=stop is None):
+        if known is not None and known.answers(fork, stop):
             return known
         return self.oracle.recorded(fork)
 

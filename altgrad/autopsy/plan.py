@@ -12,6 +12,7 @@ from altgrad.autopsy.loop import Loop
 from altgrad.autopsy.oracle import cells_of, put_low
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.window import SHORTEST
+from altgrad.report.numbers import duration
 
 
 @dataclass(frozen=True)
@@ -64,27 +65,24 @@ class Plan:
     budget: int
     pace: Pace
     jobs: int = 1
+    longest: int = Settings.longest
 
     @property
     def horizon(self) -> int:
         """Steps of a fork, as far as they can be guessed before the damage is known."""
-        return min(max(SHORTEST, self.steps // 5), Settings().longest)
+        return min(max(SHORTEST, self.steps // 5), self.longest)
 
     def seconds(self, forks: int) -> float:
         """The whole, with so many forks."""
         pace = self.pace
         trajectories = self.steps * (pace.low + pace.twin)
-        prior = self.cells / 6 * (pace.low + pace.turn)  # of the cells of the roles that matter, often one in six
+        prior = self.cells * (pace.low + pace.turn)  # at most: it is asked of the cells of the roles that matter
         return trajectories + prior + forks * (pace.turn + self.horizon * pace.fork_step) / self.jobs
 
     def __str__(self) -> str:
-        typical, most = (_time(self.seconds(min(n, self.budget))) for n in (self.forks, self.budget))
+        typical, most = (duration(self.seconds(min(n, self.budget))) for n in (self.forks, self.budget))
         return (
             f"{self.steps} steps twice (the run again, {1e3 * self.pace.low:.0f} ms a step, and its float32 twin, "
             f"{1e3 * self.pace.twin:.0f} ms), then forks of about {self.horizon} steps over {self.cells} cells: "
             f"typically {min(self.forks, self.budget)} in {typical}, at most {self.budget} in {most}"
         )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -88,15 +88,14 @@ def plan(run_dir: str | Path, budget: int = 120, *, jobs: int = 1, settings: Set
     Raises:
         ReportError, ConfigError: as `autopsy`.
     """
-    folder = Path(run_dir)
+    folder, settings = Path(run_dir), settings or Settings()
     trainer, recorded, _ = rebuild(folder)
     loop = TrainerLoop(trainer)
     cells = list(cells_of(loop))
     known = len(read_log(folder / FOLDER / "forks.jsonl"))
-    expected = sum(expected_forks(cells, CAPTURES, settings or Settings()).values())
-    return Plan(
-        folder, len(recorded), len(cells), max(0, expected - known), max(0, budget - known), measure(loop), jobs
-    )
+    expected = sum(expected_forks(cells, CAPTURES, settings).values())
+    left = max(0, expected - known), max(0, budget - known)
+    return Plan(folder, len(recorded), len(cells), *left, measure(loop), jobs, settings.longest)
 
 
 def fork_run(

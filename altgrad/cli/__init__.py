@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from altgrad.errors import os_error_text
+from altgrad.errors import OptionError, os_error_text
 
 app = typer.Typer(
     help="AltGrad: the wind tunnel and flight recorder for low-precision training.",
@@ -56,6 +56,10 @@ def recipes(
     """Show the recipes that people know, or what one of them says of each operand, with its source and gaps."""
     from altgrad.cli import recipe_pages
 
+    if error and name is None:
+        raise OptionError("--error needs a recipe: a name, or its text")
+    if sizes is not None and not error:
+        raise OptionError(f"--sizes {sizes} needs --error")
     if error and name is not None:
         recipe_pages.print_errors(name, sizes)
     elif name is None:

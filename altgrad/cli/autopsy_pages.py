@@ -38,6 +38,8 @@ class Places:
     def __post_init__(self) -> None:
         if self.executor not in ("local", "ray"):
             raise ConfigError(f"executor {self.executor!r} is unknown; use one of local, ray")
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"--jobs {self.jobs}: at least one fork at a time")
         if self.address is not None and self.executor != "ray":
             raise ConfigError(f"--address {self.address} needs --executor ray")
 

@@ -105,6 +105,11 @@ class FloatFormat:
         return self.exponent_bits + self.mantissa_bits
 
     @property
+    def significant_bits(self) -> int:
+        """Bits between the leading and the last bit of any value, both included."""
+        return self.mantissa_bits + (0 if self.bias is None else 1)
+
+    @property
     def has_inf(self) -> bool:
         """Whether a code stands for infinity."""
         return self.specials in (Specials.IEEE, Specials.P3109)

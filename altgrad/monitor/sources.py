@@ -147,9 +147,9 @@ def watch_steps(watcher: StepWatcher, optimizer: Optimizer) -> list[Any]:
     """
     me, watched = weakref.ref(watcher), weakref.ref(optimizer)
 
-    def before(_: Optimizer, args: tuple, kwargs: dict) -> None:
+    def before(_: Optimizer, args: tuple, kwargs: dict) -> None:  # args[0] is the optimizer
         if (alive := me()) is not None:
-            alive.before_update(closure=bool(args) or kwargs.get("closure") is not None)
+            alive.before_update(closure=len(args) > 1 or kwargs.get("closure") is not None)
 
     def after(stepped: Optimizer, *_: Any) -> None:
         if stepped is watched() and (alive := me()) is not None:

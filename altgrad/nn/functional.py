@@ -102,7 +102,7 @@ def scaled_dot_product_attention(
     Raises:
         RecipeError, RandomKeyError: as `matmul`.
     """
-    scores = _state(recipe, random_key, matmul=True)
+    scores = _state(recipe, random_key, matmul=True, name="random_key")
     values = scores if random_key is None else _state(recipe, (random_key[0], random_key[1] + 1), matmul=True)
     states = AttentionStates(scores, values)
     return attention_forward(
@@ -110,12 +110,12 @@ def scaled_dot_product_attention(
     )
 
 
-def _state(recipe: LayerRecipe | str, key, *, matmul: bool) -> LayerState:
+def _state(recipe: LayerRecipe | str, key, *, matmul: bool, name: str = "key") -> LayerState:
     recipe = layer_recipe(recipe) if isinstance(recipe, str) else recipe
     if not (recipe.mixes_at_random or any(spec.rounding is Rounding.STOCHASTIC for _, _, spec in recipe.entries())):
         return _stateless(recipe, matmul)
     if key is None:
-        raise RandomKeyError("stochastic rounding in a functional product needs key=(seed, stream), two integers")
+        raise RandomKeyError(f"a functional product with random bits needs {name}=(seed, stream), two integers")
     state = _stateless.__wrapped__(recipe, matmul)
     state.session.seed = int(key[0])
     state.session.set_clock(int(key[1]), 0)

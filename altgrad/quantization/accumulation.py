@@ -77,11 +77,6 @@ def _stays_narrow(grid: FloatFormat) -> bool:
     return grid.emax <= _FLOAT32_SPAN and math.frexp(grid.min_subnormal)[1] > -_FLOAT32_SPAN
 
 
-def significant_bits(grid: FloatFormat) -> int:
-    """Bits of the widest significand of a format."""
-    return grid.mantissa_bits + (0 if grid.bias is None else 1)
-
-
 @lru_cache(maxsize=1024)
 def check_accumulator(accumulator: Accumulator, a: FloatFormat, b: FloatFormat) -> None:
     """Refuse formats whose products the accumulator's arithmetic here does not hold exactly.
@@ -89,7 +84,7 @@ def check_accumulator(accumulator: Accumulator, a: FloatFormat, b: FloatFormat) 
     Raises:
         OptionError: with the limit.
     """
-    bits = significant_bits(a) + significant_bits(b)
+    bits = a.significant_bits + b.significant_bits
     if bits > CARRIER_BITS - 12 or accumulator.sum_bits > CARRIER_BITS:
         raise OptionError(
             f"accumulator {accumulator} on {a} and {b}: products of {bits} bits in sums of {accumulator.sum_bits}; "
@@ -118,7 +113,7 @@ def accumulate_terms(a: Terms, b: Terms, accumulator: Accumulator, kernel: str |
     if name == "cpu" and a.values.device.type != "cpu":
         raise KernelError(f'kernel "cpu" works on cpu tensors, a is on {a.values.device}; leave kernel out')
     narrow = a.narrow and b.narrow and accumulator.sum_bits <= _FLOAT32_BITS
-    narrow &= significant_bits(a.grid) + significant_bits(b.grid) <= _FLOAT32_BITS
+    narrow &= a.grid.significant_bits + b.grid.significant_bits <= _FLOAT32_BITS
     if 0 in (*a.values.shape, b.values.shape[0]):
         return a.values.new_zeros((a.values.shape[0], b.values.shape[0]), dtype=torch.float64)
     with gradual_underflow():

@@ -89,6 +89,7 @@ class RegionScaling:
 
     def close(self, amax: Tensor, state: RegionState, fmt: FloatFormat) -> RegionState:
         """The state after a region of this amax; pure."""
+        state = RegionState(*(part.to(amax.device) for part in state))
         window = torch.cat([amax.reshape(1).to(state.window), state.window[:-1]])
         largest = window[0] if self.most_recent else window.amax()
         s = inverse_scale(largest, fmt.max * 2.0**-self.margin)

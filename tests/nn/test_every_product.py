@@ -80,12 +80,22 @@ def gradients(model):
 # -- mixtures of experts -------------------------------------------------------------------------------------------------
 
 
+SHARES = {  # of parameters and of multiply-adds in percent, as docs/guides/works-with.md says
+    "Mixtral": (99.7, 92.9),
+    "Olmoe": (99.5, 92.9),
+    "GptOss": (97.2, 92.9),
+    "Qwen3Moe": (99.5, 92.9),
+    "Llama4": (99.7, 96.4),
+    "DeepseekV3": (99.4, 93.1),
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_one_call_quantizes_the_experts_of(name):
     model = mixture(name)
     manifest = quantize_model(model, uniform("E4M3"), example={"input_ids": TOKENS})
-    assert manifest.parameters.quantized / manifest.parameters.of > 0.96
-    assert manifest.multiply_adds.quantized / manifest.multiply_adds.of > 0.92
+    found = [100 * share.quantized / share.of for share in (manifest.parameters, manifest.multiply_adds)]
+    assert found == pytest.approx(SHARES[name], abs=0.05)
     assert {p.call for p in manifest.unseen} <= {"scaled_dot_product_attention", "matmul"}  # attention's
     assert not manifest.uncalled
     assert not manifest.uncounted

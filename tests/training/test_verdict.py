@@ -216,7 +216,7 @@ def test_a_stall_that_becomes_a_freeze_is_told_once():
 
 @pytest.mark.parametrize(("end", "kind"), [(4.0, "freeze"), (3.9, "stalled")])
 def test_a_run_that_ends_soon_after_its_weights_stand_still_froze_if_no_evaluation_since_then_fell(end, kind):
-    """As the demo's E1M6: 95% stalled from step 118, still from 153, ended at 200, within the freeze's window."""
+    """95% stalled from step 118, still from 153, ended at 200, within the freeze's window."""
     steps = [*stalling(152, 118, flips=0.01), *[{"loss": 4.0, "stall_rate": 1.0, "flip_rate": 0.0}] * 48]
     verdict, watching = watched(steps, evaluations={**flat(200, until=150), 200: end})
     assert verdict is None
@@ -395,9 +395,9 @@ def unbroken_stall_since(result, until):
     return since
 
 
-@pytest.mark.parametrize("fmt", ["E1M6", "E5M2"])
-def test_a_decay_to_zero_freezes_a_grid_and_the_date_is_that_of_its_stall(tmp_path, fmt):
-    result = run(tmp_path, fp8_format=fmt, optimizer=optimizer("cosine"), **GRID)
+def test_a_decay_to_zero_freezes_a_grid_and_the_date_is_that_of_its_stall(tmp_path):
+    """E5M2, whose two mantissa bits stall early: a finer grid freezes or not with the last bits of its sums."""
+    result = run(tmp_path, fp8_format="E5M2", optimizer=optimizer("cosine"), **GRID)
     assert result.verdict is not None
     assert (result.verdict["kind"], result.verdict["judged_on"]) == ("freeze", "evaluation loss")
     onset, detected = result.verdict["onset_step"], result.verdict["detected_step"]

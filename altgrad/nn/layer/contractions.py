@@ -13,16 +13,9 @@ from torch import Tensor
 
 from altgrad.nn.layer.gemm import Route, conv_precision, without_autocast
 from altgrad.nn.layer.products import Ready, product
+from altgrad.nn.recipe.spec import REDUCED
 
-# Axis that each GEMM reduces, in the layout of a linear layer: input [n, k], weight [o, k], grad_output [n, o].
-LINEAR_REDUCED = {
-    ("forward", "input"): 1,
-    ("forward", "weight"): 1,
-    ("input_grad", "grad_output"): 1,
-    ("input_grad", "weight"): 0,
-    ("weight_grad", "grad_output"): 0,
-    ("weight_grad", "input"): 0,
-}
+LINEAR_REDUCED = REDUCED  # input [n, k], weight [o, k], grad_output [n, o]
 MATMUL_REDUCED = {  # a [..., m, k] is the input, b [..., k, n] the weight, dy [..., m, n]
     ("forward", "input"): -1,
     ("forward", "weight"): -2,

@@ -27,10 +27,10 @@ from altgrad.formats.rounding import Overflow
 from altgrad.nn.layer.contractions import Contraction, Matrices
 from altgrad.nn.layer.gemm import Route, mm
 from altgrad.nn.layer.operand import Operand, carrier
-from altgrad.nn.layer.state import GEMMS, LayerState
+from altgrad.nn.layer.state import LayerState
 from altgrad.nn.layer.uses import offset
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, is_block, multiplies
-from altgrad.nn.recipe.spec import REDUCED, OperandSpec, grid_of
+from altgrad.nn.recipe.spec import GEMMS, REDUCED, OperandSpec, grid_of
 from altgrad.nn.session import as_key_tensor, recomputing
 from altgrad.quantization import Cast, Want, amax
 from altgrad.quantization.accumulation import Terms, accumulate_terms, group_terms, terms
@@ -128,7 +128,7 @@ class _Call(NamedTuple):
         if spec.format is None:
             return Laid(x)
         if spec.hadamard is not None:
-            x = spec.hadamard(x, self.signs(gemm))
+            x = spec.hadamard(x, self.signs(gemm, x.device))
         key = operand.options(self.use)
         found = _blocks(spec, x, key) if operand.block else self._scaled(operand, x, turned, key)
         if self.state.session.observer is not None and self._recorded(role):
@@ -139,7 +139,7 @@ class _Call(NamedTuple):
         """Whether scale histories and observers hear of this quantization: not where a forward is recomputed."""
         return self.record and (role == "grad_output" or not recomputing())
 
-    def signs(self, gemm: str) -> Tensor | None:
+    def signs(self, gemm: str, device: torch.device) -> Tensor | None:
         """The signs that both operands of a GEMM are mixed with."""
         one = getattr(self.state.recipe, gemm)
         hadamard = one.named()[0][1].hadamard
@@ -150,7 +150,7 @@ class _Call(NamedTuple):
             session = self.state.session
             key = as_key_tensor(session.key(stream_base(self.state.name, "hadamard", gemm), per_rank=False))
             key = key + offset(self.use)
-        return hadamard.draw(key, torch.device("cpu"))
+        return hadamard.draw(key, device)
 
     def _scaled(self, operand: Operand, x: Tensor, turned: bool, key: Tensor | None) -> Laid:
         """An operand in a scalar format, x with the reduced axis last."""
@@ -285,7 +285,7 @@ def _unmixed(call: _Call, grad: Tensor, role: str, gemm: str, length: int) -> Te
     hadamard = getattr(recipe.forward, role).hadamard
     if hadamard is None or not getattr(getattr(recipe, gemm), role).requantize:
         return grad
-    return hadamard.back(grad, call.signs("forward"), length)
+    return hadamard.back(grad, call.signs("forward", grad.device), length)
 
 
 def _mask(state: LayerState, role: str, x: Tensor, laid: Laid) -> Tensor | None:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization import FloatFormat
-from altgrad.quantization.products.units import LARGEST_DEPTH, Unit, on_this_cpu, significant_bits
+from altgrad.quantization.products.units import LARGEST_DEPTH, NORMAL_EMIN, SIGNIFICANT_BITS, Unit, on_this_cpu
 
-BF16_SIGNIFICANT_BITS, TF32_SIGNIFICANT_BITS = 8, 11
-NORMAL_EMIN, CARRIER_EMAX = -126, 127  # bf16, TF32 and float32 share their exponents
+TF32_SIGNIFICANT_BITS = 11
+CARRIER_EMAX = 127  # bf16, TF32 and float32 share their exponents
 
 
 class Route(Enum):
@@ -58,8 +58,8 @@ def narrowest_route(fmt: FloatFormat) -> Route:
     low, high = power_range(fmt)
     if low > high or not fmt.has_zero:
         return Route.FLOAT32
-    bits = significant_bits(fmt)
-    if bits <= BF16_SIGNIFICANT_BITS:
+    bits = fmt.significant_bits
+    if bits <= SIGNIFICANT_BITS:
         return Route.BF16
     return Route.TF32 if bits <= TF32_SIGNIFICANT_BITS else Route.FLOAT32
 

@@ -143,12 +143,11 @@ class Products(TorchFunctionMode):
 
     Args:
         state: None quantizes nothing.
-        seen: told of each product of an own parameter: its name.
     """
 
-    def __init__(self, module: nn.Module, state: RawState | None, seen: Callable[[str], None] | None = None) -> None:
+    def __init__(self, module: nn.Module, state: RawState | None) -> None:
         super().__init__()
-        self.module, self.state, self.seen = module, state, seen
+        self.module, self.state = module, state
         self.made_of: dict[int, tuple[ref[Tensor], str]] = {}
         self.weights_of_values: dict[int, ref[Tensor]] = {}  # what a softmax made
         self.matrices = own_matrices(module)
@@ -206,8 +205,6 @@ class Products(TorchFunctionMode):
         name = self.name_of(tensor)
         if name is None:
             return None
-        if self.seen is not None:
-            self.seen(name)
         return None if self.state is None else self.state.states.get(name)
 
     def attention(self) -> AttentionStates | None:

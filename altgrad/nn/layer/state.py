@@ -19,18 +19,13 @@ from altgrad.nn.layer.gemm import Needs, Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.uses import Uses
 from altgrad.nn.recipe.scaling_choice import is_block
-from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec
+from altgrad.nn.recipe.spec import GEMMS, LayerRecipe, OperandSpec
 from altgrad.nn.session import Session, recomputing
 from altgrad.quantization.products.units import common_unit
 
 if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
 
-GEMMS = {  # each GEMM's operands, left and right
-    "forward": ("input", "weight"),
-    "input_grad": ("grad_output", "weight"),
-    "weight_grad": ("grad_output", "input"),
-}
 LARGE = (4096, 4096, 4096)  # rows, columns, reduced: of a GEMM that any rule calls large
 
 

@@ -9,7 +9,7 @@ methods is read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +56,6 @@ class Traced:
     positions: dict[str, frozenset[str]]
     called: set[str]
     mode: str = ""
-    unread: tuple[UnseenProduct, ...] = field(default=())
 
 
 class _Running:

@@ -16,14 +16,9 @@ from torch import nn
 
 from altgrad.errors import RecipeError
 from altgrad.nn.recipe.scaling_choice import StorageScaling, default_scaling
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
+from altgrad.nn.recipe.spec import GEMMS, GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
 from altgrad.quantization import get_format
 
-GEMMS = {
-    "forward": ("input", "weight"),
-    "input_grad": ("grad_output", "weight"),
-    "weight_grad": ("grad_output", "input"),
-}
 STORAGE, NORM = "storage", "norm"
 _ROLES: dict[str, tuple[str, ...]] = {**GEMMS, STORAGE: (STORAGE,), NORM: ("weight",)}
 

@@ -248,8 +248,9 @@ NAMED: dict[str, NamedRecipe] = {row.name: row for row in _ROWS}
 def _variants() -> Iterator[tuple[str, Recipe]]:
     """Every named recipe, and it without one ingredient, or without its accumulator and one more."""
     for row in _ROWS:
+        yield row.name, row.recipe
+    for row in _ROWS:
         whole = row.recipe
-        yield row.name, whole
         for name in whole.ingredients:
             yield f"{row.name} without {name}", whole.without(name)
         if "accumulator" in whole.ingredients:

@@ -233,7 +233,7 @@ REDUCED = {  # axis that each GEMM adds up, of the operand as a matrix: input [n
     ("weight_grad", "grad_output"): 0,
     ("weight_grad", "input"): 0,
 }
-_GEMM_OPERANDS = {
+GEMMS = {  # each GEMM's operands, left and right
     "forward": ("input", "weight"),
     "input_grad": ("grad_output", "weight"),
     "weight_grad": ("grad_output", "input"),
@@ -368,7 +368,7 @@ class LayerRecipe:
     def __post_init__(self) -> None:
         if not isinstance(self.plain_evaluation, bool):
             raise RecipeError(f"plain_evaluation {self.plain_evaluation!r} is neither true nor false")
-        for gemm, roles in _GEMM_OPERANDS.items():
+        for gemm, roles in GEMMS.items():
             named = sorted(role for role, _ in getattr(self, gemm).named())
             if named != sorted(roles):
                 raise RecipeError(
@@ -391,7 +391,7 @@ class LayerRecipe:
                 )
             if spec.requantize and getattr(self.forward, role).format is None:
                 raise RecipeError(f"{gemm}.{role} is requantized, but forward.{role} has no format; drop requantize")
-        for gemm in _GEMM_OPERANDS:
+        for gemm in GEMMS:
             self._check_gemm(gemm)
 
     def _check_gemm(self, gemm: str) -> None:
@@ -427,7 +427,7 @@ class LayerRecipe:
 
     def entries(self):
         """(GEMM, role, spec) of the six operands."""
-        for gemm, roles in _GEMM_OPERANDS.items():
+        for gemm, roles in GEMMS.items():
             for role in roles:
                 yield gemm, role, getattr(getattr(self, gemm), role)
 
@@ -457,7 +457,7 @@ class LayerRecipe:
     @property
     def gemms(self) -> dict[str, GemmRecipe]:
         """The three GEMMs by name."""
-        return {gemm: getattr(self, gemm) for gemm in _GEMM_OPERANDS}
+        return {gemm: getattr(self, gemm) for gemm in GEMMS}
 
     @cached_property
     def is_emulated(self) -> bool:

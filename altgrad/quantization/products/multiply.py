@@ -16,7 +16,7 @@ from torch import Tensor
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.code_table import decoding_of
-from altgrad.quantization.products.units import GROUP, LARGEST_DEPTH, Unit, facts, on_this_cpu, payloads, power
+from altgrad.quantization.products.units import GROUP, LARGEST_DEPTH, OFFSET, Unit, facts, on_this_cpu, payloads, power
 
 KEPT_BYTES = 1 << 25  # of the memory for packed operands that a thread keeps from one product to the next
 WORK_PER_ELEMENT = 64  # multiplications that take about as long as one element of a loop over memory
@@ -220,7 +220,7 @@ def _plan(a: Codes, b: Codes, unit: Unit, emulated: bool, batch: tuple[int, ...]
     slices = -(-words // panels.SLICE)
     down, across = -(-rows // panels.PANEL_ROWS), -(-columns // panels.PANEL_ROWS)
     left_bytes, right_bytes = (n * slices * panels.PANEL_BYTES for n in (left_count * down, right_count * across))
-    flips = 0x80808080 if unit is Unit.INT8 else 0
+    flips = OFFSET if unit is Unit.INT8 else 0
     pack_left, left_row = _row(a, unit, (-2, -1), flips, 0)
     pack_right, right_row = _row(b, unit, (-1, -2), 0, 1)
     workers = threads.threads_for(count * rows * columns * depth // WORK_PER_ELEMENT)

@@ -27,7 +27,6 @@ VECTORS = PANEL_ROWS // LANES  # of a tile's row
 _I8, _I32, _I64, _F32, _F64 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 _WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 _BYTES = ir.VectorType(_I8, 4 * LANES)
-OFFSET = 0x80808080  # 128 in each byte of a word: what turns signed bytes into unsigned ones by xor
 
 
 class _BFloat(ir.Type):

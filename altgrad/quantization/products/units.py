@@ -5,7 +5,7 @@
 
 The power 2^p of a format is a constant: it lifts the format's largest binade to 2^47, where products of two operands and
 their sums stay below 2^127, and those of all formats of at most 8 bits but E7M0 stay above 2^-126 (the unit takes smaller
-numbers as zero). The operands' scales multiply the sums, in float64, rounded once. No Numba here.
+numbers as zero). The operands' scales multiply the sums, in float64, rounded once.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ LARGEST_DEPTH = (2**31 - 1) // 128**2  # terms whose sum fits int32
 TOP_BINADE, NORMAL_EMIN = 47, -126
 LARGEST_BLOCK_BINADE = 59  # of element * scale: times 2^48, 2^18 terms stay finite
 E8M0_BIAS = 127
-
-
-def significant_bits(fmt: FloatFormat) -> int:
-    """Bits between the leading and the last bit of any value of the format, both included."""
-    return fmt.mantissa_bits if fmt.bias is None else fmt.mantissa_bits + 1
+OFFSET = 0x80808080  # 128 in each byte of a word: what turns signed bytes into unsigned ones by xor
 
 
 def unit_of(fmt: FloatFormat | BlockFormat) -> Unit | None:
@@ -55,7 +51,7 @@ def unit_of(fmt: FloatFormat | BlockFormat) -> Unit | None:
     integers = fmt.has_subnormals and fmt.specials is Specials.NONE and fmt.max / fmt.min_subnormal <= LARGEST_INTEGER
     if integers:
         return Unit.INT8
-    return Unit.BF16 if significant_bits(fmt) <= SIGNIFICANT_BITS and _is_normal(fmt) else None
+    return Unit.BF16 if fmt.significant_bits <= SIGNIFICANT_BITS and _is_normal(fmt) else None
 
 
 def _is_normal(fmt: FloatFormat) -> bool:
@@ -68,8 +64,8 @@ def _folds(fmt: BlockFormat) -> bool:
         return False
     if any(side % GROUP[Unit.BF16] for side in (fmt.tile if fmt.is_tile else (fmt.block_elements,))):
         return False  # two operands of a word would have scales of their own
-    scale_bits = 0 if fmt.power_of_two else significant_bits(fmt.scale_format)
-    return significant_bits(fmt.element) + scale_bits <= SIGNIFICANT_BITS
+    scale_bits = 0 if fmt.power_of_two else fmt.scale_format.significant_bits
+    return fmt.element.significant_bits + scale_bits <= SIGNIFICANT_BITS
 
 
 def fits_exponents(fmt: BlockFormat, scales: torch.Tensor) -> bool:

@@ -97,7 +97,7 @@ def nested(path: list[str], value: Any) -> dict[str, Any]:
 
 @as_in_yaml_1_2
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads; no anchors, so equal parts are written twice."""
+    """Writes what `parse_yaml` reads; no anchors, so equal parts are written twice."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

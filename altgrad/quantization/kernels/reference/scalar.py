@@ -76,7 +76,7 @@ def _chosen(y: np.ndarray, fmt: FloatFormat, rounding: Rounding, words: np.ndarr
 
 
 def _beyond_max(fmt: FloatFormat, rounding: Rounding, overflow: Overflow, negative: np.ndarray) -> np.ndarray:
-    """What an overflow becomes, as a magnitude: DESIGN's table of policies, written out."""
+    """What an overflow becomes, as a magnitude: the table of policies, written out."""
     if overflow is Overflow.NAN:
         return np.full(negative.shape, np.nan)
     if overflow is Overflow.INF:
