@@ -100,7 +100,7 @@ def gather(
     notes = []
     if records:
         notes.append(
-            f"The tables per layer were measured on one more step from the collapsed state (step {records[0]['step']}), "
+            f"The tables per layer were measured on one more step from the run's last state (step {records[0]['step']}), "
             "which was then undone."
         )
     if command is None:

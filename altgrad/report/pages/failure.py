@@ -93,7 +93,8 @@ def headline(data: FailureData) -> str:
     run, verdict = data.run, data.verdict
     who = run.format or run.name
     of = f" of {count(run.max_steps)}" if run.max_steps else ""
-    when = f" at step {count(verdict.onset_step)}{of}" if verdict.onset_step is not None else ""
+    preposition = ", since" if verdict.kind == "far_above" else " at"  # which is told of its end
+    when = f"{preposition} step {count(verdict.onset_step)}{of}" if verdict.onset_step is not None else ""
     shifts = [i for i in data.interventions or () if i.to_format and i.step <= (verdict.onset_step or 0)]
     if shifts:
         who = f"{who}, shifted to {shifts[-1].to_format} at step {count(shifts[-1].step)},"
