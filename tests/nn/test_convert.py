@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from altgrad.errors import AltGradError, RecipeError
 from altgrad.nn import Override, Recipe, layer_recipe, quantize_model, register_layer, restore_model, uniform
@@ -99,6 +100,50 @@ def test_traced_manifest_lists_only_calls_that_no_layer_makes():
     manifest = quantize_model(Model(), uniform("E4M3"), example=TOKENS)
     assert manifest.traced
     assert [(p.module, p.call) for p in manifest.unseen] == [("", "einsum")]
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_fused_rnns_are_skipped_with_the_reason_and_listed(layer):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = layer(8, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    manifest = quantize_model(Tagger(), uniform("E4M3"), example=(torch.randn(2, 4, 8),))
+    assert "multiplies in one fused call" in manifest.skipped["rnn"]
+    assert {p.module for p in manifest.unseen} == {"rnn"}
+    assert manifest.uncounted or manifest.multiply_adds.quantized < manifest.multiply_adds.of
+    assert any(p.module == "rnn" for p in quantize_model(Tagger(), uniform("E4M3")).unseen)
+    skipped = quantize_model(nn.ModuleList([nn.Linear(4, 4), nn.Bilinear(4, 4, 2)]), "E4M3").skipped
+    assert "multiplies three tensors" in skipped["1"]
+
+
+class Branches(nn.Module):
+    """A product in training only, one in evaluation only, and an operator of another library."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        y = self.norm(self.layer(x))
+        return y + F.dropout(torch.inner(y, y)) @ y if self.training else y + torch.tensordot(y, y, ([0], [0])).sum()
+
+
+@pytest.mark.parametrize(("training", "calls"), [(True, {"inner", "matmul"}), (False, {"tensordot"})])
+def test_the_traced_list_has_every_product_of_the_mode_that_was_traced(training, calls):
+    model = Branches().train(training)
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    manifest = quantize_model(model, uniform("E4M3"), example=(torch.randn(4, 8, generator=torch.Generator()),))
+    assert {p.call for p in manifest.unseen} == calls
+    mode = "training" if training else "evaluation"
+    assert manifest.mode == mode
+    assert f"traced with the example, in {mode}" in str(manifest)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(generator, torch.get_rng_state())
 
 
 class Positions(nn.Module):

@@ -1,4 +1,4 @@
-"""Every product of a model can be quantized or is listed: experts, raw parameters, attention, transposed convolutions, RNNs."""
+"""Every product of a model can be quantized or is listed: experts, raw parameters, attention, transposed convolutions."""
 
 import copy
 import pickle
@@ -479,47 +479,3 @@ def test_bags_of_embeddings_quantize_their_weight():
     assert torch.equal(y, plain(index))
     y.sum().backward()
     assert bag.weight.grad[4].sum() == 16
-
-
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
-def test_fused_rnns_are_skipped_with_the_reason_and_listed(layer):
-    class Tagger(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn, self.head = layer(8, 8, batch_first=True), nn.Linear(8, 3)
-
-        def forward(self, x):
-            return self.head(self.rnn(x)[0])
-
-    manifest = quantize_model(Tagger(), uniform("E4M3"), example=(torch.randn(2, 4, 8),))
-    assert "multiplies in one fused call" in manifest.skipped["rnn"]
-    assert {p.module for p in manifest.unseen} == {"rnn"}
-    assert manifest.uncounted or manifest.multiply_adds.quantized < manifest.multiply_adds.of
-    assert any(p.module == "rnn" for p in quantize_model(Tagger(), uniform("E4M3")).unseen)
-    skipped = quantize_model(nn.ModuleList([nn.Linear(4, 4), nn.Bilinear(4, 4, 2)]), "E4M3").skipped
-    assert "multiplies three tensors" in skipped["1"]
-
-
-class Branches(nn.Module):
-    """A product in training only, one in evaluation only, and an operator of another library."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-
-    def forward(self, x):
-        y = self.norm(self.layer(x))
-        return y + F.dropout(torch.inner(y, y)) @ y if self.training else y + torch.tensordot(y, y, ([0], [0])).sum()
-
-
-@pytest.mark.parametrize(("training", "calls"), [(True, {"inner", "matmul"}), (False, {"tensordot"})])
-def test_the_traced_list_has_every_product_of_the_mode_that_was_traced(training, calls):
-    model = Branches().train(training)
-    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    manifest = quantize_model(model, uniform("E4M3"), example=(torch.randn(4, 8, generator=torch.Generator()),))
-    assert {p.call for p in manifest.unseen} == calls
-    mode = "training" if training else "evaluation"
-    assert manifest.mode == mode
-    assert f"traced with the example, in {mode}" in str(manifest)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert torch.equal(generator, torch.get_rng_state())

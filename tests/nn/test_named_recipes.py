@@ -1,4 +1,4 @@
-"""Recipes by name: their hand vectors, their layers against the formulas written out, ablations, and torchao's own bits."""
+"""Recipes by name: their layers against the formulas written out, ablations, and torchao's own bits."""
 
 import math
 
@@ -13,8 +13,6 @@ from altgrad.nn.recipe.ingredients import INGREDIENTS
 from altgrad.quantization import (
     ACCUMULATORS,
     Accumulator,
-    CurrentScaling,
-    DelayedScaling,
     accumulate,
     block_format,
     block_scales,
@@ -22,111 +20,10 @@ from altgrad.quantization import (
     quantize,
 )
 from altgrad.quantization.accumulation import accumulate_terms, terms
-from altgrad.quantization.hadamard import TRANSFORMER_ENGINE_SIGNS, Hadamard
-from altgrad.quantization.inverse_scaling import RegionScaling, inverse_scale, multiply_blocks
+from altgrad.quantization.hadamard import Hadamard
+from altgrad.quantization.inverse_scaling import inverse_scale, multiply_blocks
 
-E4M3, E5M2 = get_format("E4M3"), get_format("E5M2")
-
-
-def tensor(*values: float) -> torch.Tensor:
-    return torch.tensor(values)
-
-
-# -- hand vectors -----------------------------------------------------------------------------------------------------
-
-
-def test_transformer_engine_delays_its_scale_by_a_region():
-    policy = RegionScaling(history=2)
-    state, used = policy.init(), []
-    for amax in (448.0, 896.0, 224.0, 224.0):
-        used.append(state.s.item())
-        state = policy.close(torch.tensor(amax), state, E4M3)
-    assert used == [1, 1, 0.5, 0.5]
-    assert state.s.item() == 2
-    assert quantize(tensor(896.0) * used[1], "E4M3", overflow="saturate").item() == 448, "the second region saturates"
-
-
-def test_a_region_without_an_amax_leaves_no_trace():
-    policy = RegionScaling(history=2)
-    seen = policy.close(torch.tensor(896.0), policy.init(), E4M3)
-    for amax in (0.0, math.inf, math.nan):
-        after = policy.close(torch.tensor(amax), seen, E4M3)
-        assert after.s == 0.5
-    assert torch.equal(policy.close(torch.tensor(0.0), seen, E4M3).window, seen.window)
-
-
-def test_multiplying_by_the_inverse_scale_breaks_ties_otherwise():
-    x = tensor(0.01904296875)
-    s = inverse_scale(tensor(0.8125), 448.0)
-    assert quantize(x * s, "E4M3").item() == 11
-    assert quantize(x, "E4M3", 0.8125 / 448).item() / (0.8125 / 448) == pytest.approx(10)
-    assert inverse_scale(tensor(0.0, math.inf, math.nan, 1e-45), 448.0).tolist() == [
-        1,
-        1,
-        1,
-        torch.finfo(torch.float32).max,
-    ]
-
-
-@pytest.mark.parametrize(("amax", "scale"), [(448.0, 1.0), (448.00003, 2.0), (449.0, 2.0)])
-def test_transformer_engine_blocks_round_their_scales_to_powers_of_two(amax, scale):
-    x = torch.zeros(1, 128)
-    x[0, 5] = amax
-    spec = recipe("te_block").default.forward.input
-    assert block_scales(x, spec.format).item() == scale
-
-
-@pytest.mark.parametrize(("amax", "byte"), [(448.0, 127), (449.0, 128), (0.0, 0)])
-def test_mxfp8_exponents_are_rounded_up(amax, byte):
-    x = torch.zeros(1, 32)
-    x[0, 5] = amax
-    scale = block_scales(x, recipe("te_mxfp8").default.forward.weight.format).item()
-    assert int(math.log2(scale)) + 127 == byte
-
-
-def test_nvfp4_scales_come_from_an_inverse_tensor_scale():
-    x = torch.zeros(1, 32)
-    x[0, 0], x[0, 16] = 1.640625, 35
-    assert multiply_blocks(x, get_format("NVFP4")).scales.tolist() == [[22, 448]]
-    assert block_scales(x, "NVFP4")[0, 0].item() / (35 / 2688) == pytest.approx(20), "dividing rounds the tie down"
-
-
-def test_the_fixed_signs_are_those_of_transformer_engine():
-    mixed = Hadamard(16, "fixed")
-    signs = mixed.draw(None, torch.device("cpu"))
-    assert mixed(tensor(*TRANSFORMER_ENGINE_SIGNS), signs).tolist() == [4] + [0] * 15
-    unit = torch.zeros(16)
-    unit[3] = 1
-    assert mixed(unit, signs).tolist() == [-0.25, 0.25, 0.25, -0.25] * 4
-
-
-def test_ms_amp_and_torchao_rows_round_the_inverse_scale_down():
-    for policy in (
-        recipe("msamp_o1").default.forward.weight.scaling,
-        recipe("ao_rowwise").default.forward.weight.scaling,
-    ):
-        assert isinstance(policy, CurrentScaling)
-        assert policy.power_of_two
-    assert inverse_scale(tensor(3.0), 448.0, power_of_two=True).item() == 128
-    assert CurrentScaling(power_of_two=True).update(tensor(3.0), (), E4M3)[0].item() == 1 / 128
-
-
-def test_ms_amp_takes_the_present_amax_for_sixteen_steps_and_then_the_windows():
-    policy = recipe("msamp_o1").default.forward.input.scaling
-    assert isinstance(policy, DelayedScaling)
-    state, used = policy.init(), []
-    for step in range(18):
-        scale, state = policy.update(torch.tensor(448.0 * 2 ** (step % 4)), state, E4M3)
-        used.append(float(scale))
-    assert used[:16] == [2.0 ** (step % 4) for step in range(16)]
-    assert used[16:] == [8, 8]
-
-
-def test_tetrajets_scale_leaves_nothing_to_saturate():
-    x = torch.zeros(1, 32)
-    x[0, 0] = 7
-    assert block_scales(x, recipe("tetrajet").default.forward.input.format).item() == 2
-    assert block_scales(x, "MXFP4").item() == 1, "the OCP rule lets 7 saturate at 6"
+E4M3 = get_format("E4M3")
 
 
 # -- layers against the formulas written out ----------------------------------------------------------------------------
