@@ -23,7 +23,7 @@ test-slow: $(READY)
 
 # The numeric tests under three classes of CPU, emulated, and with each route of the matrix products forced.
 test-cpus: $(READY)
-	$(BIN)/python -m benchmarks.cpu_classes
+	$(BIN)/python -m benchmarks.cpu_classes --write
 
 check: $(READY)
 	$(BIN)/ruff format --check .

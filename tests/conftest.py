@@ -1,30 +1,50 @@
-"""Settings that every test runs under: one torch thread unless the test asks for more; a route of the GEMM on demand."""
+"""Settings that every test runs under: one torch thread unless the test asks for more; routes of the GEMM on demand."""
 
 import pytest
 import torch
 
 
 def pytest_addoption(parser):
-    """`--gemm-route`: take this route wherever its products are exact, whatever the shape and the CPU."""
-    parser.addoption("--gemm-route", default=None, help="float32, bf16, ...: force a route of the matrix products")
+    """`--gemm-routes`: take each of these routes in turn wherever its products are exact, whatever the shape and the CPU."""
+    parser.addoption("--gemm-routes", default="", help="float32,bf16,...: routes of the matrix products to force")
+
+
+def pytest_generate_tests(metafunc):
+    """One case of each test for every route."""
+    if names := metafunc.config.getoption("--gemm-routes"):
+        metafunc.parametrize(
+            "forced_route", ["float32", *(n for n in names.split(",") if n != "float32")], indirect=True
+        )
+
+
+ASKED: dict[str, list[dict]] = {}  # test -> what its layers asked of the rule
 
 
 @pytest.fixture(autouse=True)
 def forced_route(request, monkeypatch):
-    """The route that the command line asks for, in every layer; tests of the rule itself keep the rule."""
-    name = request.config.getoption("--gemm-route")
-    if name is None:
+    """The route that the command line asks for, in every layer; tests of the rule itself keep the rule.
+
+    A test is run once by float32, and by another route if some product that it asked for may take that one.
+    """
+    if not (name := getattr(request, "param", None)):
         return
     from altgrad.nn.layer import gemm, state
     from altgrad.quantization.products.units import Unit
 
-    forced = gemm.Route(name)
+    forced, test = gemm.Route(name), request.node.nodeid.replace(name, "")
 
-    def route(needed, shape, device_type, *, dtype=torch.float32, codes=True, **_):
+    def may(needed, dtype=torch.float32, codes=True):
         units = {None: (), Unit.INT8: (Unit.INT8, Unit.BF16)}.get(needed.unit, (needed.unit,))
         exact = needed.values is forced if forced.unit is None else codes and forced.unit in units
-        return forced if dtype == torch.float32 and exact else gemm.Route.FLOAT32
+        return dtype == torch.float32 and exact
 
+    def route(needed, shape, device_type, **given):
+        asked = {"needed": needed, **{key: given[key] for key in ("dtype", "codes") if key in given}}
+        ASKED.setdefault(test, []).append(asked)
+        return forced if may(**asked) else gemm.Route.FLOAT32
+
+    if forced is not gemm.Route.FLOAT32 and not any(may(**asked) for asked in ASKED.get(test, ())):
+        pytest.skip(f"multiplies nothing that {name} may multiply")
     monkeypatch.setattr(state, "choose_route", route)
 
 
