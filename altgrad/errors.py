@@ -76,6 +76,10 @@ class DistributedError(AltGradError, RuntimeError):
     """A run on several processes was asked for something it cannot do."""
 
 
+class UnderflowWarning(UserWarning):
+    """More than half of a tensor underflows where no scale was given."""
+
+
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another disk",
     errno.EDQUOT: "free some of the quota, or choose another disk",

@@ -32,6 +32,7 @@ from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.cast import cast_for
 from altgrad.quantization.codec import scale_values
+from altgrad.quantization.implied_scale import resolved_scale
 from altgrad.quantization.quantized import Quantized, QuantizedTensor, Want
 from altgrad.quantization.stats import QuantStats
 from altgrad.quantization.straight_through import fake_quantize
@@ -49,12 +50,13 @@ __all__ = [
 ]
 
 Format = FloatFormat | BlockFormat | str
+Scale = Tensor | float | str | None
 
 
 def quantize(
     x: Tensor,
     fmt: Format,
-    scale: Tensor | float = 1.0,
+    scale: Scale = None,
     *,
     rounding: Rounding | str = Rounding.NEAREST_EVEN,
     overflow: Overflow | str = Overflow.NATIVE,
@@ -69,13 +71,21 @@ def quantize(
 ) -> Tensor:
     """scale * round_to_grid(x / scale): x with every element on the format's grid.
 
+    Give `scale="amax"` unless x is known to fit the format: at the default scale 1 numbers below the format's smallest
+    step become 0 (`UnderflowWarning` says so once, where it sees more than half of them go).
+
+    >>> x = torch.tensor([0.001, -0.002, 0.0005])
+    >>> quantize(x, "E3M4", scale="amax"), quantize(x, "E3M4", scale=1.0)
+    (tensor([ 0.0010, -0.0020,  0.0005]), tensor([0., -0., 0.]))
+
     Args:
         x: float32, float64, bfloat16 or float16 tensor of any shape and layout; for block formats of at least one axis
             (two for tiles).
         fmt: a scalar or block format, or its name.
-        scale: positive number, or tensor that broadcasts to x (per tensor, per channel, any other). Leave it at 1.0 for
-            block formats, whose scales come from the blocks; for a two-level format (NVFP4) any other number, or a tensor
-            of one element, is taken as the tensor scale instead of amax / (element max * scale max).
+        scale: positive number, or tensor that broadcasts to x (per tensor, per channel, any other); "amax" for
+            `amax_scale(x, fmt)`, with finite quotients clamped to +-max; None for 1. Leave it out for block formats, whose
+            scales come from the blocks; for a two-level format (NVFP4) a number other than 1, or a tensor of one element,
+            is taken as the tensor scale instead of amax / (element max * scale max).
         rounding: mode (`altgrad.formats.rounding.Rounding`).
         overflow: policy for results beyond the format's max (`Overflow`).
         key: (seed, stream) of stochastic rounding; two integers, or an int64 tensor of shape [2]. Elements are counted in
@@ -99,6 +109,7 @@ def quantize(
     Raises:
         DtypeError, ScaleError, RandomKeyError, FormatError, BlockError, OptionError: with value, limit and remedy.
     """
+    scale, clamp = resolved_scale(x, fmt, scale, clamp)
     cast = cast_for(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)
     return cast(x, scale, key=key, out=out, kernel=kernel).values  # type: ignore[return-value]
 
@@ -106,7 +117,7 @@ def quantize(
 def encode(
     x: Tensor,
     fmt: Format,
-    scale: Tensor | float = 1.0,
+    scale: Scale = None,
     *,
     rounding: Rounding | str = Rounding.NEAREST_EVEN,
     overflow: Overflow | str = Overflow.NATIVE,
@@ -120,14 +131,15 @@ def encode(
 ) -> Tensor | QuantizedTensor:
     """Codes of round_to_grid(x / scale): uint8 for formats of at most 8 bits, else int32, of x's shape.
 
-    Arguments as for `quantize`; decode(encode(x, f, s), f, s) equals quantize(x, f, s) bit for bit. A block format
-    gives a `QuantizedTensor` of codes and scales, which `decode` takes by itself.
+    Arguments as for `quantize`; decode(encode(x, f, s), f, s) equals quantize(x, f, s) bit for bit. A block format, or
+    scale="amax", gives a `QuantizedTensor` of codes and scales, which `decode` takes by itself.
 
     Raises:
         CodeError: an element (NaN, inf) or the overflow policy's result has no code in the format.
     """
+    number, clamp = resolved_scale(x, fmt, scale, clamp)
     cast = cast_for(fmt, rounding, overflow, subnormals, clamp, random_bits, axis, pad)
-    return _packed(cast(x, scale, key=key, want=Want.CODES, kernel=kernel), fmt, axis)
+    return _packed(cast(x, number, key=key, want=Want.CODES, kernel=kernel), fmt, axis, scale, number)
 
 
 def decode(
@@ -147,46 +159,48 @@ def decode(
         DtypeError: `dtype` cannot hold the format.
     """
     if isinstance(codes, QuantizedTensor):
+        if isinstance(codes.format, FloatFormat):
+            return cast_for(codes.format).decode(codes.codes, codes.scales, dtype=dtype, out=out, kernel=kernel)
         return cast_for(codes.format, axis=codes.axis, pad=True).decode(codes, dtype=dtype, out=out, kernel=kernel)
     if fmt is None:
         raise FormatError("plain codes without a format; give a scalar format, or the QuantizedTensor of encode")
     return cast_for(fmt).decode(codes, scale, dtype=dtype, out=out, kernel=kernel)
 
 
-def quantize_with_stats(x: Tensor, fmt: Format, scale: Tensor | float = 1.0, **options) -> tuple[Tensor, QuantStats]:
+def quantize_with_stats(x: Tensor, fmt: Format, scale: Scale = None, **options) -> tuple[Tensor, QuantStats]:
     """`quantize` and the statistics of the same pass; arguments as there."""
-    found = _pass(x, fmt, scale, _VALUES_STATS, **options)
+    found, _ = _pass(x, fmt, scale, _VALUES_STATS, **options)
     return found.values, found.stats  # type: ignore[return-value]
 
 
 def encode_with_stats(
-    x: Tensor, fmt: Format, scale: Tensor | float = 1.0, **options
+    x: Tensor, fmt: Format, scale: Scale = None, **options
 ) -> tuple[Tensor | QuantizedTensor, QuantStats]:
     """`encode` and the statistics of the same pass; arguments as there.
 
     For a block format overflow counts the elements beyond the element's max under their block's scale.
     """
-    found = _pass(x, fmt, scale, _CODES_STATS, **options)
-    return _packed(found, fmt, options.get("axis", -1)), found.stats  # type: ignore[return-value]
+    found, packed = _pass(x, fmt, scale, _CODES_STATS, **options)
+    return packed, found.stats  # type: ignore[return-value]
 
 
 def quantize_and_encode(
-    x: Tensor, fmt: Format, scale: Tensor | float = 1.0, **options
+    x: Tensor, fmt: Format, scale: Scale = None, **options
 ) -> tuple[Tensor, Tensor | QuantizedTensor]:
     """(`quantize`, `encode`) in one pass over x; arguments as for `quantize`.
 
     A NaN or inf without a code keeps its place in the values and has code 0: nothing is raised, nothing is waited for.
     """
-    found = _pass(x, fmt, scale, _VALUES_CODES, **options)
-    return found.values, _packed(found, fmt, options.get("axis", -1))  # type: ignore[return-value]
+    found, packed = _pass(x, fmt, scale, _VALUES_CODES, **options)
+    return found.values, packed  # type: ignore[return-value]
 
 
 def quantize_and_encode_with_stats(
-    x: Tensor, fmt: Format, scale: Tensor | float = 1.0, **options
+    x: Tensor, fmt: Format, scale: Scale = None, **options
 ) -> tuple[Tensor, Tensor | QuantizedTensor, QuantStats]:
     """`quantize_and_encode` and the statistics of the same pass."""
-    found = _pass(x, fmt, scale, _ALL, **options)
-    return found.values, _packed(found, fmt, options.get("axis", -1)), found.stats  # type: ignore[return-value]
+    found, packed = _pass(x, fmt, scale, _ALL, **options)
+    return found.values, packed, found.stats  # type: ignore[return-value]
 
 
 def block_scales(
@@ -204,12 +218,22 @@ _VALUES_STATS, _CODES_STATS = Want.VALUES | Want.STATS, Want.CODES | Want.STATS
 _VALUES_CODES, _ALL = Want.VALUES | Want.CODES, Want.VALUES | Want.CODES | Want.STATS
 
 
-def _pass(x: Tensor, fmt: Format, scale, want: Want, *, key=None, out=None, kernel=None, **facts: Any) -> Quantized:
-    return cast_for(fmt, **facts)(x, scale, key=key, out=out, want=want, kernel=kernel)
+def _pass(
+    x: Tensor, fmt: Format, scale: Scale, want: Want, *, key=None, out=None, kernel=None, clamp=False, **facts: Any
+) -> tuple[Quantized, Any]:
+    """The results, and the codes as `encode` gives them."""
+    number, clamp = resolved_scale(x, fmt, scale, clamp)
+    found = cast_for(fmt, clamp=clamp, **facts)(x, number, key=key, out=out, want=want, kernel=kernel)
+    return found, _packed(found, fmt, facts.get("axis", -1), scale, number)
 
 
-def _packed(found: Quantized, fmt: Format, axis: int) -> Any:
-    """The codes, with the scales where the format is a block format."""
-    if found.scales is None or found.codes is None:
-        return found.codes
-    return QuantizedTensor(found.codes, found.scales, get_format(fmt), axis, found.codes.shape, found.tensor_scale)
+def _packed(found: Quantized, fmt: Format, axis: int, scale: Scale, number: Tensor | float) -> Any:
+    """The codes, with the scales where the caller does not have them."""
+    codes = found.codes
+    if codes is None:
+        return None
+    if found.scales is not None:
+        return QuantizedTensor(codes, found.scales, get_format(fmt), axis, codes.shape, found.tensor_scale)
+    if type(scale) is str:
+        return QuantizedTensor(codes, number, get_format(fmt), axis, codes.shape)  # type: ignore[arg-type]
+    return codes

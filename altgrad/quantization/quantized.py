@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from altgrad.formats.block import BlockFormat
+from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.codec import scale_values
 from altgrad.quantization.stats import QuantStats
 
@@ -41,18 +42,19 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor in a block format: one code per element and one stored scale per block.
+    """A tensor in a block format, or in a scalar one under its amax: one code per element, and the stored scales.
 
     codes: uint8 (int32 for elements of more than 8 bits), of the tensor's shape, one code per entry (not packed).
-    scales: stored scales: uint8 codes of the scale format (E8M0: exponent + 127, 255 for NaN), or float32; the tensor's
-        shape with each blocked axis divided by the block, rounded up.
+    scales: of a block format one per block: uint8 codes of the scale format (E8M0: exponent + 127, 255 for NaN), or
+        float32; the tensor's shape with each blocked axis divided by the block, rounded up. Of a scalar format the 0-d
+        multiplier.
     format, axis, shape: as given to `encode`.
     tensor_scale: 0-d float32 upper scale of a two-level format (NVFP4), else None.
     """
 
     codes: Tensor
     scales: Tensor
-    format: BlockFormat
+    format: BlockFormat | FloatFormat
     axis: int
     shape: torch.Size
     tensor_scale: Tensor | None = None
@@ -60,10 +62,14 @@ class QuantizedTensor:
     @property
     def scale_values(self) -> Tensor:
         """The multiplier of each block as float32, the tensor scale included; NaN for a NaN block."""
+        if isinstance(self.format, FloatFormat):
+            return self.scales
         return scale_values(self.scales, self.format, self.tensor_scale)
 
     @property
     def storage_bits(self) -> int:
         """Bits that the packed format takes: elements, scales and tensor scale."""
+        if isinstance(self.format, FloatFormat):
+            return self.codes.numel() * self.format.bits + 32
         scales = self.scales.numel() * self.format.scale_format.bits
         return self.codes.numel() * self.format.element.bits + scales + (32 if self.tensor_scale is not None else 0)

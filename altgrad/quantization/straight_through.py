@@ -10,6 +10,7 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.block_layout import block_layout
 from altgrad.quantization.cast import cast_for
+from altgrad.quantization.implied_scale import resolved_scale
 from altgrad.quantization.kernels.eager.blocks import spread
 from altgrad.quantization.memory import detached
 from altgrad.quantization.quantized import Quantized
@@ -49,20 +50,24 @@ def _where(kept: Tensor | None, grad: Tensor) -> Tensor:
 def fake_quantize(
     x: Tensor,
     fmt: FloatFormat | BlockFormat | str,
-    scale: Tensor | float = 1.0,
+    scale: Tensor | float | str | None = None,
     *,
     mask_saturated: bool = False,
+    clamp: bool = False,
     key: tuple[int, int] | Tensor | None = None,
     kernel: str | None = None,
     **options,
 ) -> Tensor:
     """`quantize` with the straight-through gradient dy/dx = 1; works under `torch.func`.
 
+    As there, give `scale="amax"` unless x is known to fit the format.
+
     Args:
         mask_saturated: let no gradient through where |x / scale| > max.
-        key, kernel, options: as for `quantize`, without `out`.
+        scale, clamp, key, kernel, options: as for `quantize`, without `out`.
     """
-    found = cast_for(fmt, **options)(x, scale, key=key, kernel=kernel)
+    scale, clamp = resolved_scale(x, fmt, scale, clamp)
+    found = cast_for(fmt, clamp=clamp, **options)(x, scale, key=key, kernel=kernel)
     kept = None
     if mask_saturated:
         where = {name: options[name] for name in ("axis", "pad") if name in options}

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from altgrad.errors import CodeError, DtypeError, FormatError, OptionError, RandomKeyError, ScaleError
+from altgrad.errors import CodeError, DtypeError, FormatError, OptionError, RandomKeyError, ScaleError, UnderflowWarning
 from altgrad.quantization import (
     E0M7,
     E1M6,
@@ -22,6 +22,7 @@ from altgrad.quantization import (
     fake_quantize,
     from_code_index,
     get_format,
+    implied_scale,
     quantize,
     quantize_with_stats,
 )
@@ -286,3 +287,45 @@ def test_formats_with_nan_or_inf_encode_them():
     assert decode(encode(torch.tensor([nan, inf, -inf]), "E5M2"), "E5M2")[1:].tolist() == [inf, -inf]
     assert encode(torch.tensor([1e9]), "E3M4").item() == get_format("E3M4").index_of(124.0)
     assert E5M2.has_inf
+
+
+# -- scale="amax", and no scale ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["E4M3", "E3M4", "E0M7", "E5M2", "E7M0"])
+def test_scale_amax_is_the_amax_scale_with_finite_quotients_clamped(fmt):
+    x = torch.randn(257, generator=torch.Generator().manual_seed(1)) * 1e-3
+    x[3], x[4] = torch.inf, torch.nan
+    scale = amax_scale(x, fmt)
+    assert same_bits(quantize(x, fmt, scale="amax"), quantize(x, fmt, scale, clamp=True))
+    assert same_bits(fake_quantize(x, fmt, "amax"), quantize(x, fmt, scale, clamp=True))
+    values, stats = quantize_with_stats(x, fmt, "amax")
+    assert same_bits(values, quantize(x, fmt, scale, clamp=True))
+    assert same_bits(stats.vector, quantize_with_stats(x, fmt, scale, clamp=True)[1].vector)
+    finite = x[5:]
+    packed = encode(finite, fmt, scale="amax")
+    assert packed.scales == amax_scale(finite, fmt)
+    assert packed.storage_bits == 252 * get_format(fmt).bits + 32
+    assert same_bits(decode(packed), quantize(finite, fmt, scale="amax"))
+
+
+@pytest.mark.parametrize("fmt", ["MXFP8", "NVFP4"])
+def test_block_formats_find_their_scales_with_amax_as_without(fmt):
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)) * 1e-3
+    assert same_bits(quantize(x, fmt, scale="amax"), quantize(x, fmt))
+
+
+def test_another_text_for_a_scale_is_refused():
+    with pytest.raises(ScaleError, match="'max' is no scale; give a positive number, a tensor, or \"amax\""):
+        quantize(torch.ones(3), "E4M3", "max")
+
+
+def test_one_warning_says_that_most_of_a_tensor_underflows_where_no_scale_was_given(monkeypatch):
+    monkeypatch.setattr(implied_scale, "_looks_left", implied_scale.LOOKS)
+    small = torch.full((5000,), 0.01)
+    small[:2000] = 1.0
+    quantize(small, "E3M4", 1.0)  # which is meant
+    quantize(small[:3000], "E3M4")  # two thirds survive
+    with pytest.warns(UnderflowWarning, match=r"6\d% of the elements underflow to 0 in E3M4 at scale 1"):
+        encode(small, "E3M4")
+    quantize(small, "E3M4")  # said once

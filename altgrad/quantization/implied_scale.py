@@ -1,0 +1,75 @@
+"""The scale of a call that names none: scale="amax", and what is said where nothing was given and 1 does not fit.
+
+`quantize(x, "E4M3")` divides by nothing: numbers far below 1 underflow in silence where `scale="amax"` would use the
+whole range. So the first calls without a scale look at some of their elements, and one warning is given per process.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from altgrad.errors import ScaleError, UnderflowWarning
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.catalog import get_format
+from altgrad.formats.scalar import FloatFormat
+from altgrad.quantization.checks import FLOAT_DTYPES, at_hand
+from altgrad.quantization.scaling import amax_scale
+
+AMAX = "amax"
+LOOKS, SAMPLE = 64, 1024
+"""Calls of a process that are looked at, and elements of each."""
+
+_looks_left = LOOKS
+
+
+def resolved_scale(
+    x: Tensor, fmt: FloatFormat | BlockFormat | str, scale: Tensor | float | str | None, clamp: bool
+) -> tuple[Tensor | float, bool]:
+    """(multiplier, clamp) of a call's scale: None is 1; "amax" is `amax_scale(x, fmt)` with finite quotients clamped.
+
+    A block format finds its scales by itself: both are 1 there.
+
+    Raises:
+        ScaleError: another text.
+    """
+    if scale is None:
+        if _looks_left and not is_dynamo_compiling():
+            _look(x, fmt)
+        return 1.0, clamp
+    if type(scale) is not str:
+        return scale, clamp
+    if scale != AMAX:
+        raise ScaleError(f'scale {scale!r} is no scale; give a positive number, a tensor, or "amax"')
+    return (1.0, clamp) if _is_block(fmt) else (amax_scale(x, fmt), True)
+
+
+def _is_block(fmt: FloatFormat | BlockFormat | str) -> bool:
+    return isinstance(get_format(fmt), BlockFormat)
+
+
+_is_block._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without the compiler
+
+
+def _look(x: Tensor, fmt: FloatFormat | BlockFormat | str) -> None:
+    """Warn where more than half of the sampled nonzero elements lie below half of the format's smallest step."""
+    global _looks_left
+    if not at_hand(x) or x.dtype not in FLOAT_DTYPES or x.device.type != "cpu" or _is_block(fmt):
+        return
+    if not x.is_contiguous() or not x.numel():
+        return
+    _looks_left -= 1
+    seen = x.detach().view(-1)[:: max(1, x.numel() // SAMPLE)].abs()
+    found = get_format(fmt)
+    half = found.min_subnormal / 2 if found.has_subnormals else found.min_normal / 2
+    lost = int(((seen > 0) & (seen <= half)).sum())
+    if 2 * lost > seen.numel():
+        _looks_left = 0
+        warnings.warn(
+            f"{lost / seen.numel():.0%} of the elements underflow to 0 in {found} at scale 1, as no scale was given; "
+            'give scale="amax" to use the whole range of the format, or scale=1.0 if this is meant',
+            UnderflowWarning,
+            stacklevel=4,
+        )
