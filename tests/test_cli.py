@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,9 +13,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import altgrad as altgrad_package
+from altgrad.analysis import find_runs, read_run
 from altgrad.cli import app
 from altgrad.cli.run_pages import exit_code
+from altgrad.errors import ConfigError
 from altgrad.records.schema import ExperimentResult
+from altgrad.sweep import read_matrix
+from altgrad.training.config.loading import key_paths, load_config
 from tests.training.tiny import TINY, losses
 
 E3M4 = Path(__file__).parents[1] / "experiments" / "configs" / "e3m4_uniform.yaml"
@@ -78,6 +84,43 @@ def test_compare_runs_all_and_reports_once(config, tmp_path):
     assert (tmp_path / "again.html").exists()
 
 
+def test_formats_of_one_config_are_compared_over_seeds_in_one_report(config, tmp_path):
+    given = ["compare", config, "weight_storage=grid", "--formats", "FP32, E3M4, te_current without promotion"]
+    planned = invoke(*given, "--seeds", "2", "--dry-run")
+    assert "6 runs" in planned.output
+    assert not (tmp_path / "runs").exists()
+    result = invoke(*given, "--seeds", "2", "--jobs", "1")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "runs" / "tiny-formats"
+    assert f"report: {folder / 'report.html'}" in result.output
+    storages = {(read_run(run).config["weight_storage"]) for run in find_runs(folder)}
+    assert storages == {"grid", "master"}  # a named recipe says itself how weights are stored
+    assert "6 done before" in invoke(*given, "--seeds", "2").output
+
+
+def test_first_files_say_every_key_and_run_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "altgrad run experiment.yaml" in invoke("init").output
+    text = Path("experiment.yaml").read_text()
+    assert load_config("experiment.yaml") == load_config({"formats": "E4M3"})
+    assert [key for key in key_paths() if not re.search(rf"^ *(# )?{key.rpartition('.')[2]}:", text, re.M)] == []
+    assert invoke("init", "--matrix").exit_code == 0
+    assert len(read_matrix("matrix.yaml").expand()) == 15
+    with pytest.raises(ConfigError, match="exists and stays as it is"):
+        invoke("init")
+
+
+def test_shipped_configs_and_matrices_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("e3m4_uniform") == load_config(E3M4)
+    assert read_matrix("formats").name == "formats"
+    assert "seed: 42" in invoke("run", "e3m4_uniform", "--print-config").output
+
+
+def test_the_version_is_said():
+    assert invoke("--version").output == f"altgrad {altgrad_package.__version__}\n"
+
+
 def test_the_demo_trains_six_formats(tmp_path, monkeypatch):
     from altgrad.training.run import demo
 
@@ -104,6 +147,14 @@ def test_the_demo_trains_six_formats(tmp_path, monkeypatch):
         (["run", E3M4, "include=[nothing]", "--dry-run"], "nothing"),
         (["compare", E3M4], "at least two"),
         (["report", "/nowhere"], "/nowhere"),
+        (["run", "e3m4_unifrom"], "did you mean e3m4_uniform?"),
+        (["sweep", "nowhere"], "give a file, or one of formats"),
+        (["run", E3M4, "learning_rate=3e-4"], "did you mean 'optimizer.lr'"),
+        (["run", E3M4, "data.bs=3"], "did you mean 'data.batch_size'"),
+        (["compare", E3M4, "--formats", "E4M3"], "give two or more"),
+        (["compare", E3M4, "--formats", "E4M3,fp8_e4m3"], "the same run twice"),
+        (["compare", E3M4, "--formats", "E4M3,E4M"], "did you mean E4M3"),
+        (["compare", E3M4, E3M4, "--formats", "E4M3,E3M4"], "of one config, 2 given"),
     ],
     ids=str,
 )

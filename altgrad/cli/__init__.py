@@ -16,14 +16,25 @@ from altgrad.errors import OptionError, os_error_text
 app = typer.Typer(
     help="AltGrad: the wind tunnel and flight recorder for low-precision training.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from altgrad import __version__
+
+        print(f"altgrad {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
     """Put any number format on any tensor of a model, train it, and see when, where and why it breaks."""
 
 
@@ -68,6 +79,17 @@ def recipes(
         recipe_pages.print_recipe(name)
 
 
+@app.command()
+def init(
+    file: Annotated[Path | None, typer.Argument(help="The file to write; else experiment.yaml or matrix.yaml.")] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="A study of many runs instead of one experiment.")] = False,
+) -> None:
+    """Write a commented config, or a matrix, of your own to begin with."""
+    from altgrad.cli import study_pages
+
+    study_pages.write_first_file(file, matrix=matrix)
+
+
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as optimizer.lr=3e-4 seed=7.")]
 _Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")]
 _FailOnCollapse = Annotated[bool, typer.Option("--fail-on-collapse", help="Exit with 1 if a run collapsed.")]
@@ -75,7 +97,7 @@ _FailOnCollapse = Annotated[bool, typer.Option("--fail-on-collapse", help="Exit 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
+    config: Annotated[Path, typer.Argument(help="An experiment's YAML file, or a shipped one's name: e3m4_uniform.")],
     overrides: _Overrides = None,
     device: _Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
@@ -91,11 +113,28 @@ def run(
 
 @app.command()
 def compare(
-    configs: Annotated[list[str], typer.Argument(help="Two or more YAML files, then settings for all of them.")],
+    configs: Annotated[
+        list[str],
+        typer.Argument(help="YAML files or shipped names; one with --formats. Then settings for all of them."),
+    ],
+    formats: Annotated[
+        str | None, typer.Option("--formats", help="Formats or recipes of one config, such as FP32,E3M4,MXFP8.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="With --formats: seeds of each.")] = 3,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="With --formats: runs at a time.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --formats: how many runs, and how long.")] = False,
     device: _Device = None,
     fail_on_collapse: _FailOnCollapse = False,
 ) -> None:
-    """Run several experiments (or look them up) and set them side by side in one report."""
+    """Set several experiments, or several formats of one with error bars, side by side in one report."""
+    if formats is not None:
+        from altgrad.cli import study_pages
+
+        raise typer.Exit(
+            study_pages.compare_formats(
+                configs, formats, seeds, device, jobs=jobs, dry_run=dry_run, fail_on_collapse=fail_on_collapse
+            )
+        )
     from altgrad.cli import run_pages
 
     raise typer.Exit(run_pages.exit_code(run_pages.compare(configs, device), fail_on_collapse=fail_on_collapse))
@@ -202,7 +241,7 @@ def verify(
 
 @app.command()
 def sweep(
-    matrix: Annotated[Path, typer.Argument(help="A matrix file, such as experiments/matrix/formats.yaml.")],
+    matrix: Annotated[Path, typer.Argument(help="A matrix file, or a shipped one's name: formats.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings such as max_steps=300 seeds=[1,2,3]; an axis's replace it.")
     ] = None,
@@ -221,10 +260,10 @@ def sweep(
     fail_on_collapse: _FailOnCollapse = False,
 ) -> None:
     """Run every experiment of a matrix that is not done yet, in parallel processes or on a cluster."""
-    from altgrad.cli import run_pages
+    from altgrad.cli import study_pages
 
     raise typer.Exit(
-        run_pages.sweep(
+        study_pages.sweep(
             matrix,
             overrides or [],
             out,

@@ -1,4 +1,4 @@
-"""What `run`, `compare`, `demo`, `report` and `sweep` do and print: live progress, tables, where the report is, exit codes."""
+"""What `run`, `compare`, `demo` and `report` do and print: live progress, tables, where the report is, exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
 from altgrad.report.console import Terminal
 from altgrad.report.verdicts import ending
-from altgrad.sweep import SweepOptions, SweepResult, describe_plan, describe_result, plan_sweep, run_sweep
 from altgrad.training.config.experiment import ExperimentConfig, is_twin
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
@@ -257,37 +256,3 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
             console.print(f"  failure report: {r.details['failure_report']}", highlight=False, soft_wrap=True)
     if any(r.status == "interrupted" for r in results):
         console.print("interrupted; the same command continues", highlight=False)
-
-
-STOPPED = 130  # as a shell says of a command that Ctrl-C ended
-
-
-def sweep(
-    matrix: Path,
-    overrides: Sequence[str],
-    out: Path | None,
-    *,
-    jobs: int | None,
-    dry_run: bool,
-    executor: str,
-    address: str | None,
-    devices: str | None,
-    fail_on_collapse: bool,
-) -> int:
-    """Exit code: 0 all runs are done, 1 some failed (or collapsed, on demand), 130 stopped before the end."""
-    slots = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]
-    options = SweepOptions(jobs=jobs, executor=executor, address=address, devices=slots)
-    plan = plan_sweep(matrix, out, overrides)
-    if dry_run:
-        describe_plan(plan, options)
-        return 0
-    result = run_sweep(plan, options)
-    describe_result(result)
-    return _exit_code(result, fail_on_collapse)
-
-
-def _exit_code(result: SweepResult, fail_on_collapse: bool) -> int:
-    if result.count("stopped"):
-        return STOPPED
-    collapsed = any((outcome.result or {}).get("status") == "collapsed" for outcome in result.outcomes.values())
-    return int(bool(result.count("failed")) or (fail_on_collapse and collapsed))

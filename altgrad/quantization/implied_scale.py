@@ -43,7 +43,7 @@ def resolved_scale(
         return scale, clamp
     if scale != AMAX:
         raise ScaleError(f'scale {scale!r} is no scale; give a positive number, a tensor, or "amax"')
-    return (1.0, clamp) if _is_block(fmt) else (amax_scale(x, fmt), True)
+    return (1.0, clamp) if _is_block(fmt) else (amax_scale(x, fmt), True)  # type: ignore[arg-type]
 
 
 def _is_block(fmt: FloatFormat | BlockFormat | str) -> bool:

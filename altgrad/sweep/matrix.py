@@ -34,6 +34,7 @@ from altgrad.training.config.document import literal, read_document, setting
 from altgrad.training.config.experiment import ExperimentConfig, checked_name, identity
 from altgrad.training.config.formats import WHOLE, with_formats
 from altgrad.training.config.loading import key_paths, load_config, nearest_key
+from altgrad.training.config.shipped import shipped_file, shipped_names
 
 MOST_RUNS = 20_000
 """More is a slip of the pen."""
@@ -159,11 +160,14 @@ def read_matrix(path: str | Path) -> Matrix:
         SweepError: the file is missing, is no YAML mapping, or holds an unknown section.
         ConfigError: an axis, override, inclusion or exclusion names no config key (the nearest one is named).
     """
-    path = Path(path)
+    given, path = path, Path(path)
+    if not path.is_file():
+        path = shipped_file(path, "matrix") or path
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "the project's own are in experiments/matrix"
-        raise SweepError(f"matrix file {path} does not exist; {hint}")
+        shipped = ", ".join(shipped_names("matrix"))
+        hint = f"did you mean {path.parent / near[0]}?" if near else f"give a file, or one of {shipped}"
+        raise SweepError(f"matrix file {given} does not exist; {hint}")
     try:
         content = literal(read_document(path))
     except ConfigError as error:

@@ -17,6 +17,7 @@ from altgrad.report.text import shortened
 from altgrad.training.config.document import literal, merged, nested, read_document, resolved, setting, write_document
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import WHOLE, with_formats
+from altgrad.training.config.shipped import shipped_file, shipped_names
 
 
 def load_config(
@@ -64,8 +65,55 @@ def key_paths(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> It
                 yield from key_paths(section, f"{prefix}{name}.")
 
 
+SYNONYMS = {
+    "learning_rate": "optimizer.lr",
+    "steps": "max_steps",
+    "iterations": "max_steps",
+    "max_iters": "max_steps",
+    "num_steps": "max_steps",
+    "epochs": "max_steps",
+    "bs": "data.batch_size",
+    "format": "formats",
+    "precision": "formats",
+    "dtype": "formats",
+    "quantization": "formats",
+    "layers": "model.n_layer",
+    "num_layers": "model.n_layer",
+    "depth": "model.n_layer",
+    "heads": "model.n_head",
+    "num_heads": "model.n_head",
+    "hidden_size": "model.n_embd",
+    "d_model": "model.n_embd",
+    "width": "model.n_embd",
+    "context_length": "model.block_size",
+    "seq_len": "model.block_size",
+    "dataset": "data.source",
+    "wd": "optimizer.weight_decay",
+    "warmup": "optimizer.warmup_steps",
+    "schedule": "optimizer.decay",
+    "scheduler": "optimizer.decay",
+    "clip": "optimizer.grad_clip",
+    "gradient_clipping": "optimizer.grad_clip",
+    "max_grad_norm": "optimizer.grad_clip",
+    "accumulation_steps": "data.grad_accumulation",
+    "gradient_accumulation_steps": "data.grad_accumulation",
+    "random_seed": "seed",
+    "out_dir": "runs_dir",
+    "output_dir": "runs_dir",
+    "eval_interval": "evaluation.interval",
+    "eval_steps": "evaluation.interval",
+    "save_steps": "checkpoint_interval",
+    "torch_compile": "compile",
+    "stochastic_rounding": "rounding",
+}
+"""Other tools' words for keys."""
+
+
 def nearest_key(key: str) -> str | None:
-    """The valid key most like `key`: by its full path, else by its last part (`lr` is `optimizer.lr`)."""
+    """The valid key most like `key`: by another tool's word, its full path, else its last part (`lr` is `optimizer.lr`)."""
+    told = SYNONYMS.get(key.rpartition(".")[2].lower().replace("-", "_"))
+    if told is not None:
+        return told
     paths = list(key_paths())
     by_path = difflib.get_close_matches(key, paths, n=1, cutoff=0.75)
     if by_path:
@@ -77,17 +125,28 @@ def nearest_key(key: str) -> str | None:
 
 def _read_yaml(path: Path):
     if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("experiments/configs")
-        known = sorted(p.name for p in folder.glob("*.yaml"))
-        near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {folder / near[0]}?" if near else f"{folder} has {', '.join(known) or 'no .yaml files'}"
-        raise ConfigError(f"config file {path} does not exist; {hint}")
+        found = shipped_file(path, "configs")
+        if found is None:
+            raise ConfigError(f"config file {path} does not exist; {_nearest_file(path)}")
+        path = found
     base = read_document(path, references=False)
     if base is None:
         return {}
     if not isinstance(base, dict):
         raise ConfigError(f"{path} holds no mapping of keys to values; write lines such as 'seed: 42'")
     return base
+
+
+def _nearest_file(path: Path) -> str:
+    beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {path.parent / near[0]}?"
+    shipped = shipped_names("configs")
+    near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.5)
+    return (
+        f"did you mean {near[0]}?" if near else f"give a file, or one of {', '.join(shipped)}; altgrad init writes one"
+    )
 
 
 def _explain(fault) -> str:
