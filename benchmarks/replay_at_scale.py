@@ -28,7 +28,7 @@ from altgrad.autopsy.folder import rebuild
 from altgrad.autopsy.fork import LOW, Fork
 from altgrad.autopsy.loop import TrainerLoop
 from altgrad.autopsy.oracle import LoopOracle
-from altgrad.autopsy.workers import Workers
+from altgrad.autopsy.workers import OfRun, Workers
 from altgrad.sweep.cluster import RayCalls
 from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import FormatExperimentRunner
@@ -147,8 +147,8 @@ def lost_node() -> bool:
         second = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
         try:
-            calls = RayCalls(ray, threads=1, retries=3, places=2)
-            workers = Workers(oracle, folder, calls, 2, Path(scratch))
+            calls = RayCalls(ray, threads=1, places=2)
+            workers = Workers(oracle, OfRun(str(folder)), calls, 2, Path(scratch))
             answers: dict[Fork, tuple[float, ...]] = {}
             for fork, outcome in workers.side_by_side(forks, None):
                 answers[fork] = outcome.losses

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,11 @@ from torch import Tensor, nn
 
 from altgrad.autopsy import Recorder, Settings, Told
 from altgrad.formats.catalog import block_format
-from altgrad.nn import Recipe, attach_optimizer, quantize_model, uniform
+from altgrad.nn import Recipe, attach_optimizer, change_format, quantize_model, uniform
 from altgrad.nn.recipe.layer_recipe import layer_recipe
 from altgrad.nn.recipe.recipe import Override
 from altgrad.nn.recipe.spec import OperandSpec
-from altgrad.records.files import write_text
+from altgrad.records.files import write_json
 from altgrad.training.config.loading import load_config
 from altgrad.training.data import resolve_corpus
 from altgrad.training.model import GPT, GPTConfig
@@ -57,8 +60,38 @@ def scrambled(folder: Path, budget: int, tell: Tell) -> tuple[dict[str, Any], di
 
 # -- the student-teacher proxy of arXiv 2506.20752 ------------------------------------------------------------------------
 
-WIDTH, DEPTH, BATCH, STEPS, LR, NOISE, SEEDS = 128, 4, 128, 800, 6e-3, 5e-3, (0, 1, 2)
-"""Smaller and faster than the paper's: the width and the steps that two cores carry, and a rate at which MX shows."""
+
+@dataclass(frozen=True)
+class Proxy:
+    """One size of the proxy: residual MLP layers, samples a step, steps, and the learning rate of Adam."""
+
+    width: int = 128
+    depth: int = 4
+    batch: int = 512
+    steps: int = 5000
+    lr: float = 6e-4
+
+    def __str__(self) -> str:
+        return f"{self.depth} x {self.width}, {self.batch} samples, {self.steps} steps at {self.lr:g}"
+
+
+NOISE, SEEDS, EVERY = 5e-3, (0, 1, 2), 250
+"""Deviation of the targets' noise; seeds of the switches; steps between two looks at the norm weights."""
+SHORT = Proxy(batch=128, steps=800, lr=6e-3)
+"""Where the switches are told apart if no row of the survey is damaged: they fit in minutes."""
+SURVEY = (
+    Proxy(),
+    Proxy(lr=1.5e-3),
+    Proxy(lr=3e-3),
+    Proxy(width=64, batch=256, steps=20_000, lr=3e-3),
+    SHORT,
+)
+"""Looked at for damage by MX, seed 0: the paper's rate and batch at a quarter of its width; rates up to where float32 itself
+becomes unsteady; a narrower one for four times as long; a short one."""
+WORSE = 1.25
+"""Fixed before the survey ran. MX is damaged at a row if its loss over the last 100 steps is not finite, or lies above
+float32's by this factor; the first damaged row is then run with every switch and seed, and a switch undoes the damage if it
+closes half of the gap in every seed."""
 
 
 class HalfNorm(nn.LayerNorm):
@@ -74,11 +107,12 @@ class HalfNorm(nn.LayerNorm):
 class Residual(nn.Module):
     """x + out(gelu(up(norm(x)))) for each layer; the teacher has no norms."""
 
-    def __init__(self, generator: torch.Generator, norm: type[nn.Module]) -> None:
+    def __init__(self, proxy: Proxy, generator: torch.Generator, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(norm(WIDTH) for _ in range(DEPTH))
-        self.ups = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH, bias=False) for _ in range(DEPTH))
-        self.outs = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH, bias=False) for _ in range(DEPTH))
+        width = proxy.width
+        self.norms = nn.ModuleList(norm(width) for _ in range(proxy.depth))
+        self.ups = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(proxy.depth))
+        self.outs = nn.ModuleList(nn.Linear(4 * width, width, bias=False) for _ in range(proxy.depth))
         for layer in (*self.ups, *self.outs):
             nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)  # type: ignore[arg-type]
 
@@ -104,9 +138,10 @@ def mx_recipe(norm_weight: str = "MXFP8", after_norm: str = "MXFP8") -> Recipe:
 
 
 UNCLAMPED = block_format("E4M3", 32, "E8M0", "ceil").name
+FLOAT32, ALL_MX = "float32", "all in MX"
 SWITCHES: dict[str, tuple[Recipe | None, type[nn.Module]]] = {
-    "float32": (None, nn.LayerNorm),
-    "all in MX": (mx_recipe(), nn.LayerNorm),
+    FLOAT32: (None, nn.LayerNorm),
+    ALL_MX: (mx_recipe(), nn.LayerNorm),
     "norm weights in BF16": (mx_recipe(norm_weight="BF16"), nn.LayerNorm),
     "norm weights under a ceil scale": (mx_recipe(norm_weight=UNCLAMPED), nn.LayerNorm),
     "inputs after a norm under a ceil scale": (mx_recipe(after_norm=UNCLAMPED), nn.LayerNorm),
@@ -116,56 +151,113 @@ SWITCHES: dict[str, tuple[Recipe | None, type[nn.Module]]] = {
 scale clamps nothing."""
 
 
-def student(recipe: Recipe | None, norm: type[nn.Module], seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
-    """(student, optimizer, step function) of one run."""
-    model = Residual(torch.Generator().manual_seed(2 * seed + 1), norm)
-    teacher = Residual(torch.Generator().manual_seed(2 * seed + 2), nn.Identity).requires_grad_(False)
-    if recipe is not None:
-        quantize_model(model, recipe)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    if recipe is not None:
-        attach_optimizer(model, optimizer)
+class Student:
+    """One run: the model, its optimizer, and a step on the batch of that step, which all switches of a seed share."""
 
-    def step_fn(step: int, data: int = 0) -> Tensor:
-        drawn = torch.Generator().manual_seed(seed + 1_000_003 * (step + 100_000 * data))
-        x = torch.randn(BATCH, WIDTH, generator=drawn)
-        y = teacher(x) + NOISE * torch.randn(BATCH, WIDTH, generator=drawn)
-        loss = F.mse_loss(model(x), y)
-        optimizer.zero_grad()
+    def __init__(self, proxy: Proxy, switch: str, seed: int) -> None:
+        recipe, norm = SWITCHES[switch]
+        self.proxy, self.seed, self.recipe = proxy, seed, recipe
+        self.model = Residual(proxy, torch.Generator().manual_seed(2 * seed + 1), norm)
+        teacher = Residual(proxy, torch.Generator().manual_seed(2 * seed + 2), nn.Identity)
+        self.teacher = teacher.requires_grad_(False)
+        if recipe is not None:
+            quantize_model(self.model, recipe)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=proxy.lr)
+        if recipe is not None:
+            attach_optimizer(self.model, self.optimizer)
+
+    def gradients(self, step: int, data: int = 0) -> Tensor:
+        """The loss of a step's batch, with its gradients in place."""
+        drawn = torch.Generator().manual_seed(self.seed + 1_000_003 * (step + 100_000 * data))
+        x = torch.randn(self.proxy.batch, self.proxy.width, generator=drawn)
+        y = self.teacher(x) + NOISE * torch.randn(self.proxy.batch, self.proxy.width, generator=drawn)
+        loss = F.mse_loss(self.model(x), y)
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
         return loss.detach()
 
-    return model, optimizer, step_fn
+    def step(self, step: int, data: int = 0) -> Tensor:
+        """Train on a step's batch; its loss."""
+        loss = self.gradients(step, data)
+        self.optimizer.step()
+        return loss
+
+    def clamped(self) -> float:
+        """Share of the norms' blocks of 32 weights with one that a floor scale clamps: beyond 1.75 times its power of two."""
+        blocks = torch.cat([norm.weight.detach().abs().view(-1, 32) for norm in self.model.norms])  # type: ignore[union-attr]
+        most = blocks.amax(1)
+        return float((most > 1.75 * torch.exp2(torch.floor(torch.log2(most)))).float().mean())
+
+    def bent(self, step: int) -> dict[str, float]:
+        """|g - g32| / |g32| of a batch's gradients with everything in MX, and with the norm weights alone in MX."""
+        assert self.recipe is not None
+        weights = [cell for cell in self.recipe.cells(self.model) if cell.role == "weight" and cell.gemm == "norm"]
+        found = {}
+        for name, recipe in (
+            ("exact", self.recipe.only([], self.model)),
+            ("everything", self.recipe),
+            ("norm weights", self.recipe.only(weights, self.model)),
+        ):
+            change_format(self.model, recipe)
+            self.gradients(step)
+            found[name] = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+        change_format(self.model, self.recipe)
+        exact = found.pop("exact")
+        return {name: float((gradient - exact).norm() / exact.norm()) for name, gradient in found.items()}
 
 
-def switched(folder: Path) -> dict[str, list[float]]:
-    """Mean squared error of the last 100 steps of each switch and seed; a finished run is read back."""
-    found: dict[str, list[float]] = {}
-    for name, (recipe, norm) in SWITCHES.items():
-        for seed in SEEDS:
-            done = folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.txt"
-            if not done.exists():
-                step_fn = student(recipe, norm, seed)[2]
-                losses = [float(step_fn(step)) for step in range(1, STEPS + 1)]
-                write_text(done, repr(sum(losses[-100:]) / 100))
-            found.setdefault(name, []).append(float(done.read_text()))
-            print(f"  {name}, seed {seed}: {found[name][-1]:.5f}", flush=True)
-    return found
+def trained(folder: Path, proxy: Proxy, switch: str, seed: int) -> dict[str, Any]:
+    """What a run did; a finished one is read back. Means of 50 losses, and at every 250th step the look at the norms."""
+    name = f"{proxy}, {switch}, seed {seed}"
+    done = folder / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    student = Student(proxy, switch, seed)
+    losses, looks = [], []
+    for step in range(1, proxy.steps + 1):
+        losses.append(float(student.step(step)))
+        if not math.isfinite(losses[-1]):
+            break
+        if step % EVERY == 0:
+            bent = student.bent(step + 1) if switch == ALL_MX else {}
+            looks.append({"step": step, "clamped": student.clamped(), **bent})
+    whole = len(losses) == proxy.steps
+    record = {
+        "proxy": str(proxy),
+        "switch": switch,
+        "seed": seed,
+        "end": sum(losses[-100:]) / 100 if whole else None,
+        "best": min(sum(losses[i : i + 100]) / 100 for i in range(0, max(1, len(losses) - 99), 50)),
+        "steps": len(losses),
+        "losses": [sum(losses[i : i + 50]) / 50 for i in range(0, len(losses) - 49, 50)],
+        "looks": looks,
+    }
+    write_json(done, record)
+    print(f"  {name}: {record['end']}", flush=True)
+    return record
+
+
+def damaged(run: dict[str, Any], twin: dict[str, Any]) -> bool:
+    """Whether MX did damage there, by the rule of `WORSE`."""
+    if twin["end"] is None:
+        return False
+    return run["end"] is None or run["end"] > WORSE * twin["end"]
 
 
 def norm_weights(folder: Path, budget: int, tell: Tell) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The switches apart, and the autopsy of the run with everything in MX."""
+    """The survey, the switches apart where it first shows damage, and the autopsy of the run with everything in MX there."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    switches = switched(folder)
-    model, optimizer, step_fn = student(*SWITCHES["all in MX"], SEEDS[0])
-    recorder = Recorder(model, optimizer, step_fn, every=50, limit_bytes=2**28)
-    for _ in range(STEPS):
+    survey = [[trained(folder, proxy, switch, 0) for switch in (FLOAT32, ALL_MX)] for proxy in SURVEY]
+    chosen = next((p for p, (twin, run) in zip(SURVEY, survey, strict=True) if damaged(run, twin)), SHORT)
+    switches = [trained(folder, chosen, switch, seed) for switch in SWITCHES for seed in SEEDS]
+    student = Student(chosen, ALL_MX, SEEDS[0])
+    recorder = Recorder(student.model, student.optimizer, student.step, every=50, limit_bytes=2**28)
+    for _ in range(chosen.steps):
         recorder.step()
-    return recorder.autopsy(budget=budget, settings=Settings(longest=200), out=folder, told=tell).as_dict(), {
-        "switches": switches
-    }
+    verdict = recorder.autopsy(budget=budget, settings=Settings(longest=200), out=folder, told=tell).as_dict()
+    more = {"survey": [one for pair in survey for one in pair], "chosen": str(chosen), "switches": switches}
+    return verdict, more
 
 
 LOOPS: dict[str, Loop] = {"scrambled": scrambled, "norm_weights": norm_weights}

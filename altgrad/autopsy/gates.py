@@ -1,7 +1,7 @@
 """The gates of an autopsy: whether it is a matter of precision at all.
 
-If the float32 twin fails by itself, precision is not the cause; half the learning rate and other batches then say what
-else it may be.
+If the float32 twin fails by itself, precision is not the cause; slower learning rates and other batches then say what else
+it may be. If it does not fail but does no better than the run, slower rates say whether both learn too fast.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from altgrad.autopsy.verdict import (
     joined,
     whole_roles,
 )
-from altgrad.autopsy.window import SHORTEST, change_point, choose, first_damaged, no_return, over_the_run
+from altgrad.autopsy.window import SHORTEST, change_point, choose, first_damaged, no_return, over_the_run, recovery
 
 
 def investigate(
@@ -167,12 +167,13 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
     again = f"low precision fails again: {null.damage:.3g} nats, {null.z:.0f} standard errors, {settings.draws} draws"
     forks.stage = "bounds"
     if so_far.level is None:
-        back = no_return(forks, top, window.horizon)
+        given = recovery(len(forks.oracle.history(LOW)), window, settings.longest)
+        back = no_return(forks, top, window, given)
         captured = [c for c in forks.oracle.captures(TWIN) if c <= onset + window.horizon]
         first = first_damaged(forks, top, window, captured)
         if first is not None and first > window.start and onset + 1 < first:
             so_far = replace(so_far, onset=first)
-        so_far = replace(so_far, no_return=back, level="bound")
+        so_far = replace(so_far, no_return=back, recovery=given, level="bound")
     so_far = search.so_far = replace(so_far, gates=(*gates, again))
     roles = search.screen()
     so_far = search.so_far = replace(so_far, roles=_corrected(roles), level="boundary")

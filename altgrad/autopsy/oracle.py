@@ -1,4 +1,5 @@
-"""Forks of a training loop: an oracle that makes cells low or float32 by recipe and replays from captured states.
+"""Forks of a training loop: an oracle that makes cells low or float32, by recipe or in the optimizer's moments, and replays
+from captured states.
 
 Both trajectories, the run's own and its float32 twin's, are trained once from one initial state on the same batches, and
 their states are kept in bounded rings. A fork restores one of them, puts the recipe of the question on the model, and

@@ -53,36 +53,56 @@ def _timed(call: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an autopsy of a run will cost, before it starts.
+    """What an autopsy of a run will cost, before it starts and as far as it can be guessed before the damage is known.
 
-    forks: expected of a typical one; budget: at most, less those known from an interrupted one. jobs: side by side.
+    expected: forks by stage of a typical autopsy. known: forks that an interrupted one has run. budget: forks that may still
+    be run. kinds: roles of GEMMs, over which the cells are spread. jobs: forks side by side.
     """
 
     run_dir: Path
     steps: int
     cells: int
-    forks: int
+    kinds: int
+    expected: Mapping[str, int]
+    known: int
     budget: int
     pace: Pace
     jobs: int = 1
     longest: int = Settings.longest
 
     @property
-    def horizon(self) -> int:
-        """Steps of a fork, as far as they can be guessed before the damage is known."""
-        return min(max(SHORTEST, self.steps // 5), self.longest)
+    def forks(self) -> int:
+        """Forks of a typical autopsy that are still to be run."""
+        return min(max(0, sum(self.expected.values()) - self.known), self.budget)
 
-    def seconds(self, forks: int) -> float:
-        """The whole, with so many forks."""
-        pace = self.pace
-        trajectories = self.steps * (pace.low + pace.twin)
-        prior = self.cells * (pace.low + pace.turn)  # at most: it is asked of the cells of the roles that matter
-        return trajectories + prior + forks * (pace.turn + self.horizon * pace.fork_step) / self.jobs
+    @property
+    def seconds(self) -> float:
+        """A typical autopsy, which names one cell or two: its forks leave from before the onset and are as short as can be.
+
+        The bounds look further, at how long float32 takes to save the run, and the proof to the run's end.
+        """
+        whole, saved = min(self.steps, self.longest), min(max(SHORTEST, self.steps // 4), self.longest)
+        of_stage = {"bounds": (saved + SHORTEST) / 2, "proof": whole}
+        total = sum(self.expected.values())
+        steps = sum(n * of_stage.get(stage, SHORTEST) for stage, n in self.expected.items()) / total
+        asked = 2 * self.cells / self.kinds  # the prior is asked of the cells of the roles that matter
+        return self._before(asked) + self._forks(self.forks, steps)
+
+    @property
+    def most_seconds(self) -> float:
+        """An autopsy that spends its budget on damage that takes long to show."""
+        return self._before(self.cells) + self._forks(self.budget, min(max(SHORTEST, self.steps // 5), self.longest))
+
+    def _before(self, asked: float) -> float:
+        return self.steps * (self.pace.low + self.pace.twin) + asked * (self.pace.low + self.pace.turn)
+
+    def _forks(self, forks: int, steps: float) -> float:
+        return forks * (self.pace.turn + steps * self.pace.fork_step) / self.jobs
 
     def __str__(self) -> str:
-        typical, most = (duration(self.seconds(min(n, self.budget))) for n in (self.forks, self.budget))
         return (
             f"{self.steps} steps twice (the run again, {1e3 * self.pace.low:.0f} ms a step, and its float32 twin, "
-            f"{1e3 * self.pace.twin:.0f} ms), then forks of about {self.horizon} steps over {self.cells} cells: "
-            f"typically {min(self.forks, self.budget)} in {typical}, at most {self.budget} in {most}"
+            f"{1e3 * self.pace.twin:.0f} ms), then forks over {self.cells} cells, most of them of {SHORTEST} steps where the "
+            f"damage is quick: typically {self.forks} in {duration(self.seconds)} in all, at most {self.budget} in "
+            f"{duration(self.most_seconds)}"
         )

@@ -6,8 +6,9 @@
     verdict = recorder.autopsy()
 
 `step_fn(step)` takes one whole training step: it fetches the batch of that step (1, 2, ...), runs forward and backward,
-steps the optimizer and returns the loss. If it has an argument `data`, 0 means the run's batches and 1, 2, ... others. All that it draws must come from torch's generators or from the step, so that
-the same state and step give the same bits; the autopsy checks that before it says anything.
+steps the optimizer and returns the loss. If it has an argument `data`, 0 means the run's batches and 1, 2, ... others. All
+that it draws must come from torch's generators or from the step, so that the same state and step give the same bits; the
+autopsy checks that before it says anything.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,12 +28,14 @@ from torch import Tensor, nn
 
 from altgrad.autopsy.changes import NotApplicable
 from altgrad.autopsy.findings import write_findings
+from altgrad.autopsy.fork import Oracle
 from altgrad.autopsy.forks import Forks, Told
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.oracle import LoopOracle, Tell
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.verdict import Verdict
-from altgrad.errors import ConfigError
+from altgrad.autopsy.workers import Built, Executor, check_jobs, side_by_side
+from altgrad.errors import ConfigError, OptionError
 from altgrad.nn import Recipe, change_format, load_quant_state, quant_state, set_seed
 from altgrad.nn.session import sessions_of
 from altgrad.training.step.replay import first_difference
@@ -108,7 +112,7 @@ class Recorder:
             "optimizer": optimizer_state(self.optimizer),
             "formats": copy_tree(quant_state(self.model)),
             "also": [copy_tree(one.state_dict()) for one in self.also],
-            "generators": (torch.get_rng_state(), np.random.get_state(), random.getstate()),
+            "generators": _generators(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -118,10 +122,7 @@ class Recorder:
         load_optimizer_state(self.optimizer, state["optimizer"])
         for one, kept in zip(self.also, state["also"], strict=True):
             one.load_state_dict(copy_tree(kept))
-        mine, numpys, pythons = state["generators"]
-        torch.set_rng_state(mine)
-        np.random.set_state(numpys)
-        random.setstate(pythons)
+        _set_generators(state["generators"])
         self.taken = state["step"]
 
     def put(self, recipe: Recipe) -> None:
@@ -182,6 +183,9 @@ class Recorder:
         budget: int = 120,
         settings: Settings | None = None,
         out: str | Path | None = None,
+        jobs: int = 1,
+        build: Callable[[], Recorder] | None = None,
+        executor: Executor | None = None,
         tell: Tell | None = None,
         told: Callable[[Told], None] | None = None,
     ) -> Verdict:
@@ -191,12 +195,24 @@ class Recorder:
             budget: forks that may be run.
             out: folder for verdict.json, autopsy.html, autopsy.md, and forks.jsonl, from which an interrupted autopsy of
                 the same loop goes on; None writes nothing.
+            jobs: forks at a time; more than 1 run in processes of this machine, each with a loop of its own.
+            build: makes the same recorder afresh, at its first step; a function at the top of a module, which `jobs` above
+                1 and an executor need. A script that calls this does so below `if __name__ == "__main__":`.
+            executor: runs the forks in place of those processes, where it sees `out` under the same path.
             tell, told: progress of the two trajectories, and of the forks.
 
         Raises:
             ConfigError: the loop does not repeat itself (with the first tensor that differs), its first state is no
-                longer kept, or fewer than 10 steps were taken.
+                longer kept, or fewer than 10 steps were taken; a worker whose loop does not have its bits.
+            OptionError: `jobs` or an executor without `build`, or a `build` that cannot be sent to another process.
+            CheckpointError: a state for workers holds more than tensors and plain values.
         """
+        if build is None and (jobs > 1 or executor is not None):
+            raise OptionError(
+                "forks side by side need a loop of their own each: give build=, a function at the top of a module that "
+                "returns this recorder at its first step, or leave jobs= and executor= out"
+            )
+        check_jobs(jobs)
         if self.taken < 10:
             raise ConfigError(f"the loop has taken {self.taken} steps; an autopsy needs at least 10")
         start = self.ring.steps[0]
@@ -216,14 +232,39 @@ class Recorder:
         folder = None if out is None else Path(out)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        forks = Forks(oracle, budget=budget, log=None if folder is None else folder / "forks.jsonl", tell=told)
-        verdict = investigate(forks, prior=oracle.prior, settings=settings)
+        with ExitStack() as stack:
+            asked: Oracle = oracle
+            if build is not None:
+                scratch = folder or Path(stack.enter_context(TemporaryDirectory(prefix="altgrad-autopsy-")))
+                make = Built(build, torch.get_num_threads())
+                asked = stack.enter_context(side_by_side(oracle, make, jobs, executor, scratch))
+            forks = Forks(asked, budget=budget, log=None if folder is None else folder / "forks.jsonl", tell=told)
+            verdict = investigate(forks, prior=oracle.prior, settings=settings)
         if folder is not None:
             write_findings(folder, verdict, oracle, {"run_id": type(self.model).__name__}, None)
         return verdict
 
     def _reach(self) -> int:
         return max(self.losses)
+
+
+def _generators() -> dict[str, Any]:
+    """States of the generators of torch, of each CUDA device in use, of numpy and of Python, as plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_generators(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
 
 
 @contextmanager

@@ -7,7 +7,6 @@ interrupted autopsy goes on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 from altgrad.autopsy.findings import write_findings
@@ -18,10 +17,10 @@ from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop
 from altgrad.autopsy.oracle import CAPTURES, LoopOracle, Tell, cells_of, first_other, put_low
 from altgrad.autopsy.plan import Plan, measure
-from altgrad.autopsy.search import Settings, expected_forks
+from altgrad.autopsy.search import Settings, expected_forks, kinds_of
 from altgrad.autopsy.verdict import Verdict
-from altgrad.autopsy.workers import Executor, Workers, processes
-from altgrad.errors import ConfigError, OptionError
+from altgrad.autopsy.workers import Executor, OfRun, check_jobs, side_by_side
+from altgrad.errors import ConfigError
 
 FOLDER = "autopsy"
 
@@ -53,8 +52,7 @@ def autopsy(
             losses that differ from the recorded ones (with the first step).
     """
     folder = Path(run_dir)
-    if jobs < 1:
-        raise OptionError(f"{jobs} jobs run nothing; use at least 1")
+    check_jobs(jobs)
     trainer, recorded, result = rebuild(folder)
     steps = len(recorded)
     out = folder / FOLDER
@@ -69,14 +67,9 @@ def autopsy(
     if twin is not None:
         _check_twin(Path(twin), oracle)
     symptom = (result.get("verdict") or {}).get("detected_step")
-    with nullcontext(executor) if executor is not None or jobs == 1 else processes(jobs) as hands:
-        asked = oracle if hands is None else Workers(oracle, folder, hands, jobs, out)
-        try:
-            forks = Forks(asked, budget=budget, log=out / "forks.jsonl", tell=told)
-            verdict = investigate(forks, symptom=symptom, prior=oracle.prior, settings=settings)
-        finally:
-            if isinstance(asked, Workers):
-                asked.close()
+    with side_by_side(oracle, OfRun(str(folder.resolve())), jobs, executor, out) as asked:
+        forks = Forks(asked, budget=budget, log=out / "forks.jsonl", tell=told)
+        verdict = investigate(forks, symptom=symptom, prior=oracle.prior, settings=settings)
     facts = {"run_id": result.get("run_id", folder.name), "seed": result.get("seed")}
     write_findings(out, verdict, oracle, facts, f"altgrad autopsy {folder}")
     return verdict
@@ -92,10 +85,18 @@ def plan(run_dir: str | Path, budget: int = 120, *, jobs: int = 1, settings: Set
     trainer, recorded, _ = rebuild(folder)
     loop = TrainerLoop(trainer)
     cells = list(cells_of(loop))
-    known = len(read_log(folder / FOLDER / "forks.jsonl"))
-    expected = sum(expected_forks(cells, CAPTURES, settings).values())
-    left = max(0, expected - known), max(0, budget - known)
-    return Plan(folder, len(recorded), len(cells), *left, measure(loop), jobs, settings.longest)
+    return Plan(
+        folder,
+        len(recorded),
+        cells=len(cells),
+        kinds=len(kinds_of(cells)),
+        expected=expected_forks(cells, CAPTURES, settings),
+        known=len(read_log(folder / FOLDER / "forks.jsonl")),
+        budget=budget,
+        pace=measure(loop),
+        jobs=jobs,
+        longest=settings.longest,
+    )
 
 
 def fork_run(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from altgrad.autopsy.damage import Share
+from altgrad.report.numbers import listing, plural
 
 CAUSE = "cause"
 NOT_PRECISION = "not precision"
@@ -48,7 +49,8 @@ class Verdict:
     cells: the cause, as texts of cells; empty for the other kinds. structure: "single", "redundant" (each group does
     the damage alone, so no single rescue shows it), "interacting" (only together), "cumulative", or "spread" (over all
     layers of the roles named).
-    onset, no_return, symptom: steps; None where unknown. damage: nats, of the run over its twin in the window.
+    onset, no_return, symptom: steps; None where unknown. recovery: steps of float32 that do not save the run after
+    `no_return`. damage: nats, of the run over its twin in the window.
     over_run: what the rescue closes from the window's start to the run's end, where the window is shorter.
     first: cells that did the damage in a shorter window, where they are not those that did it in the end.
     confidence: chance that the set of cells is right, by the calibration; None before there is one.
@@ -66,6 +68,7 @@ class Verdict:
     window: tuple[int, int] | None = None
     onset: int | None = None
     no_return: int | None = None
+    recovery: int | None = None
     symptom: int | None = None
     rescue: Share | None = None
     alone: Share | None = None
@@ -89,10 +92,8 @@ class Verdict:
 
 def joined(cells: tuple[str, ...], most: int = 4) -> str:
     """Cells in a sentence."""
-    shown = list(cells[:most])
-    if len(cells) > most:
-        shown.append(f"{len(cells) - most} more")
-    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
+    more = [f"{len(cells) - most} more"] if len(cells) > most else []
+    return listing([*cells[:most], *more])
 
 
 def whole_roles(cells: tuple[str, ...]) -> str:
@@ -102,5 +103,4 @@ def whole_roles(cells: tuple[str, ...]) -> str:
         parts = cell.split(".")
         role = parts[-1] if parts[-1] == "storage" else ".".join(parts[-2:])
         roles[role] = roles.get(role, 0) + 1
-    shown = [f"{role} in {count} layer{'s' if count > 1 else ''}" for role, count in roles.items()]
-    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
+    return listing([f"{role} in {plural(count, 'layer')}" for role, count in roles.items()])

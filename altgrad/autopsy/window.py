@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from altgrad.autopsy.damage import Null, Share, Yardstick, floor_of
+from altgrad.autopsy.damage import Null, Settled, Share, Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks
 
@@ -115,27 +115,30 @@ def bisect(points: Sequence[int], holds: Callable[[int], bool]) -> int | None:
     return points[low] if low >= 0 else None
 
 
-def no_return(forks: Forks, ceiling: float, horizon: int) -> int | None:
-    """The last captured state of the run that float32 still rescues: at least half of the gap to the twin is closed.
+def recovery(steps: int, window: Window, longest: int) -> int:
+    """Steps that float32 is given to save a run: a model that has adapted to its fault is worse off at first without it."""
+    return min(max(window.horizon, steps // 4), longest)
 
-    The gap is the run's own over the same steps. None: float32 rescues every captured state, or none.
+
+def no_return(forks: Forks, ceiling: float, window: Window, horizon: int) -> int | None:
+    """The last captured state of the run that `horizon` steps of float32 still save: half of the gap to the twin is closed.
+
+    The gap is the run's own over the same steps. None: float32 saves the run from every state that leaves it as many steps.
     """
     low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
+    harm = max(window.null.damage / 4, floor_of(ceiling))
 
-    def rescued(step: int) -> bool:
-        length = min(horizon, len(low) - step, len(twin) - step)
-        if length < 2:
-            return False
-        yardstick = Yardstick(tuple(twin[step : step + length]), ceiling)
-        without = yardstick.over(low[step : step + length], length // 2)
-        if without < yardstick.floor:
-            return True  # there is nothing to rescue it from yet
-        outcome = forks(Fork(frozenset(), step, LOW, length))
-        return yardstick.damage(outcome) < without / 2
+    def saved(step: int) -> bool:
+        yardstick = Yardstick(tuple(twin[step : step + horizon]), ceiling)
+        without = yardstick.over(low[step : step + horizon], horizon // 2)
+        if without < harm:
+            return True  # there is nothing to save it from yet
+        rule = Settled(yardstick, without / 2, window.null.noise)
+        return yardstick.damage(forks(Fork(frozenset(), step, LOW, horizon), rule)) < without / 2
 
-    points = [c for c in forks.oracle.captures(LOW) if c + 2 <= min(len(low), len(twin))]
-    last = bisect(points, rescued)
-    return None if last == points[-1] else last
+    points = [c for c in forks.oracle.captures(LOW) if c + horizon <= min(len(low), len(twin))]
+    last = bisect(points, saved)
+    return None if not points or last == points[-1] else last
 
 
 def first_damaged(forks: Forks, ceiling: float, window: Window, points: Sequence[int]) -> int | None:

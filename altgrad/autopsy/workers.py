@@ -1,26 +1,29 @@
 """Forks side by side: in processes of this machine, or wherever an executor runs them, each from a state on disk.
 
-A worker rebuilds the run from its folder once, shows that it repeats the run's bits, and then answers questions. The
-answers come back one by one, so that the log of an interrupted autopsy holds every fork that ended.
+A worker makes the loop once, shows that it repeats the run's bits, and then answers questions. The answers come back one by
+one, so that the log of an interrupted autopsy holds every fork that ended.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from altgrad.autopsy.folder import rebuild
-from altgrad.autopsy.fork import LOW, Fork, Outcome, Stop
-from altgrad.autopsy.loop import TrainerLoop
-from altgrad.autopsy.oracle import LoopOracle, cells_of, first_other, run_fork
-from altgrad.errors import ConfigError
+from altgrad.autopsy.fork import TWIN, Fork, Outcome, Stop
+from altgrad.autopsy.loop import Loop, TrainerLoop
+from altgrad.autopsy.oracle import LoopOracle, cells_of, first_other, put_low, run_fork
+from altgrad.errors import ConfigError, OptionError
 from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
 
 STATES = "states"
@@ -34,10 +37,44 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
-    """A fork, and where a worker finds what it needs: the run's folder, the state, the seed of the draws."""
+class OfRun:
+    """Makes the loop of a run folder."""
 
     run_dir: str
+
+    def __call__(self) -> Loop:
+        return TrainerLoop(rebuild(Path(self.run_dir))[0])
+
+
+@dataclass(frozen=True)
+class Built:
+    """Makes a person's own loop by their function, under the number of threads that its bits need.
+
+    Raises:
+        OptionError: the function cannot be sent to another process.
+    """
+
+    build: Callable[[], Loop]
+    threads: int
+
+    def __post_init__(self) -> None:
+        try:
+            pickle.dumps(self.build)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise OptionError(
+                f"build={self.build!r} cannot be sent to another process ({error}); define it at the top of a module"
+            ) from None
+
+    def __call__(self) -> Loop:
+        torch.set_num_threads(self.threads)
+        return self.build()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fork, and what a worker needs to answer it: how to make the loop, where the state is, the seed of the draws."""
+
+    make: Callable[[], Loop]
     state: str
     fork: Fork
     stop: Stop | None
@@ -45,90 +82,125 @@ class Question:
     recorded: tuple[float, ...]
 
 
-_OPENED: dict[str, Any] = {}
-"""The one run that this process has rebuilt, by its folder."""
+_MADE: dict[str, Any] = {}
+"""The one loop that this process has made, by what made it."""
 
 
 def answer(question: Question) -> Outcome:
     """Run a fork in this process.
 
     Raises:
-        ConfigError: the run cannot be rebuilt here, or does not have its bits here.
+        ConfigError: the run cannot be made here, or does not have its bits here.
     """
-    loop = _opened(question.run_dir)
+    loop = _made(question.make)
     state = load_checkpoint(Path(question.state)).state
-    if question.recorded and "certified" not in _OPENED:
-        _certify(loop, state, question.recorded)
-    return run_fork(loop, _OPENED["specs"], state, question.fork, question.seed, question.stop)
+    if question.recorded and "certified" not in _MADE:
+        _certify(loop, state, question)
+    return run_fork(loop, _MADE["specs"], state, question.fork, question.seed, question.stop)
 
 
-def _opened(run_dir: str) -> Any:
-    if _OPENED.get("run_dir") != run_dir:
-        loop = TrainerLoop(rebuild(Path(run_dir))[0])
-        _OPENED.clear()
-        _OPENED.update(run_dir=run_dir, loop=loop, specs=cells_of(loop))
-    return _OPENED["loop"]
+def _made(make: Callable[[], Loop]) -> Loop:
+    if _MADE.get("make") != make:
+        loop = make()
+        _MADE.clear()
+        _MADE.update(make=make, loop=loop, specs=cells_of(loop))
+    return _MADE["loop"]
 
 
-def _certify(loop: Any, state: dict[str, Any], recorded: Sequence[float]) -> None:
-    """Take the run's own steps from a state of it: they must be the recorded ones to the bit."""
+def _certify(loop: Loop, state: dict[str, Any], question: Question) -> None:
+    """Take a trajectory's own steps from a state of it: they must be the recorded ones to the bit."""
     with loop.aside():
         loop.restore(state)
-        own = [loop.advance() for _ in recorded]
-    if (other := first_other(recorded, own)) is not None:
+        put_low(loop, {} if question.fork.path == TWIN else _MADE["specs"])
+        own = [loop.advance() for _ in question.recorded]
+    if (other := first_other(question.recorded, own)) is not None:
         raise ConfigError(
             f"this worker does not repeat the run: step {state['step'] + other + 1} has loss {own[other]!r}, recorded "
-            f"{recorded[other]!r}; use workers with the same processor type and versions"
+            f"{question.recorded[other]!r}; use workers with the same processor type and versions, that build the same loop"
         )
-    _OPENED["certified"] = True
+    _MADE["certified"] = True
 
 
 class Workers:
     """A `LoopOracle` whose forks run in an executor; single forks run here.
 
     Args:
-        oracle: of a run folder.
-        run_dir: that folder, as workers find it.
+        oracle: of the loop.
+        make: makes the same loop in a worker.
         executor: where forks run; `jobs` of them at a time.
-        scratch: folder that workers see, for the states.
+        scratch: folder that workers see, for the states; what a killed autopsy left there is removed.
     """
 
-    def __init__(self, oracle: LoopOracle, run_dir: Path, executor: Executor, jobs: int, scratch: Path) -> None:
-        self.oracle, self.executor, self.jobs = oracle, executor, jobs
-        self.run_dir, self.states = run_dir.resolve(), scratch.resolve() / STATES
+    def __init__(
+        self, oracle: LoopOracle, make: Callable[[], Loop], executor: Executor, jobs: int, scratch: Path
+    ) -> None:
+        self.oracle, self.make, self.executor, self.jobs = oracle, make, executor, jobs
+        self.states = scratch.resolve() / STATES
         self.cells, self.captures, self.history = oracle.cells, oracle.captures, oracle.history
         self.recorded, self.run = oracle.recorded, oracle.run
+        self.close()
 
     def side_by_side(self, forks: Sequence[Fork], stop: Stop | None) -> Iterator[tuple[Fork, Outcome]]:
-        """(fork, outcome) of each, as they end."""
-        futures = {self.executor.submit(answer, self._question(fork, stop)): fork for fork in forks}
+        """(fork, outcome) of each, as they end; here, where workers died."""
+        futures = {self._submit(self._question(fork, stop)): fork for fork in forks}
         try:
             for future in as_completed(futures):
                 fork = futures[future]
                 try:
-                    yield fork, future.result()
+                    outcome = future.result()
                 except BrokenExecutor as error:
                     warnings.warn(f"a worker died ({error}); its fork is run in this process", stacklevel=2)
-                    yield fork, self.oracle.run(fork, stop)
+                    outcome = self.oracle.run(fork, stop)
+                yield fork, outcome
         finally:
             for future in futures:
                 future.cancel()
+
+    def _submit(self, question: Question) -> Future:
+        try:
+            return self.executor.submit(answer, question)
+        except BrokenExecutor as error:  # as a pool of processes does from the first death on
+            broken: Future = Future()
+            broken.set_exception(error)
+            return broken
 
     def _question(self, fork: Fork, stop: Stop | None) -> Question:
         path = self.states / f"{fork.path}-{fork.start:08d}"
         if not path.exists():
             self.states.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self.states, fork.start, self.oracle.state(fork), label=fork.path)
-        own = self.oracle.history(LOW)[fork.start : fork.start + 2] if fork.path == LOW else []
-        return Question(str(self.run_dir), str(path), fork, stop, self.oracle.seed, tuple(own))
+        own = self.oracle.history(fork.path)[fork.start : fork.start + 2]
+        return Question(self.make, str(path), fork, stop, self.oracle.seed, tuple(own))
 
     def close(self) -> None:
         """Remove the states."""
         shutil.rmtree(self.states, ignore_errors=True)
 
 
+def check_jobs(jobs: int) -> None:
+    """Raises OptionError on fewer than 1 job."""
+    if jobs < 1:
+        raise OptionError(f"{jobs} jobs run nothing; use at least 1")
+
+
 @contextmanager
-def processes(jobs: int) -> Iterator[Executor]:
+def side_by_side(
+    oracle: LoopOracle, make: Callable[[], Loop], jobs: int, executor: Executor | None, scratch: Path
+) -> Iterator[LoopOracle | Workers]:
+    """The oracle whose forks run `jobs` at a time: in the executor, else in processes of this machine, else here."""
+    if executor is None and jobs == 1:
+        yield oracle
+        return
+    with _processes(jobs) if executor is None else nullcontext(executor) as hands:
+        workers = Workers(oracle, make, hands, jobs, scratch)
+        try:
+            yield workers
+        finally:
+            workers.close()
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Executor]:
     """An executor of `jobs` fresh processes on this machine; what waits is dropped at the end."""
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     try:

@@ -58,10 +58,19 @@ class Places:
 def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dry_run: bool) -> int:
     """`altgrad autopsy`: exit code 0 for any verdict, 3 where it is inconclusive."""
     console = Console()
-    planned = plan(run_dir, budget, jobs=places.jobs or 1)
-    console.print(f"{planned}", highlight=False, markup=False, soft_wrap=True)
-    if dry_run:
-        return 0
+    with places.open(run_dir) as (jobs, executor):
+        planned = plan(run_dir, budget, jobs=jobs)
+        console.print(f"{planned}", highlight=False, markup=False, soft_wrap=True)
+        if dry_run:
+            return 0
+        verdict = _followed(console, run_dir, budget=budget, twin=twin, jobs=jobs, executor=executor)
+    _print(console, verdict)
+    console.print(f"page: {run_dir / 'autopsy' / 'autopsy.html'}", highlight=False, markup=False, soft_wrap=True)
+    return 3 if verdict.kind == INCONCLUSIVE else 0
+
+
+def _followed(console: Console, run_dir: Path, **options: Any) -> Verdict:
+    """The autopsy, with its progress on the console."""
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
@@ -78,13 +87,7 @@ def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dr
             task = tasks[f"forks: {one.stage}"]
             bars.update(task, description=f"forks: {one.stage}, {duration(one.left_s)} left")  # type: ignore[arg-type]
 
-        with places.open(run_dir) as (jobs, executor):
-            verdict = run_autopsy(
-                run_dir, budget=budget, twin=twin, jobs=jobs, executor=executor, tell=moved, told=told
-            )
-    _print(console, verdict)
-    console.print(f"page: {run_dir / 'autopsy' / 'autopsy.html'}", highlight=False, markup=False, soft_wrap=True)
-    return 3 if verdict.kind == INCONCLUSIVE else 0
+        return run_autopsy(run_dir, tell=moved, told=told, **options)
 
 
 def _print(console: Console, verdict: Verdict) -> None:

@@ -3,7 +3,8 @@
 nonfinite    loss or gradients were NaN or inf in `nonfinite_patience` consecutive steps, and no format is left to shift to
 divergence   for `divergence_window` consecutive steps the loss was above where it started, or far above its best
 freeze       for `freeze_window` consecutive steps nearly all attempted weight updates were lost to rounding, almost no
-             stored code changed, and the loss made no progress
+             stored code changed, and the loss made no progress; a run that ends while its weights have stood still for
+             less is asked at its end, which is then a remark
 no_learning  `no_learning_window` steps after warmup the loss has not left its start (or the loss of a uniform guess, where
              that is lower) by more than its noise; a run that ends before is asked at its end, which is then a remark
 

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,24 +136,40 @@ def _connect(ray: Any, address: str | None, cores: int | None) -> None:
 class RayCalls:
     """Calls of functions as Ray tasks, by the interface of `concurrent.futures`; a call whose node is lost is made again.
 
-    threads: cores that a call takes. retries: after the loss of a worker or a node. places: calls that fit at a time.
+    threads: cores that a call takes. places: calls that fit at a time.
     """
 
     ray: Any
     threads: int
-    retries: int
     places: int
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future:
-        """The future of `function(*arguments)`."""
-        task = self.ray.remote(function).options(num_cpus=self.threads, max_retries=self.retries)
-        return task.remote(*arguments).future()
+        """The future of `function(*arguments)`; a `BrokenExecutor` where its workers died `RETRIES` times more."""
+        task = self.ray.remote(function).options(num_cpus=self.threads, max_retries=RETRIES)
+        future: Future = Future()
+        task.remote(*arguments).future().add_done_callback(lambda theirs: self._settle(theirs, future))
+        return future
+
+    def _settle(self, theirs: Future, ours: Future) -> None:
+        if not ours.set_running_or_notify_cancel():
+            return
+        error = theirs.exception()
+        if error is None:
+            ours.set_result(theirs.result())
+        elif isinstance(error, self.ray.exceptions.RayError) and not isinstance(
+            error, self.ray.exceptions.RayTaskError
+        ):
+            ours.set_exception(BrokenExecutor(f"{type(error).__name__}: its worker died"))
+        else:
+            ours.set_exception(error)
+
+
+RETRIES = 3
+"""How often a call is made again after the loss of its worker or node."""
 
 
 @contextmanager
-def ray_calls(
-    address: str | None = None, *, threads: int = 1, jobs: int | None = None, retries: int = 3
-) -> Iterator[RayCalls]:
+def ray_calls(address: str | None = None, *, threads: int = 1, jobs: int | None = None) -> Iterator[RayCalls]:
     """Calls on the cluster at the address; None starts Ray on this machine with room for `jobs` calls.
 
     Raises:
@@ -167,7 +183,7 @@ def ray_calls(
         room = [int(node["Resources"].get("CPU", 0)) // threads for node in ray.nodes() if node["Alive"]]
         if not sum(room):
             raise SweepError(f"no node of the cluster has {threads} CPUs, as the run's {threads} threads need; add one")
-        yield RayCalls(ray, threads, retries, min(sum(room), jobs or sum(room)))
+        yield RayCalls(ray, threads, min(sum(room), jobs or sum(room)))
     finally:
         if ours:
             ray.shutdown()

@@ -5,6 +5,7 @@ import math
 import shutil
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,23 +220,37 @@ def test_an_autopsy_interrupted_among_its_workers_goes_on(run_folder, whole):
 
 def test_a_worker_that_does_not_have_the_runs_bits_is_refused(run_folder, whole, monkeypatch):
     monkeypatch.setattr(workers, "first_other", lambda recorded, own: 0)
-    workers._OPENED.clear()
+    workers._MADE.clear()
     with pytest.raises(ConfigError, match="this worker does not repeat the run"):
         autopsy(run_folder, settings=QUICK, jobs=2, executor=Dying(9, None))
-    workers._OPENED.clear()
+    workers._MADE.clear()
     shutil.rmtree(run_folder / "autopsy")
 
 
 def test_the_plan_is_measured_and_needs_no_fork(run_folder, whole):
     planned = plan(run_folder, 120)
     assert (planned.steps, planned.budget) == (40, 120)
-    assert planned.seconds(60) < 60  # a fork of 16 steps takes tens of milliseconds; start-up is none of it
+    assert planned.seconds < planned.most_seconds < 60  # a fork of 16 steps takes tens of milliseconds
+    assert replace(planned, known=20).seconds < planned.seconds
+    assert replace(planned, jobs=2).seconds < planned.seconds
     assert "typically" in str(planned)
     with pytest.raises(OptionError, match="0 jobs"):
         autopsy(run_folder, jobs=0)
 
 
 # -- a person's own loop ------------------------------------------------------------------------------------------------
+
+
+DEAD = OperandSpec("E4M3", scaling={"policy": "static", "scale": 4096.0})  # every activation underflows
+
+
+def dead_loop():
+    """A recorder at its first step, as a worker makes it afresh."""
+    return own_loop(uniform("E4M3").with_cell("2", "forward", "input", DEAD))
+
+
+def other_loop():
+    return own_loop(uniform("E4M3"))
 
 
 def own_loop(recipe, also=(), noise=False):
@@ -260,14 +275,65 @@ def own_loop(recipe, also=(), noise=False):
 
 
 def test_the_recorder_finds_a_fault_in_a_loop_of_ones_own():
-    dead = OperandSpec("E4M3", scaling={"policy": "static", "scale": 4096.0})  # every activation underflows
-    recorder = own_loop(uniform("E4M3").with_cell("2", "forward", "input", dead))
+    recorder = dead_loop()
     losses = [recorder.step() for _ in range(60)]
     verdict = recorder.autopsy(budget=300, settings=QUICK)
     assert verdict.kind == "cause"
     assert verdict.cells == (str(Cell("2", "forward", "input")),)
     assert recorder.taken == 60
     assert losses[-1] == recorder.losses[60]
+
+
+class Here:
+    """An executor that answers in this process, through the states on disk."""
+
+    asked = 0
+
+    def submit(self, function, /, *arguments):
+        self.asked += 1
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_the_forks_of_ones_own_loop_run_side_by_side_where_a_function_builds_it(tmp_path):
+    recorder = dead_loop()
+    for _ in range(40):
+        recorder.step()
+    alone = recorder.autopsy(budget=300, settings=QUICK)
+    hands = Here()
+    together = recorder.autopsy(budget=300, settings=QUICK, out=tmp_path, jobs=2, build=dead_loop, executor=hands)
+    assert hands.asked > 10
+    assert (together.cells, together.rescue, together.roles) == (alone.cells, alone.rescue, alone.roles)
+    assert not (tmp_path / "states").exists()
+    with pytest.raises(ConfigError, match="does not repeat the run"):
+        recorder.autopsy(settings=QUICK, jobs=2, build=other_loop, executor=hands)
+    with pytest.raises(OptionError, match="give build="):
+        recorder.autopsy(jobs=2)
+    with pytest.raises(OptionError, match="at the top of a module"):
+        recorder.autopsy(jobs=2, build=lambda: recorder)
+
+
+def test_states_that_a_killed_autopsy_left_are_not_taken_for_this_ones(oracle, tmp_path):
+    left = tmp_path / "states" / "low-00000000"
+    left.mkdir(parents=True)
+    hands = workers.Workers(oracle, dead_loop, Here(), 2, tmp_path)
+    assert not left.exists()
+    hands.close()
+
+
+def test_a_pool_that_broke_is_done_without(oracle, tmp_path):
+    class Broken:
+        def submit(self, function, /, *arguments):
+            raise BrokenProcessPool("a process was killed")
+
+    forks = [Fork(frozenset(oracle.cells), 5, LOW, 4, draw=k) for k in (1, 2)]
+    with pytest.warns(UserWarning, match="a process was killed"):
+        answers = dict(workers.Workers(oracle, dead_loop, Broken(), 2, tmp_path).side_by_side(forks, None))
+    assert {fork: outcome.losses for fork, outcome in answers.items()} == {f: oracle.run(f).losses for f in forks}
 
 
 def test_a_loop_that_does_not_repeat_itself_is_refused_by_name():

@@ -131,7 +131,7 @@ def _numbers(data: Data) -> list[tuple[str, str]]:
     add(
         "Point of no return",
         data.get("no_return"),
-        f"after step {data.get('no_return')}, float32 no longer saves the run",
+        f"after step {data.get('no_return')}; {plural(data.get('recovery') or 0, 'step')} of float32 no longer save the run",
     )
     add("Verdict of the run", data.get("symptom"), f"step {data.get('symptom')}")
     if window is not None:

@@ -145,10 +145,6 @@ class CaptureRing:
     def __getitem__(self, step: int) -> Any:
         return self._states[step]
 
-    def before(self, step: int) -> int | None:
-        """The last kept step at or before `step`."""
-        return max((s for s in self._states if s <= step), default=None)
-
     def _drop(self, step: int) -> None:
         del self._states[step], self._bytes[step]
 
