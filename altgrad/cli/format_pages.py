@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 
 from altgrad.formats.catalog import BLOCK_FORMATS, get_format
 from altgrad.formats.describe import binades, density_chart, equivalent_groups, facts, number
 from altgrad.formats.scalar import FloatFormat
 from altgrad.formats.scalar_rows import FORMAT_REGISTRY
-from altgrad.report.console import Terminal
+from altgrad.report.console import Terminal, ruled_table
 
 _SOURCES = list(dict.fromkeys(fmt.source for fmt in FORMAT_REGISTRY.values()))
 
 
 def print_catalog() -> None:
     """Every scalar format, one row each, grouped by the source that it follows; then the block formats by name."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = ruled_table()
     table.add_column("format", no_wrap=True)
     for column in ("bits", "bias", "max", "min normal", "min step", "binades"):
         table.add_column(column, justify="right", no_wrap=True)

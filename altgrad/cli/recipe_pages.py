@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.table import Table
+from dataclasses import astuple
 
 from altgrad.errors import RecipeError
 from altgrad.nn.recipe.ingredients import HIGH_LAYERS
@@ -11,7 +10,7 @@ from altgrad.nn.recipe.named import NAMED, named
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.nn.recipe.scaling_choice import is_block, scaling_label
 from altgrad.nn.recipe.spec import OperandSpec
-from altgrad.report.console import Terminal
+from altgrad.report.console import Terminal, ruled_table
 
 _REDUCED = {"forward": "the input features", "input_grad": "the output features", "weight_grad": "the tokens"}
 _PRODUCTS = {"forward": "y = x w^T", "input_grad": "dx = dy w", "weight_grad": "dw = dy^T x"}
@@ -25,7 +24,7 @@ _CERTAINTY = {
 
 def print_recipes() -> None:
     """One row for each recipe."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = ruled_table()
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it is")
     table.add_column("certainty", no_wrap=True)
@@ -56,7 +55,7 @@ def print_recipe(name: str) -> None:
     console = Terminal()
     console.print(row.title + (f", without {less}" if less else ""), style="bold", highlight=False)
     console.print(f"{row.source}\n{row.certainty}: {_CERTAINTY[row.certainty]}\n", highlight=False)
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = ruled_table()
     for column in ("product", "operand", "format", "what is done"):
         table.add_column(column, no_wrap=column != "what is done")
     for gemm, one in layer.gemms.items():
@@ -89,14 +88,14 @@ def print_errors(name: str, sizes: str | None) -> None:
     from altgrad.nn.layer_error import Sizes, layer_error
 
     recipe, given = Recipe.from_dict(name), Sizes.parse(sizes) if sizes else Sizes()
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = ruled_table()
     table.add_column("recipe")
     for product in ("y", "dx", "dw"):
         table.add_column(product, justify="right")
     rows = [(name, recipe)]
     rows += [(f"without {one}", recipe.without(one)) for one in recipe.ingredients if one != HIGH_LAYERS]
     for label, one in rows:
-        table.add_row(label, *(f"{100 * error:.3f} %" for error in layer_error(one, given).as_row()))
+        table.add_row(label, *(f"{100 * error:.3f} %" for error in astuple(layer_error(one, given))))
     console = Terminal()
     console.print(
         f"One linear layer, {given.tokens} tokens, {given.inner} features to {given.outer}: relative error (root mean "

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,13 +18,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from altgrad.analysis import write_report
 from altgrad.errors import ConfigError, os_error_text
 from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
-from altgrad.report.console import Terminal
+from altgrad.report.console import Terminal, ruled_table
 from altgrad.report.verdicts import ending
 from altgrad.training.config.experiment import ExperimentConfig, is_twin
 from altgrad.training.config.loading import dump_config, load_config
@@ -233,7 +231,7 @@ def _write_report(console: Console, results: Sequence[ExperimentResult], target:
 def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
     """One row per run; losses are validation losses in nats per token."""
     baseline = next((r.final_val_loss for r in results if r.format == "FP32"), None)
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = ruled_table()
     for heading in ("format", "final", "best", "vs FP32", "steps", "verdict", "stall", "time"):
         table.add_column(
             heading, justify="left" if heading in ("format", "verdict") else "right", no_wrap=heading != "verdict"

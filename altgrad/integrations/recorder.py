@@ -40,7 +40,7 @@ from altgrad.nn.recipe.facts import recipe_facts
 from altgrad.nn.session import sessions_of
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.documents import RESULT, write_config, write_environment, write_result
-from altgrad.records.machine import circumstances, processor_name
+from altgrad.records.machine import circumstances
 from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back
 from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
 from altgrad.records.tally import Tally
@@ -171,9 +171,8 @@ class Recorder:
         }
         write_config(folder, yaml.safe_dump(self._facts, sort_keys=False))
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))  # type: ignore[union-attr]
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}"
         threads = torch.get_num_threads()
-        write_environment(folder, {**circumstances(name, threads), "format": self._formats, "data_fingerprint": ""})
+        write_environment(folder, {**circumstances(device, threads), "format": self._formats, "data_fingerprint": ""})
         if not resumed:
             cut_back(metrics, -1)
         self._log = MetricsLog(metrics)
@@ -306,8 +305,7 @@ class Recorder:
         self.flush()
         self._judge.see_evaluation(self.step, loss)
         self._tally.add_evaluation(loss)
-        perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
-        self._write_all([Evaluation(self.step, loss, perplexity).row()])
+        self._write_all([Evaluation(self.step, loss).row()])
 
     # -- records ----------------------------------------------------------------------------------------------------------
 

@@ -28,10 +28,6 @@ class LayerError:
     dx: float
     dw: float
 
-    def as_row(self) -> tuple[float, float, float]:
-        """In the order y, dx, dw."""
-        return self.y, self.dx, self.dw
-
 
 @dataclass(frozen=True)
 class Sizes:

@@ -15,6 +15,7 @@ from torch import Tensor
 from altgrad.errors import FormatError
 from altgrad.quantization import Cast, FloatFormat, Overflow, get_format
 from altgrad.quantization.parameter_grid import ParameterGrid
+from altgrad.quantization.powers import power_of_two
 
 # integer view, position of the exponent field, mask of the exponent field, bias, least exponent of a normal number
 _LAYOUT = {
@@ -51,11 +52,6 @@ def _binade(y: Tensor, fmt: FloatFormat) -> Tensor:
     view, shift, mask, bias, _ = _LAYOUT[y.dtype]
     least = (fmt.emin + bias) << shift
     return (y.contiguous().view(view) & mask).clamp(min=least).view(y.dtype)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent as float64 from its bits (pow is not exact on every device)."""
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def _work(w: Tensor, fmt: FloatFormat) -> Tensor:
@@ -121,7 +117,7 @@ def value_at(index: Tensor, grid: ParameterGrid) -> Tensor:
         per_binade = 2.0**fmt.mantissa_bits
         above = torch.floor(magnitude / per_binade) - 1  # binades above the lowest normal one
         significand = magnitude - above * per_binade
-        normal = significand * _power_of_two(above + (fmt.emin - fmt.mantissa_bits))
+        normal = significand * power_of_two(above + (fmt.emin - fmt.mantissa_bits))
         below = magnitude * _smallest_gap(fmt) if fmt.has_subnormals else torch.zeros_like(magnitude)
         value = torch.where(magnitude >= per_binade, normal, below)
     return torch.copysign(value, index.double()) * grid.scale

@@ -21,6 +21,7 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.quantization.kernels.choose import load
+from altgrad.quantization.powers import leading_power
 
 _FLOAT32_BITS = 24
 _FLOAT32_SPAN = 40  # exponents within which no product of two operands leaves float32's normal numbers
@@ -57,9 +58,7 @@ def terms(
         scales: see `Terms`.
     """
     work = values.double() if multipliers is not None or not _stays_narrow(grid) else values.float()
-    bits, mask = (torch.int64, 0x7FF << 52) if work.dtype == torch.float64 else (torch.int32, 0xFF << 23)
-    powers = (work.view(bits) & mask).view(work.dtype)
-    powers = powers.clamp(grid.min_normal, 2.0**grid.emax)
+    powers = leading_power(work).clamp(grid.min_normal, 2.0**grid.emax)
     if multipliers is not None:
         powers, work = powers * multipliers, work * multipliers
     return Terms(work, torch.where(values == 0, 0, powers), scales, grid)
@@ -68,8 +67,7 @@ def terms(
 def group_terms(values: Tensor, grid: FloatFormat, scales: Tensor, group: int) -> Terms:
     """An operand whose groups of `group` values along the last axis have scales [rows, groups]; the last is filled up."""
     work, scales = pad(values.double(), (0, -values.shape[1] % group)), scales.double()
-    powers = (scales.view(torch.int64) & (0x7FF << 52)).view(torch.float64)
-    return Terms(work, powers, scales, grid)
+    return Terms(work, leading_power(scales), scales, grid)
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.checks import FLOAT_DTYPES, check_scale
 from altgrad.quantization.memory import detached, readable
 from altgrad.quantization.ops import encode, quantize
+from altgrad.quantization.powers import floor_log2, power_of_two
 
 
 @unflushed
@@ -53,7 +54,7 @@ def compute_stiffness_field(weights: Tensor, mantissa_bits_or_format: int | Floa
         fmt = _scalar(mantissa_bits_or_format)  # type: ignore[arg-type]  # which refuses a bool
         mantissa_bits, uniform = fmt.mantissa_bits, fmt.bias is None
     exponent = torch.zeros_like(w, dtype=torch.int64) if uniform else floor_log2(w)
-    stiffness = _power_of_two(exponent - mantissa_bits)
+    stiffness = _any_power_of_two(exponent - mantissa_bits)
     stiffness = torch.where((w == 0) | ~torch.isfinite(w), torch.nan, stiffness)
     return stiffness.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
 
@@ -73,7 +74,7 @@ def grid_spacing(weights: Tensor, format: FloatFormat | str, scale: Tensor | flo
     exponent = torch.where(y == 0, fmt.emin, floor_log2(y)).clamp(min=fmt.emin)
     if fmt.bias is None:
         exponent = torch.full_like(exponent, fmt.emin)
-    step = _power_of_two(exponent - fmt.mantissa_bits)
+    step = _any_power_of_two(exponent - fmt.mantissa_bits)
     if fmt.bias is not None and not fmt.has_subnormals:
         step = torch.where(y.abs() < fmt.min_normal, fmt.min_normal, step)
     return torch.where(torch.isfinite(w), (step * scale), torch.nan).to(work.dtype)
@@ -232,11 +233,6 @@ def gradient_stiffness_correlation(
     }
 
 
-def floor_log2(x: Tensor) -> Tensor:
-    """floor(log2|x|) as int64, by frexp: float log2 can be one off next to a power of two. 0, inf and NaN give -1."""
-    return torch.frexp(x)[1].to(torch.int64) - 1
-
-
 def _floating(x: Tensor, name: str = "weights") -> Tensor:
     """The tensor, detached, with its values in memory.
 
@@ -250,10 +246,10 @@ def _floating(x: Tensor, name: str = "weights") -> Tensor:
     return detached(x)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent as float64, built from its bits (pow is not exact on every device); 0 below 2^-1074."""
+def _any_power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float64, subnormal numbers too; 0 below 2^-1074."""
     small = exponent < -1022  # subnormal: take 2^(exponent + 200), then scale it down
-    normal = ((torch.where(small, exponent + 200, exponent).clamp(min=-1022) + 1023) << 52).view(torch.float64)
+    normal = power_of_two(torch.where(small, exponent + 200, exponent).clamp(min=-1022))
     return torch.where(small, normal * 2.0**-200, normal)
 
 

@@ -87,24 +87,14 @@ def traced(x: Tensor) -> bool:
 def at_hand(x: Tensor) -> bool:
     """Whether kernels may take x as it is: a plain tensor, nothing watches, and its bytes in memory are its values.
 
-    False for some that are as plain (empty ones, views whose storage has room to spare): the one cheap question of a
-    small call, `traced` and `is_unusual` in one.
+    The one cheap question of a small call, `traced` and `is_unusual` in one.
     """
     if is_dynamo_compiling():
         return False
     kind = type(x)
     if (kind is not Tensor and kind is not Parameter) or _watching_modes() or _transform() is not None:
         return False
-    try:
-        if x.data_ptr() == 0 or x.is_neg() or x.is_nested:
-            return False
-        return (
-            x.untyped_storage().nbytes() >= x.nbytes
-            if x.is_contiguous() and not x.storage_offset()
-            else not is_unusual(x)
-        )
-    except RuntimeError:  # without memory
-        return False
+    return not is_unusual(x)
 
 
 def hides_from_tracers(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.cast import cast_for
+from altgrad.quantization.powers import leading_power
 from altgrad.quantization.scaling import DelayedScaling
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -44,12 +45,7 @@ def inverse_scale(amax: Tensor, largest: float, *, power_of_two: bool = False, f
     usable = (amax > 0) & amax.isfinite()
     divisor = torch.where(usable, amax.clamp(min=floor), largest).double()
     s = (largest / divisor).float().clamp(max=_LARGEST)
-    return _floor_to_power_of_two(s) if power_of_two else s
-
-
-def _floor_to_power_of_two(s: Tensor) -> Tensor:
-    bits = s.double().view(torch.int64) & (0x7FF << 52)
-    return bits.view(torch.float64).float()
+    return leading_power(s.double()).float() if power_of_two else s
 
 
 class RegionState(NamedTuple):

@@ -20,6 +20,7 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.rounding import as_option
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.subnormals import unflushed
+from altgrad.quantization import powers
 from altgrad.quantization.checks import FLOAT_DTYPES, as_float32, traced
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import detached, is_unusual, readable
@@ -128,7 +129,7 @@ def round_up_to_power_of_two(scale: Tensor) -> Tensor:
     """Smallest power of two >= scale, exactly (by frexp), at most 2^127; scale is positive and finite."""
     mantissa, exponent = torch.frexp(scale)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(max=127)
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64).to(scale.dtype)
+    return powers.power_of_two(exponent).to(scale.dtype)
 
 
 def amax_scale(

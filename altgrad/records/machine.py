@@ -6,22 +6,33 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import altgrad
 
+if TYPE_CHECKING:
+    import torch
 
-def circumstances(device: str, threads: int) -> dict[str, Any]:
-    """Versions, commit and machine. `device`: as it is called; `threads`: of the CPU."""
+
+def circumstances(device: torch.device, threads: int) -> dict[str, Any]:
+    """Versions, commit and machine. `device`: that of the run; `threads`: of the CPU."""
     return {
         "altgrad": altgrad.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "numpy", "numba", "triton")},
         "platform": platform.platform(),
-        "device": device,
+        "device": _device_name(device),
         "threads": threads,
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        import torch  # which whoever has a device has loaded
+
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}: {processor_name()}"
 
 
 def _version(package: str) -> str | None:

@@ -123,15 +123,22 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The validation loss after a step, in nats per token, and e to its power (inf where that is beyond float64)."""
+    """The validation loss after a step, in nats per token."""
 
     step: int
     val_loss: float
-    perplexity: float
+
+    @property
+    def perplexity(self) -> float:
+        """e to the power of the loss; inf where that is beyond float64."""
+        try:
+            return math.exp(self.val_loss)
+        except OverflowError:
+            return math.inf
 
     def row(self) -> dict[str, Any]:
         """Its line in metrics.jsonl."""
-        return {"kind": "eval", **asdict(self)}
+        return {"kind": "eval", **asdict(self), "perplexity": self.perplexity}
 
 
 def event_row(step: int, event: str, details: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,8 +306,7 @@ class FormatExperimentRunner:
         loss = self.trainer.evaluate()
         self.trainer.judge.see_evaluation(self.trainer.step, loss)
         self.tally.add_evaluation(loss)
-        perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())  # inf instead of an OverflowError
-        self.metrics.write(Evaluation(self.trainer.step, loss, perplexity).row())
+        self.metrics.write(Evaluation(self.trainer.step, loss).row())
         self.listener.evaluated(self.trainer.step, loss)
 
     def _checkpoint(self, *, planned: bool = True) -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+if sys.platform != "linux":
+    pytest.skip("Triton is made for Linux alone", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from altgrad.quantization import amax_scale, decode, encode, quantize  # noqa: E402
-from altgrad.quantization.kernels.cuda import blocks as cuda_blocks  # noqa: E402
-from altgrad.quantization.kernels.cuda import scalar as cuda  # noqa: E402
-from tests.quantization.oracles import same_bits  # noqa: E402
+from altgrad.quantization import amax_scale, decode, encode, quantize
+from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
+from altgrad.quantization.kernels.cuda import scalar as cuda
+from tests.quantization.oracles import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
 ROOT = Path(__file__).parents[2]

@@ -160,18 +160,18 @@ def _multiplies(func: Any) -> bool:
 def _multiply_adds(func: Any, args: tuple, kwargs: dict, out: Any) -> int | None:
     """How many; None where no formula is known."""
     packet, name = func.overloadpacket, func.overloadpacket.__name__
-    try:
-        if "scaled_dot_product" in name:
-            return sdpa_flop_count(*(t.shape for t in args[:3])) // 2
-        if name in ("_grouped_mm", "grouped_mm_fallback"):
-            return args[0].numel() * args[1].shape[-1]
-        if name in ("dot", "vdot", "mv", "addmv"):
-            return max(t.numel() for t in args if isinstance(t, Tensor))
-        if packet in flop_registry:
-            return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
-    except (TypeError, IndexError, AttributeError, AssertionError, ValueError):
+    if "scaled_dot_product" in name:
+        return sdpa_flop_count(*(t.shape for t in args[:3])) // 2
+    if name in ("_grouped_mm", "grouped_mm_fallback"):
+        return args[0].numel() * args[1].shape[-1]
+    if name in ("dot", "vdot", "mv", "addmv"):
+        return max(t.numel() for t in args if isinstance(t, Tensor))
+    if packet not in flop_registry:
         return None
-    return None
+    try:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
+    except (TypeError, IndexError, AttributeError, AssertionError, ValueError):  # a formula of torch's for other shapes
+        return None
 
 
 def trace(model: nn.Module, example) -> Traced:

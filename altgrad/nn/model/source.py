@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from torch import nn
+from torch.nn import functional as F
+
+from altgrad.nn.layer.raw import PRODUCTS
 
 PRODUCT_CALLS = frozenset(
     [
@@ -51,22 +54,8 @@ PRODUCT_CALLS = frozenset(
     ]
 )
 
-
-QUANTIZABLE = frozenset(
-    [
-        "linear",
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "einsum",
-        "grouped_mm",
-        "_grouped_mm",
-        "multi_head_attention_forward",
-    ]
-)
-"""Those that `altgrad.nn.layer.raw` runs on quantized operands."""
+QUANTIZABLE = frozenset(call.__name__ for call in PRODUCTS if call is not F.scaled_dot_product_attention)
+"""Names of the calls that `altgrad.nn.layer.raw` runs on quantized weights (attention multiplies activations)."""
 
 
 @dataclass(frozen=True)

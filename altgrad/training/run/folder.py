@@ -16,7 +16,7 @@ import torch
 
 from altgrad.nn.recipe.facts import recipe_facts
 from altgrad.quantization import NUMERICS_VERSION
-from altgrad.records.machine import circumstances, processor_name
+from altgrad.records.machine import circumstances
 from altgrad.training.config.experiment import ExperimentConfig, experiment_hash
 from altgrad.training.config.formats import recipe_of
 from altgrad.training.data import Corpus, resolve_corpus
@@ -61,10 +61,7 @@ def plan_run(config: ExperimentConfig, data: Corpus | str | Path | None = None, 
 def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, Any]:
     """What a result may depend on besides the config: versions, commit, machine, data."""
     return {
-        **circumstances(
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor_name()}",
-            threads,
-        ),
+        **circumstances(device, threads),
         "data_fingerprint": plan.corpus.fingerprint,
         "data": {
             "source": plan.config.data.source,

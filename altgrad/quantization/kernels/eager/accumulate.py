@@ -8,19 +8,15 @@ from torch import Tensor
 from altgrad.formats.accumulator import Accumulator, Promote
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
+from altgrad.quantization.powers import leading_power
 
 _ELEMENTS = 1 << 24  # terms held at once
-
-
-def _power(x: Tensor) -> Tensor:
-    """The power of two in the leading bit of |x|; 0 for zero, inf for inf and NaN."""
-    return (x.view(torch.int64) & (0x7FF << 52)).view(torch.float64)
 
 
 def _rounded(d: Tensor, fmt: FloatFormat, mode: Rounding) -> Tensor:
     """d rounded to a sum's format; beyond its largest value infinite, inf and NaN as they are."""
     size = d.abs()
-    ulp = _power(d).clamp(min=fmt.min_normal) * 2.0**-fmt.mantissa_bits
+    ulp = leading_power(d).clamp(min=fmt.min_normal) * 2.0**-fmt.mantissa_bits
     steps = size / ulp
     whole = steps.trunc()
     rest = steps - whole
@@ -58,7 +54,7 @@ def _exact_step(products: Tensor, running: Tensor, accumulator: Accumulator) -> 
 
 def _cut_step(products: Tensor, powers: Tensor, running: Tensor, accumulator: Accumulator) -> Tensor:
     fmt = accumulator.output_format
-    own = torch.where((running != 0) & running.isfinite(), _power(running).clamp(min=fmt.min_normal), 0)
+    own = torch.where((running != 0) & running.isfinite(), leading_power(running).clamp(min=fmt.min_normal), 0)
     top = torch.maximum(powers.amax(-1), own)
     scale = 2.0 ** (accumulator.fraction_bits or 0) / torch.where(top > 0, top, 1)
     total = (running * scale).trunc() + (products * scale.unsqueeze(-1)).trunc().sum(-1)
@@ -93,7 +89,7 @@ def _rows(a, b, accumulator: Accumulator) -> Tensor:
             products = products.unflatten(-1, (-1, group)).sum(-1) * sa[..., at] * sb[..., at]  # type: ignore[index]
             powers = torch.where(products != 0, powers, 0)
         elif accumulator.normalize_products:
-            powers = _power(products)
+            powers = leading_power(products)
         if accumulator.fraction_bits is None:
             running = _exact_step(products, running, accumulator)
         else:

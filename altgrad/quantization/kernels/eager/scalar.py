@@ -15,6 +15,7 @@ from altgrad.jit.grid_table import INF_PROBLEM, NAN_PROBLEM
 from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.codec import code_dtype, value_tensor
 from altgrad.quantization.plan import Plan
+from altgrad.quantization.powers import power_of_two
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import measure
 from altgrad.randomness import random_bits as draw_bits
@@ -25,11 +26,6 @@ _NEAREST = (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY)
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that x / scale and scale * q are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _pow2(exponent: Tensor) -> Tensor:
-    """2^exponent as float64, built from its bits (pow is not exact on every device)."""
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def round_payload(
@@ -58,7 +54,7 @@ def round_payload(
     if not fmt.has_subnormals:
         digits = torch.where(exponent < fmt.emin, 0, digits)
     shift = digits - exponent.clamp(min=fmt.emin)
-    steps = bounded * _pow2(shift)
+    steps = bounded * power_of_two(shift)
     whole = steps.floor()
     rest = steps - whole
     odd = torch.remainder(whole, 2) == 1
@@ -81,7 +77,7 @@ def round_payload(
         words = key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device="cpu")
         drawn = draw_bits(words, x.numel(), random_bits).view(x.shape).to(x.device)
         away = (rest * 2.0**random_bits).floor().to(torch.int64) + drawn >= 2**random_bits
-    result = (whole + away) * _pow2(-shift)
+    result = (whole + away) * power_of_two(-shift)
 
     over = finite_input & ((result > fmt.max) | torch.isinf(y))
     infinite = torch.isinf(work)
@@ -149,7 +145,7 @@ def payload_codes(payload: Tensor, fmt: FloatFormat) -> Tensor:
     magnitude = payload.abs()
     finite = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
     exponent = torch.where(finite == 0, fmt.emin, torch.frexp(finite)[1].to(torch.int64) - 1)
-    significand = (finite * _pow2(fmt.mantissa_bits - exponent.clamp(min=fmt.emin))).to(torch.int64)
+    significand = (finite * power_of_two(fmt.mantissa_bits - exponent.clamp(min=fmt.emin))).to(torch.int64)
     binade = exponent - fmt.emin
     code = significand if fmt.bias is None else significand + (binade.clamp(min=0) << fmt.mantissa_bits)
     if not fmt.has_zero:
