@@ -25,7 +25,8 @@ from altgrad.records.folders import page_path
 from altgrad.records.schema import ExperimentResult, StepRecord
 from altgrad.report.console import Terminal, ruled_table
 from altgrad.report.verdicts import ending
-from altgrad.training.config.experiment import ExperimentConfig, is_twin
+from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.identity import is_twin
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
 from altgrad.training.run.folder import RunPlan

@@ -32,7 +32,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from altgrad.errors import CheckpointError
 from altgrad.integrations.plain import plain, tensors
 from altgrad.monitor import Monitor
-from altgrad.monitor.judge import Judge, StepFacts, VerdictLimits
+from altgrad.monitor.judge import Judge, StepFacts
+from altgrad.monitor.limits import VerdictLimits
 from altgrad.nn.layer.classes import is_quantized
 from altgrad.nn.model.optimizer_hook import attach_optimizer, bare_optimizer
 from altgrad.nn.model.state import load_quant_state, quant_state

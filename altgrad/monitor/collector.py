@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from altgrad.diagnostics.fields import FIELD, predict_stall
 from altgrad.diagnostics.update import measure_update
+from altgrad.errors import OptionError
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.added import StepTensors, added_metrics, measure_added
@@ -91,6 +93,20 @@ class Collector:
             step.predicted = self._predictions(step.vectors)
         self._operands, self._measured, self.extra = [], [], []
         return step if step.watched or step.slots or step.extra else None
+
+    def covered(self, group: str) -> dict[int, str]:
+        """Parameters that a group of statistics covers: key to name."""
+        covers = self.schedule.groups[group].covers
+        return {key: name for key, name in self.names.items() if covers(name)}
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Nothing is recorded within the block."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
 
     def overflow_rate(self) -> Tensor | None:
         """Largest overflow rate of this step so far, 0-d on the device; None without any operand."""
@@ -252,6 +268,21 @@ class Collector:
             if entry.histograms is not None:
                 self._last_updates[entry.key] = entry.histograms[1]
         return predicted
+
+
+def whole_parameters(model: nn.Module, given: Mapping[str, nn.Parameter] | None) -> Mapping[str, nn.Parameter]:
+    """Name to parameter, aliases included: what was given, or all of the model's.
+
+    Raises:
+        OptionError: parameters that are spread over processes.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False)) if given is None else given
+    if any(hasattr(p, "device_mesh") for p in named.values()):
+        raise OptionError(
+            "the monitor reads whole weights, and these are spread over processes (FSDP2, DTensor); pass parameters={} to "
+            "measure operands only, or use DDP"
+        )
+    return named
 
 
 def embeddings_of(model: nn.Module) -> set[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from altgrad.diagnostics.fields import NEAR_ZERO
 from altgrad.errors import OptionError
 from altgrad.formats.scalar import FloatFormat
-from altgrad.monitor.collector import Collector, embeddings_of
+from altgrad.monitor.collector import Collector, embeddings_of, whole_parameters
 from altgrad.monitor.interval import Step, to_records
 from altgrad.monitor.rank import RankLimits, RankWatch
 from altgrad.monitor.records import Record
@@ -56,8 +56,8 @@ class Monitor:
         parameters: name to parameter; None: all of the model's that require gradients.
 
     Raises:
-        OptionError: `flush_every` below 1; parameters that are spread over processes. ConfigError: a schedule that is none. FormatError: an unknown format, or one
-            without a grid of its own for a model that is not quantized.
+        OptionError: `flush_every` below 1; parameters that are spread over processes. ConfigError: a schedule that is
+            none. FormatError: an unknown format, or one without a grid of its own for a model that is not quantized.
     """
 
     def __init__(
@@ -77,24 +77,19 @@ class Monitor:
         if flush_every < 1:
             raise OptionError(f"flush_every {flush_every} is below 1; it counts measured steps per copy to the host")
         optimizer = None if optimizer is None else bare_optimizer(optimizer)
-        named = dict(model.named_parameters(remove_duplicate=False)) if parameters is None else parameters
-        if any(hasattr(p, "device_mesh") for p in named.values()):
-            raise OptionError(
-                "the monitor reads whole weights, and these are spread over processes (FSDP2, DTensor); pass parameters={} to "
-                "measure operands only, or use DDP"
-            )
+        named = whole_parameters(model, parameters)
         own_counts = getattr(optimizer, "grid_step_counts", None)
         self.schedule, self.flush_every = make_schedule(schedule), flush_every
         self.latest: dict[tuple[str, str], Record] = {}  # the last record of each (layer, role)
         self._model, self._sink, self._by_loop = model, sink, False
         self._pending: list[Step] = []
-        self._collector = Collector(named, self.schedule, near_zero, embeddings_of(model), own_counts)
+        self._collector = collector = Collector(named, self.schedule, near_zero, embeddings_of(model), own_counts)
         self._ranks = RankWatch(rank_limits or RankLimits())
         self.warnings = self._ranks.warnings  # sentences on what collapsed, oldest first
-        self.observe, self.observe_update = self._collector.observe, self._collector.observe_update  # for the sources
-        self.before_update = self._collector.before_update
+        self.observe, self.observe_update = collector.observe, collector.observe_update  # for the sources
+        self.before_update = collector.before_update
         self._sources = Sources(model, None if format is None else get_format(format), self)
-        self._collector.format = self._sources.format
+        collector.format = self._sources.format
         self._hooks = [] if optimizer is None else watch_steps(self, optimizer)
 
     @property
@@ -124,14 +119,9 @@ class Monitor:
         known = self._sources.quantized or self._sources.format is not None
         return self._collector.overflow_rate() if known else None
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Within the block (an evaluation, say) nothing is recorded."""
-        self._collector.paused += 1
-        try:
-            yield
-        finally:
-            self._collector.paused -= 1
+        return self._collector.pausing()
 
     @property
     def reference_due(self) -> bool:
@@ -151,34 +141,31 @@ class Monitor:
         """
         if self._collector.paused or not (force or self.reference_due):
             return None
-        covers, names = self.schedule.groups["reference"].covers, self._collector.names
-        chosen = {key for key, name in names.items() if covers(name)}
+        chosen = self._collector.covered("reference")
         with self.paused():
             found, seconds = against_reference(self._model, self._collector.parameters, chosen, backward)
         for key, values in found.items():
-            self._collector.record(names[key], "gradient", values)
+            self._collector.record(chosen[key], "gradient", values)
         return seconds
 
     def measure_ranks(self) -> None:
         """Measure the ranks of the weight matrices that the schedule covers, now, into this step's records."""
-        for key, p in self._collector.parameters.items():
-            name = self._collector.names[key]
-            if p.ndim >= 2 and p.numel() and self.schedule.groups["rank"].covers(name):
+        for key, name in self._collector.covered("rank").items():
+            p = self._collector.parameters[key]
+            if p.ndim >= 2 and p.numel():
                 self._collector.record(name, "weight", self._ranks.measure(self.step, name, p))
 
     def flush(self) -> list[Record]:
         """Copy what is held on the device to the host, hand it to the sink, and return it."""
         records, self._pending = to_records(self._pending), []
         for record in records:
-            key = record["layer"], record["role"]
-            self.latest[key] = {**self.latest.get(key, {}), **record}
+            self.latest.setdefault((record["layer"], record["role"]), {}).update(record)
         if records and self._sink is not None:
             self._sink(records)
         return records
 
     def state(self) -> dict[str, Any]:
-        """What later records depend on, as plain values and tensors: the first ranks, the last measured updates, and the
-        records of steps that were not handed over yet."""
+        """What later records depend on, as plain data: first ranks, last measured updates, records not yet handed over."""
         return {
             "ranks": self._ranks.state(),
             "updates": self._collector.last_updates(),
@@ -200,15 +187,13 @@ class Monitor:
         """Hand over what is left and let go of the model and the optimizer."""
         self.flush()
         self._sources.close()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _close_step(self) -> None:
         if "rank" in self._collector.due and not self._collector.paused:
             self.measure_ranks()
-        step = self._collector.finish()
-        if step is not None:
+        if (step := self._collector.finish()) is not None:
             self._pending.append(step)
         if len(self._pending) >= self.flush_every:
             self.flush()

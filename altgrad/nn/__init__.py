@@ -8,10 +8,10 @@ from altgrad.nn.model.optimizer_hook import attach_optimizer
 from altgrad.nn.model.spots import places
 from altgrad.nn.model.state import load_quant_state, quant_state
 from altgrad.nn.recipe.cells import Cell, Finder
-from altgrad.nn.recipe.layer_recipe import layer_recipe
+from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.named import NAMED, NamedRecipe, recipe
 from altgrad.nn.recipe.recipe import Override, Recipe, keep, uniform
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
+from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec, StorageSpec
 from altgrad.nn.session import (
     full_precision,
     set_amax_reduction,

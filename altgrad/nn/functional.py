@@ -18,9 +18,8 @@ from altgrad.nn.layer.contractions import LINEAR_REDUCED, MATMUL_REDUCED, Matric
 from altgrad.nn.layer.gemms import multiply
 from altgrad.nn.layer.linear import linear_forward
 from altgrad.nn.layer.state import LayerState
-from altgrad.nn.recipe.layer_recipe import layer_recipe
+from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.scaling_choice import DelayedScaling
-from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import Session
 from altgrad.quantization.inverse_scaling import RegionScaling
 

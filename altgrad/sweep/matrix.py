@@ -31,8 +31,9 @@ from typing import Any
 from altgrad.errors import ConfigError, SweepError
 from altgrad.sweep.keys import OPEN, changed, dotted, grid, listed, matches, plain, variant_name
 from altgrad.training.config.document import literal, read_document, setting
-from altgrad.training.config.experiment import ExperimentConfig, checked_name, identity
+from altgrad.training.config.experiment import ExperimentConfig, checked_name
 from altgrad.training.config.formats import WHOLE, with_formats
+from altgrad.training.config.identity import identity
 from altgrad.training.config.loading import key_paths, load_config, nearest_key
 from altgrad.training.config.shipped import shipped_file, shipped_names
 

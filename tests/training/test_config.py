@@ -9,8 +9,9 @@ import torch
 from pydantic import BaseModel
 
 from altgrad.errors import ConfigError
-from altgrad.training.config.experiment import ADDED_LATER, NOT_IDENTITY, ExperimentConfig, experiment_hash
+from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import recipe_of
+from altgrad.training.config.identity import ADDED_LATER, NOT_IDENTITY, experiment_hash
 from altgrad.training.config.loading import dump_config, key_paths, load_config, nearest_key
 from altgrad.training.trainer import build_model
 

@@ -15,8 +15,8 @@ from altgrad.quantization.stability import EmergencyMantissaShift, wider_block
 from altgrad.records.run import Run
 from altgrad.sweep import matrix_from_mapping, read_matrix
 from altgrad.sweep.estimate import Measurement, estimate_run
-from altgrad.training.config.experiment import experiment_hash
 from altgrad.training.config.formats import format_facts, recipe_of, short_keys
+from altgrad.training.config.identity import experiment_hash
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.trainer import Trainer

@@ -10,8 +10,9 @@ import pytest
 from altgrad.analysis import read_run
 from altgrad.analysis.outcome import Outcome
 from altgrad.monitor.judge import Judge, StepFacts, Verdict
+from altgrad.monitor.limits import VerdictLimits
 from altgrad.records.documents import RESULT, load_result
-from altgrad.training.config.experiment import VerdictLimits, is_twin
+from altgrad.training.config.identity import is_twin
 from altgrad.training.format_runner import FormatExperimentRunner
 from tests.training.tiny import metrics, tiny_config, tiny_corpus
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from altgrad.nn.layer.contractions import MATMUL_REDUCED, Matrices
 from altgrad.nn.layer.gemms import multiply
 from altgrad.nn.layer.state import LayerState
-from altgrad.nn.recipe.spec import LayerRecipe
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.session import Session
 
 _MATMUL = Matrices(transposed=True)

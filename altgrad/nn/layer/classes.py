@@ -22,7 +22,7 @@ from altgrad.nn.layer.raw import ATTENTION, RawState, called_children, enter_chi
 from altgrad.nn.layer.registry import RAW, LayerKind, kind_of
 from altgrad.nn.layer.state import LayerState
 from altgrad.nn.layer.weight_only import embedding_forward, with_quantized_weight
-from altgrad.nn.recipe.spec import LayerRecipe
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.session import STATE, Session
 
 LIVE: WeakSet[nn.Module] = WeakSet()  # quantized modules of this process, for optimizers that nobody attached

@@ -18,8 +18,9 @@ from altgrad.nn.layer.contractions import LINEAR_REDUCED
 from altgrad.nn.layer.gemm import Needs, Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.uses import Uses
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.scaling_choice import is_block
-from altgrad.nn.recipe.spec import GEMMS, LayerRecipe, OperandSpec
+from altgrad.nn.recipe.spec import GEMMS, OperandSpec
 from altgrad.nn.session import Session, recomputing
 from altgrad.quantization.products.units import common_unit
 

@@ -17,9 +17,9 @@ from altgrad.nn.model.convert import close_fast_paths, fitting, leave_grid, left
 from altgrad.nn.model.optimizer_hook import follow_layers, watch_optimizers
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
 from altgrad.nn.model.spots import Spot, all_spots
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.nn.recipe.reformat import reformat, reformat_layer
-from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import Session, sessions_of
 from altgrad.quantization import FloatFormat, get_format
 

@@ -22,8 +22,8 @@ from altgrad.nn.model.probe import Traced, read_source, trace, unseen
 from altgrad.nn.model.recipe_checks import check_layer, check_ties
 from altgrad.nn.model.spots import Spot, all_spots, out_of_reach, spots_of, unknown
 from altgrad.nn.recipe.cells import Cell, changed_layer
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.recipe import Recipe, name_matches
-from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.nn.session import REACH, Reach, Session
 from altgrad.nn.storage import GridStorage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from altgrad.nn.recipe.spec import LayerRecipe
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from altgrad.errors import RecipeError
 from altgrad.nn.layer.raw import ATTENTION
 from altgrad.nn.layer.registry import LayerKind
 from altgrad.nn.model.spots import Spot, all_spots
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.scaling_choice import is_block
-from altgrad.nn.recipe.spec import LayerRecipe
 from altgrad.quantization import get_format
 
 _MANTISSA = {torch.float32: 23, torch.float64: 52, torch.bfloat16: 7, torch.float16: 10}

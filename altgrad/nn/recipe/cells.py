@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from altgrad.errors import RecipeError
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.scaling_choice import StorageScaling, default_scaling
-from altgrad.nn.recipe.spec import GEMMS, GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
+from altgrad.nn.recipe.spec import GEMMS, GemmRecipe, OperandSpec, StorageSpec
 from altgrad.quantization import get_format
 
 STORAGE, NORM = "storage", "norm"

@@ -13,8 +13,9 @@ from altgrad.errors import RecipeError
 from altgrad.formats.catalog import block_format, get_format
 from altgrad.formats.rounding import Rounding
 from altgrad.nn.recipe.cells import STORAGE, Cell, changed_layer
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.scaling_choice import BlockScaling, CurrentScaling, DelayedScaling, is_block
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec
+from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec
 from altgrad.quantization.inverse_scaling import RegionScaling
 from altgrad.quantization.scaling import Arithmetic
 

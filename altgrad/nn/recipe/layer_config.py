@@ -7,9 +7,9 @@ from difflib import get_close_matches
 from enum import Enum
 
 from altgrad.errors import RecipeError
-from altgrad.nn.recipe.layer_recipe import layer_recipe
+from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.scaling_choice import default_scaling, scaling_to_config
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec, hadamard_fields
+from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec, StorageSpec, hadamard_fields
 from altgrad.nn.recipe.text import parse_layer
 from altgrad.quantization import get_format
 

@@ -18,8 +18,8 @@ from altgrad.formats.scalar import FloatFormat
 from altgrad.nn.recipe.cells import Cell, Finder, Place, cells_of, changed_layer, own_cells
 from altgrad.nn.recipe.ingredients import HIGH_LAYERS, INGREDIENTS, changed, check_known, names_in
 from altgrad.nn.recipe.layer_config import check_keys, layer_from_dict, layer_to_dict, plain_fields
-from altgrad.nn.recipe.layer_recipe import layer_recipe
-from altgrad.nn.recipe.spec import LayerRecipe, OperandSpec, StorageSpec
+from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
+from altgrad.nn.recipe.spec import OperandSpec, StorageSpec
 from altgrad.nn.recipe.text import layer_text, parse_layer, split_recipe
 
 ATTENTION_NAME = "attention_products"

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.nn.recipe.scaling_choice import BlockScaling, default_scaling, is_block
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec
+from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec
 from altgrad.quantization import get_format
 
 Successor = Callable[[str], str | None]

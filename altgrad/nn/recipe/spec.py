@@ -1,4 +1,4 @@
-"""Recipes: which number format each operand of each of a layer's three GEMMs has, and how its weight is stored.
+"""Specs: which number format an operand of a GEMM has, which two operands a GEMM multiplies, how a weight is stored.
 
 A linear layer y = x w^T multiplies three times in a training step, and each product has two operands of its own:
 
@@ -21,19 +21,14 @@ from altgrad.formats.accumulator import Accumulator
 from altgrad.formats.rounding import Overflow, Rounding, as_option
 from altgrad.nn.recipe.scaling_choice import (
     CurrentScaling,
-    DelayedScaling,
     Scaling,
-    StorageScaling,
     as_scaling,
     default_scaling,
     is_block,
-    multiplies,
     scaling_label,
 )
 from altgrad.quantization import Cast, FloatFormat, get_format
-from altgrad.quantization.accumulation import check_accumulator
-from altgrad.quantization.hadamard import Hadamard, Signs
-from altgrad.quantization.inverse_scaling import RegionScaling
+from altgrad.quantization.hadamard import Hadamard
 
 
 def _format_or_none(value):
@@ -199,32 +194,6 @@ def grid_of(fmt) -> FloatFormat:
     return fmt.element if is_block(fmt) else fmt
 
 
-def _check_sum(gemm: str, role: str, spec: OperandSpec, accumulator: Accumulator) -> None:
-    """Refuse an operand whose scales the accumulator has no place for."""
-    fmt, where = spec.resolved, f"{gemm}.{role} ({spec.format}) under accumulator {accumulator}"
-    if not is_block(fmt):
-        axis = getattr(spec.scaling, "axis", None)
-        along = REDUCED[gemm, role]
-        axes = () if axis is None else (axis,) if isinstance(axis, int) else axis
-        if along in axes or along - 2 in axes:
-            raise RecipeError(f"{where}: its scales vary along the axis that is added up; use axis={1 - along} or none")
-        if accumulator.group > 1 or accumulator.scaled_promotion:
-            raise RecipeError(f"{where}: it has no blocks, whose scales that accumulator multiplies; use another one")
-        return
-    across = fmt.tile[1]
-    if accumulator.group > 1 and across % accumulator.group:
-        raise RecipeError(f"{where}: blocks of {across} are no groups of {accumulator.group}")
-    if accumulator.scaled_promotion and across != accumulator.promote_every:
-        raise RecipeError(
-            f"{where}: blocks of {across}, and sums are promoted every {accumulator.promote_every} products"
-        )
-    if accumulator.group == 1 and not accumulator.scaled_promotion and not fmt.power_of_two:
-        raise RecipeError(
-            f"{where}: the scales of its blocks are no powers of two, so their sums cannot be added; use an accumulator "
-            "that promotes with the scales, such as hopper_fp8_blocks for blocks of 128"
-        )
-
-
 REDUCED = {  # axis that each GEMM adds up, of the operand as a matrix: input [n, k], weight [o, k], grad_output [n, o]
     ("forward", "input"): 1,
     ("forward", "weight"): 1,
@@ -342,141 +311,3 @@ class StorageSpec:
             (self.random_bits != StorageSpec.random_bits, f"bits={self.random_bits}"),
         ]
         return f"grid({','.join(text for there, text in notes if there)})"
-
-
-@dataclass(frozen=True)
-class LayerRecipe:
-    """The formats of one layer.
-
-    Args:
-        forward, input_grad, weight_grad: the operands of the three GEMMs.
-        storage: grid of the stored weight; None keeps a float32 master weight that is quantized at use.
-        norm_weight: the weight of a normalisation layer, quantized at use.
-        plain_evaluation: in evaluation mode the layer computes in full precision.
-
-    Raises:
-        RecipeError: a GEMM names an operand that it does not multiply, or storage and operands contradict one another.
-    """
-
-    forward: GemmRecipe
-    input_grad: GemmRecipe
-    weight_grad: GemmRecipe
-    storage: StorageSpec | None = None
-    norm_weight: OperandSpec = OperandSpec()
-    plain_evaluation: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.plain_evaluation, bool):
-            raise RecipeError(f"plain_evaluation {self.plain_evaluation!r} is neither true nor false")
-        for gemm, roles in GEMMS.items():
-            named = sorted(role for role, _ in getattr(self, gemm).named())
-            if named != sorted(roles):
-                raise RecipeError(
-                    f"{gemm} names {', '.join(named) or 'nothing'}; its operands are {' and '.join(roles)}"
-                )
-        for gemm, role, spec in self.entries():
-            if role == "grad_output" and spec.mask_saturated:
-                raise RecipeError(f"{gemm}.grad_output: mask_saturated acts on input and weight operands only")
-            if isinstance(spec.scaling, StorageScaling):
-                self._check_storage_scaling(gemm, role, spec)
-            elif role == "weight" and self.storage is not None and spec.format == self.storage.format:
-                raise RecipeError(
-                    f"{gemm}.weight is {spec} with its own scaling, but storage is {self.storage}: the weight would be "
-                    'rounded to two different grids; use scaling="storage" for it'
-                )
-            if spec.requantize and (gemm, role) not in (("input_grad", "weight"), ("weight_grad", "input")):
-                raise RecipeError(
-                    f"{gemm}.{role}: only the weight of input_grad and the input of weight_grad were quantized before, "
-                    "by the forward; drop requantize"
-                )
-            if spec.requantize and getattr(self.forward, role).format is None:
-                raise RecipeError(f"{gemm}.{role} is requantized, but forward.{role} has no format; drop requantize")
-        for gemm in GEMMS:
-            self._check_gemm(gemm)
-
-    def _check_gemm(self, gemm: str) -> None:
-        """What the two operands of a GEMM must agree on."""
-        one: GemmRecipe = getattr(self, gemm)
-        (left, a), (right, b) = one.named()
-        if a.hadamard != b.hadamard:
-            raise RecipeError(
-                f"{gemm}: {left} is mixed by {a.hadamard}, {right} by {b.hadamard}; both operands need the same transform"
-            )
-        if a.hadamard is not None and gemm == "forward" and (a.mask_saturated or b.mask_saturated):
-            raise RecipeError("forward: a mask of saturated elements means nothing in mixed ones; drop one of them")
-        if one.accumulator is None:
-            return
-        for role, spec in ((left, a), (right, b)):
-            if spec.format is None:
-                raise RecipeError(
-                    f"{gemm} has accumulator {one.accumulator}, and {role} no format; products are added up as a unit "
-                    "does for operands of its formats only"
-                )
-            _check_sum(gemm, role, spec, one.accumulator)
-        try:
-            check_accumulator(one.accumulator, *(grid_of(spec.resolved) for spec in (a, b)))
-        except OptionError as error:
-            raise RecipeError(f"{gemm}: {error}") from None
-
-    def _check_storage_scaling(self, gemm: str, role: str, spec: OperandSpec) -> None:
-        if role != "weight" or self.storage is None or spec.format != self.storage.format:
-            raise RecipeError(
-                f'{gemm}.{role} ({spec.format}) has scaling="storage", which is for weights stored on a grid of the '
-                f"same format; storage is {self.storage or 'master'}"
-            )
-
-    def entries(self):
-        """(GEMM, role, spec) of the six operands."""
-        for gemm, roles in GEMMS.items():
-            for role in roles:
-                yield gemm, role, getattr(getattr(self, gemm), role)
-
-    @property
-    def quantizes_products(self) -> bool:
-        """Whether any operand or the storage has a format."""
-        return self.storage is not None or any(spec.format is not None for _, _, spec in self.entries())
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether something changes from step to step: stochastic keys, delayed scales, or grid storage."""
-        specs = [spec for _, _, spec in self.entries()] + [self.norm_weight]
-        return (
-            self.storage is not None
-            or self.mixes_at_random
-            or any(
-                spec.rounding is Rounding.STOCHASTIC or isinstance(spec.scaling, DelayedScaling | RegionScaling)
-                for spec in specs
-            )
-        )
-
-    @property
-    def mixes_at_random(self) -> bool:
-        """Whether a transform draws its signs."""
-        return any(spec.hadamard is not None and spec.hadamard.signs is Signs.RANDOM for _, _, spec in self.entries())
-
-    @property
-    def gemms(self) -> dict[str, GemmRecipe]:
-        """The three GEMMs by name."""
-        return {gemm: getattr(self, gemm) for gemm in GEMMS}
-
-    @cached_property
-    def is_emulated(self) -> bool:
-        """Whether it asks for the arithmetic of a library or a unit that is not a GEMM of quantized operands in float32."""
-        return any(one.accumulator is not None for one in self.gemms.values()) or any(
-            spec.hadamard is not None or spec.requantize or multiplies(spec.scaling) for _, _, spec in self.entries()
-        )
-
-    def __str__(self) -> str:
-        """One line that `altgrad.nn.recipe.text` reads back to an equal recipe."""
-        by_role: dict[str, list[OperandSpec]] = {"input": [], "weight": [], "grad_output": []}
-        for _, role, spec in self.entries():
-            if by_role[role] != [spec]:
-                by_role[role].append(spec)
-        short = {"input": "x", "weight": "w", "grad_output": "dy"}
-        text = " ".join(f"{short[role]}:{'|'.join(map(str, specs))}" for role, specs in by_role.items())
-        text += f" {self.storage}" if self.storage else ""
-        text += f" norm:{self.norm_weight}" if self.norm_weight != OperandSpec() else ""
-        sums = [str(one.accumulator or "float32") for one in self.gemms.values()]
-        if any(word != "float32" for word in sums):
-            text += f" sum:{sums[0] if len(set(sums)) == 1 else '|'.join(sums)}"
-        return text + (" eval:FP32" if self.plain_evaluation else "")

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 from altgrad.errors import RecipeError
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.nn.recipe.layer_recipe import layer_recipe
-from altgrad.nn.recipe.spec import GemmRecipe, LayerRecipe, OperandSpec, StorageSpec
+from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
+from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec, StorageSpec
 
 _ROLES = ("x", "w", "dy")
 _FORM = "write a format name, or x:FORMAT w:FORMAT dy:FORMAT with grid(FORMAT,ROUNDING) for weights stored on a grid"

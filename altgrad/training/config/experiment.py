@@ -1,14 +1,11 @@
 """What one experiment is: every setting and every threshold, with its default explained where it is declared.
 
 `formats` says which number formats a run has; the short keys (`fp8_format`, `weight_storage`, ...) are aliases for parts
-of it (`altgrad.training.config.formats`). `experiment_hash` is the identity of a run: two configs with the same hash give
-the same losses.
+of it (`altgrad.training.config.formats`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import unicodedata
 from typing import Annotated, Any, Literal
@@ -17,9 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from altgrad.errors import AltGradError, ConfigError
 from altgrad.formats.catalog import get_format
-from altgrad.monitor.judge import VerdictLimits
+from altgrad.monitor.limits import VerdictLimits
 from altgrad.report.text import shortened
-from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE, identity_keys, recipe_of, refuse_two_spellings
+from altgrad.training.config.formats import recipe_of, refuse_two_spellings
 
 Positive = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(gt=0, le=1 << 24)]  # of a model
@@ -295,55 +292,3 @@ class ExperimentConfig(_Section):
     def quantized(self) -> bool:
         """Whether anything is quantized at all."""
         return recipe_of(self) is not None
-
-
-ADDED_LATER = (
-    ("data", "token_dtype"),
-    ("verdict", "divergence_smoothing"),
-    ("verdict", "freeze_flip_rate"),
-    ("verdict", "no_learning_window"),
-    ("verdict", "twin_gap"),
-    ("monitor", "near_zero"),
-    ("monitor", "rank_fraction"),
-    ("monitor", "rank_fraction_projections"),
-)
-"""Settings that runs before them did not have: at their defaults they are no part of a run's identity."""
-
-NOT_IDENTITY = ("runs_dir", "checkpoint_dir", "device", "threads", "distributed", "trackers")
-"""Where and how a run is made, not what it computes."""
-
-
-def identity(config: ExperimentConfig) -> dict[str, Any]:
-    """What a run computes, as plain data: the config without paths, device and trackers, formats spelled in one way."""
-    resolved = identity_keys(config.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
-    for section, key in ADDED_LATER:
-        if resolved[section][key] == type(getattr(config, section)).model_fields[key].default:
-            del resolved[section][key]
-    return resolved
-
-
-OF_FORMATS = (
-    *(*SHORT_DEFAULTS, *WHOLE, "include", "exclude"),
-    *("enable_partition_clipping", "enable_emergency_shift", "clipping", "shift"),
-)
-"""Settings by which a run differs from its FP32 twin."""
-
-
-def is_twin(fp32: ExperimentConfig, other: ExperimentConfig) -> bool:
-    """Whether `fp32` is the run of `other` without its formats: unquantized, and the same seed, model, data and schedule."""
-    if fp32.quantized or not other.quantized:
-        return False
-    apart = {*OF_FORMATS, *NOT_IDENTITY, "name", "verdict", "monitor", "checkpoint_interval", "keep_checkpoints"}
-    return fp32.model_dump(exclude=apart) == other.model_dump(exclude=apart)
-
-
-def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:
-    """SHA-256 (hex) of a config's identity, the data, and the numerics.
-
-    Args:
-        model: fingerprint of a model that was handed in instead of built from the config; "" for none.
-    """
-    resolved = identity(config)
-    del resolved["data"]["path"]  # the fingerprint stands for the content
-    facts = {"config": resolved, "data": data_fingerprint, "numerics": numerics_version, "model": model}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

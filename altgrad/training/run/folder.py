@@ -17,8 +17,9 @@ import torch
 from altgrad.nn.recipe.facts import recipe_facts
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.machine import circumstances
-from altgrad.training.config.experiment import ExperimentConfig, experiment_hash
+from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import recipe_of
+from altgrad.training.config.identity import experiment_hash
 from altgrad.training.data import Corpus, resolve_corpus
 
 
