@@ -111,10 +111,12 @@ SYNONYMS = {
 
 def nearest_key(key: str) -> str | None:
     """The valid key most like `key`: by another tool's word, its full path, else its last part (`lr` is `optimizer.lr`)."""
+    paths = list(key_paths())
+    if key in paths:
+        return key
     told = SYNONYMS.get(key.rpartition(".")[2].lower().replace("-", "_"))
     if told is not None:
         return told
-    paths = list(key_paths())
     by_path = difflib.get_close_matches(key, paths, n=1, cutoff=0.75)
     if by_path:
         return by_path[0]
