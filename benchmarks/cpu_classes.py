@@ -97,14 +97,11 @@ def can_stand_for(cpu: CpuClass) -> bool:
     return not cpu.needs or bool(torch.cpu.get_capabilities().get(cpu.needs))
 
 
-def sources() -> str:
-    """A checksum of the library and of the tests that are run."""
-    files = [
-        *(ROOT / "altgrad").rglob("*.py"),
-        ROOT / "tests/conftest.py",
-        *(ROOT / name for name in NUMERIC + PRODUCTS),
-    ]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
+def sources(row: Row) -> str:
+    """A checksum of the library and of a row's tests (and, with routes, of what forces them)."""
+    tests = [ROOT / row.tests, *([ROOT / "tests/conftest.py"] if row.routes else [])]
+    files = sorted((ROOT / "altgrad").rglob("*.py")) + tests
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def rows_of(name: str) -> list[Row]:
@@ -136,7 +133,7 @@ def run(row: Row) -> Row:
     if done.returncode not in (0, 1):
         other, failed = f"exit status {done.returncode}: {lines[-1][:80]}", max(failed, 1)
     found = {"passed": counts.get("passed", 0), "failed": failed, "other": other, "failures": failures}
-    return replace(row, **found, seconds=round(time.monotonic() - started), sources=sources())
+    return replace(row, **found, seconds=round(time.monotonic() - started), sources=sources(row))
 
 
 def kept(processor: str) -> list[Row]:
@@ -152,14 +149,14 @@ def main() -> None:
     parser.add_argument("--classes", nargs="*", choices=list(CLASSES), default=list(CLASSES))
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/cpu-classes.json")
     arguments = parser.parse_args()
-    processor, now, asked = processor_name(), sources(), arguments.classes
+    processor, asked = processor_name(), arguments.classes
     rows = {(row.cpu, row.tests): row for row in kept(processor)} if arguments.write else {}
     wanted = [row for name in asked for row in rows_of(name)]
     whole = [(row.cpu, row.tests) for name in CLASSES for row in rows_of(name)]
 
     def is_done(row: Row) -> bool:
         known = rows.get((row.cpu, row.tests))
-        return known is not None and known.sources == now and not known.failed
+        return known is not None and known.sources == sources(row) and not known.failed
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for row in pool.map(run, [row for row in wanted if not is_done(row)]):

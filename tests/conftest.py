@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc):
         )
 
 
-ASKED: dict[str, list[dict]] = {}  # test -> what its layers asked of the rule
+ASKED: dict[str, list[tuple]] = {}  # test -> what its layers asked of the rule
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +33,21 @@ def forced_route(request, monkeypatch):
 
     forced, test = gemm.Route(name), request.node.nodeid.replace(name, "")
 
-    def may(needed, dtype=torch.float32, codes=True):
+    def may(needed, dtype, codes):
         units = {None: (), Unit.INT8: (Unit.INT8, Unit.BF16)}.get(needed.unit, (needed.unit,))
         exact = needed.values is forced if forced.unit is None else codes and forced.unit in units
         return dtype == torch.float32 and exact
 
-    def route(needed, shape, device_type, **given):
-        asked = {"needed": needed, **{key: given[key] for key in ("dtype", "codes") if key in given}}
-        ASKED.setdefault(test, []).append(asked)
-        return forced if may(**asked) else gemm.Route.FLOAT32
+    def noted(needed, dtype, codes):
+        ASKED.setdefault(test, []).append((needed, dtype, codes))
+        return may(needed, dtype, codes)
 
-    if forced is not gemm.Route.FLOAT32 and not any(may(**asked) for asked in ASKED.get(test, ())):
+    noted._dynamo_marked_constant = True  # the compiler asks while it traces
+
+    def route(needed, shape, device_type, *, dtype=torch.float32, codes=True):
+        return forced if noted(needed, dtype, codes) else gemm.Route.FLOAT32
+
+    if forced is not gemm.Route.FLOAT32 and not any(may(*asked) for asked in ASKED.get(test, ())):
         pytest.skip(f"multiplies nothing that {name} may multiply")
     monkeypatch.setattr(state, "choose_route", route)
 
