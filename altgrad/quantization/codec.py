@@ -67,6 +67,11 @@ def stored_scale_dtype(fmt: BlockFormat) -> torch.dtype:
     return torch.float32 if fmt.has_float_scale else code_dtype(fmt.scale_format)
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once on every device: CUDA multiplies by the reciprocal of a divisor that is a number."""
+    return x / torch.full_like(x, number)
+
+
 def scale_values(stored: Tensor, fmt: BlockFormat, upper: Tensor | None) -> Tensor:
     """Stored scales as float32 multipliers: the stored scale's value, times the tensor scale where there is one."""
     if fmt.has_float_scale:
@@ -75,8 +80,8 @@ def scale_values(stored: Tensor, fmt: BlockFormat, upper: Tensor | None) -> Tens
     return values if upper is None else upper * values
 
 
-def check_codes(codes: Tensor, fmt: FloatFormat) -> None:
-    """Refuse codes of the wrong dtype or out of range.
+def check_codes(codes: Tensor, fmt: FloatFormat, *, in_range: bool = True) -> None:
+    """Refuse codes of the wrong dtype or, where `in_range` is asked for, out of range: those are read and waited for.
 
     Raises:
         CodeError: with the offending value and the limit.
@@ -84,7 +89,7 @@ def check_codes(codes: Tensor, fmt: FloatFormat) -> None:
     check_dense(codes, "codes", CodeError)
     if codes.dtype not in CODE_DTYPES:
         raise CodeError(f"codes have dtype {codes.dtype}; {fmt} codes are {code_dtype(fmt)} (from encode)")
-    if codes.numel() and not (codes.dtype == torch.uint8 and fmt.bits >= 8):
+    if in_range and codes.numel() and not (codes.dtype == torch.uint8 and fmt.bits >= 8):
         low, high = (int(v) for v in torch.aminmax(codes))
         if low < 0 or high >= 2**fmt.bits:
             raise CodeError(f"code {low if low < 0 else high} is outside 0..{2**fmt.bits - 1}, the codes of {fmt}")

@@ -18,6 +18,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.cast import cast_for
+from altgrad.quantization.codec import divided
 from altgrad.quantization.powers import leading_power
 from altgrad.quantization.scaling import DelayedScaling
 
@@ -141,7 +142,7 @@ def multiply_blocks(
     rounded = cast_for(element, rounding, Overflow.SATURATE)
     payload = rounded((torch.where(finite, x, 0) * spread).clamp(-_LARGEST, _LARGEST), key=key).values
     assert payload is not None
-    tensor_scale = torch.where(largest > 0, largest, 1.0) / (element.max * upper.max)
+    tensor_scale = divided(torch.where(largest > 0, largest, 1.0), element.max * upper.max)
     stored = scales.repeat_interleave(down, 0)[:rows].repeat_interleave(across, 1)[:, :columns]
     values = torch.where(finite, payload * stored * tensor_scale, x)
     return ScaledBlocks(torch.where(finite, payload, x), scales, tensor_scale, values)

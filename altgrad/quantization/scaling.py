@@ -22,6 +22,7 @@ from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.subnormals import unflushed
 from altgrad.quantization import powers
 from altgrad.quantization.checks import FLOAT_DTYPES, as_float32, traced
+from altgrad.quantization.codec import divided
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import detached, is_unusual, readable
 
@@ -108,9 +109,7 @@ def scale_from_amax(amax: Tensor, fmt: FloatFormat | str, *, power_of_two: bool 
     amax = readable(amax, "amax", ScaleError)
     if not amax.is_floating_point():
         raise ScaleError(f"amax has dtype {amax.dtype}; pass the floating tensor that altgrad.quantization.amax gives")
-    # CUDA turns division by a Python number into a product with its reciprocal
-    largest = torch.full_like(amax, _largest_value(fmt))
-    scale = torch.where(amax > 0, amax, 1.0) / largest
+    scale = divided(torch.where(amax > 0, amax, 1.0), _largest_value(fmt))
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return round_up_to_power_of_two(scale) if power_of_two else scale
 
@@ -147,7 +146,8 @@ def two_level_scale(tensor_amax: Tensor, fmt: BlockFormat) -> Tensor:
     """
     largest = torch.where(tensor_amax > 0, tensor_amax, 1.0)
     limits = torch.finfo(torch.float32)
-    return (largest / (fmt.element.max * fmt.scale_format.max)).clamp(limits.tiny, limits.max).to(torch.float32)
+    scale = divided(largest, fmt.element.max * fmt.scale_format.max)
+    return scale.clamp(limits.tiny, limits.max).to(torch.float32)
 
 
 class ScalingPolicy(Protocol):

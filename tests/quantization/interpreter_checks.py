@@ -13,14 +13,18 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the interpreter computes masked lanes in NumPy, which warns of what they hold
 
 import torch
+import triton
+import triton.language as tl
 
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.quantization import Cast, Want, decode, encode, get_format, quantize
+from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
 
 KEY = (3, -9)
-ALL = Want.VALUES | Want.CODES | Want.STATS
+BOTH = Want.VALUES | Want.CODES  # by the arithmetic for the casts of training, where that serves
+ALL = BOTH | Want.STATS
 inf, nan = float("inf"), float("nan")
 
 
@@ -74,12 +78,62 @@ def check_scalars(device: str, names: tuple[str, ...]) -> list[str]:
                     and same(found.codes.int(), codes.clamp(min=0))
                     and bool(found.problems) == bool((codes < 0).any())
                 )
+                lean = cast(x, scale, key=key, want=BOTH, kernel="cuda")
+                good = good and all(map(same, (lean.values, lean.codes), (found.values, found.codes)))
+                good = good and int(lean.problems) == int(found.problems)
                 if not good:
                     bad.append(f"{name} {rounding.value} {overflow.value}")
+                beyond = torch.tensor([-1, 2**fmt.bits], dtype=torch.int32, device=device)
+                if not cast.decode(beyond, 1.0, kernel="cuda").isnan().all():
+                    bad.append(f"decode {name} beyond its codes")
                 decoded = cast.decode(found.codes, scale, kernel="cuda")
                 plain = payload.isfinite()
                 if not same(torch.where(plain, decoded, 0), torch.where(plain, values, 0)):
                     bad.append(f"decode {name} {rounding.value}")
+    return bad + check_training(device, x) + check_quotients(device) + check_dtypes(device, x)
+
+
+def check_training(device: str, x: torch.Tensor) -> list[str]:
+    """The casts of training, under one scale of any size."""
+    bad = []
+    for name in ("E4M3", "E0M7", "E7M0", "E5M2", "E2M1"):
+        for scale in (1.0, 0.3, 1.9999999, 1e-40, 1.5 * 2.0**-126, 3e38):
+            for rounding in (Rounding.NEAREST_EVEN, Rounding.STOCHASTIC):
+                for overflow in (Overflow.SATURATE_FINITE, Overflow.SATURATE):
+                    cast = Cast(name, rounding, overflow)
+                    key = KEY if rounding is Rounding.STOCHASTIC else None
+                    a, b = (cast(x, scale, key=key, want=BOTH, kernel=kernel) for kernel in ("eager", "cuda"))
+                    if not (
+                        same(a.values, b.values) and same(a.codes, b.codes) and bool(a.problems) == bool(b.problems)
+                    ):
+                        bad.append(f"{cast} scale {scale}")
+    return bad
+
+
+@triton.jit
+def quotients(x, scale, out, ELEMENTS: tl.constexpr):
+    index = tl.arange(0, ELEMENTS)
+    tl.store(out + index, lean_quotient(tl.load(x + index), divisor_of(tl.load(scale))))
+
+
+def check_quotients(device: str) -> list[str]:
+    """|x| / scale by a reciprocal, against IEEE division, for significands near 1, near 2 and anywhere."""
+    x = scalar_samples().flatten()
+    near = torch.arange(1024, dtype=torch.int32)
+    x[1024:2048], x[2048:3072] = ((one + near).view(torch.float32) for one in (0x3F800000, 0x3FFFFC00))
+    x, bad = x.to(device), []
+    for bits in (0x3F800001, 0x3FFFFFFF, 0x3FFFFFFE, 0x3FAAAAAB, 0x3F800000, 0x00123456, 0x7F7FFFFF, 0x3EB504F3):
+        scale, out = torch.tensor([bits], dtype=torch.int32, device=device).view(torch.float32), torch.empty_like(x)
+        quotients[(1,)](x, scale, out, ELEMENTS=len(x))
+        expected = (x / scale).abs()
+        judged = (expected >= 2.0**-70) & (expected <= 2.0**76)
+        if not same(torch.where(judged, out, 0), torch.where(judged, expected, 0)):
+            bad.append(f"quotient by {scale.item()}")
+    return bad
+
+
+def check_dtypes(device: str, x: torch.Tensor) -> list[str]:
+    bad = []
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         fmt, given = get_format("E4M3"), x.to(dtype)
         found = quantize(given, fmt, 0.75, kernel="cuda")
@@ -112,6 +166,8 @@ def check_blocks(device: str, names: tuple[str, ...], dtypes: tuple[torch.dtype,
                     cast = Cast(fmt, rounding, axis=axis, pad=True)
                     a, b = (cast(x, key=KEY, want=ALL, kernel=kernel) for kernel in ("eager", "cuda"))
                     good = same(a.values, b.values) and same(a.codes, b.codes) and same(a.scales, b.scales)
+                    lean = cast(x, key=KEY, want=BOTH, kernel="cuda")
+                    good = good and all(map(same, lean[:3], b[:3])) and bool(lean.problems) == bool(b.problems)
                     if not (good and close(a.stats.vector, b.stats.vector) and bool(a.problems) == bool(b.problems)):
                         bad.append(f"{name} {dtype} axis {axis} {rounding.value}")
                 packed = encode(torch.where(x.isfinite(), x, 0.0), name, axis=axis, pad=True, kernel="eager")

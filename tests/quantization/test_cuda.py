@@ -11,13 +11,10 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton is made for Linux alone", allow_module_level=True)
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from altgrad.quantization import amax_scale, decode, encode, quantize
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
 from altgrad.quantization.kernels.cuda import scalar as cuda
+from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled
 from tests.quantization.oracles import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
@@ -71,75 +68,73 @@ def test_public_calls_give_the_cpus_bits(name):
         assert same_bits(decode(encode(on_gpu, name)).cpu(), quantize(x, name))
 
 
-SHAPES = ("rows", "columns", "size")
-SCALARS = dict.fromkeys(("random_bits", "emax", "up_from", "poison", "outer_tiles"), "i32")
-FLOATS = dict.fromkeys(("element_max", "smallest"), "fp32")
-
-
-def machine_code(kernel, pointers: dict[str, str], constants: dict) -> str:
-    """PTX of a kernel for compute capability 9.0, after ptxas has accepted it."""
-    signature = {name: pointers.get(name, {**SCALARS, **FLOATS}.get(name, "i64")) for name in kernel.arg_names}
-    signature.update(dict.fromkeys(constants, "constexpr"))
-    place = kernel.arg_names.index
-    aligned = [n for n in kernel.arg_names if signature[n].startswith("*") or n in SHAPES]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(place(name),): value for name, value in constants.items()},
-        {(place(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-    assert compiled.asm["cubin"]
-    return compiled.asm["ptx"]
-
-
-BLOCK_POINTERS = {
-    "x": "*fp32",
-    "out": "*fp32",
-    "codes": "*u8",
-    "scales": "*u8",
-    "problems": "*i32",
-    "partials": "*fp64",
-    "element_table": "*i64",
-    "scale_table": "*i64",
-    "upper": "*fp32",
-    "key": "*i64",
+BLOCK_POINTERS = {**POINTERS, "scales": "*u8", "element_table": "*i64", "scale_table": "*i64", "upper": "*fp32"}
+ONLY_VALUES = {"VALUES": True, "CODES": False, "STATS": False, "LACKS": False}
+EVERYTHING = {"VALUES": True, "CODES": True, "STATS": True, "LACKS": True}
+SCALAR = {"KEEPS_INF": True, "WIDE": False, "DOUBLE": False, "ONE_SCALE": True, "ELEMENTS": 2048}
+BLOCK = {"KEEPS_INF": True, "POISONS": False, "ONE_BLOCK": True, "CHUNKS": 1, "MODE": 0, "LEAN": True}
+TILES = {  # name: tiles per program and their shape
+    "MXFP8": {"TILE_ROWS": 1, "TILE_COLUMNS": 32, "STRIPS": False, "TILES": 64, "ELEMENTS": 32, "SCALE": 0},
+    "MXFP8 down": {"TILE_ROWS": 32, "TILE_COLUMNS": 1, "STRIPS": True, "TILES": 64, "ELEMENTS": 32, "SCALE": 0},
+    "NVFP4": {"TILE_ROWS": 1, "TILE_COLUMNS": 16, "STRIPS": False, "TILES": 128, "ELEMENTS": 16, "SCALE": 2},
 }
-ONLY_VALUES = {"VALUES": True, "CODES": False, "STATS": False}
 
 
-def test_scalar_kernel():
-    pointers = {**BLOCK_POINTERS, "scales": "*fp32", "table": "*i64"}
-    constants = {"WIDE": False, "DOUBLE": False, "ONE_SCALE": True, "ELEMENTS": 2048}
-    for mode, wanted in ((0, ONLY_VALUES), (7, dict.fromkeys(ONLY_VALUES, True))):
-        ptx = machine_code(cuda._process, pointers, {**constants, **wanted, "MODE": mode})
-        assert "div.rn.f32" in ptx
-        assert "fma.rn" not in ptx
-        assert "ld.global.v4.b32" in ptx
+def of_tiles(name: str) -> dict:
+    return {**BLOCK, **ONLY_VALUES, **TILES[name], "TWO_LEVELS": name == "NVFP4"}
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "columns", "strips", "tiles", "elements", "scale"),
-    [
-        ("MXFP8", 1, 32, False, 64, 32, 0),
-        ("MXFP8 down", 32, 1, True, 64, 32, 0),
-        ("NVFP4", 1, 16, False, 128, 16, 2),
-    ],
+def test_general_rounding_divides_as_ieee_and_fuses_nothing():
+    code = compiled(cuda._process, POINTERS, {**SCALAR, **EVERYTHING, "LEAN": False, "MODE": 7}).asm["ptx"]
+    assert "div.rn.f32" in code
+    assert "fma.rn" not in code
+    assert "ld.global.v4.b32" in code
+
+
+def test_training_casts_fuse_what_is_written_as_fused_alone():
+    pointers = {**POINTERS, "x": "*bf16", "out": "*bf16"}
+    code = compiled(cuda._process, pointers, {**SCALAR, **ONLY_VALUES, "LEAN": True, "MODE": 0}).asm["ptx"]
+    elements = 2048 // 128
+    assert code.count("fma.rn.f32") == 5 * elements + 1, "three of a quotient, two of a rounding; one of the divisor"
+    assert code.count("cvt.rn.bf16x2.f32") == elements // 2
+    assert ".ftz" not in code
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_block_kernel_divides_as_ieee_and_moves_vectors(name):
+    code = compiled(cuda_blocks._process, BLOCK_POINTERS, of_tiles(name)).asm["ptx"]
+    assert ("div.rn.f32" in code) == (name == "NVFP4")
+    assert code.count("fma.rn.f32") == 2 * 2048 // 128, "two of a rounding"
+    assert "ld.global.v4.b32" in code
+    assert "st.global.v4.b32" in code
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name} {row.dtype}")
+def test_instructions_per_element_are_within_their_budget(row):
+    assert row.per_element() <= row.budget
+
+
+def test_kernels_compile_with_every_integer_at_one():
+    """Triton makes a constant of an integer argument that is 1, such as the columns of a tensor that has one."""
+    decode = {"ONE_SCALE": True, "ELEMENTS": 2048}
+    tiles = {"TILE_ROWS": 1, "TILE_COLUMNS": 32, "ELEMENTS": 2048}
+    stochastic = {**SCALAR, **ONLY_VALUES, "LEAN": False, "MODE": 7}
+    kernels = [
+        (cuda._process, POINTERS, {**stochastic, "random_bits": 1, "size": 1, "inner": 1, "channels": 1}),
+        (cuda._decode, {**POINTERS, "values": "*fp32"}, {**decode, "size": 1, "last": 1, "inner": 1, "channels": 1}),
+        (cuda_blocks._decode, {**BLOCK_POINTERS, "scales": "*fp32", "values": "*fp32"}, {**tiles, **ONES}),
+    ]
+    for name in ("MXFP8", "MXFP8 down"):
+        facts = {**of_tiles(name), "LEAN": False, "MODE": 7}
+        kernels.append((cuda_blocks._process, BLOCK_POINTERS, {**facts, **ONES}))
+    for kernel, pointers, constants in kernels:
+        known = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        left = {name for name in kernel.arg_names if name not in known and name not in pointers}
+        assert left <= set(FLOATS), f"an integer is not covered: {left}"
+        assert compiled(kernel, pointers, known).asm["cubin"]
+
+
+ONES = dict.fromkeys(
+    ("random_bits", "emax", "up_from", "outer_tiles", "rows", "columns", "count", "tiles_down", "tiles_across", "last"),
+    1,
 )
-def test_block_kernel(name, rows, columns, strips, tiles, elements, scale):
-    constants = {
-        "TILE_ROWS": rows,
-        "TILE_COLUMNS": columns,
-        "STRIPS": strips,
-        "TILES": tiles,
-        "ELEMENTS": elements,
-        "CHUNKS": 1,
-        "MODE": 0,
-        "SCALE": scale,
-        "TWO_LEVELS": scale == 2,
-    }
-    ptx = machine_code(cuda_blocks._process, BLOCK_POINTERS, {**constants, **ONLY_VALUES})
-    assert ("div.rn.f32" in ptx) == (scale != 0)
-    assert "fma.rn" not in ptx
-    assert "ld.global.v4.b32" in ptx
-    assert "st.global.v4.b32" in ptx

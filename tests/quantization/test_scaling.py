@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from altgrad.errors import OptionError, ScaleError
 from altgrad.nn import recipe
@@ -25,8 +26,9 @@ from altgrad.quantization import (
 from altgrad.quantization.hadamard import TRANSFORMER_ENGINE_SIGNS, Hadamard
 from altgrad.quantization.inverse_scaling import RegionScaling, inverse_scale, multiply_blocks
 from altgrad.quantization.kernels.cpu.scalar import encode_by_amax
+from altgrad.quantization.kernels.eager.blocks import raw_scales
 from altgrad.quantization.quantized import Want
-from altgrad.quantization.scaling import host_scale, round_up_to_power_of_two
+from altgrad.quantization.scaling import host_scale, round_up_to_power_of_two, two_level_scale
 
 inf, nan = float("inf"), float("nan")
 
@@ -225,3 +227,30 @@ def test_tetrajets_scale_leaves_nothing_to_saturate():
     x[0, 0] = 7
     assert block_scales(x, recipe("tetrajet").default.forward.input.format).item() == 2
     assert block_scales(x, "MXFP4").item() == 1, "the OCP rule lets 7 saturate at 6"
+
+
+class DividesAsCUDA(TorchFunctionMode):
+    """Division by a number as a GPU does it: by a product with the number's float32 reciprocal."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.__truediv__, torch.Tensor.div, torch.div) and isinstance(args[1], float | int):
+            return args[0] * torch.full((), 1 / args[1], dtype=args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_scale_depends_on_how_a_device_divides_by_a_number():
+    amaxes = torch.randn(999, generator=torch.Generator().manual_seed(0)).abs() + 0.01
+    none = torch.zeros(len(amaxes), dtype=torch.bool)
+    nvfp4, tiles = get_format("NVFP4"), get_format("E4M3/128x128:FP32")
+    found = [
+        lambda: scale_from_amax(amaxes, "E4M3"),
+        lambda: two_level_scale(amaxes, nvfp4),
+        lambda: raw_scales(amaxes, none, nvfp4, None),
+        lambda: raw_scales(amaxes, none, nvfp4, torch.tensor(0.3)),
+        lambda: raw_scales(amaxes, none, tiles, None),
+        lambda: torch.stack([multiply_blocks(a.expand(1, 16), nvfp4).tensor_scale for a in amaxes[:99]]),
+    ]
+    for scales in found:
+        expected = scales()
+        with DividesAsCUDA():
+            assert torch.equal(scales(), expected)

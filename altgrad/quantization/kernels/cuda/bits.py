@@ -2,29 +2,25 @@
 
 The same definitions as `jit.grid_rounding.py` and the same tables (`jit.grid_table.py`), written for Triton: magnitudes are unsigned
 integers of the arithmetic's own width (uint32, or uint64 where WIDE), a table's facts are scalars that a program reads
-once.
+once. The issue of instructions, not memory, limits these kernels, so the casts of training (`launch.is_lean`) have
+arithmetic of their own: a quotient by a reciprocal and its remainder, a rounding of two fused additions, and no select
+that only another format or policy needs. `benchmarks.cuda_instructions` counts what is left for each element.
+
+Integer arguments may be Python numbers: Triton makes constants of those that are 1. `tl.cast` takes both.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
-import torch
 import triton
 import triton.language as tl
 
-from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.formats.scalar import FloatFormat
-from altgrad.jit.grid_table import GRID_FIELDS, grid_table
-from altgrad.quantization.codec import code_dtype
-from altgrad.quantization.plan import Plan
-from altgrad.quantization.quantized import Quantized
-from altgrad.quantization.stats import QuantStats
+from altgrad.formats.rounding import Rounding
 
-ADDITION, NEAREST_EVEN, NEAREST_AWAY, TOWARD_ZERO, UP, DOWN, ODD, STOCHASTIC = (tl.constexpr(i) for i in range(8))
+ADDITION, NEAREST_EVEN, NEAREST_AWAY, TOWARD_ZERO, UP, DOWN, ODD, STOCHASTIC, SHORT_CHANCE = (
+    tl.constexpr(i) for i in range(9)
+)
 MODES = {
     Rounding.NEAREST_EVEN: NEAREST_EVEN.value,
     Rounding.NEAREST_AWAY: NEAREST_AWAY.value,
@@ -59,30 +55,9 @@ class Grid(NamedTuple):
     nan_problem: tl.tensor
     code_sign: tl.tensor
     complement_mask: tl.tensor
-
-
-_PICKED = [GRID_FIELDS.index(name) for name in Grid._fields]
-
-
-@cache
-def device_table(
-    fmt: FloatFormat,
-    rounding: Rounding,
-    overflow: Overflow,
-    clamp: bool,
-    wide: bool,
-    saturate_finite: bool,
-    device: torch.device,
-) -> torch.Tensor:
-    """The facts that `read_grid` reads, as an int64 tensor on the device; kept for the life of the process.
-
-    saturate_finite: finite elements become max even where the policy would give inf.
-    """
-    table = grid_table(fmt, rounding, overflow, clamp, 24, wide).copy()
-    if saturate_finite:
-        for name in ("overflow_positive", "overflow_negative"):
-            table[GRID_FIELDS.index(name)] = table[GRID_FIELDS.index("max_bits")]
-    return torch.from_numpy(table[_PICKED].view(np.int64)).to(device)
+    code_sign_shift: tl.tensor
+    fixed_point: tl.tensor
+    mantissa_field: tl.tensor
 
 
 @triton.jit
@@ -116,6 +91,9 @@ def read_grid(table, WIDE: tl.constexpr):
         fact(table, 17, WIDE),
         fact(table, 18, WIDE),
         fact(table, 19, WIDE),
+        fact(table, 20, WIDE),
+        fact(table, 21, WIDE),
+        fact(table, 22, WIDE),
     )
 
 
@@ -143,10 +121,14 @@ def widen(v):
     return wide
 
 
+# Triton's interpreter cuts float32 to bf16, where a GPU's conversion rounds to nearest even.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
 @triton.jit
 def narrow(r, dtype: tl.constexpr):
-    """Results in the stored dtype, rounded once to nearest even."""
-    if dtype == tl.bfloat16:
+    """Results in the stored dtype, rounded once to nearest even; subnormals stay."""
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = r.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         kept = tl.where(r == r, rounded, bits | 0x400000)
@@ -190,7 +172,7 @@ def round_magnitude(magnitude, negative, word, random_bits, grid, MODE: tl.const
         away = (rest > 0) & (odd == 0)
     else:
         wide_shift = shift.to(tl.uint64)
-        draw = random_bits.to(tl.uint64)
+        draw = tl.cast(random_bits, tl.uint64)
         above = tl.where(wide_shift > draw, wide_shift, draw)
         lower = above - draw
         lower = tl.where(lower < 63, lower, lower * 0 + 63)
@@ -245,31 +227,130 @@ def mixed64(x):
 
 
 @triton.jit
-def random_words(index, key):
-    """32 random bits of each int64 element index under the key (a pointer to seed and stream); see `altgrad.randomness`."""
+def key_words(key, block):
+    """(before, between) of the key (a pointer to seed and stream) for elements of a block of 2^32; `altgrad.randomness`."""
     seed = tl.load(key).to(tl.uint64, bitcast=True)
     stream = tl.load(key + 1).to(tl.uint64, bitcast=True)
-    mixed = mixed64(mixed64(mixed64(seed) ^ stream) ^ (index >> 32).to(tl.uint64))
-    before, between = mixed.to(tl.uint32), (mixed >> 32).to(tl.uint32)
-    x = (index.to(tl.uint32) ^ before) * 0xED5AD4BB
+    mixed = mixed64(mixed64(mixed64(seed) ^ stream) ^ block)
+    return mixed.to(tl.uint32), (mixed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def random_words(index, before, between):
+    """32 random bits of each element index (modulo 2^32, uint32) under two key words."""
+    x = (index ^ before) * 0xED5AD4BB
     x = (x ^ (x >> 11) ^ between) * 0xAC4C1B51
     x = (x ^ (x >> 15)) * 0x31848BAB
     return x ^ (x >> 14)
 
 
 @triton.jit
-def round_element(v, y, index, key, random_bits, grid, MODE: tl.constexpr, WIDE: tl.constexpr):
-    """(payload bits, overflowed) of quotients y of elements v (both float64 where WIDE)."""
+def round_element(v, y, word, random_bits, grid, MODE: tl.constexpr, WIDE: tl.constexpr):
+    """(payload bits, overflowed) of quotients y of elements v (both float64 where WIDE); `word`: see `words_of`."""
     SIGN: tl.constexpr = 0x8000000000000000 if WIDE else 0x80000000
     bits = bits_of(y, WIDE)
     sign = bits & SIGN
     magnitude = bits ^ sign
     magnitude = tl.where(magnitude < grid.clamp_bits, magnitude, grid.clamp_bits)
-    word = magnitude
-    if MODE == STOCHASTIC:
-        word = random_words(index, key)
     rounded = round_magnitude(magnitude, sign, word, random_bits, grid, MODE, WIDE)
     return settle(rounded, bits_of(v, WIDE), sign, grid, WIDE)
+
+
+# -- the casts of training: finite magnitudes beyond max become max, -0 stays -0 (`launch.is_lean`) ------------------------
+
+
+class Divisor(NamedTuple):
+    """A float32 scale m * 2^p as what a quotient by it takes: 2^-p, fl(1/m), what 1/m lacks of it, m, and 2^p."""
+
+    down: tl.tensor
+    reciprocal: tl.tensor
+    rest: tl.tensor
+    significand: tl.tensor
+    up: tl.tensor
+
+
+@triton.jit
+def divisor_of(scale):
+    """A positive float32 scale taken apart; 1 <= m < 2, but for subnormal scales."""
+    field = (scale.to(tl.uint32, bitcast=True) >> 23) & 0xFF
+    field = tl.where(field < 1, field * 0 + 1, tl.where(field > 254, field * 0 + 254, field))
+    down = tl.where(field < 254, (254 - field) << 23, field * 0 + 0x400000).to(tl.float32, bitcast=True)
+    m = scale * down
+    reciprocal = tl.math.div_rn(m * 0.0 + 1.0, m)
+    rest = tl.fma(-reciprocal, m, 1.0) * reciprocal
+    return Divisor(down, reciprocal, rest, m, (field << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def lean_quotient(v, d):
+    """|v| / scale in float32, rounded once where that is at least 2^-70; NaN and what exceeds 2^76 come out large.
+
+    The first quotient is within one ulp, so its remainder is exact, and one more step rounds correctly (Markstein).
+    """
+    a = tl.minimum(tl.abs(v) * d.down, 1.2676506002282294e30)
+    near = tl.fma(a, d.reciprocal, a * d.rest)
+    return tl.fma(tl.fma(-near, d.significand, a), d.reciprocal, near)
+
+
+@triton.jit
+def lean_round(quotient, word, grid, MODE: tl.constexpr):
+    """(magnitude, magnitude code) on the grid of |quotients|, which may be NaN or beyond max.
+
+    ADDITION: next to 2^(e + 23 - M) floats are 2^(e - M) apart, the grid's spacing at e, so that adding it rounds and the
+    sum's fraction counts grid steps. SHORT_CHANCE: 32-bit fixed point with 24 bits after the point, for at most 7
+    significant bits and 24 random ones, as `jit.grid_rounding.by_short_chance`.
+    """
+    y = tl.minimum(quotient, grid.max_bits.to(tl.float32, bitcast=True))
+    least = grid.min_normal_bits.to(tl.float32, bitcast=True)
+    binade = (y.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    binade = tl.maximum(binade, least)
+    bits = binade.to(tl.uint32, bitcast=True)
+    if MODE == ADDITION:
+        lift = ((grid.dropped_bits + 127) << 23).to(tl.float32, bitcast=True)
+        sum_ = tl.fma(binade, lift, y)
+        magnitude = tl.fma(binade, -lift, sum_)
+        steps = sum_.to(tl.uint32, bitcast=True) & 0x7FFFFF
+    else:
+        fixed = (y * (grid.fixed_point - bits).to(tl.float32, bitcast=True)).to(tl.int32).to(tl.uint32, bitcast=True)
+        steps = (fixed + (word >> 8)) >> 24
+        spacing = (bits - grid.mantissa_field).to(tl.float32, bitcast=True)
+        magnitude = steps.to(tl.int32, bitcast=True).to(tl.float32) * spacing
+    return magnitude, steps + ((bits - grid.min_normal_bits) >> grid.dropped_bits)
+
+
+@triton.jit
+def lean_finite(v, KEEPS_INF: tl.constexpr):
+    """Whether elements are rounded: NaN is not, nor inf where that keeps its place."""
+    return tl.abs(v) < float("inf") if KEEPS_INF else v == v
+
+
+@triton.jit
+def signed_as(magnitude, v):
+    """Magnitudes with the signs of v."""
+    sign = v.to(tl.uint32, bitcast=True) & 0x80000000
+    return (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lean_code(code, v, grid, KEEPS_INF: tl.constexpr):
+    """Codes of elements v whose magnitudes have these codes, as `code_of`; 0 where a NaN or inf has none."""
+    sign = (v.to(tl.uint32, bitcast=True) >> grid.code_sign_shift) & grid.code_sign
+    special = tl.zeros_like(code) + grid.nan_code
+    if KEEPS_INF:
+        of_inf = grid.inf_code | (tl.where(grid.inf_problem == 0, grid.code_sign, 0) & sign)
+        special = tl.where(v == v, of_inf, special)
+    return tl.where(lean_finite(v, KEEPS_INF), code | sign, special)
+
+
+@triton.jit
+def lean_problem(v, grid, KEEPS_INF: tl.constexpr):
+    """The largest problem of elements v; masked ones are 0."""
+    size = tl.abs(v)
+    problem = tl.where(tl.max(size.to(tl.uint32, bitcast=True)) > 0x7F800000, grid.nan_problem, 0)
+    if KEEPS_INF:
+        number = tl.maximum(size, 0.0).to(tl.uint32, bitcast=True)  # NaN becomes 0
+        problem = tl.maximum(problem, tl.where(tl.max(number) == 0x7F800000, grid.inf_problem, 0))
+    return problem.to(tl.int32)
 
 
 @triton.jit
@@ -300,58 +381,3 @@ def store_counts(partials, program, amax, overflows, underflows, nonfinites, err
     tl.store(place + 3, nonfinites)
     tl.store(place + 4, errors)
     tl.store(place + 5, squares)
-
-
-def total(partials: torch.Tensor, elements: int) -> torch.Tensor:
-    """The vector of `QuantStats` from rows of partial statistics."""
-    sums = partials[:, 1:].sum(dim=0)
-    amax = partials[:, :1].amax(dim=0) if len(partials) else partials.new_zeros(1)
-    return torch.cat([amax, partials.new_full((1,), float(elements)), sums])
-
-
-def on_device(x: torch.Tensor):
-    """Context in which kernels launch on x's GPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def key_tensor(key: tuple[int, int] | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """(seed, stream) as an int64 tensor on the device."""
-    if key is None or isinstance(key, torch.Tensor):
-        return None if key is None else key.to(device)
-    return torch.tensor(key, dtype=torch.int64).to(device)
-
-
-class Outputs(NamedTuple):
-    """What a launch writes to; None for what the plan does not want."""
-
-    values: torch.Tensor | None
-    codes: torch.Tensor | None
-    problems: torch.Tensor | None  # int32, one per program
-    partials: torch.Tensor | None  # float64, six per program
-
-
-def outputs(plan: Plan, x: torch.Tensor, out: torch.Tensor | None, programs: int) -> Outputs:
-    """Room for the results of so many programs over the contiguous x; values go straight to an `out` that is contiguous."""
-    direct = out is not None and out.is_contiguous()
-    return Outputs(
-        (out if direct else torch.empty_like(x)) if plan.values else None,
-        torch.empty_like(x, dtype=code_dtype(plan.grid)) if plan.codes else None,
-        torch.zeros(programs, dtype=torch.int32, device=x.device) if plan.codes else None,
-        torch.empty((programs, 6), dtype=torch.float64, device=x.device) if plan.stats else None,
-    )
-
-
-def collected(
-    found: Outputs,
-    out: torch.Tensor | None,
-    elements: int,
-    scales: torch.Tensor | None = None,
-    upper: torch.Tensor | None = None,
-) -> Quantized:
-    """The results of a launch over so many elements."""
-    values, codes, problems, partials = found
-    if out is not None and values is not None and values is not out:
-        values = out.copy_(values)
-    stats = None if partials is None else QuantStats(total(partials, elements))
-    missing = 0 if problems is None or not len(problems) else problems.amax()
-    return Quantized(values, codes, scales, stats, upper, missing)

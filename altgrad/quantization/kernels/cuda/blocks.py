@@ -7,8 +7,6 @@ again from the cache. Tested on a CPU through Triton's interpreter (`TRITON_INTE
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 import triton
@@ -16,33 +14,42 @@ import triton.language as tl
 from torch import Tensor
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.formats.scalar import FloatFormat
-from altgrad.jit.grid_table import Family, family_of
 from altgrad.quantization.block_layout import BlockLayout
 from altgrad.quantization.codec import scale_values, stored_scale_dtype, value_tensor
 from altgrad.quantization.kernels.cuda.bits import (
-    ADDITION,
-    MODES,
     NEAREST_EVEN,
+    STOCHASTIC,
     code_of,
-    collected,
     count,
-    device_table,
     float_of,
-    key_tensor,
+    key_words,
+    lean_code,
+    lean_finite,
+    lean_problem,
+    lean_round,
     narrow,
-    on_device,
-    outputs,
+    random_words,
     read_grid,
     round_element,
     round_magnitude,
+    signed_as,
     store_counts,
     widen,
+)
+from altgrad.quantization.kernels.cuda.launch import (
+    collected,
+    device_table,
+    is_lean,
+    key_tensor,
+    mode_of,
+    on_device,
+    outputs,
 )
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+READS_ANY_CODE = True  # as `cuda.scalar`
 PATCH = 2048  # elements that a program holds at once
 LARGEST_PATCH = 4096  # a tile up to this size is loaded once
 
@@ -118,6 +125,11 @@ def emit(
     random_bits,
     grid,
     MODE: tl.constexpr,
+    LEAN: tl.constexpr,
+    KEEPS_INF: tl.constexpr,
+    LACKS: tl.constexpr,
+    POISONS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
     VALUES: tl.constexpr,
     CODES: tl.constexpr,
@@ -126,22 +138,41 @@ def emit(
 ):
     """Round and store a patch; (nonzero if an element had no code, the statistics of `count`)."""
     zeros = tl.zeros_like(v)
-    multiplier, reciprocal = multiplier + zeros, reciprocal + zeros
-    y = v * reciprocal if SCALE == POWER_OF_TWO else tl.math.div_rn(v, multiplier)
-    payload, over = round_element(v, y, index, key, random_bits, grid, MODE, False)
-    poisoned = multiplier != multiplier
-    result = float_of(payload, False) * multiplier
+    word = index.to(tl.uint32)
+    if MODE >= STOCHASTIC:
+        # a block of random words is 2^32 elements, so that small tensors have one key
+        block = tl.full((), 0, tl.uint64) if ONE_BLOCK else (index >> 32).to(tl.uint64)
+        before, between = key_words(key, block)
+        word = random_words(word, before, between)
+    poisoned = multiplier + zeros != multiplier + zeros
+    none = tl.full((), 0.0, tl.float64)
+    counted = (none, none, none, none, none, none)
+    if LEAN:
+        size = tl.abs(v)
+        y = size * reciprocal if SCALE == POWER_OF_TWO else tl.math.div_rn(size, multiplier + zeros)
+        magnitude, steps = lean_round(y, word, grid, MODE)
+        result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude, v), v) * multiplier
+        if CODES:
+            code = lean_code(steps, v, grid, KEEPS_INF)
+    else:
+        y = v * reciprocal if SCALE == POWER_OF_TWO else tl.math.div_rn(v, multiplier + zeros)
+        payload, over = round_element(v, y, word, random_bits, grid, MODE, False)
+        result = float_of(payload, False) * multiplier
+        if CODES:
+            code, problem = code_of(payload, grid, False)
+        if STATS:
+            counted = count(v, widen(narrow(result, STORED)), over, valid, poisoned)
     if VALUES:
         tl.store(out + index, narrow(result, out.dtype.element_ty), mask=valid)
     found = 0
     if CODES:
-        code, problem = code_of(payload, grid, False)
-        tl.store(codes + index, tl.where(poisoned, code * 0, code).to(codes.dtype.element_ty), mask=valid)
-        found = tl.max(tl.max(tl.where(valid & (poisoned == 0), problem, problem * 0).to(tl.int32), 1), 0)
-    none = tl.full((), 0.0, tl.float64)
-    counted = (none, none, none, none, none, none)
-    if STATS:
-        counted = count(v, widen(narrow(result, STORED)), over, valid, poisoned)
+        if POISONS:
+            code = tl.where(poisoned, code * 0, code)
+        tl.store(codes + index, code.to(codes.dtype.element_ty), mask=valid)
+        if LACKS and LEAN:
+            found = lean_problem(tl.where(poisoned, 0.0, v) if POISONS else v, grid, KEEPS_INF)
+        elif LACKS:
+            found = tl.max(tl.max(tl.where(valid & (poisoned == 0), problem, problem * 0).to(tl.int32), 1), 0)
     return found, counted
 
 
@@ -167,7 +198,6 @@ def _process(
     random_bits,
     emax,
     up_from,
-    poison,
     element_max,
     smallest,
     outer_tiles,
@@ -180,6 +210,11 @@ def _process(
     ELEMENTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     MODE: tl.constexpr,
+    LEAN: tl.constexpr,
+    KEEPS_INF: tl.constexpr,
+    LACKS: tl.constexpr,
+    POISONS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
     TWO_LEVELS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -223,18 +258,18 @@ def _process(
     for chunk in range(CHUNKS):
         position = chunk * ELEMENTS + down_patch
         if STRIPS:
-            index = offset + position * columns.to(tl.int64)
+            index = offset + position * tl.cast(columns, tl.int64)
             valid = (position < height) & tile_valid[None, :]
         else:
             row, col = position // TILE_COLUMNS, position % TILE_COLUMNS
-            index = offset + row * columns.to(tl.int64) + col
+            index = offset + row * tl.cast(columns, tl.int64) + col
             valid = (row < height) & (col < width) & tile_valid[:, None]
         v = widen(tl.load(x + index, mask=valid, other=0.0))
         found, found_finite = amaxes(v, AXIS)
         largest = tl.where(found > largest, found, largest)
         finite = tl.where(found_finite > finite, found_finite, finite)
 
-    poisoned = (poison != 0) & (largest > 0x7F800000)
+    poisoned = largest > 0x7F800000 if POISONS else largest != largest
     raw, multiplier, reciprocal = scale_of(
         finite, poisoned, scale_table, upper, emax, up_from, element_max, smallest, SCALE, TWO_LEVELS
     )
@@ -254,11 +289,11 @@ def _process(
     for chunk in range(CHUNKS):
         position = chunk * ELEMENTS + down_patch
         if STRIPS:
-            index = offset + position * columns.to(tl.int64)
+            index = offset + position * tl.cast(columns, tl.int64)
             valid = (position < height) & tile_valid[None, :]
         else:
             row, col = position // TILE_COLUMNS, position % TILE_COLUMNS
-            index = offset + row * columns.to(tl.int64) + col
+            index = offset + row * tl.cast(columns, tl.int64) + col
             valid = (row < height) & (col < width) & tile_valid[:, None]
         if CHUNKS > 1:
             v = widen(tl.load(x + index, mask=valid, other=0.0))
@@ -274,13 +309,18 @@ def _process(
             random_bits,
             grid,
             MODE,
+            LEAN,
+            KEEPS_INF,
+            LACKS,
+            POISONS,
+            ONE_BLOCK,
             SCALE,
             VALUES,
             CODES,
             STATS,
             x.dtype.element_ty,
         )
-        if CODES:
+        if LACKS:
             problem = tl.maximum(problem, missing)
         if STATS:
             amax = tl.maximum(amax, counted[0])
@@ -289,7 +329,7 @@ def _process(
             nonfinites += counted[3]
             errors += counted[4]
             squares += counted[5]
-    if CODES:
+    if LACKS:
         tl.store(problems + program, problem)
     if STATS:
         store_counts(partials, program, amax, overflows, underflows, nonfinites, errors, squares)
@@ -319,7 +359,8 @@ def run(
     programs = outer * down * -(-layout.columns // tiles) if strips else -(-outer * down * across // tiles)
     found = outputs(plan, x, out, programs)
     native_inf = plan.overflow is Overflow.NATIVE and element.has_inf
-    family = family_of(element, plan.rounding, plan.overflow, plan.random_bits, False)
+    overflow = Overflow.SATURATE_FINITE if native_inf else plan.overflow
+    lean = not plan.stats and is_lean(element, plan.rounding, overflow, plan.random_bits, False)
     rounded_scale = not (fmt.power_of_two or fmt.has_float_scale)
     scale_grid = fmt.scale_format if rounded_scale else fmt.element
     if x.numel():
@@ -335,7 +376,6 @@ def run(
                 plan.random_bits,
                 fmt.element_emax,
                 fmt.round_up_from(23),
-                int(not element.has_nan),
                 float(np.float32(fmt.element.max)),
                 fmt.scale_format.min_subnormal if rounded_scale else 0.0,
                 outer * down,
@@ -347,7 +387,14 @@ def run(
                 TILES=tiles,
                 ELEMENTS=patch,
                 CHUNKS=chunks,
-                MODE=ADDITION.value if family is Family.BY_ADDITION else MODES[plan.rounding],
+                MODE=mode_of(
+                    element, plan.rounding, overflow if lean else plan.overflow, plan.random_bits, False, lean
+                ),
+                LEAN=lean,
+                KEEPS_INF=overflow is not Overflow.SATURATE,
+                LACKS=found.problems is not None,
+                POISONS=not element.has_nan,
+                ONE_BLOCK=x.numel() <= 2**32,
                 SCALE=0 if fmt.power_of_two else 1 if fmt.has_float_scale else 2,
                 TWO_LEVELS=scale is not None,
                 VALUES=plan.values,
@@ -374,14 +421,15 @@ def _decode(
     TILE_COLUMNS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """ELEMENTS neighbouring elements: a table's value times the multiplier of their tile; an index stays in its table."""
+    """ELEMENTS neighbouring elements: a table's value times the multiplier of their tile; NaN of no code 0 .. last."""
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     valid = index < count
     line, column = index // columns, index % columns
     outer, row = line // rows, line % rows
     tile = (outer * tiles_down + row // TILE_ROWS) * tiles_across + column // TILE_COLUMNS
-    code = tl.load(codes + index, mask=valid, other=0).to(tl.int32) & last
-    value = tl.load(values + code, mask=valid, other=0.0) * tl.load(scales + tile, mask=valid, other=0.0)
+    code = tl.load(codes + index, mask=valid, other=0).to(tl.int64)
+    value = tl.load(values + code, mask=(code >= 0) & (code <= last), other=float("nan"))
+    value = value * tl.load(scales + tile, mask=valid, other=0.0)
     tl.store(out + index, narrow(value, out.dtype.element_ty), mask=valid)
 
 
@@ -391,7 +439,7 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor, upper: Tensor | None, out: 
     codes, layout = codes.contiguous(), plan.layout(codes.shape)
     direct = out is not None and out.is_contiguous()
     written = out if direct else torch.empty(codes.shape, dtype=plan.dtype, device=codes.device)
-    values = _device_values(plan.format.element, codes.device)
+    values = value_tensor(plan.format.element, torch.float32, codes.device)
     _, down, across = layout.grid
     if codes.numel():
         with on_device(codes):
@@ -412,10 +460,3 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor, upper: Tensor | None, out: 
                 enable_fp_fusion=False,
             )
     return written if out is None or direct else out.copy_(written)
-
-
-@lru_cache(maxsize=64)
-def _device_values(fmt: FloatFormat, device: torch.device) -> Tensor:
-    """Value of each code as float32, a power of two of them and at least what a byte can name; beyond the codes NaN."""
-    values = value_tensor(fmt, torch.float32, device)
-    return torch.nn.functional.pad(values, (0, max(256 - len(values), 0)), value=torch.nan)

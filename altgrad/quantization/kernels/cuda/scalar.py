@@ -11,29 +11,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from altgrad.jit.grid_table import Family, family_of, float32_arithmetic_suffices
+from altgrad.formats.rounding import Overflow
+from altgrad.jit.grid_table import float32_arithmetic_suffices
 from altgrad.quantization.codec import value_tensor
 from altgrad.quantization.kernels.cuda.bits import (
-    ADDITION,
-    MODES,
+    STOCHASTIC,
     code_of,
-    collected,
     count,
-    device_table,
+    divisor_of,
     float_of,
-    key_tensor,
+    key_words,
+    lean_code,
+    lean_finite,
+    lean_problem,
+    lean_quotient,
+    lean_round,
     narrow,
-    on_device,
-    outputs,
+    random_words,
     read_grid,
     round_element,
+    signed_as,
     store_counts,
     widen,
+)
+from altgrad.quantization.kernels.cuda.launch import (
+    collected,
+    device_table,
+    is_lean,
+    key_tensor,
+    mode_of,
+    on_device,
+    outputs,
 )
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 
-ELEMENTS = 2048  # per program
+READS_ANY_CODE = True  # NaN where a number is no code: checking them would wait for the device
+ELEMENTS = 4096  # per program: 32 for a thread, which the preparations are divided by
 
 
 @triton.jit
@@ -51,6 +65,9 @@ def _process(
     inner,
     channels,
     MODE: tl.constexpr,
+    LEAN: tl.constexpr,
+    KEEPS_INF: tl.constexpr,
+    LACKS: tl.constexpr,
     WIDE: tl.constexpr,
     DOUBLE: tl.constexpr,
     ONE_SCALE: tl.constexpr,
@@ -59,27 +76,47 @@ def _process(
     STATS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
+    """ELEMENTS neighbouring elements, a divisor of 2^32: one block of the random words."""
     program = tl.program_id(0)
-    index = program.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    start = program.to(tl.int64) * ELEMENTS
+    offset = tl.arange(0, ELEMENTS)
+    index = start + offset
     valid = index < size
     grid = read_grid(table, WIDE)
     v = widen(tl.load(x + index, mask=valid, other=0.0))
+    word = offset.to(tl.uint32)
+    if MODE >= STOCHASTIC:
+        before, between = key_words(key, (start >> 32).to(tl.uint64))
+        word = random_words(start.to(tl.uint32) + word, before, between)
     scale = tl.load(scales) if ONE_SCALE else tl.load(scales + (index // inner) % channels, mask=valid, other=1.0)
-    y = v / scale if DOUBLE else tl.math.div_rn(v, scale + tl.zeros_like(v))
-    wide_v = v.to(tl.float64) if WIDE else v
-    wide_y = y.to(tl.float64) if WIDE else y
-    payload, over = round_element(wide_v, wide_y, index, key, random_bits, grid, MODE, WIDE)
-    result = float_of(payload, WIDE).to(v.dtype) * scale
-    if VALUES:
-        tl.store(out + index, narrow(result, out.dtype.element_ty), mask=valid)
-    if CODES:
-        code, problem = code_of(payload, grid, WIDE)
-        tl.store(codes + index, code.to(codes.dtype.element_ty), mask=valid)
-        tl.store(problems + program, tl.max(tl.where(valid, problem, problem * 0).to(tl.int32)))
-    if STATS:
-        kept = widen(narrow(result, x.dtype.element_ty))
-        amax, overflows, underflows, nonfinites, errors, squares = count(v, kept, over, valid, over & False)
-        store_counts(partials, program, amax, overflows, underflows, nonfinites, errors, squares)
+    if LEAN:
+        y = lean_quotient(v, divisor_of(scale)) if ONE_SCALE else tl.math.div_rn(tl.abs(v), scale)
+        magnitude, steps = lean_round(y, word, grid, MODE)
+        if VALUES:
+            result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude, v), v) * scale
+            tl.store(out + index, narrow(result, out.dtype.element_ty), mask=valid)
+        if CODES:
+            code = lean_code(steps, v, grid, KEEPS_INF)
+            tl.store(codes + index, code.to(codes.dtype.element_ty), mask=valid)
+            if LACKS:
+                tl.store(problems + program, lean_problem(v, grid, KEEPS_INF))
+    else:
+        y = v / scale if DOUBLE else tl.math.div_rn(v, scale + tl.zeros_like(v))
+        wide_v = v.to(tl.float64) if WIDE else v
+        wide_y = y.to(tl.float64) if WIDE else y
+        payload, over = round_element(wide_v, wide_y, word, random_bits, grid, MODE, WIDE)
+        result = float_of(payload, WIDE).to(v.dtype) * scale
+        if VALUES:
+            tl.store(out + index, narrow(result, out.dtype.element_ty), mask=valid)
+        if CODES:
+            code, problem = code_of(payload, grid, WIDE)
+            tl.store(codes + index, code.to(codes.dtype.element_ty), mask=valid)
+            if LACKS:
+                tl.store(problems + program, tl.max(tl.where(valid, problem, problem * 0).to(tl.int32)))
+        if STATS:
+            kept = widen(narrow(result, x.dtype.element_ty))
+            amax, overflows, underflows, nonfinites, errors, squares = count(v, kept, over, valid, over & False)
+            store_counts(partials, program, amax, overflows, underflows, nonfinites, errors, squares)
 
 
 @triton.jit
@@ -89,16 +126,19 @@ def _decode(
     scales,
     values,
     size,
+    last,
     inner,
     channels,
     ONE_SCALE: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
+    """scale * value of codes 0 .. last, and NaN of any other."""
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     valid = index < size
     code = tl.load(codes + index, mask=valid, other=0).to(tl.int64)
     scale = tl.load(scales) if ONE_SCALE else tl.load(scales + (index // inner) % channels, mask=valid, other=1.0)
-    tl.store(out + index, narrow(tl.load(values + code) * scale, out.dtype.element_ty), mask=valid)
+    value = tl.load(values + code, mask=(code >= 0) & (code <= last), other=float("nan"))
+    tl.store(out + index, narrow(value * scale, out.dtype.element_ty), mask=valid)
 
 
 def _scales(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tensor, int, int]:
@@ -125,7 +165,7 @@ def run(
     fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
     double = x.dtype == torch.float64
     wide = double or not float32_arithmetic_suffices(fmt)
-    by_addition = family_of(fmt, rounding, overflow, plan.random_bits, wide) is Family.BY_ADDITION
+    lean = not plan.stats and is_lean(fmt, rounding, overflow, plan.random_bits, wide)
     source = x.contiguous()
     size = source.numel()
     programs = -(-size // ELEMENTS)
@@ -143,7 +183,10 @@ def run(
                 size,
                 inner,
                 channels,
-                MODE=ADDITION.value if by_addition else MODES[rounding],
+                MODE=mode_of(fmt, rounding, overflow, plan.random_bits, wide, lean),
+                LEAN=lean,
+                KEEPS_INF=overflow is not Overflow.SATURATE,
+                LACKS=found.problems is not None,
                 WIDE=wide,
                 DOUBLE=double,
                 ONE_SCALE=scales.numel() == 1,
@@ -172,6 +215,7 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: T
                 scales,
                 values,
                 size,
+                len(values) - 1,
                 inner,
                 channels,
                 ONE_SCALE=scales.numel() == 1,

@@ -15,7 +15,7 @@ from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.grid_table import INF_PROBLEM
 from altgrad.jit.subnormals import unflushed
 from altgrad.quantization.block_layout import BlockLayout
-from altgrad.quantization.codec import code_dtype, scale_values, value_tensor
+from altgrad.quantization.codec import code_dtype, divided, scale_values, value_tensor
 from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
@@ -44,9 +44,9 @@ def raw_scales(amax: Tensor, has_nan: Tensor, fmt: BlockFormat, upper: Tensor | 
         exponent = amax_exponent(amax, fmt) - fmt.element_emax
         return torch.where(poisoned, E8M0_NAN, exponent.clamp(-127, 127) + E8M0_BIAS).to(torch.uint8)
     if fmt.has_float_scale:
-        scale = torch.where(amax > 0, amax, 1.0) / fmt.element.max
+        scale = divided(torch.where(amax > 0, amax, 1.0), fmt.element.max)
         return torch.where(poisoned, torch.nan, scale.clamp(_FLOAT32.tiny, _FLOAT32.max)).to(torch.float32)
-    ideal = amax / fmt.element.max
+    ideal = divided(amax, fmt.element.max)
     if upper is not None:
         ideal = ideal / upper
     payload, _ = eager.round_payload(ideal, fmt.scale_format, 1.0, Rounding.NEAREST_EVEN, Overflow.SATURATE)
