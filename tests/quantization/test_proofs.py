@@ -1,5 +1,9 @@
 """Proofs on all values: against search in float64, and against gfloat, ml_dtypes and torch."""
 
+import math
+import re
+from pathlib import Path
+
 import gfloat
 import gfloat.formats
 import ml_dtypes
@@ -207,6 +211,18 @@ def test_torch_casts(name):
         x = x[torch.isfinite(x)]
         x = x[x.abs() <= fmt.max]
         assert torch.equal(encode(x, fmt), x.to(TORCH[name]).view(torch.uint8))
+
+
+def test_torchs_cast_to_e4m3_is_what_the_docs_say():
+    said = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    claim = re.search(
+        r"torch (\S+) saturates E4M3 on the CPU\s+\(465, 1000 and inf give 448\) and other versions and devices", said
+    )
+    found = torch.tensor([465.0, 1000.0, math.inf]).to(torch.float8_e4m3fn).float()
+    if torch.__version__.startswith(claim[1] + "."):
+        assert found.tolist() == [448, 448, 448]
+    else:
+        assert bool((found.isnan() | (found == 448)).all())
 
 
 @pytest.mark.parametrize("mode", MODES)
