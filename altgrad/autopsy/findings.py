@@ -12,6 +12,7 @@ from altgrad.autopsy.oracle import LoopOracle
 from altgrad.autopsy.verdict import Verdict
 from altgrad.nn.recipe.cells import Cell
 from altgrad.records.files import write_json, write_text
+from altgrad.records.schema import jsonable
 from altgrad.report.pages.autopsy import render_autopsy
 
 
@@ -33,7 +34,7 @@ def write_findings(
         "command": command,
         "saving": saving_recipe(verdict, oracle),
     }
-    write_json(out / "verdict.json", data)
+    write_json(out / "verdict.json", jsonable(data))
     html, markdown = render_autopsy(data)
     write_text(out / "autopsy.html", html)
     write_text(out / "autopsy.md", markdown)

@@ -12,8 +12,11 @@ import torch
 
 from altgrad.errors import ConfigError, ReportError
 from altgrad.quantization import NUMERICS_VERSION
+from altgrad.records.machine import threads_in
 from altgrad.records.run import Run
 from altgrad.records.schema import as_number
+from altgrad.records.verify import verify_run
+from altgrad.report.text import shortened
 from altgrad.training.config.loading import load_config
 from altgrad.training.trainer import Trainer
 
@@ -23,6 +26,8 @@ def rebuild(folder: Path) -> tuple[Trainer, list[float], Mapping[str, Any]]:
     for name in ("config.yaml", "metrics.jsonl", "env.json"):
         if not (folder / name).is_file():
             raise ReportError(f"{folder} has no {name}; give the folder of a run, such as runs/e4m3-s42-1a2b3c4d")
+    if problems := verify_run(folder, checkpoints=False).problems:
+        raise ReportError(f"{folder} is damaged ({'; '.join(problems)}); an autopsy of it would be of another run")
     run = Run(folder)
     check_versions(folder, run.environment, run.result)
     config = load_config(folder / "config.yaml")
@@ -40,15 +45,16 @@ def threads_of(folder: Path) -> int:
     Raises:
         ReportError: env.json does not say.
     """
-    threads = Run(folder).environment.get("threads")
-    if isinstance(threads, int) and threads >= 1:
+    environment = Run(folder).environment
+    if (threads := threads_in(environment)) is not None:
         return threads
-    raise ReportError(f"{folder}: env.json says {threads!r} threads; it is damaged, so the run cannot be replayed")
+    said = shortened(repr(environment.get("threads")))
+    raise ReportError(f"{folder}: env.json says {said} threads; it is damaged, so the run cannot be replayed")
 
 
 def recorded_losses(folder: Path) -> list[float]:
     """Training losses of steps 1, 2, ... of a run folder, up to the first that is missing; NaN where not finite."""
-    recorded = {record["step"]: as_number(record["loss"]) for record in Run(folder).records("step")}
+    recorded = {record["step"]: as_number(record.get("loss")) for record in Run(folder).records("step")}
     losses = []
     while len(losses) + 1 in recorded:
         loss = recorded[len(losses) + 1]

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from altgrad.records.schema import as_number
+
 
 class Place(Protocol):
     """A cell as the search sees it: hashable, ordered by its text."""
@@ -100,8 +102,11 @@ class Outcome:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Outcome:
         """Back from `as_dict`."""
-        losses = tuple(math.nan if loss is None else float(loss) for loss in data["losses"])
-        return cls(losses, data.get("refused"), float(data.get("seconds", 0.0)))
+        losses, refused, seconds = data["losses"], data.get("refused"), as_number(data.get("seconds", 0.0))
+        numbers = [None] if not isinstance(losses, list) else [math.nan if v is None else as_number(v) for v in losses]
+        if None in numbers or seconds is None or not isinstance(refused, str | None):
+            raise ValueError("these are no losses, reason and seconds of a fork")
+        return cls(tuple(numbers), refused, seconds)  # pyright: ignore[reportArgumentType]
 
 
 class Oracle(Protocol):

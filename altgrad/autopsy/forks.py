@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from altgrad.autopsy.fork import Fork, Oracle, Outcome, Stop
 from altgrad.errors import OptionError
+from altgrad.records.files import read_file
+from altgrad.records.metrics_log import is_sealed, line_of, seal_holds
+from altgrad.records.untrusted import Malformed, parse_line
+from altgrad.report.numbers import plural
 
 
 class BudgetSpent(Exception):
@@ -35,7 +39,8 @@ class Forks:
     Args:
         oracle: who runs forks.
         budget: forks that may be run, those found in the log not counted.
-        log: file that answers are appended to and read back from, one JSON object a line; a torn last line is dropped.
+        log: file that answers are appended to and read back from, one JSON object with its checksum a line; the forks of
+            lines that are not as they were written are run again, with a warning that counts them.
         tell: is called with a `Told` after each fork that was run.
 
     Raises:
@@ -54,7 +59,7 @@ class Forks:
         self.run = 0
         self.known: dict[str, Outcome] = read_log(log)
         self.seconds = sum(outcome.seconds for outcome in self.known.values())
-        self._torn = log is not None and log.exists() and log.stat().st_size > 0 and log.read_bytes()[-1:] != b"\n"
+        self._torn = log is not None and log.exists() and not (read_file(log) or b"\n").endswith(b"\n")
         self.found = len(self.known)
 
     @property
@@ -110,9 +115,9 @@ class Forks:
         self.seconds += outcome.seconds
         self.known[fork.key] = outcome
         if self.log is not None:
-            line = json.dumps({"key": fork.key, "stage": self.stage, **outcome.as_dict()})
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(("\n" if self._torn else "") + line + "\n")
+            line = line_of({"key": fork.key, "stage": self.stage, **outcome.as_dict()})
+            with self.log.open("ab") as file:
+                file.write((b"\n" if self._torn else b"") + line)
             self._torn = False
         if self.tell is not None:
             more = min(left(self.expected, self.stage, self._in_stage), self.budget - self.run)
@@ -134,11 +139,17 @@ def read_log(log: Path | None) -> dict[str, Outcome]:
     """The answers that a log holds, by the key of their question; none where there is no log."""
     if log is None or not log.exists():
         return {}
-    known = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
+    known: dict[str, Outcome] = {}
+    lines = read_file(log).splitlines()
+    sealed, damaged = any(map(is_sealed, lines)), 0
+    for line in lines:
         try:
-            record = json.loads(line)
+            if sealed and not (is_sealed(line) and seal_holds(line)):
+                raise Malformed("it does not match its checksum")
+            record = parse_line(line)
             known[record["key"]] = Outcome.from_dict(record)
         except (ValueError, KeyError, TypeError):
-            continue  # a torn line: that fork is run again
+            damaged += line.endswith(b"}")  # else a kill tore it
+    if damaged:
+        warnings.warn(f"{plural(damaged, 'line')} of {log} could not be read; those forks are run again", stacklevel=2)
     return known

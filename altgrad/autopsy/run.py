@@ -6,6 +6,7 @@ interrupted autopsy goes on.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from altgrad.autopsy.plan import Plan, measure
 from altgrad.autopsy.search import Settings, expected_forks, kinds_of
 from altgrad.autopsy.verdict import Verdict
 from altgrad.autopsy.workers import Executor, OfRun, check_jobs, side_by_side
-from altgrad.errors import ConfigError
+from altgrad.errors import ConfigError, ReportError
+from altgrad.records.lock import RunLock
+from altgrad.records.run import read_run
+from altgrad.records.verify import verify_run
 
 FOLDER = "autopsy"
 
@@ -47,31 +51,35 @@ def autopsy(
         tell, told: progress of the two trajectories, and of the forks.
 
     Raises:
-        ReportError: the folder is no run, or lacks what a replay needs.
+        ReportError: the folder is no run, is damaged, or lacks what a replay needs; so of the twin's.
+        RunBusyError: another process is at it.
         ConfigError: the run cannot be replayed here: several ranks, other versions, data or a model given in Python, or
             losses that differ from the recorded ones (with the first step).
     """
     folder = Path(run_dir)
     check_jobs(jobs)
     trainer, recorded, result = rebuild(folder)
-    steps = len(recorded)
+    beside = None if twin is None else _losses_of_twin(Path(twin), len(recorded))
     out = folder / FOLDER
-    out.mkdir(exist_ok=True)
-    oracle = LoopOracle(TrainerLoop(trainer), steps, seed=trainer.config.seed, tell=tell)
-    other = first_other(recorded, oracle.history(LOW))
-    if other is not None:
-        raise ConfigError(
-            f"the replay differs from the recorded run at step {other + 1} (loss {oracle.history(LOW)[other]!r}, recorded "
-            f"{recorded[other]!r}): it ran on another machine, or its data changed; run it again here first"
-        )
-    if twin is not None:
-        _check_twin(Path(twin), oracle)
-    symptom = (result.get("verdict") or {}).get("detected_step")
-    with side_by_side(oracle, OfRun(str(folder.resolve())), jobs, executor, out) as asked:
-        forks = Forks(asked, budget=budget, log=out / "forks.jsonl", tell=told)
-        verdict = investigate(forks, symptom=symptom, prior=oracle.prior, settings=settings)
-    facts = {"run_id": result.get("run_id", folder.name), "seed": result.get("seed")}
-    write_findings(out, verdict, oracle, facts, f"altgrad autopsy {folder}")
+    with RunLock.acquire(out, "look there for what it found"):
+        oracle = LoopOracle(TrainerLoop(trainer), len(recorded), seed=trainer.config.seed, tell=tell)
+        other = first_other(recorded, oracle.history(LOW))
+        if other is not None:
+            raise ConfigError(
+                f"the replay differs from the recorded run at step {other + 1} (loss {oracle.history(LOW)[other]!r}, "
+                f"recorded {recorded[other]!r}): it ran on another machine, or its data changed; run it again here first"
+            )
+        if beside is not None and (other := first_other(beside, oracle.history(TWIN))) is not None:
+            raise ConfigError(
+                f"{twin} is not the float32 twin: its loss of step {other + 1} is {beside[other]!r}, the twin's is "
+                f"{oracle.history(TWIN)[other]!r}; leave --twin out, or give a float32 run of the same seed, data and steps"
+            )
+        symptom = (result.get("verdict") or {}).get("detected_step")
+        with side_by_side(oracle, OfRun(str(folder.resolve())), jobs, executor, out) as asked:
+            forks = Forks(asked, budget=budget, log=out / "forks.jsonl", tell=told)
+            verdict = investigate(forks, symptom=symptom, prior=oracle.prior, settings=settings)
+        facts = {"run_id": result.get("run_id", folder.name), "seed": result.get("seed")}
+        write_findings(out, verdict, oracle, facts, shlex.join(["altgrad", "autopsy", str(folder)]))
     return verdict
 
 
@@ -109,6 +117,8 @@ def fork_run(
     """
     folder = Path(run_dir)
     trainer, recorded, _ = rebuild(folder)
+    if steps < 1:
+        raise ConfigError(f"{steps} steps show nothing; take at least 1")
     if not 0 <= step <= len(recorded):
         raise ConfigError(f"step {step} is not in this run of {len(recorded)} steps")
     loop = TrainerLoop(trainer)
@@ -122,11 +132,17 @@ def fork_run(
     return step, recorded, [loop.advance() for _ in range(steps)], rescued
 
 
-def _check_twin(folder: Path, oracle: LoopOracle) -> None:
+def _losses_of_twin(folder: Path, steps: int) -> list[float]:
+    """What a twin's folder records.
+
+    Raises:
+        ReportError: it is no run, or damaged. ConfigError: it has fewer steps than the run.
+    """
+    if problems := verify_run(read_run(folder).path, checkpoints=False).problems:
+        raise ReportError(f"the twin {folder} is damaged ({'; '.join(problems)}); leave --twin out")
     losses = recorded_losses(folder)
-    other = first_other(losses, oracle.history(TWIN))
-    if other is not None:
+    if len(losses) < steps:
         raise ConfigError(
-            f"{folder} is not the float32 twin: its loss of step {other + 1} is {losses[other]!r}, the twin's is "
-            f"{oracle.history(TWIN)[other]!r}; leave --twin out, or give a float32 run of the same seed, data and steps"
+            f"{folder} records {len(losses)} steps, the run has {steps}; bring it to its end, or leave --twin out"
         )
+    return losses

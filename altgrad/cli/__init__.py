@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -172,7 +173,7 @@ _Run = Annotated[Path, typer.Argument(help="A run's folder, such as runs/e7m0-s4
 @app.command()
 def autopsy(
     run: _Run,
-    budget: Annotated[int, typer.Option("--budget", help="Forks that may be run.")] = 120,
+    budget: Annotated[int, typer.Option("--budget", min=1, help="Forks that may be run.")] = 120,
     twin: Annotated[
         Path | None, typer.Option("--twin", help="Folder of its float32 twin, to hold the replayed one against.")
     ] = None,
@@ -281,6 +282,7 @@ def main() -> None:
     """Entry point: a person's mistake, a full disk or a closed pipe ends in one line on stderr, never in a traceback."""
     from altgrad.errors import AltGradError
 
+    warnings.showwarning = _warn
     try:
         try:
             app()
@@ -296,8 +298,17 @@ def main() -> None:
         raise
     except OSError as error:
         _fail(f"{os_error_text(error)}. What was written before is whole; the same command goes on from there.")
+    except MemoryError:
+        _fail("there is not enough memory for that; ask for less, or free some")
     except KeyboardInterrupt:
         _fail("stopped", 130)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    from altgrad.report.text import for_terminal, shortened
+
+    with contextlib.suppress(OSError):
+        print(f"altgrad: warning: {for_terminal(shortened(message, 4000))}", file=sys.stderr)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from altgrad.autopsy.run import autopsy as run_autopsy
 from altgrad.autopsy.run import fork_run, plan
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
 from altgrad.errors import ConfigError
+from altgrad.report.console import Terminal
 from altgrad.report.numbers import duration, plural
 from altgrad.report.pages.autopsy import share_text
 
@@ -57,19 +57,19 @@ class Places:
 
 def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dry_run: bool) -> int:
     """`altgrad autopsy`: exit code 0 for any verdict, 3 where it is inconclusive."""
-    console = Console()
+    console = Terminal()
     with places.open(run_dir) as (jobs, executor):
         planned = plan(run_dir, budget, jobs=jobs)
-        console.print(f"{planned}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{planned}", highlight=False, soft_wrap=True)
         if dry_run:
             return 0
         verdict = _followed(console, run_dir, budget=budget, twin=twin, jobs=jobs, executor=executor)
     _print(console, verdict)
-    console.print(f"page: {run_dir / 'autopsy' / 'autopsy.html'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"page: {run_dir / 'autopsy' / 'autopsy.html'}", highlight=False, soft_wrap=True)
     return 3 if verdict.kind == INCONCLUSIVE else 0
 
 
-def _followed(console: Console, run_dir: Path, **options: Any) -> Verdict:
+def _followed(console: Terminal, run_dir: Path, **options: Any) -> Verdict:
     """The autopsy, with its progress on the console."""
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -79,7 +79,7 @@ def _followed(console: Console, run_dir: Path, **options: Any) -> Verdict:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=of)
                 if not console.is_terminal:
-                    console.print(what, highlight=False, markup=False)
+                    console.print(what, highlight=False)
             bars.update(tasks[what], completed=done, total=of)  # type: ignore[arg-type]
 
         def told(one: Told) -> None:
@@ -90,9 +90,9 @@ def _followed(console: Console, run_dir: Path, **options: Any) -> Verdict:
         return run_autopsy(run_dir, tell=moved, told=told, **options)
 
 
-def _print(console: Console, verdict: Verdict) -> None:
+def _print(console: Terminal, verdict: Verdict) -> None:
     console.print()
-    console.print(verdict.sentence, highlight=False, markup=False)
+    console.print(verdict.sentence, highlight=False)
     facts = [f"level: {verdict.level}" if verdict.level else "", f"{verdict.forks} forks", duration(verdict.seconds)]
     if verdict.kind == CAUSE:
         sure = "not calibrated" if verdict.confidence is None else f"{verdict.confidence:.0%}"
@@ -101,7 +101,7 @@ def _print(console: Console, verdict: Verdict) -> None:
         facts.append(f"onset: step {verdict.onset}")
     if verdict.no_return is not None:
         facts.append(f"no return after step {verdict.no_return}")
-    console.print(" · ".join(fact for fact in facts if fact), highlight=False, markup=False)
+    console.print(" · ".join(fact for fact in facts if fact), highlight=False)
     made = [one for one in verdict.interventions if one.closed is not None]
     if made:
         table = Table("on the cells found", "gap closed", "bits it adds a value", box=None, header_style="dim")
@@ -112,7 +112,7 @@ def _print(console: Console, verdict: Verdict) -> None:
 
 def replay(run_dir: Path, step: int, steps: int, patterns: list[str]) -> None:
     """`altgrad replay`: losses of the fork beside the run's own."""
-    console = Console()
+    console = Terminal()
 
     def chosen(cells: list) -> frozenset:
         found = frozenset(c for c in cells for p in patterns if fnmatchcase(str(c), p))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from altgrad.errors import CheckpointError
+from altgrad.errors import AltGradError, CheckpointError
 from altgrad.integrations.plain import plain, tensors
 from altgrad.monitor import Monitor
 from altgrad.monitor.judge import Judge, StepFacts
@@ -41,6 +41,7 @@ from altgrad.nn.recipe.facts import recipe_facts
 from altgrad.nn.session import sessions_of
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.documents import RESULT, write_config, write_environment, write_result
+from altgrad.records.lock import RunLock
 from altgrad.records.machine import circumstances
 from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back
 from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
@@ -124,6 +125,7 @@ class Recorder:
 
         Raises:
             CheckpointError: a fresh start in a folder that has the records of a run.
+            RunBusyError: another process writes there.
         """
         self._release()
         self.model, self.step, self.collapsed = model, 0, False
@@ -136,6 +138,7 @@ class Recorder:
         self._micro, self._norm, self._stepped, self._waiting = _Micro(), None, False, []
         self._judge, self._tally = Judge(self.limits), Tally()
         self._log: MetricsLog | None = None
+        self._lock: RunLock | None = None
         self._monitor: Monitor | None = None
         self._since = self._begun = time.monotonic()
         if self.run_dir is not None and writes:
@@ -154,7 +157,7 @@ class Recorder:
             raise CheckpointError(
                 f"{folder} has the records of a run; give a new folder, resume from a checkpoint, or overwrite=True"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder)
         (folder / RESULT).unlink(missing_ok=True)  # the run goes on
         recipe = self._sessions[0].recipe if self._sessions else None
         self._formats, self._seed = recipe_facts(recipe), self._sessions[0].seed if self._sessions else 0
@@ -170,7 +173,7 @@ class Recorder:
             "verdict": self.limits.model_dump(),
             **facts,
         }
-        write_config(folder, yaml.safe_dump(self._facts, sort_keys=False))
+        write_config(folder, yaml.safe_dump(_as_text(self._facts), sort_keys=False))
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))  # type: ignore[union-attr]
         threads = torch.get_num_threads()
         write_environment(folder, {**circumstances(device, threads), "format": self._formats, "data_fingerprint": ""})
@@ -196,6 +199,8 @@ class Recorder:
             self._release()
             write_result(result.run_dir, result.as_dict())
         self._release()
+        if self._lock is not None:
+            self._lock.release()
         self.model = None
         return result
 
@@ -403,8 +408,18 @@ class Recorder:
 
         Raises:
             RecipeError: it is the state of a model that was quantized otherwise.
+            CheckpointError: it is no state of a recorder.
         """
-        state = tensors(dict(state))
+        try:
+            self._load_state(tensors(dict(state)))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, AltGradError):
+                raise
+            raise CheckpointError(
+                f"the checkpoint's state of AltGrad is damaged ({type(error).__name__}: {error}); resume from another one"
+            ) from None
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         load_quantization(self.model, state)  # type: ignore[arg-type]
         self.step = int(state.get("step", 0))
         if self.run_dir is None or "tally" not in state:
@@ -427,12 +442,38 @@ class Recorder:
         self.begin_step()
 
 
+_OPEN: dict[Path, RunLock] = {}
+"""Folders that trainings of this process write to. One that broke off without an end is followed by the next."""
+
+
+def _locked(folder: Path) -> RunLock:
+    """The lock of a run's folder, which is made if missing.
+
+    Raises:
+        RunBusyError: another process writes there.
+    """
+    place = folder.resolve()
+    if (left := _OPEN.pop(place, None)) is not None:
+        left.release()
+    _OPEN[place] = RunLock.acquire(folder, "give another run_dir")
+    return _OPEN[place]
+
+
 def load_quantization(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Put the quantization of a `Recorder.state` on a model; one without says so and changes nothing."""
     if "quantization" in state:
         load_quant_state(model, tensors(state["quantization"]))
     elif any(map(is_quantized, model.modules())):
         LOG.warning("the checkpoint has no state of the quantization: clock and scale histories start anew")
+
+
+def _as_text(node: Any) -> Any:
+    """Plain data; what a framework says of itself in other types becomes text."""
+    if isinstance(node, Mapping):
+        return {str(key): _as_text(value) for key, value in node.items()}
+    if isinstance(node, list | tuple | set):
+        return [_as_text(value) for value in node]
+    return node if node is None or type(node) in (bool, int, float, str) else str(node)
 
 
 def tokens_in(*inputs: Any) -> int:

@@ -31,8 +31,9 @@ def summary_table(
         rows: layers shown; those with the most overflow and stall first among what is cut.
         width: characters per line; None: as wide as the table needs.
     """
-    from rich.console import Console
     from rich.table import Table
+
+    from altgrad.report.console import Terminal
 
     layers = list(dict.fromkeys(layer for layer, _ in latest))
     if not layers:
@@ -52,7 +53,7 @@ def summary_table(
         table.add_row(layer, *(_text(_get(latest, layer, column), column[2].unit) for column in columns))
     out = io.StringIO()
     needed = max(len(layer) for layer in shown) + sum(max(9, len(c[0])) + 2 for c in columns) + 4
-    Console(file=out, width=width or max(needed, 60), force_terminal=False, color_system=None).print(table)
+    Terminal(file=out, width=width or max(needed, 60), force_terminal=False, color_system=None).print(table)
     lines = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
     if len(shown) < len(layers):
         lines.append(f"({len(layers) - len(shown)} layers with less {listing(_lost())} not shown)")

@@ -58,7 +58,7 @@ class Sizes:
         parts = text.lower().split("x")
         if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
             raise OptionError(f"sizes {text!r} are not tokens x in x out, such as 512x1024x256")
-        return cls(*(int(part) for part in parts))
+        return cls(*(int(part[:20]) for part in parts))  # more digits are too many all the same
 
 
 def layer_error(recipe: Recipe | str, sizes: Sizes | None = None, *, seed: int = 0) -> LayerError:

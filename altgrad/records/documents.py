@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.errors import ReportError
-from altgrad.records.files import file_sha256, write_json, write_text
+from altgrad.records.files import file_sha256, read_file, write_json, write_text
 from altgrad.records.folders import read_bytes
 from altgrad.records.metrics_log import METRICS, mark_of
 from altgrad.records.schema import ExperimentResult, Verdict, as_number, jsonable
@@ -59,8 +59,10 @@ def read_result(path: Path) -> Document:
         content = {("details" if key == "figures" else key): value for key, value in document.content.items()}
         document = replace(document, content=content)
     wrong = _wrong_type(document.content, _RESULT_KINDS)
-    if wrong is None and document.content.get("verdict"):
-        wrong = _wrong_type(document.content["verdict"], _VERDICT_KINDS, "verdict.")
+    if wrong is None and document.content.get("verdict") is not None:
+        wrong = _wrong_verdict(document.content["verdict"], "verdict")
+    for place, remark in enumerate(document.content.get("remarks") or ()):
+        wrong = wrong or _wrong_verdict(remark, f"remarks.{place}")
     return Document({}, f"{path.name}: {wrong}") if wrong else document
 
 
@@ -86,7 +88,7 @@ def write_result(folder: Path, content: Mapping[str, Any]) -> None:
         if (folder / name).exists():
             files[name] = {"sha256": file_sha256(folder / name)}
     if METRICS in files:
-        files[METRICS]["lines"] = mark_of((folder / METRICS).read_bytes()).lines
+        files[METRICS]["lines"] = mark_of(read_file(folder / METRICS)).lines
     write_json(folder / RESULT, _sealed({**content, "files": files}))
 
 
@@ -148,6 +150,14 @@ def _wrong_type(document: Mapping[str, Any], kinds: Mapping[str, str], prefix: s
         if value is not None and not fits(value):
             return f"{prefix}{key} is {_shown(value)}, where {words} belongs"
     return None
+
+
+def _wrong_verdict(verdict: Any, where: str) -> str | None:
+    """As `_wrong_type` of a verdict or remark, which must say of what kind it is and why."""
+    if not isinstance(verdict, dict):
+        return f"{where} is {_shown(verdict)}, where a mapping belongs"
+    lacks = next((key for key in ("kind", "reason") if not isinstance(verdict.get(key), str)), None)
+    return f"{where} has no {lacks}" if lacks else _wrong_type(verdict, _VERDICT_KINDS, f"{where}.")
 
 
 def _kinds_of(row: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: write aside, fsync, rename.
+"""Files that appear whole or not at all: write aside, fsync, rename. What is read back is a regular file of bounded size.
 
 After a kill at any instant a reader sees the old file or the new one, and nothing in between.
 """
@@ -6,15 +6,19 @@ After a kill at any instant a reader sees the old file or the new one, and nothi
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+MOST_FILE_BYTES = 4 << 30
+"""Of a file that is read whole."""
 ASIDE = ".aside-"  # prefix of what is being written; left over only by a kill
 
 
@@ -90,7 +94,36 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading; a pipe or a device, which may never end, is none.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # nor wait until somebody writes into a pipe
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        code, said = (
+            (errno.EISDIR, os.strerror(errno.EISDIR)) if stat.S_ISDIR(mode) else (errno.EINVAL, "It is no regular file")
+        )
+        raise OSError(code, said, str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path, most: int = MOST_FILE_BYTES) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: as `open_regular`, or it has more than `most` bytes.
+    """
+    with open_regular(path) as stream:
+        if os.fstat(stream.fileno()).st_size > most:
+            raise OSError(errno.EINVAL, f"It is longer than {most:,} bytes", str(path))
+        return stream.read()
+
+
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as stream:
+    """SHA-256 (hex) of a regular file's bytes. Raises OSError as `open_regular`."""
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from altgrad.errors import ReportError
-from altgrad.records.files import write_bytes
+from altgrad.records.files import open_regular, read_file, write_bytes
 
 SUFFIX = ".tar.xz"
 MOST_BYTES = 1 << 30
@@ -82,7 +82,7 @@ def _unpacked(path: Path) -> bytearray:
     decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MEMORY)
     found = bytearray()
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             while not decoder.eof:
                 packed = stream.read(1 << 20) if decoder.needs_input else b""
                 if decoder.needs_input and not packed:
@@ -182,7 +182,7 @@ def read_bytes(path: Path) -> bytes:
         OSError: it is not there or cannot be read. ReportError: it lies in a damaged pack.
     """
     if (packed := pack_of(path)) is None:
-        return path.read_bytes()
+        return read_file(path)
     found = open_archive(packed[0]).get(packed[1])
     if found is None:
         raise FileNotFoundError(f"{path} is not in the pack")

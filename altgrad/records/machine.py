@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,14 @@ import altgrad
 
 if TYPE_CHECKING:
     import torch
+
+MOST_THREADS = 1024
+
+
+def threads_in(environment: Mapping[str, Any]) -> int | None:
+    """CPU threads that a run recorded in its environment; None where that is no number of threads."""
+    threads = environment.get("threads")
+    return threads if type(threads) is int and 1 <= threads <= MOST_THREADS else None
 
 
 def circumstances(device: torch.device, threads: int) -> dict[str, Any]:

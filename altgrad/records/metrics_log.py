@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from altgrad.records.files import write_bytes
+from altgrad.records.files import open_regular, read_file, write_bytes
 from altgrad.records.schema import as_number, jsonable
 from altgrad.records.untrusted import Malformed, parse_line
 
@@ -279,7 +279,7 @@ class MetricsLog:
     def __init__(self, path: Path, mirror: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.path, self._mirror = path, mirror
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self.mark = mark_of(path.read_bytes())
+        self.mark = mark_of(read_file(path))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
@@ -323,7 +323,7 @@ def cut_back(path: Path, step: int, mark: Mark | None = None) -> Damage:
     Returns:
         What of the records until the checkpoint is damaged or gone. Lines after it are made again and do not count.
     """
-    data = path.read_bytes() if path.exists() else b""
+    data = read_file(path) if path.exists() else b""
     if mark is not None and (whole := until(data, mark)) is not None:
         if len(whole) < len(data):
             write_bytes(path, whole)
@@ -343,7 +343,7 @@ def cut_back(path: Path, step: int, mark: Mark | None = None) -> Damage:
 def last_step(path: Path) -> dict[str, Any] | None:
     """The last whole step record, from the file's end: its last 16 KiB, or 1 MiB where those hold none."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             size = stream.seek(0, os.SEEK_END)
             for window in (1 << 14, 1 << 20):
                 stream.seek(max(0, size - window))

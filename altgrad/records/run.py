@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +169,11 @@ class Run:
         folders = [self.path, self.path / "checkpoints"]
         if isinstance(configured := self.config.get("checkpoint_dir"), str):
             folders.append(Path(configured))
-        return sorted({page for folder in folders for page in (folder / FAILURE_REPORTS).glob("*.html")})
+        found: set[Path] = set()
+        for folder in folders:
+            with suppress(OSError, ValueError):  # what a config names may be no path at all
+                found |= set((folder / FAILURE_REPORTS).glob("*.html"))
+        return sorted(found)
 
     def text(self, name: str) -> str | None:
         """A text file of the folder, such as failure.md; None where it is not there or no text."""

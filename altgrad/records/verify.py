@@ -45,8 +45,8 @@ class Finding:
         return "\n".join(line.encode("utf-8", "replace").decode() for line in lines)
 
 
-def verify_run(path: Path) -> Finding:
-    """Look at every record of the run in a folder, on the disk or in a pack, and at its checkpoints.
+def verify_run(path: Path, *, checkpoints: bool = True) -> Finding:
+    """Look at every record of the run in a folder, on the disk or in a pack, and, if wanted, at its checkpoints.
 
     An unfinished run is whole without a result and with a last line that a kill tore: the same command goes on with it.
     """
@@ -70,7 +70,7 @@ def verify_run(path: Path) -> Finding:
         ]
     elif run.finished or damage.sealed is False:
         remarks.append("an older record without checksums")
-    if pack_of(path) is None:
+    if checkpoints and pack_of(path) is None:
         problems += [f"checkpoint {f.name}: {broken}" for f in _checkpoints(path) if (broken := broken_checkpoint(f))]
     return Finding(path, run.status, tuple(problems), tuple(remarks))
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.errors import SweepError
+from altgrad.records.lock import is_locked
 from altgrad.sweep.job import Job, State, state_of
 from altgrad.sweep.matrix import Matrix
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.loading import dump_config
 from altgrad.training.data import Corpus, load_corpus
 from altgrad.training.run.folder import plan_run
-from altgrad.training.run.lock import is_locked
 
 
 @dataclass(frozen=True)

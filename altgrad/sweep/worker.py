@@ -20,9 +20,9 @@ from typing import Any
 
 from altgrad.records.documents import CRASHES, read_json
 from altgrad.records.files import write_json, write_text
+from altgrad.records.lock import RunLock
 from altgrad.records.run import finished_result
 from altgrad.sweep.job import CONFIG, LOG, TIMES, Job, Outcome, position
-from altgrad.training.run.lock import RunLock
 
 USAGE = 2  # the exit code of a person's mistake: the same command would make it again
 _LOG_TAIL_LINES = 15

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import DataError
+from altgrad.records.files import open_regular
 from altgrad.training.config.experiment import DataSection
 
 BYTES = 256
@@ -173,7 +174,7 @@ def _read_until(max_bytes: int, files: Sequence[Path]) -> bytes:
     parts: list[bytes] = []
     room = max_bytes
     for file in files:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             parts.append(stream.read(min(room, os.fstat(stream.fileno()).st_size)))
         room -= len(parts[-1])
         if room <= 0:

@@ -30,10 +30,12 @@ from altgrad.records.documents import (
     write_environment,
     write_result,
 )
-from altgrad.records.files import new_folder, remove_leftovers
+from altgrad.records.files import new_folder, read_file, remove_leftovers
+from altgrad.records.lock import RunLock, StopRequest
+from altgrad.records.machine import threads_in
 from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back, until
 from altgrad.records.run import Run, read_run
-from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, as_whole, event_row
+from altgrad.records.schema import Evaluation, ExperimentResult, StepRecord, event_row
 from altgrad.records.tally import Tally
 from altgrad.records.verify import broken_checkpoint
 from altgrad.training.config.experiment import ExperimentConfig
@@ -50,7 +52,6 @@ from altgrad.training.run.checkpoint import (
     save_checkpoint,
 )
 from altgrad.training.run.folder import RunPlan, environment, plan_run
-from altgrad.training.run.lock import RunLock, StopRequest
 from altgrad.training.run.trackers import Trackers, make_trackers
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import all_finite
@@ -162,8 +163,8 @@ class FormatExperimentRunner:
         (self.run_dir / RESULT).unlink(missing_ok=True)  # a run that goes on has no result yet
         record = read_json(self.run_dir / ENVIRONMENT)
         begun, wanted = record.content, self.config.threads
-        threads = as_whole(begun.get("threads"))
-        if threads is not None and threads > 0:
+        threads = threads_in(begun)
+        if threads is not None:
             now = environment(self.plan, device, 0)
             for name in ("device", "torch", "numba", "altgrad"):
                 if begun.get(name) != now[name]:
@@ -250,7 +251,7 @@ class FormatExperimentRunner:
     def _with_sound_records(self, newest: Checkpoint) -> Path:
         """The newest checkpoint until which the metrics are as they were written; the newest of all where none is."""
         path = self.run_dir / METRICS
-        data = path.read_bytes() if path.exists() else b""
+        data = read_file(path) if path.exists() else b""
         mark = _mark(newest)
         if mark is None or until(data, mark) is not None:
             return newest.path

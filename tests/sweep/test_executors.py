@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from altgrad.errors import SweepError
+from altgrad.records.lock import RunLock, is_locked
 from altgrad.sweep.cluster import RayExecutor, _make_run, _unpack
 from altgrad.sweep.job import Outcome, State, position, state_of
 from altgrad.sweep.local import LocalExecutor, threads_per_run
-from altgrad.training.run.lock import RunLock, is_locked
 from tests.sweep.fakes import fake_job, wait_until
 
 

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from altgrad.errors import SweepError
+from altgrad.records.lock import RunLock
 from altgrad.sweep import SweepOptions, describe_plan, describe_result, plan_sweep, run_sweep
 from altgrad.sweep.estimate import Estimate, calibrate, estimate_run, measure_finished, schedule
 from altgrad.sweep.job import State, position
@@ -23,7 +24,6 @@ from altgrad.sweep.plan import PlannedRun
 from altgrad.sweep.progress import SweepProgress, duration
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.run.folder import plan_run
-from altgrad.training.run.lock import RunLock
 from tests.sweep.fakes import FAKE_RUN, wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -13,6 +13,7 @@ import yaml
 
 from altgrad.analysis.study_report import csv_text
 from altgrad.errors import AltGradError, ConfigError, DataError, RunBusyError, SweepError
+from altgrad.records.lock import RunLock, is_locked
 from altgrad.records.untrusted import MOST_YAML_BYTES
 from altgrad.report.console import Terminal
 from altgrad.report.pages.page import render_markdown
@@ -24,7 +25,6 @@ from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.data import load_corpus
 from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.run.checkpoint import lock_directory
-from altgrad.training.run.lock import RunLock, is_locked
 from tests.training.tiny import TINY, tiny_config, tiny_corpus
 
 BASE = {"name": "tiny", "seed": 1}

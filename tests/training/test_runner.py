@@ -11,6 +11,7 @@ import torch
 from altgrad.errors import DataError, RunBusyError
 from altgrad.records import files
 from altgrad.records.documents import read_json, write_environment
+from altgrad.records.lock import RunLock
 from altgrad.records.metrics_log import cut_back, record_of
 from altgrad.training.format_runner import (
     FormatExperimentRunner,
@@ -20,7 +21,6 @@ from altgrad.training.format_runner import (
 )
 from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.run import checkpoint as checkpoint_module
-from altgrad.training.run.lock import RunLock
 from tests.training.tiny import losses, metrics, tiny_config, tiny_corpus
 
 GRID = {"fp8_format": "E3M4", "weight_storage": "grid", "rounding": "stochastic"}

@@ -21,6 +21,8 @@ from altgrad.nn.recipe.layer_config import check_keys, layer_from_dict, layer_to
 from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.spec import OperandSpec, StorageSpec
 from altgrad.nn.recipe.text import layer_text, parse_layer, split_recipe
+from altgrad.records.files import read_file
+from altgrad.records.untrusted import MOST_YAML_BYTES, Malformed, parse_yaml
 
 ATTENTION_NAME = "attention_products"
 """The last part of the name of a module's attention as a place."""
@@ -459,9 +461,8 @@ def _to_yaml(recipe: Recipe, path=None) -> str:
 def _from_yaml(source) -> Recipe:
     """A recipe from a YAML file or text (a string with a line break or a colon is text)."""
     is_text = isinstance(source, str) and ("\n" in source or ":" in source)
-    text = source if is_text else Path(source).read_text(encoding="utf-8")
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        text = source.encode("utf-8", "surrogatepass") if is_text else read_file(Path(source), MOST_YAML_BYTES)
+        return _from_dict(parse_yaml(text))
+    except Malformed as error:
         raise RecipeError(f"recipe is no YAML: {error}") from None
-    return _from_dict(data)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from altgrad.errors import ConfigError
+from altgrad.records.files import open_regular
 from altgrad.records.untrusted import MOST_DEPTH, MOST_NODES, MOST_YAML_BYTES, Malformed, as_in_yaml_1_2, parse_yaml
 from altgrad.report.text import shortened
 
@@ -109,7 +110,7 @@ def _encoded(text: str) -> bytes:
 
 def _bytes_of(path: Path, name: str) -> bytes:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return stream.read(MOST_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from None

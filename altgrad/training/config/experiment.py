@@ -14,7 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from altgrad.errors import AltGradError, ConfigError
 from altgrad.formats.catalog import get_format
+from altgrad.monitor.judge import VerdictLimits
 from altgrad.monitor.limits import VerdictLimits
+from altgrad.records.machine import MOST_THREADS
 from altgrad.report.text import shortened
 from altgrad.training.config.formats import recipe_of, refuse_two_spellings
 
@@ -244,7 +246,7 @@ class ExperimentConfig(_Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """At least two: the previous one stands in for a damaged newest one."""
     device: str = "cpu"
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = None
     """CPU threads; None: as torch decides, recorded at the start and restored by a resume."""
     compile: bool = False
     """torch.compile the model."""

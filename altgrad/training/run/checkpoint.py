@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from altgrad.errors import CheckpointError, RunBusyError
 from altgrad.records.documents import read_json
 from altgrad.records.files import file_sha256, new_folder, remove_folder, remove_leftovers, write_json
+from altgrad.records.lock import LOCK, RunLock
 from altgrad.records.verify import CHECKSUMS, broken_checkpoint
-from altgrad.training.run.lock import LOCK, RunLock
 
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _TENSOR, _TUPLE, _DICT = "$tensor", "$tuple", "$dict"

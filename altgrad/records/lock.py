@@ -24,6 +24,9 @@ INHERITED = "ALTGRAD_RUN_LOCK"
 """Environment variable that names the folder whose lock a process got from its parent."""
 
 
+_ANOTHER_RUN = "change the config (another seed or name is another folder)"
+
+
 class RunLock:
     """The held lock of one run folder; a context manager that releases it.
 
@@ -56,8 +59,8 @@ class RunLock:
         return cls(folder, descriptor)
 
     @classmethod
-    def acquire(cls, folder: str | Path) -> RunLock:
-        """The lock of `folder`.
+    def acquire(cls, folder: str | Path, instead: str = _ANOTHER_RUN) -> RunLock:
+        """The lock of `folder`. `instead`: what one can do but wait.
 
         Raises:
             RunBusyError: another process holds it.
@@ -66,10 +69,7 @@ class RunLock:
             if lock := cls.try_acquire(folder):
                 return lock
             time.sleep(0.02)
-        raise RunBusyError(
-            f"another process is working in {folder}; wait until it ends, or change the config (another seed or name "
-            "is another folder)"
-        )
+        raise RunBusyError(f"another process is working in {folder}; wait until it ends, or {instead}")
 
     def handover(self) -> tuple[tuple[int, ...], Mapping[str, str]]:
         """(pass_fds, environment) for a child process that shall hold this lock as well."""
