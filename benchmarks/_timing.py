@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from altgrad.nn.layer.gemm import PROCESSOR
+from altgrad.records.files import write_text
 from altgrad.records.machine import processor_name
 
 WARM_ROUNDS = 3
@@ -64,4 +65,4 @@ def keep_record(path: Path, name: str, record: Any) -> None:
     """
     records = json.loads(path.read_text()) if path.exists() else {}
     machine = {"cpu": processor_name(), "units": str(PROCESSOR), "torch": torch.__version__}
-    path.write_text(json.dumps({"machine": machine} | records | {"machine": machine, name: record}, indent=1) + "\n")
+    write_text(path, json.dumps({"machine": machine} | records | {"machine": machine, name: record}, indent=1) + "\n")

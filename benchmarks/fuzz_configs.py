@@ -13,13 +13,10 @@ import contextlib
 import io
 import os
 import random
-import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,11 @@ import torch
 import yaml
 
 from altgrad.cli import main as command_line
-from altgrad.records.machine import processor_name
 from altgrad.training.config.loading import key_paths
-from benchmarks._timing import keep_record
-from benchmarks.fuzz_records import HOSTILE
+from benchmarks.fuzz_records import HANG_SECONDS, HOSTILE, Hang, limited
+from benchmarks.reliability import count_cases
 
 ROOT = Path(__file__).parent.parent
-HANG_SECONDS = 10
 SECRET = "f7c1-secret-of-the-environment"
 KINDS = ("config", "matrix")
 VALUES = (
@@ -150,26 +145,6 @@ def overrides(kind: str, rng: random.Random) -> list[str]:
     return [s for s in settings if s and not s.startswith("-")]
 
 
-class Hang(BaseException):
-    """A case took too long."""
-
-
-@contextlib.contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raise `Hang` in the block when it takes more processor time: the machine may be busy with other work."""
-
-    def ring(*_: object) -> None:
-        raise Hang
-
-    before = signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-
-
 def judge(kind: str, documents: list[dict[str, Any]], folder: Path, rng: random.Random) -> tuple[str, str]:
     """(verdict, the command and what it said) of one case."""
     path = folder / "in" / f"{kind}.yaml"
@@ -210,26 +185,29 @@ def judge(kind: str, documents: list[dict[str, Any]], folder: Path, rng: random.
 FAULTS = ("traceback", "hang", "exit", "leak", "outside")
 
 
-def run(kind: str, count: int, seed: int, only: int | None = None) -> Counter[str]:
+def run(kind: str, count: int, seed: int, only: int | None = None, record: Path | None = None) -> Counter[str]:
     """The verdicts of `count` cases; each fault is printed."""
     os.environ["ALTGRAD_FUZZ_SECRET"] = SECRET
     os.environ["COLUMNS"] = "200"
     torch.set_num_threads(1)
-    verdicts: Counter[str] = Counter()
-    bases, here = documents(kind), Path.cwd()
+    bases, here, record = documents(kind), Path.cwd(), record and record.resolve()
     with tempfile.TemporaryDirectory() as above:
         folder = Path(above) / "case"
         folder.mkdir()
         os.chdir(folder)
         try:
-            for number in range(count) if only is None else (only,):
+
+            def judged(number: int) -> str:
                 verdict, said = judge(kind, bases, folder, random.Random(f"{kind} {seed} {number}"))
-                verdicts[verdict] += 1
                 if verdict in FAULTS:
                     print(f"{kind} {number}: {verdict}: {said}", flush=True)
+                return verdict
+
+            if only is not None:
+                return Counter([judged(only)])
+            return count_cases(record, f"fuzz {kind}", seed, count, judged)
         finally:
             os.chdir(here)
-    return verdicts
 
 
 def main() -> int:
@@ -239,18 +217,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one case by its number")
-    parser.add_argument("--record", type=Path, help="also keep the counts in this file")
+    parser.add_argument("--record", type=Path, help="also keep the counts in this file, and go on from those in it")
     arguments = parser.parse_args()
     faults = 0
     for kind in arguments.kinds:
-        begun = time.monotonic()
-        verdicts = run(kind, arguments.count, arguments.seed, arguments.only)
+        verdicts = run(kind, arguments.count, arguments.seed, arguments.only, arguments.record)
         faults += sum(verdicts[fault] for fault in FAULTS)
         print(f"{sum(verdicts.values())} cases of {kind}, seed {arguments.seed}: {dict(verdicts)}", flush=True)
-        if arguments.record is not None:
-            counts = {name: verdicts[name] for name in ("taken", "refused", *FAULTS)}
-            about = {"seed": arguments.seed, "cpu": processor_name(), "seconds": round(time.monotonic() - begun)}
-            keep_record(arguments.record, f"fuzz {kind}", {**counts, **about})
     return int(bool(faults))
 
 

@@ -12,8 +12,8 @@ Afterwards the same command brings the run to its end. Faults, of which there mu
 - silent: they are not, and neither `altgrad verify` nor the command says so;
 - traceback, hang (60 s without an end), exit (a code that is not the documented one).
 
-Cases done are kept in OUT/storm-KIND-sSEED.jsonl, so that a storm goes on where it was stopped; `--record FILE` keeps the
-counts. Exit code 1 where there are faults.
+Cases done are kept in OUT/storm-KIND-sSEED-COMMIT.jsonl, so that a storm goes on where it was stopped; `--record FILE` keeps
+the counts as they come. Exit code 1 where there are faults.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ import yaml
 
 from altgrad.analysis import write_report
 from altgrad.records.documents import CONFIG, read_json
-from altgrad.records.machine import processor_name
 from altgrad.records.metrics_log import METRICS
 from altgrad.records.run import find_runs
 from altgrad.records.verify import verify_run
 from altgrad.training.format_runner import run_format_experiment
 from benchmarks._timing import keep_record
 from benchmarks.attempts import Attempt, differences, wrong_losses
+from benchmarks.reliability import STORM_FAULTS, where
 
 PATIENCE_S = 60.0
 TEXT = "".join(f"{n} squared is {n * n}, and {n} cubed is {n**3}. " for n in range(1, 900))
@@ -415,9 +415,14 @@ STORMS = {storm.__name__: storm for storm in (kills, sweeps, damage, disk, signa
 
 
 def run_storm(
-    kind: str, count: int, seed: int, ledger: Path | None = None, say: Callable[[str], None] = print
+    kind: str,
+    count: int,
+    seed: int,
+    ledger: Path | None = None,
+    say: Callable[[str], None] = print,
+    keep: Callable[[list[Case]], None] = lambda cases: None,
 ) -> list[Case]:
-    """Cases until `count` hits; those in the ledger are not made again."""
+    """Cases until `count` hits; those in the ledger are not made again. `keep` is given all of them now and then."""
     known = ledger.read_text().splitlines() if ledger is not None and ledger.exists() else []
     cases = [Case(**json.loads(line)) for line in known]
     torch.set_num_threads(1)
@@ -436,6 +441,8 @@ def run_storm(
                     stream.write(json.dumps(asdict(case)) + "\n")
             if case.faults or number % 50 == 0:
                 say(f"case {number}: {case.what}: {case.faults or 'well'}")
+            if number % 10 == 9:
+                keep(cases)
     gc.unfreeze()
     return cases
 
@@ -448,21 +455,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the cases that are done are kept")
     parser.add_argument("--record", type=Path, help="also keep the counts in this file")
-    parser.add_argument("--only", type=int, help="one case by its number")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    ledger = arguments.out / f"storm-{arguments.kind}-s{arguments.seed}.jsonl"
-    begun = time.monotonic()
-    cases = run_storm(arguments.kind, arguments.count, arguments.seed, ledger, lambda line: print(line, flush=True))
+    about = where()
+    ledger = arguments.out / f"storm-{arguments.kind}-s{arguments.seed}-{about['commit']}.jsonl"
+
+    def keep(cases: list[Case]) -> None:
+        if arguments.record is not None:
+            keep_record(arguments.record, arguments.kind, {"seed": arguments.seed, **counted(cases), **about})
+
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    cases = run_storm(arguments.kind, arguments.count, arguments.seed, ledger, say, keep)
+    keep(cases)
+    print(f"{arguments.kind}, seed {arguments.seed}: {counted(cases)}")
+    return int(any(case.faults for case in cases))
+
+
+def counted(cases: list[Case]) -> dict[str, int]:
+    """Hits, cases, and the faults of each kind."""
     faults = Counter(fault.split(":")[0] for case in cases for fault in case.faults)
-    counts = {kind: faults[kind] for kind in ("lost", "silent", "traceback", "hang", "exit")}
-    hits = sum(case.hits for case in cases)
-    print(f"{arguments.kind}, seed {arguments.seed}: {hits} hits in {len(cases)} cases, {counts}")
-    if arguments.record is not None:
-        record = {"seed": arguments.seed, "hits": hits, "cases": len(cases), **counts}
-        record |= {"cpu": processor_name(), "seconds": round(time.monotonic() - begun)}
-        keep_record(arguments.record, arguments.kind, record)
-    return int(any(counts.values()))
+    return {
+        "hits": sum(case.hits for case in cases), "cases": len(cases), **{kind: faults[kind] for kind in STORM_FAULTS}
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

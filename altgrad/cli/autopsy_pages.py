@@ -71,7 +71,12 @@ def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dr
 
 def _followed(console: Terminal, run_dir: Path, **options: Any) -> Verdict:
     """The autopsy, with its progress on the console."""
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
 

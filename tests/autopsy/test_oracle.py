@@ -21,10 +21,12 @@ from altgrad.autopsy.loop import TrainerLoop, jittered
 from altgrad.autopsy.oracle import LoopOracle
 from altgrad.autopsy.run import plan
 from altgrad.autopsy.search import Settings
-from altgrad.errors import ConfigError, OptionError, ReportError
+from altgrad.errors import ConfigError, OptionError, ReportError, RunBusyError
 from altgrad.nn import attach_optimizer, quantize_model, uniform
 from altgrad.nn.recipe.cells import Cell
 from altgrad.nn.recipe.spec import OperandSpec
+from altgrad.records.lock import RunLock
+from altgrad.records.metrics_log import cut_back
 from altgrad.training.format_runner import FormatExperimentRunner
 from tests.training.tiny import corpus_overrides, tiny_config, tiny_trainer, train
 
@@ -162,6 +164,32 @@ def test_runs_whose_bits_cannot_be_had_again_are_refused(tmp_path, environment, 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ReportError, match=r"config\.yaml"):
         autopsy(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_run_and_what_is_no_twin_are_refused_before_anything_is_trained(run_folder, tmp_path, monkeypatch):
+    broken = tmp_path / run_folder.name
+    shutil.copytree(run_folder, broken)
+    (broken / "config.yaml").write_text("")  # which means the defaults, of another run
+    for look in (autopsy, plan):
+        with pytest.raises(ReportError, match=r"is damaged \(config.yaml"):
+            look(broken)
+    monkeypatch.setattr("altgrad.autopsy.run.LoopOracle", None)
+    with pytest.raises(ReportError, match="is not a folder"):
+        autopsy(run_folder, twin=tmp_path / "nothing")
+    with pytest.raises(ReportError, match=r"the twin .* is damaged"):
+        autopsy(run_folder, twin=broken)
+    shutil.copytree(run_folder, tmp_path / "short")
+    (tmp_path / "short" / "result.json").unlink()
+    cut_back(tmp_path / "short" / "metrics.jsonl", 12)
+    with pytest.raises(ConfigError, match="records 12 steps"):
+        autopsy(run_folder, twin=tmp_path / "short")
+
+
+def test_one_autopsy_at_a_time_works_in_a_folder(run_folder):
+    with RunLock.acquire(run_folder / "autopsy"), pytest.raises(RunBusyError, match="autopsy; wait until it ends"):
+        autopsy(run_folder, settings=QUICK)
+    shutil.rmtree(run_folder / "autopsy")
 
 
 # -- side by side ---------------------------------------------------------------------------------------------------------

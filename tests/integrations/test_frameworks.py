@@ -11,9 +11,10 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from altgrad.errors import CheckpointError, OptionError
+from altgrad.errors import CheckpointError, OptionError, RecipeError, RunBusyError
 from altgrad.integrations import HuggingFaceCallback, LightningCallback, Recorder, track
 from altgrad.nn import load_quant_state, quant_state, quantize_model, uniform
+from altgrad.records.lock import RunLock, is_locked
 from altgrad.records.run import read_run
 from altgrad.records.verify import verify_run
 
@@ -240,6 +241,24 @@ def test_a_fresh_start_never_overwrites_a_run_unasked(tmp_path):
         with_accelerate(tmp_path, RECIPES["nearest"])
     with_accelerate(tmp_path, RECIPES["nearest"], overwrite=True)
     assert len(losses(tmp_path)) == STEPS
+
+
+def test_two_processes_never_write_to_one_folder_and_a_broken_off_training_leaves_it_free(tmp_path):
+    model = language_model(RECIPES["nearest"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    facts = {"framework": torch.float32, "batch": torch.ones(2).numpy(), "name": "\x1b[31m"}
+    with RunLock.acquire(tmp_path), pytest.raises(RunBusyError, match="give another run_dir"):
+        Recorder(run_dir=tmp_path, monitor=None).attach(model, optimizer)
+    for _ in range(2):  # the first one ends without a word
+        recorder = Recorder(run_dir=tmp_path, monitor=None, overwrite=True)
+        recorder.attach(model, optimizer, facts=facts)
+    assert read_run(tmp_path).config["framework"] == "torch.float32"
+    assert is_locked(tmp_path)
+    for bad in ({"step": "x"}, {"step": 1, "tally": [], "judge": {}}, {"quantization": 3}, {"step": {"tensor": "load", "values": [], "shape": []}}):  # fmt: skip
+        with pytest.raises((CheckpointError, RecipeError)):
+            recorder.load_state(bad)
+    recorder.finish()
+    assert not is_locked(tmp_path)
 
 
 def test_a_recorder_alone_keeps_the_clock_of_any_loop():

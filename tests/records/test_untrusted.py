@@ -2,15 +2,27 @@
 
 import json
 import math
+import os
 import random
+import shutil
 import time
 
 import pytest
+import yaml
 
-from altgrad.records.documents import read_result
+from altgrad.analysis import write_report
+from altgrad.errors import ConfigError, RecipeError, ReportError
+from altgrad.nn import Recipe, uniform
+from altgrad.records.documents import load_result, read_result, write_result
+from altgrad.records.files import read_file
+from altgrad.records.machine import threads_in
+from altgrad.records.pack import pack_runs, unpack
 from altgrad.records.untrusted import MOST_DEPTH, Malformed, parse_json, parse_line, parse_yaml
-from benchmarks import fuzz_configs
+from altgrad.records.verify import verify_run
+from altgrad.training.config.document import read_document
+from benchmarks import fuzz_configs, reliability
 from benchmarks.fuzz_records import judge, make_runs
+from benchmarks.reliability import count_cases
 
 REFUSED_JSON = {
     "an integer of 5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
@@ -112,3 +124,106 @@ def test_hostile_configs_overrides_and_matrices_are_taken_or_refused(kind):
     verdicts = fuzz_configs.run(kind, 40, seed=2)
     assert set(verdicts) <= {"taken", "refused"}
     assert verdicts["refused"] > 10
+
+
+# -- files that are none, or that somebody wrote on purpose ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Finished runs with checksums, which no test changes."""
+    base = tmp_path_factory.mktemp("finished")
+    make_runs(base)
+    return base
+
+
+@pytest.fixture
+def runs(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs")
+    return sorted((tmp_path / "runs").iterdir())
+
+
+def forged_result(folder, **changes):
+    content = {**json.loads((folder / "result.json").read_text()), **changes}
+    write_result(folder, content)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "result.json", "metrics.jsonl"])
+@pytest.mark.parametrize("made", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_a_pipe_a_device_or_a_folder_in_a_files_place_is_damage_and_never_waited_for(runs, name, made):
+    (runs[0] / name).unlink()
+    made(runs[0] / name)
+    assert not verify_run(runs[0]).whole
+    assert write_report(runs, runs[0].parent / "page.html", force=True).exists()
+    assert len(pack_runs([runs[0].parent], runs[0].parent / "pack.tar.xz")) == len(runs)
+
+
+@pytest.mark.timeout(30)
+def test_a_file_without_end_is_refused(tmp_path):
+    with (tmp_path / "metrics.jsonl").open("wb") as stream:
+        stream.truncate(1 << 42)
+    with pytest.raises(OSError, match="longer than"):
+        read_file(tmp_path / "metrics.jsonl")
+    os.mkfifo(tmp_path / "study.tar.xz")
+    with pytest.raises(ReportError, match="no regular file"):
+        unpack(tmp_path / "study.tar.xz", tmp_path / "out")
+    with pytest.raises(ConfigError, match="no regular file"):
+        read_document(tmp_path / "study.tar.xz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"verdict": {}}, "verdict has no kind"),
+        ({"verdict": {"kind": "freeze"}}, "verdict has no reason"),
+        ({"verdict": {"kind": "freeze", "reason": "x", "onset_step": "y"}}, "onset_step"),
+        ({"remarks": [3]}, "remarks.0 is 3"),
+        ({"remarks": [{"kind": "stalled"}]}, "remarks.0 has no reason"),
+    ],
+)
+def test_a_verdict_that_no_run_writes_is_damage_also_under_a_sound_checksum(runs, changes, said):
+    forged_result(runs[0], **changes)
+    assert said in str(read_result(runs[0] / "result.json").problem)
+    with pytest.raises(ReportError, match="is damaged"):
+        load_result(runs[0])
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "a\0b", "/"])
+def test_a_config_that_names_no_possible_folder_does_not_end_the_report(runs, folder):
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    (runs[0] / "config.yaml").write_text(json.dumps({**config, "checkpoint_dir": folder}))
+    assert write_report(runs, runs[0].parent / "page.html", force=True).exists()
+    assert pack_runs([runs[0].parent], runs[0].parent / "pack.tar.xz")
+
+
+@pytest.mark.parametrize("threads", [True, 0, -1, 10**9, 2**40, "4", 1.5, None])
+def test_threads_that_no_machine_has_are_none(threads):
+    assert threads_in({"threads": threads}) is None
+    assert threads_in({"threads": 8}) == 8
+
+
+@pytest.mark.timeout(20)
+def test_a_recipes_yaml_is_read_within_the_limits():
+    for text in (bomb(), b"a: " + b"[" * 5000, b"formats: !!python/name:os.system", b"a: 1\na: 2"):
+        with pytest.raises(RecipeError, match="is no YAML"):
+            Recipe.from_yaml(text.decode() + "\n")
+    assert Recipe.from_yaml(uniform("E4M3").to_yaml()) == uniform("E4M3")
+
+
+def test_counts_go_on_where_they_were_stopped_and_start_anew_for_another_seed(tmp_path):
+    record, asked = tmp_path / "record.json", []
+
+    def judged(number):
+        asked.append(number)
+        return "refused" if number % 2 else "taken"
+
+    count_cases(record, "fuzz x", 1, 4, judged, every=2)
+    assert count_cases(record, "fuzz x", 1, 6, judged, every=2) == {"taken": 3, "refused": 3}
+    assert asked == [0, 1, 2, 3, 4, 5]
+    assert count_cases(record, "fuzz x", 2, 1, judged) == {"taken": 1}
+    assert json.loads(record.read_text())["fuzz x"]["cases"] == 1
+
+
+def test_the_page_has_the_tables_of_the_record():
+    assert reliability.with_tables(reliability.PAGE.read_text(), reliability.tables(json.loads(reliability.RECORD.read_text()))) == reliability.PAGE.read_text()  # fmt: skip

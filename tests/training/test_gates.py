@@ -3,15 +3,19 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+import altgrad as altgrad_package
 from altgrad.analysis.study_report import csv_text
+from altgrad.cli import main as command_line
 from altgrad.errors import AltGradError, ConfigError, DataError, RunBusyError, SweepError
 from altgrad.records.lock import RunLock, is_locked
 from altgrad.records.untrusted import MOST_YAML_BYTES
@@ -193,6 +197,24 @@ class TestText:
             if text == "[red]x[/nope]":
                 assert text in shown
         assert for_terminal("tab\tline\n") == "tab\tline\n"
+
+    def test_nothing_prints_to_a_terminal_but_through_the_gate(self):
+        package = Path(altgrad_package.__file__).parent
+        raw = [
+            path.name
+            for path in package.rglob("*.py")
+            if path.name != "console.py"
+            and re.search(r"\bConsole\(|TextColumn\((?!.*markup=False)(?!\"ETA\")", path.read_text())
+        ]
+        assert raw == []
+
+    def test_a_warning_of_the_command_line_goes_through_the_gate(self, capsys, monkeypatch):
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        monkeypatch.setattr(sys, "argv", ["altgrad", "formats", "E4M3"])
+        with pytest.raises(SystemExit):
+            command_line()
+        warnings.showwarning(UserWarning("a \x1b[31mname"), UserWarning, "file.py", 1)
+        assert capsys.readouterr().err == "altgrad: warning: a \\x1b[31mname\n"
 
     def test_a_spreadsheet_gets_no_formula(self):
         for text in ("=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "=HYPERLINK(1)"):
