@@ -14,8 +14,9 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MOST_FILE_BYTES = 4 << 30
 """Of a file that is read whole."""
@@ -94,7 +95,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """A regular file, open for reading; a pipe or a device, which may never end, is none.
 
     Raises:

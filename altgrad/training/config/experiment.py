@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from altgrad.errors import AltGradError, ConfigError
 from altgrad.formats.catalog import get_format
-from altgrad.monitor.judge import VerdictLimits
 from altgrad.monitor.limits import VerdictLimits
 from altgrad.records.machine import MOST_THREADS
 from altgrad.report.text import shortened
