@@ -25,6 +25,7 @@ from functools import cache, cached_property
 
 from altgrad.errors import FormatError
 from altgrad.formats.scalar import FloatFormat, format_from_spec
+from altgrad.report.notebook import notebook_table
 
 LARGEST_BLOCK_SIDE = 1 << 20
 
@@ -221,6 +222,12 @@ class BlockFormat:
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return f"BlockFormat({self.spec})"
+
+    def _repr_html_(self) -> str:
+        return notebook_table(self.name, self.facts())
 
 
 @cache

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from altgrad.errors import FormatError
+from altgrad.report.notebook import notebook_table
 
 CARRIER_MAX = (2.0 - 2.0**-23) * 2.0**127
 CARRIER_MIN_SUBNORMAL = 2.0**-149
@@ -323,6 +324,16 @@ class FloatFormat:
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return f"FloatFormat({self.spec})"
+
+    def _repr_html_(self) -> str:
+        bias = "none: a uniform grid" if self.bias is None else self.bias
+        widths = f"{self.bits}: {self.exponent_bits} exponent, {self.mantissa_bits} mantissa"
+        shown = [("bits", widths), ("bias", bias), ("specials", self.specials.value), ("max", f"{self.max:g}")]
+        smallest = [("min normal", f"{self.min_normal:g}"), ("min subnormal", f"{self.min_subnormal:g}")]
+        return notebook_table(self.name, [*shown, *smallest, ("source", self.source)])
 
 
 FP8Format = FloatFormat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from html import escape
 from typing import Any
 
 from torch import Tensor, nn
@@ -182,6 +183,9 @@ class Monitor:
         """The last measurements as a table, one line per layer, and the warnings."""
         self.flush()
         return summary_table(self.latest, self.warnings, rows=rows, width=width)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.summary())}</pre>"
 
     def close(self) -> None:
         """Hand over what is left and let go of the model and the optimizer."""

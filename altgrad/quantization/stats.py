@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from altgrad.report.notebook import notebook_table
 
 FIELDS = ("amax", "count", "overflow", "underflow", "nonfinite", "sse", "sum_sq")
 EXACT_FIELDS = FIELDS[:5]
@@ -76,6 +79,23 @@ class QuantStats:
     def sqnr_db(self) -> Tensor:
         """10 log10(sum_sq / sse) in dB; inf without error, NaN for an all-zero or empty tensor."""
         return 10 * torch.log10(self.sum_sq / self.sse)
+
+    def __repr__(self) -> str:
+        return f"QuantStats({', '.join(f'{name}={value}' for name, value in self._shown())})"
+
+    def _repr_html_(self) -> str:
+        return notebook_table("QuantStats", self._shown())
+
+    def _shown(self) -> list[tuple[str, str]]:
+        if (
+            self.vector.device.type != "cpu"
+            or type(self.vector) is not Tensor
+            or is_functorch_wrapped_tensor(self.vector)
+        ):
+            return [("vector", f"{type(self.vector).__name__} on {self.vector.device}")]  # reading it would wait
+        found = self.to_dict()
+        rates = [(name, f"{float(getattr(self, name + '_rate')):.2%}") for name in ("overflow", "underflow")]
+        return [("amax", f"{found['amax']:g}"), *rates, ("sqnr", f"{float(self.sqnr_db):.1f} dB")]
 
     def to_dict(self) -> dict[str, float]:
         """All fields as Python numbers (waits for the device)."""

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from altgrad.report.notebook import notebook_table
+
 _NON_FINITE = {
     "nan": math.nan,
     "inf": math.inf,
@@ -194,6 +196,27 @@ class ExperimentResult:
     def finished(self) -> bool:
         """Whether the run came to its end; an interrupted one did not."""
         return self.status in FINISHED
+
+    def __repr__(self) -> str:
+        ended = (self.verdict or {}).get("kind") or self.status
+        return (
+            f"ExperimentResult({self.run_id}: {ended} at step {self.steps}, validation loss {self.final_val_loss:.4f})"
+        )
+
+    def _repr_html_(self) -> str:
+        shown = (
+            "format",
+            "storage",
+            "seed",
+            "status",
+            "steps",
+            "final_val_loss",
+            "best_val_loss",
+            "stall_rate",
+            "run_dir",
+        )
+        said = [(str(v.get("kind")), v.get("reason", "")) for v in (self.verdict, *self.remarks) if v]
+        return notebook_table(self.run_id, [*((name, getattr(self, name)) for name in shown), *said])
 
     def as_dict(self) -> dict[str, Any]:
         """result.json's content."""

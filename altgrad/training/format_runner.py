@@ -10,7 +10,7 @@ import hashlib
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class FormatExperimentRunner:
     """One experiment on disk.
 
     Args:
-        config: the experiment.
+        config: the experiment, or what `load_config` takes: a mapping, a YAML file, a shipped config's name.
         model: any module to train in place of the config's GPT; its initial weights become part of the run's identity.
         data_dir: a corpus or path in place of `config.data`.
         device: in place of `config.device`.
@@ -98,7 +98,7 @@ class FormatExperimentRunner:
 
     def __init__(
         self,
-        config: ExperimentConfig,
+        config: ExperimentConfig | Mapping[str, Any] | str | Path,
         model: nn.Module | None = None,
         data_dir: Corpus | str | Path | None = None,
         device: str | None = None,
@@ -108,7 +108,8 @@ class FormatExperimentRunner:
         command: str | None = None,
         twin: Path | None = None,
     ) -> None:
-        self.config = config.model_copy(update={"device": device}) if device else config
+        loaded = config if isinstance(config, ExperimentConfig) else load_config(config)
+        self.config = loaded.model_copy(update={"device": device}) if device else loaded
         self.model, self.loss, self.command, self.twin = model, loss, command, twin
         self.from_config = model is None and data_dir is None and loss is next_token_loss
         self.ranks = Ranks.from_environment(self.config)

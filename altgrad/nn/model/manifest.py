@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from altgrad.nn.recipe.layer_recipe import LayerRecipe
+from altgrad.report.notebook import notebook_table
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ class Manifest:
     multiply_adds: Share | None = None
     uncounted: bool = False
     routes: dict[str, str] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        swapped = [(name or "(root)", one.type, one.shown) for name, one in self.swapped.items()]
+        skipped = [(name or "(root)", "skipped", reason) for name, reason in self.skipped.items()]
+        unseen = [(product.module or "(root)", "product unseen", product.call) for product in self.unseen]
+        title = f"{len(swapped)} layers quantized" + (
+            f", {self.parameters} of the parameters" if self.parameters else ""
+        )
+        return notebook_table(title, [*swapped, *skipped, *unseen], ("layer", "type", "formats, or why not"))
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)}:"]

@@ -23,6 +23,7 @@ from altgrad.nn.recipe.spec import OperandSpec, StorageSpec
 from altgrad.nn.recipe.text import layer_text, parse_layer, split_recipe
 from altgrad.records.files import read_file
 from altgrad.records.untrusted import MOST_YAML_BYTES, Malformed, parse_yaml
+from altgrad.report.notebook import notebook_table
 
 ATTENTION_NAME = "attention_products"
 """The last part of the name of a module's attention as a place."""
@@ -328,6 +329,13 @@ class Recipe:
     def __str__(self) -> str:
         lines = [f"default: {self.default or 'FP32'}"]
         return "\n".join(lines + [f"{o.condition}: {o.recipe or 'FP32'}" for o in self.overrides])
+
+    def __repr__(self) -> str:
+        return f"Recipe({self.text})"
+
+    def _repr_html_(self) -> str:
+        rows = [("default", self.default or "FP32"), *((o.condition, o.recipe or "FP32") for o in self.overrides)]
+        return notebook_table("Recipe", rows, ("layers", "formats"))
 
 
 _KEPT = {
