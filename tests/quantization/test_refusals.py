@@ -68,6 +68,7 @@ BAD_CALLS = [
     ("amax_scale with a block format", lambda x: amax_scale(x, "MXFP8"), FormatError),
     ("amax_scale without a format", lambda x: amax_scale(x, 3), FormatError),
     ("scale_from_amax of a number", lambda x: scale_from_amax(3.0, E4M3), ScaleError),
+    ("scale_from_amax of integers", lambda x: scale_from_amax(torch.tensor(3), E4M3), ScaleError),
     ("key of floats", lambda x: quantize(x, "E4M3", rounding="stochastic", key=(1.5, 2)), RandomKeyError),
     ("key of whole floats", lambda x: quantize(x, "E4M3", rounding="stochastic", key=(1.0, 2)), RandomKeyError),
     ("key of strings", lambda x: quantize(x, "E4M3", rounding="stochastic", key=("1", "2")), RandomKeyError),
