@@ -4,7 +4,7 @@
     python -m benchmarks.cpu_classes --classes avx2   # one of them; `--write` leaves the others' rows as they are
 
 A class limits which instructions are used; it cannot add any, so a class above the host is printed as not run. Compiled
-loops of each class are kept apart in `.cpu_classes/`. Run are the tests whose figures a CPU can change: compiled loops,
+loops of each class are kept apart in `.cpu_classes/`. Run are the tests whose numbers a CPU can change: compiled loops,
 matrix products and layers; refusals, formats and texts are the same everywhere. On the host itself `make test` runs them,
 so there the routes are forced alone: each wherever its products are exact (`--gemm-routes` of the tests). A row of the
 table is one file of tests on one class; `--write` keeps each as it ends, and rows that passed are not run again on the

@@ -345,12 +345,12 @@ def last_step(path: Path) -> dict[str, Any] | None:
     try:
         with open_regular(path) as stream:
             size = stream.seek(0, os.SEEK_END)
-            for window in (1 << 14, 1 << 20):
-                stream.seek(max(0, size - window))
+            for length in (1 << 14, 1 << 20):
+                stream.seek(max(0, size - length))
                 for line in reversed(stream.read().split(b"\n")):
                     if (record := _step_record(line)) is not None:
                         return record
-                if size <= window:
+                if size <= length:
                     break
     except OSError:
         pass
@@ -363,5 +363,5 @@ def _step_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = record_of(line)
     except Malformed:
-        return None  # torn, or the window's first line
+        return None  # torn, or the first line of what was read
     return record if record["kind"] == "step" else None

@@ -44,17 +44,17 @@ class Corpus:
     description: str
 
     def batch(self, seed: int, step: int, batch_size: int, block_size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, int64 of shape (batch_size, block_size); windows start uniformly at random.
+        """Inputs and targets of a step, int64 of shape (batch_size, block_size); sequences start uniformly at random.
 
         Raises:
-            DataError: the corpus is shorter than one window, or holds a token outside the vocabulary.
+            DataError: the corpus is shorter than one sequence, or holds a token outside the vocabulary.
         """
         starts = self._room("training", self.train, block_size)
         draws = np.random.Philox(key=seed, counter=[0, step, 0, 0]).random_raw(batch_size)
         return self._windows("training", self.train, (draws % np.uint64(starts)).astype(np.int64), block_size)
 
     def validation_batches(self, batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same windows every time, spread evenly over the validation text; needs no randomness.
+        """The same sequences every time, spread evenly over the validation text; needs no randomness.
 
         Raises:
             DataError: as `batch`.
@@ -78,19 +78,19 @@ class Corpus:
         starts = len(tokens) - block_size
         if starts < 1:
             raise DataError(
-                f"the {part} text of {self.description} has {len(tokens)} tokens, a window needs {block_size + 1}; "
+                f"the {part} text of {self.description} has {len(tokens)} tokens, a sequence needs {block_size + 1}; "
                 "use more text, a smaller model.block_size, or another data.val_fraction"
             )
         return starts
 
     def _windows(self, part: str, tokens: np.ndarray, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        windows = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
-        if (top := int(windows.max())) >= self.vocab_size:
+        sequences = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
+        if (top := int(sequences.max())) >= self.vocab_size:
             raise DataError(
                 f"the {part} text of {self.description} holds token {top}, its vocabulary ends at "
                 f"{self.vocab_size - 1}; set model.vocab_size above {top}"
             )
-        both = torch.from_numpy(windows)
+        both = torch.from_numpy(sequences)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 

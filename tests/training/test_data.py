@@ -39,13 +39,13 @@ def test_batches_leave_global_generators_alone(corpus):
     assert np.array_equal(before[1], np.random.get_state()[1])
 
 
-def test_windows_reach_both_ends_of_the_text():
-    text = corpus_from_bytes(bytes(range(100)), 0.1, "short")  # 90 tokens: 90 - 80 = 10 windows
+def test_sequences_reach_both_ends_of_the_text():
+    text = corpus_from_bytes(bytes(range(100)), 0.1, "short")  # 90 tokens: 90 - 80 = 10 sequences
     starts = {int(row[0]) for step in range(40) for row in text.batch(0, step, 4, 80)[0]}
     assert starts == set(range(10))
 
 
-def test_validation_windows_are_spread_and_constant(corpus):
+def test_validation_sequences_are_spread_and_constant(corpus):
     batches = list(corpus.validation_batches(3, 4, 16))
     assert len(batches) == 3
     assert torch.equal(batches[0][0][0], torch.from_numpy(corpus.val[:16].astype(np.int64)))
@@ -121,7 +121,7 @@ def test_wrong_vocabulary_is_refused(tmp_path):
 
 
 def test_too_short_a_text_is_refused(corpus):
-    with pytest.raises(DataError, match="9216 tokens, a window needs 10001"):
+    with pytest.raises(DataError, match="9216 tokens, a sequence needs 10001"):
         corpus.batch(0, 0, 2, 10_000)
     with pytest.raises(DataError, match="validation"):
         corpus.check(2000, 256)

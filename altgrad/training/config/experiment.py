@@ -65,7 +65,7 @@ class ModelSection(_Section):
     n_head: Size = 4
     n_embd: Size = 128
     block_size: Size = 64
-    """Context length in tokens; also the length of the training windows."""
+    """Context length in tokens; also the length of the training sequences."""
     vocab_size: Size | None = None
     """None: as many tokens as the data has (256 for bytes)."""
     style: Literal["modern", "gpt2"] = "modern"
@@ -153,7 +153,7 @@ class EvaluationSection(_Section):
     interval: Positive = 50
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     batches: Positive = 8
-    """Batches of data.batch_size windows, spread evenly over the validation text: the same ones each time."""
+    """Batches of data.batch_size sequences, spread evenly over the validation text: the same ones each time."""
 
 
 class ClippingSection(_Section):
