@@ -55,17 +55,19 @@ def loop(template: Callable, variant: NamedTuple, **bound: Any) -> int:
     return compiled.address
 
 
-def function(signature: Any, *, parallel: bool = False) -> Callable[[Callable], Callable[[], Callable]]:
+def function(
+    signature: Any, *, parallel: bool = False, parts: Callable[[], dict[str, Any]] = dict
+) -> Callable[[Callable], Callable[[], Callable]]:
     """Decorator: a call without arguments returns the function, compiled or loaded from disk the first time.
 
-    What it returns takes arguments of the signature's types by position: Numba's entry to the machine code itself, which
+    parts: compiled functions that the plain one calls, by their names in it; made when it is compiled. What it returns takes arguments of the signature's types by position: Numba's entry to the machine code itself, which
     costs half of a call that first looks for a signature to fit the arguments.
     """
 
     def decorate(plain: Callable) -> Callable[[], Callable]:
         @cache
         def compiled() -> Callable:
-            named = _renamed(plain, f"{plain.__name__}_{stamp(plain.__module__)}", {})
+            named = _renamed(plain, f"{plain.__name__}_{stamp(plain.__module__)}", parts())
             options = {"parallel": parallel, "nogil": True, **_OPTIONS}
             made = _kept_on_disk(lambda keep: njit(signature, cache=keep, **options)(named))
             _kept.append(made)

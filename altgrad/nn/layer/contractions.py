@@ -6,7 +6,7 @@ backward is the same for all of them (`gemms`).
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,12 +71,14 @@ class Matrices(NamedTuple):
         self, gemm: str, a: Ready, b: Ready, route: Route, shape: torch.Size | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """See `Contraction`."""
-        if gemm == "weight_grad":
-            a, b = (b.t(), a) if self.transposed else (a.t(), b)
-        elif (gemm == "forward") != self.transposed:
-            b = b.t()
-        out = product(a, b, route, bias)
+        out = product(*self.ordered(gemm, a, b), route, bias)
         return out if shape is None or out.shape == shape else out.sum_to_size(shape)  # broadcast batch axes
+
+    def ordered(self, gemm: str, a: Any, b: Any) -> tuple[Any, Any]:
+        """The operands of `multiply` as the left and right matrix of a product."""
+        if gemm == "weight_grad":
+            return (b.t(), a) if self.transposed else (a.t(), b)
+        return a, b.t() if (gemm == "forward") != self.transposed else b
 
     def bias_axes(self, dims: int) -> list[int]:
         """See `Contraction`."""

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from altgrad.errors import BlockError, DtypeError
 from altgrad.nn.layer import emulated
+from altgrad.nn.layer.at_once import Made, Once, plan_for
 from altgrad.nn.layer.contractions import Contraction
 from altgrad.nn.layer.gemm import Route, autocasts
 from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
@@ -46,6 +47,7 @@ class Call(NamedTuple):
     observed: bool
     dtype: torch.dtype
     use: int | Tensor
+    once: Once | None = None  # the forward, where it ran in one call
 
     def route(self, gemm: str, a: Tensor, b: torch.Size) -> Route:
         """The unit that multiplies operand a by one of shape b."""
@@ -87,10 +89,24 @@ def _multiply(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     state, record = call.state, call.record
     if transformed():
         return _in_pieces(call, x, w, bias)
-    sx, sx_back = state.scale_pair(state.x, state.x_back, x, record)
-    sw, sw_back = state.scale_pair(state.w, state.w_back, w, record)
-    found = _Products.apply(call, x, w, bias, sx, sx_back, sw, sw_back)
+    made = _made_at_once(call, x, w, bias)
+    if made is not None:
+        call = call._replace(once=made.once)
+        # what `apply` does without a transform, less its look for wrappers of transforms that have ended
+        found = super(torch.autograd.Function, _Products).apply(call, x, w, bias, None, None, None, None, made)  # type: ignore[misc]
+    else:
+        sx, sx_back = state.scale_pair(state.x, state.x_back, x, record)
+        sw, sw_back = state.scale_pair(state.w, state.w_back, w, record)
+        found = _Products.apply(call, x, w, bias, sx, sx_back, sw, sw_back)
     return found if isinstance(found, Tensor) else found[0]
+
+
+def _made_at_once(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Made | None:
+    if call.observed or call.dtype is not torch.float32 or torch.compiler.is_compiling():
+        return None
+    grads = torch.is_grad_enabled()
+    plan = plan_for(call.state, call.products, x, w, bias, (grads and x.requires_grad, grads and w.requires_grad))
+    return None if plan is None else plan.run(call.state, x, w, bias)
 
 
 def output_dtype(x: Tensor, w: Tensor) -> torch.dtype:
@@ -163,9 +179,20 @@ class _Products(torch.autograd.Function):
     """The fused call: y, and the place of x and w where both gradients are wanted."""
 
     @staticmethod
-    def forward(ctx, call: Call, x, w, bias, sx, sx_back, sw, sw_back):
+    def forward(ctx, call: Call, x, w, bias, sx, sx_back, sw, sw_back, made: Made | None = None):
         state = call.state
         need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        ctx.call, ctx.shapes = call, (x.shape, w.shape)
+        ctx.dtypes = (x.dtype, w.dtype, None if bias is None else bias.dtype)
+        ctx.dy_options = (state.dy.options(call.use), state.dy_back.options(call.use))
+        ctx.set_materialize_grads(False)
+        if made is not None:
+            place = torch.empty((), dtype=torch.float32, device="cpu") if need_x and need_w else None
+            ctx.save_for_backward(made.kept, place)
+            if place is None:
+                return made.y
+            ctx.post = _Post()
+            return made.y, place
         route = call.route("forward", x, w.shape)
         keep_x, keep_w = need_w and state.x_back is state.x, need_x and state.w_back is state.w
         qx = quantized(state.x, x, sx, state.x.options(call.use), route, call.observed, keep=keep_x)
@@ -189,10 +216,6 @@ class _Products(torch.autograd.Function):
             mask_w=state.w.saturated(w, sw) if need_w else None,
             place=place,
         )
-        ctx.call = call
-        ctx.shapes, ctx.dtypes = (x.shape, w.shape), (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        ctx.dy_options = (state.dy.options(call.use), state.dy_back.options(call.use))
-        ctx.set_materialize_grads(False)
         if place is None:
             return y
         ctx.post = _Post()
@@ -201,44 +224,58 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, of_place=None):  # type: ignore[override]
         call: Call = ctx.call
-        need_x, need_w, need_bias = ctx.needs_input_grad[1:4]
         of_x, of_w = (None, None) if of_place is None else ctx.post.collect()
         if dy is None:  # only the backward's own gradient comes this way
-            return None, *(None if g is None else g.to(d) for g, d in zip((of_x, of_w), ctx.dtypes)), *(None,) * 5
-        state, kept, work = call.state, unstash(ctx), work_dtype(dy)
+            return None, *(None if g is None else g.to(d) for g, d in zip((of_x, of_w), ctx.dtypes)), *(None,) * 6
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the backward is part of a graph
-        observed = call.record and state.session.observer is not None
-        dx = dw = qdy = made = None
-        if need_x:
-            route = call.backward_route("input_grad", dy, ctx.shapes[1], state.w_back, kept["w"], again)
-            scale = state.dy.scale_before(dy, call.record)
-            qdy = quantized(state.dy, dy, scale, ctx.dy_options[0], route, observed, keep=False)
-            route = Route.FLOAT32 if qdy.needs_float32 else route
-            a, b = qdy.ready(route), restored(state.w_back, kept["w"], kept["sw"], route, work)
-            made = (route, a) if state.dy_back is state.dy else None
-            if again:
-                a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 1)
-            dx = call.products.multiply("input_grad", a, b, route, ctx.shapes[0])
-            dx = _select(_sum(dx, of_x), kept["mask_x"]).to(ctx.dtypes[0])
-            del a, b
-        if need_w:
-            route = call.backward_route("weight_grad", dy, ctx.shapes[0], state.x_back, kept["x"], again)
-            if qdy is None or state.dy_back is not state.dy:
-                scale = state.dy_back.scale_before(dy, call.record)
-                qdy = quantized(state.dy_back, dy, scale, ctx.dy_options[1], route, observed, keep=False)
-            elif not qdy.saved and route is not Route.FLOAT32:  # the other product needed no codes
-                qdy = quantized(state.dy, dy, qdy.scale, ctx.dy_options[0], route, False, keep=False)
-            route = Route.FLOAT32 if qdy.needs_float32 else route
-            a = made[1] if made is not None and made[0] is route else qdy.ready(route)
-            b = restored(state.x_back, kept["x"], kept["sx"], route, work)
-            if again:
-                a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 0)
-            dw = call.products.multiply("weight_grad", a, b, route, ctx.shapes[1])
-            dw = _select(_sum(dw, of_w), kept["mask_w"]).to(ctx.dtypes[1])
+        found = None if call.once is None or again else call.once.backward(dy, ctx.saved_tensors[0], ctx.shapes)
+        if found is None:
+            found = _gradients(ctx, dy, again, of_x, of_w)
+        elif of_place is not None:
+            found = tuple(
+                None if grad is None else _sum(grad, of) for grad, of in zip(found, (of_x, of_w), strict=True)
+            )
         db = None
-        if need_bias:
-            db = dy.sum(call.products.bias_axes(dy.ndim), dtype=work).to(ctx.dtypes[2])
-        return None, dx, dw, db, *(None,) * 4
+        if ctx.needs_input_grad[3]:
+            db = dy.sum(call.products.bias_axes(dy.ndim), dtype=work_dtype(dy)).to(ctx.dtypes[2])
+        return None, *found, db, *(None,) * 5
+
+
+def _gradients(ctx, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor | None):
+    """The gradients of x and w, of the dtypes of x and w; `of_x` and `of_w` are added to them."""
+    call: Call = ctx.call
+    state, work = call.state, work_dtype(dy)
+    kept = unstash(ctx) if call.once is None else call.once.unstashed(*ctx.saved_tensors)
+    need_x, need_w = ctx.needs_input_grad[1:3]
+    observed = call.record and state.session.observer is not None
+    dx = dw = qdy = made = None
+    if need_x:
+        route = call.backward_route("input_grad", dy, ctx.shapes[1], state.w_back, kept["w"], again)
+        scale = state.dy.scale_before(dy, call.record)
+        qdy = quantized(state.dy, dy, scale, ctx.dy_options[0], route, observed, keep=False)
+        route = Route.FLOAT32 if qdy.needs_float32 else route
+        a, b = qdy.ready(route), restored(state.w_back, kept["w"], kept["sw"], route, work)
+        made = (route, a) if state.dy_back is state.dy else None
+        if again:
+            a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 1)
+        dx = call.products.multiply("input_grad", a, b, route, ctx.shapes[0])
+        dx = _select(_sum(dx, of_x), kept["mask_x"]).to(ctx.dtypes[0])
+        del a, b
+    if need_w:
+        route = call.backward_route("weight_grad", dy, ctx.shapes[0], state.x_back, kept["x"], again)
+        if qdy is None or state.dy_back is not state.dy:
+            scale = state.dy_back.scale_before(dy, call.record)
+            qdy = quantized(state.dy_back, dy, scale, ctx.dy_options[1], route, observed, keep=False)
+        elif not qdy.saved and route is not Route.FLOAT32:  # the other product needed no codes
+            qdy = quantized(state.dy, dy, qdy.scale, ctx.dy_options[0], route, False, keep=False)
+        route = Route.FLOAT32 if qdy.needs_float32 else route
+        a = made[1] if made is not None and made[0] is route else qdy.ready(route)
+        b = restored(state.x_back, kept["x"], kept["sx"], route, work)
+        if again:
+            a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 0)
+        dw = call.products.multiply("weight_grad", a, b, route, ctx.shapes[1])
+        dw = _select(_sum(dw, of_w), kept["mask_w"]).to(ctx.dtypes[1])
+    return dx, dw
 
 
 def _standing_in(ctx, place: Tensor | None, ready: Ready, slot: int) -> Ready:

@@ -25,8 +25,7 @@ from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual
-from altgrad.quantization.products.multiply import Codes
-from altgrad.quantization.products.units import fits_exponents
+from altgrad.quantization.products.multiply import Codes, fits_exponents
 from altgrad.quantization.scaling import DelayedState, host_scale
 from altgrad.randomness import stream_base
 
@@ -266,7 +265,9 @@ class Operand:
             return False
         if saved[0].is_floating_point():
             return True
-        return self.block and self.fmt.power_of_two and waits(saved[0]) and not fits_exponents(self.fmt, saved[1])
+        if not (self.block and self.fmt.power_of_two and waits(saved[0])):
+            return False
+        return not fits_exponents(self.coded(saved, 1.0)[0])
 
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""

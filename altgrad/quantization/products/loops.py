@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from altgrad.jit.memory import load_word, scratch, store_double
+from altgrad.jit.memory import load, load_code, load_word, scratch, store_double
+from altgrad.jit.storage import FLOAT32
 from altgrad.jit.template import function, loop, part, table_reader
 from altgrad.jit.threads import call_loop
 from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS, Packing
@@ -136,8 +137,7 @@ _RIGHT, _PRODUCT = 8 * len(Packing._fields), 16 * len(Packing._fields)
 _CODES, _SCALES, _PACKED = (Packing._fields.index(name) for name in ("codes", "scales", "packed"))
 
 
-@function(types.void(*[types.int64] * 9, types.float64, *[types.int64] * 6))
-def run_all(
+def multiply_here(
     template, a, a_scales, b, b_scales, left, right, out, bias, factor, pack_left, pack_right, multiply, m, n, units
 ):
     """Pack both operands and multiply on this thread: the tables are those at `template` with the addresses given."""
@@ -159,3 +159,26 @@ def run_all(
     call_loop(pack_left, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, m))
     call_loop(pack_right, (table + _RIGHT, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, n))
     call_loop(multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
+
+
+run_all = function(types.void(*[types.int64] * 9, types.float64, *[types.int64] * 6))(multiply_here)
+
+
+def blocks_fit(codes, scales, count, lowest, highest, rows, columns, tile_rows, tile_columns, values):
+    """Whether all stored scales lie within the bounds, those of blocks of zeros aside; one matrix or more of them."""
+    down, across = (rows + tile_rows - 1) // tile_rows, (columns + tile_columns - 1) // tile_columns
+    for i in range(count):
+        stored = load_code(scales, i, 1)
+        if stored > highest:
+            return np.int64(0)
+        if stored < lowest:
+            first = i // (down * across) * rows * columns
+            row, column = i // across % down * tile_rows, i % across * tile_columns
+            for r in range(row, min(row + tile_rows, rows)):
+                for c in range(column, min(column + tile_columns, columns)):
+                    if load(values, load_code(codes, first + r * columns + c, 1), FLOAT32) != np.float32(0.0):
+                        return np.int64(0)
+    return np.int64(1)
+
+
+all_blocks_fit = function(types.int64(*[types.int64] * 10))(blocks_fit)

@@ -16,7 +16,17 @@ from torch import Tensor
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.code_table import decoding_of
-from altgrad.quantization.products.units import GROUP, LARGEST_DEPTH, OFFSET, Unit, facts, on_this_cpu, payloads, power
+from altgrad.quantization.products.units import (
+    GROUP,
+    LARGEST_DEPTH,
+    OFFSET,
+    Unit,
+    exponents_that_fit,
+    facts,
+    on_this_cpu,
+    payloads,
+    power,
+)
 
 KEPT_BYTES = 1 << 25  # of the memory for packed operands that a thread keeps from one product to the next
 WORK_PER_ELEMENT = 64  # multiplications that take about as long as one element of a loop over memory
@@ -63,15 +73,15 @@ class _Workspace(threading.local):
 
 def room_kept() -> int:
     """Bytes that this thread keeps for packed operands."""
-    return _workspace.memory.numel()
+    return workspace.memory.numel()
 
 
 def leave_room() -> None:
     """Give back what this thread keeps for packed operands."""
-    _workspace.memory = torch.empty(0, dtype=torch.uint8)
+    workspace.memory = torch.empty(0, dtype=torch.uint8)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """A product resolved for shapes, strides and formats: all that the loops read but addresses and the factor.
 
     template: tables of the left, the right and the product, in this order. loops, units: those that pack left and right
@@ -90,8 +100,8 @@ class _Plan(NamedTuple):
 
 
 _PACKING, _PRODUCT = 18, 12
-_workspace = _Workspace()
-_plans: dict[tuple, _Plan] = {}
+workspace = _Workspace()
+_plans: dict[tuple, Plan] = {}
 PLANS_KEPT = 1024
 if hasattr(os, "register_at_fork"):  # a plan holds how many threads work, and a forked child has no others
     os.register_at_fork(after_in_child=_plans.clear)
@@ -149,14 +159,14 @@ def _multiply(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: boo
     if plan is None:
         if len(_plans) >= PLANS_KEPT:
             _plans.clear()
-        plan = _plans[own] = _plan(a, b, unit, emulated, batch)
+        plan = _plans[own] = plan_of(a, b, unit, emulated, batch)
     out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
     if not plan.units[2]:
         return out.zero_() if bias is None else out.zero_().add_(bias)
     assert bias is None or bias.shape == plan.shape[-1:], "the loops read one bias for each column"
     loops, _, threads = _machinery()
     left_bytes, bytes_ = plan.sizes
-    memory = _workspace.room(bytes_)  # owned here until the loops are through: the workspace keeps no large one
+    memory = workspace.room(bytes_)  # owned here until the loops are through: the workspace keeps no large one
     packed = (memory.data_ptr() + 63) & -64
     factor = math.ldexp(a.scale * b.scale, plan.exponent)
     given = (
@@ -172,16 +182,27 @@ def _multiply(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: boo
     if plan.workers == 1:
         loops.run_all()(plan.address, *given, factor, *plan.loops, *plan.units)
         return out
-    tables, address = _workspace.tables, _workspace.address
+    tables, address = workspace.tables, workspace.address
     tables[:] = plan.template
     for place, value in zip(_given(), given, strict=True):
         for index in place:
             tables[index] = value
-    _workspace.factor[0] = factor
+    workspace.factor[0] = factor
     starts = (address, address + 8 * _PACKING, address + 16 * _PACKING)
     for loop, table, units in zip(plan.loops, starts, plan.units, strict=True):
         threads.run_table(loop, table, units, threads=plan.workers)
     return out
+
+
+def fits_exponents(operand: Codes) -> bool:
+    """Whether elements times their blocks' E8M0 scales are normal numbers or 0, finite times any payload of another format."""
+    fmt, blocks, (tile_rows, tile_columns) = operand.fmt, operand.blocks, operand.tile
+    assert isinstance(fmt, BlockFormat)
+    assert blocks is not None
+    rows, columns = operand.codes.shape[-2:] if operand.codes.ndim > 1 else (1, operand.codes.shape[0])
+    where = (operand.codes.data_ptr(), blocks.data_ptr(), blocks.numel(), *exponents_that_fit(fmt))
+    tables = payloads(fmt, Unit.BF16).ctypes.data
+    return bool(_machinery()[0].all_blocks_fit()(*where, rows, columns, tile_rows, tile_columns, tables))
 
 
 @cache
@@ -209,7 +230,9 @@ def _readable(operand: Codes) -> Codes:
     return operand._replace(codes=operand.codes.contiguous())
 
 
-def _plan(a: Codes, b: Codes, unit: Unit, emulated: bool, batch: tuple[int, ...]) -> _Plan:
+def plan_of(a: Codes, b: Codes, unit: Unit, emulated: bool | None = None, batch: tuple[int, ...] = ()) -> Plan:
+    """A product resolved, whatever memory its operands lie in; arguments as for `multiply`."""
+    emulated = not on_this_cpu(unit) if emulated is None else emulated
     _, panels, threads = _machinery()
     rows, depth, columns = a.codes.shape[-2], a.codes.shape[-1], b.codes.shape[-1]
     assert depth == b.codes.shape[-2]
@@ -229,7 +252,7 @@ def _plan(a: Codes, b: Codes, unit: Unit, emulated: bool, batch: tuple[int, ...]
     stacked = (int(left_count > 1), int(right_count > 1))
     product = (0, 0, 0, 0, rows, columns, words, *stacked, block_rows, block_columns, 0)
     template = np.array([*left_row, *right_row, *product], np.int64)
-    return _Plan(
+    return Plan(
         template,
         template.ctypes.data,
         (pack_left, pack_right, _multiplying(unit, emulated)),

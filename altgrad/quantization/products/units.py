@@ -68,14 +68,10 @@ def _folds(fmt: BlockFormat) -> bool:
     return fmt.element.significant_bits + scale_bits <= SIGNIFICANT_BITS
 
 
-def fits_exponents(fmt: BlockFormat, scales: torch.Tensor) -> bool:
-    """Whether element * scale is normal for all stored scales, and times any payload of another format stays finite.
-
-    scales: uint8, E8M0, as stored; NaN does not fit.
-    """
-    lowest, highest = (int(bound) - E8M0_BIAS for bound in torch.aminmax(scales)) if scales.numel() else (0, 0)
+def exponents_that_fit(fmt: BlockFormat) -> tuple[int, int]:
+    """(lowest, highest) stored E8M0 scale by which all elements are normal or 0, and finite times any other payload."""
     smallest = math.frexp(fmt.element.min_subnormal)[1] - 1
-    return lowest + smallest >= NORMAL_EMIN and highest + fmt.element.emax <= LARGEST_BLOCK_BINADE
+    return NORMAL_EMIN - smallest + E8M0_BIAS, LARGEST_BLOCK_BINADE - fmt.element.emax + E8M0_BIAS
 
 
 def common_unit(a: FloatFormat | BlockFormat, b: FloatFormat | BlockFormat) -> Unit | None:

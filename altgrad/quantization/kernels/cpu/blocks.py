@@ -38,7 +38,7 @@ from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import FIELDS, QuantStats
 
-__all__ = ["decode", "run"]
+__all__ = ["blocks_here", "decode", "prepared", "run"]
 
 _GROUP_ELEMENTS = 8192  # elements per partial sum of the statistics, about
 _NO_KEY = (0, 0)
@@ -48,10 +48,7 @@ _WORDS = len(PARAMETERS)
 _GIVEN = len(CALL_PARAMETERS)
 
 
-@function(
-    types.int64(types.int64, types.int64, *[types.int64] * 7, types.float64, types.int64),
-)
-def _serial(loop, template, x, out, codes, scales, partials, seed, stream, upper, units):
+def blocks_here(loop, template, x, out, codes, scales, partials, seed, stream, upper, units):
     """All units on this thread; the table of parameters is that at `template` with the addresses and words of this call."""
     table = scratch(_TABLE_BYTES)
     for i in range(_GIVEN, _WORDS):
@@ -65,6 +62,9 @@ def _serial(loop, template, x, out, codes, scales, partials, seed, stream, upper
     put_word(table, 6, stream)
     put_word(table, 7, upper)
     return call_loop(loop, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
+
+
+_serial = function(types.int64(types.int64, types.int64, *[types.int64] * 7, types.float64, types.int64))(blocks_here)
 
 
 class _Prepared(NamedTuple):
@@ -150,9 +150,14 @@ def _prepared(
     return _Prepared(loop, template, template.ctypes.data, units, group, not small, scale_shape, scales)
 
 
+def prepared(plan: Plan, x: Tensor) -> _Prepared:
+    """What a plan comes to for tensors of x's shape; of x itself nothing else is asked."""
+    return plan.shapes.get(x.shape) or _prepare(plan, x)
+
+
 def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None, out: Tensor | None) -> Quantized:
     """One pass, as `kernels.eager.blocks.run`, bit for bit."""
-    prepared = plan.shapes.get(x.shape) or _prepare(plan, x)
+    ready = prepared(plan, x)
     x = x.contiguous()
     _, code_kind, scale_kind = plan.prepared
     written = coded = partials = stats = None
@@ -164,17 +169,17 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
         coded = torch.empty_like(x, dtype=code_kind)
         coded_address = coded.data_ptr()
     if plan.stats:
-        rows = -(-prepared.units // prepared.group)
+        rows = -(-ready.units // ready.group)
         partials = torch.empty((rows, PARTIAL_BYTES // 8), dtype=torch.float64, device="cpu")
         partials_address = partials.data_ptr()
-    if prepared.scales is None:
-        stored = torch.empty(prepared.scale_shape, dtype=scale_kind, device="cpu")
+    if ready.scales is None:
+        stored = torch.empty(ready.scale_shape, dtype=scale_kind, device="cpu")
     else:
-        stored = torch.empty_like(prepared.scales)
+        stored = torch.empty_like(ready.scales)
     seed, stream = key or _NO_KEY
     upper = 1.0 if scale is None else float(scale)
     call = (x.data_ptr(), written_address, coded_address, stored.data_ptr(), partials_address, seed, stream, upper)
-    problems = _call(prepared, call, x.numel())
+    problems = _call(ready, call, x.numel())
     if partials is not None:
         vector = torch.empty(len(FIELDS), dtype=torch.float64, device="cpu")
         total(partials_address, len(partials), x.numel(), vector.data_ptr())

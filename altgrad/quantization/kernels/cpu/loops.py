@@ -346,8 +346,7 @@ def compiled_amax(kind: int) -> int:
     return loop(_amax, _Kind(kind), **_constants(kind))
 
 
-@function(types.Tuple((types.float64, types.int64))(*[types.int64] * 6, types.float64, types.int64))
-def encode_by_amax(amax_loop, loop, table, x, codes, count, top, power_of_two):
+def encode_here(amax_loop, loop, table, x, codes, count, top, power_of_two):
     """(scale, problems): the amax of `count` elements, `scaling.host_scale` of it, and their codes, on this thread."""
     partials = scratch(AMAX_BYTES)
     call_loop(amax_loop, (0, x, 0, 0, 0, 0.0, 0, 0, 0, 0, partials, 0, count))
@@ -359,6 +358,11 @@ def encode_by_amax(amax_loop, loop, table, x, codes, count, top, power_of_two):
         mantissa, exponent = math.frexp(scale)
         scale = math.ldexp(1.0, min(exponent - (1 if mantissa == 0.5 else 0), 127))
     return scale, call_loop(loop, (table, x, 0, codes, 0, scale, count, 1, 0, 0, 0, 0, count))
+
+
+encode_by_amax = function(types.Tuple((types.float64, types.int64))(*[types.int64] * 6, types.float64, types.int64))(
+    encode_here
+)
 
 
 @cache

@@ -38,7 +38,7 @@ def _machinery():
     return loops, threads.run, threads.run_range()
 
 
-def _prepare(plan: Plan) -> tuple:
+def prepare(plan: Plan) -> tuple:
     """(address of the loop, address of its table, code dtype, the driver on this thread), kept in the plan."""
     loops, _, run_here = _machinery()
     fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
@@ -95,7 +95,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
         key: (seed, stream) as signed 64-bit integers, where the plan draws.
         out: where the values go; x's shape and dtype; may be x.
     """
-    loop, table, code_kind, run_here = plan.prepared or _prepare(plan)
+    loop, table, code_kind, run_here = plan.prepared or prepare(plan)
     source = x
     if not x.is_contiguous() and (plan.draws or not is_dense(x)):
         source = x.contiguous()  # random bits belong to elements in logical order
@@ -153,7 +153,7 @@ def encode_by_amax(plan: Plan, x: Tensor, power_of_two: bool) -> tuple[Tensor, f
     count = x.numel()
     if not 0 < count < loops.MOST_AT_ONCE:
         return None
-    loop, table, code_kind, _ = plan.prepared or _prepare(plan)
+    loop, table, code_kind, _ = plan.prepared or prepare(plan)
     source = x if x.is_contiguous() or is_dense(x) else x.contiguous()
     codes = torch.empty_like(source, dtype=code_kind)
     scale, problems = loops.encode_by_amax()(

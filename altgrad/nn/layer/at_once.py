@@ -1,0 +1,191 @@
+"""Small layers at once: all that a forward, or a backward, quantizes and multiplies, in one compiled call.
+
+Where every product of a layer is one of codes and work for one thread, and every operand finds its scale from itself (or
+has that of its stored weight), the forward is one program (`quantization.products.program`) and the backward is another.
+They give the bits of the general way (`gemms`), to which a call returns where a program does not serve: scales that
+remember, random bits, observers, masks, values without a code, tensors that are not plain float32 matrices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from altgrad.nn.layer import gemm as rule
+from altgrad.nn.layer.contractions import Matrices
+from altgrad.nn.layer.operand import Operand
+from altgrad.nn.recipe.scaling_choice import CurrentScaling
+from altgrad.quantization.checks import at_hand
+from altgrad.quantization.products.units import Unit
+
+if TYPE_CHECKING:
+    from altgrad.nn.layer.state import LayerState
+    from altgrad.quantization.products.program import Coded, Program
+
+PLANS_KEPT = 64  # of one layer; shapes that change must not grow it without end
+
+
+class Plans(dict):
+    """The plans of a layer by what they are for; they hold addresses, so copies of the layer make their own."""
+
+    def __reduce__(self):
+        return Plans, ()
+
+
+class Plan(NamedTuple):
+    """A layer's programs for inputs of one shape.
+
+    x, w: where the forward leaves what the backward multiplies. outputs: columns of the result.
+    """
+
+    forward: Program
+    backward: Program | None
+    x: Coded | None
+    w: Coded | None
+    outputs: int
+    follows_storage: bool
+
+    def run(self, state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None) -> Made | None:
+        """The forward; None where the general way must be taken."""
+        y = torch.empty((x.shape[0], self.outputs), dtype=torch.float32, device="cpu")
+        kept = torch.empty(self.forward.kept, dtype=torch.uint8, device="cpu")
+        given = (1.0, float(state.storage.scale_of(w))) if self.follows_storage else (1.0, 1.0)  # type: ignore[union-attr]
+        places = (x.data_ptr(), w.data_ptr(), kept.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        scales = self.forward(*places, given)
+        return None if scales is None else Made(y, kept, Once(self, scales))
+
+
+class Once(NamedTuple):
+    """A forward that ran at once: by which plan, and the scales that it found."""
+
+    plan: Plan
+    scales: tuple[float, ...]
+
+    def backward(
+        self, dy: Tensor, kept: Tensor, shapes: tuple[torch.Size, torch.Size]
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """The gradients (dx, dw) that were wanted; None where the general way must be taken."""
+        plan = self.plan
+        if plan.backward is None or dy.dtype is not torch.float32 or not at_hand(dy) or not dy.is_contiguous():
+            return None
+        if dy.shape != (shapes[0][0], plan.outputs) or not at_hand(kept):
+            return None
+        dx = None if plan.w is None else torch.empty(shapes[0], dtype=torch.float32, device="cpu")
+        dw = None if plan.x is None else torch.empty(shapes[1], dtype=torch.float32, device="cpu")
+        out, other = 0 if dx is None else dx.data_ptr(), 0 if dw is None else dw.data_ptr()
+        done = plan.backward(dy.data_ptr(), 0, kept.data_ptr(), out, other, (self.scale(plan.x), self.scale(plan.w)))
+        return None if done is None else (dx, dw)
+
+    def scale(self, one: Coded | None) -> float:
+        """The scale of what was kept of x or of w."""
+        return 1.0 if one is None else self.scales[one.scale]
+
+    def unstashed(self, kept: Tensor, place: Tensor | None) -> dict:
+        """What the general way keeps for its backward."""
+        plan = self.plan
+        x, w = (() if one is None else one.saved(kept) for one in (plan.x, plan.w))
+        scales = {"sx": self.scale(plan.x), "sw": self.scale(plan.w)}
+        return {"x": x, "w": w, **scales, "mask_x": None, "mask_w": None, "place": place}
+
+
+class Made(NamedTuple):
+    """What a forward that ran at once hands to autograd: its result, and what it keeps for the backward."""
+
+    y: Tensor
+    kept: Tensor
+    once: Once
+
+
+def plan_for(
+    state: LayerState, products, x: Tensor, w: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+) -> Plan | None:
+    """The layer's plan for such tensors, or None.
+
+    needs: whether x and w need gradients.
+    """
+    if not state.at_once or state.session.reduce_amax is not None or type(products) is not Matrices:
+        return None
+    if x.dtype is not torch.float32 or w.dtype is not torch.float32 or x.ndim != 2 or w.ndim != 2:
+        return None
+    for tensor in (x, w) if bias is None else (x, w, bias):
+        if not at_hand(tensor) or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            return None
+    if bias is not None and bias.dtype is not torch.float32:
+        return None
+    key = (x.shape, w.shape, needs, bias is None, torch.get_num_threads(), rule.PROCESSOR)
+    try:
+        return state.plans[key]
+    except KeyError:
+        if len(state.plans) >= PLANS_KEPT:
+            state.plans.clear()
+        found = state.plans[key] = _plan(state, products, x, w, bias, needs)
+        return found
+
+
+def may_run_at_once(state: LayerState) -> bool:
+    """Whether the layer's operands allow programs, whatever the shapes."""
+    return not state.recipe.is_emulated and all(map(_finds_its_scale, state.operands.values()))
+
+
+def _finds_its_scale(operand: Operand) -> bool:
+    if operand.stochastic or not operand.saves_codes or operand.spec.mask_saturated:
+        return False
+    if operand.block:
+        return operand.fmt.power_of_two and not operand.fmt.tensor_scale
+    if operand.follows_storage:
+        return operand.storage is not None and not operand.storage.per_channel
+    return isinstance(operand.spec.scaling, CurrentScaling) and operand.axis is None
+
+
+def _plan(
+    state: LayerState, products: Matrices, x: Tensor, w: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+) -> Plan | None:
+    from altgrad.quantization.products.program import FIRST, KEPT, NOTHING, OTHER, OUT, ROOM, SECOND, Program
+
+    need_x, need_w = needs
+    outputs = products.sizes("forward", x.shape, w.shape)[1]
+    dy_shape = torch.Size((x.shape[0], outputs))
+
+    def unit(gemm: str, a: torch.Size, b: torch.Size) -> Unit | None:
+        return state.route(gemm, products.sizes(gemm, a, b), x.device, torch.float32).unit
+
+    units = [
+        unit("forward", x.shape, w.shape),
+        unit("input_grad", dy_shape, w.shape) if need_x else Unit.BF16,
+        unit("weight_grad", dy_shape, x.shape) if need_w else Unit.BF16,
+    ]
+    if None in units or x.shape[0] == 0:
+        return None
+
+    def encoded(program: Program, operand: Operand, shape: torch.Size, address: int, where: int, scale: int) -> Coded:
+        power_of_two = getattr(operand.spec.scaling, "power_of_two", False)
+        given = operand.follows_storage
+        return program.encode(operand.cast, power_of_two, shape, address, where, scale, given=given)  # type: ignore[arg-type]
+
+    forward = Program()
+    shares_x, shares_w = state.x_back is state.x, state.w_back is state.w
+    of_x = encoded(forward, state.x, x.shape, FIRST, KEPT if need_w and shares_x else ROOM, 0)
+    of_w = encoded(forward, state.w, w.shape, SECOND, KEPT if need_x and shares_w else ROOM, 1)
+    back_x = None if not need_w else of_x if shares_x else encoded(forward, state.x_back, x.shape, FIRST, KEPT, 2)
+    back_w = None if not need_x else of_w if shares_w else encoded(forward, state.w_back, w.shape, SECOND, KEPT, 3)
+    if not shares_w and state.w_back.follows_storage:
+        return None  # its scale would have to be given, too
+    forward.multiply(*products.ordered("forward", of_x, of_w), units[0], OUT, NOTHING if bias is None else OTHER)
+    backward = None
+    if need_x or need_w:
+        backward = Program()
+        dy = encoded(backward, state.dy if need_x else state.dy_back, dy_shape, FIRST, ROOM, 2)
+        shares_dy = not (need_x and need_w) or state.dy_back is state.dy
+        dy_back = dy if shares_dy else encoded(backward, state.dy_back, dy_shape, FIRST, ROOM, 3)
+        if back_w is not None:
+            backward.multiply(*products.ordered("input_grad", dy, back_w._replace(scale=1)), units[1], OUT)
+        if back_x is not None:
+            backward.multiply(*products.ordered("weight_grad", dy_back, back_x._replace(scale=0)), units[2], OTHER)
+    programs = [program for program in (forward, backward) if program is not None]
+    if not all(program.fits for program in programs):
+        return None
+    for program in programs:
+        program.close()
+    return Plan(forward, backward, back_x, back_w, outputs, state.w.follows_storage)

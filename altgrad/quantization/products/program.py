@@ -1,0 +1,325 @@
+"""Programs: encode some matrices and multiply them, in one compiled call on this thread.
+
+For small layers the way from Python to each loop costs more than the loop. A program is a table that says which loops
+run one after the other, on which of a call's six addresses, and at which place behind each:
+
+    FIRST, SECOND   matrices of float32
+    KEPT            what outlives the call: codes and stored scales
+    ROOM            what does not: codes, stored scales, packed operands
+    OUT, OTHER      results, or a bias
+
+The loops and their tables are those of the calls they replace (`cpu.scalar.encode_by_amax`, `cpu.blocks.run`, `multiply`),
+and so are the bits. A program stops where one of those would not have gone on with codes: at a value without a code, a scale
+that is not finite, or blocks whose scales are extreme.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import types
+
+from altgrad.jit.memory import load_word, scratch, store_double
+from altgrad.jit.storage import KINDS
+from altgrad.jit.template import Plain, function, part, table_reader
+from altgrad.jit.threads import call_loop
+from altgrad.quantization.cast import Cast
+from altgrad.quantization.kernels.cpu import blocks, loops, scalar
+from altgrad.quantization.products.loops import blocks_fit, multiply_here
+from altgrad.quantization.products.multiply import Codes, plan_of, workspace
+from altgrad.quantization.products.tiles import store_long
+from altgrad.quantization.products.units import Unit, exponents_that_fit, payloads
+from altgrad.quantization.quantized import Want
+
+FIRST, SECOND, KEPT, ROOM, OUT, OTHER = range(6)
+NOTHING = -1
+SCALES = 4  # that a call gives or finds
+ALIGNED = 64
+
+
+class Encoding(NamedTuple):
+    """One row: a matrix of float32 to codes. `loop` 0: by blocks."""
+
+    x: int  # which address
+    codes: int
+    codes_at: int  # bytes behind it
+    scales_at: int
+    scale: int  # index of what it finds
+    loop: int
+    table: int
+    units: int  # elements, or blocks
+    amax_loop: int
+    top: int  # bits of the format's largest value; 0: the scale is given
+    power_of_two: int
+    block_loop: int
+    scales: int  # stored ones
+    lowest: int  # of them
+    highest: int
+    rows: int  # as `BlockLayout`
+    columns: int
+    tile_rows: int
+    tile_columns: int
+    payloads: int
+
+
+class Multiplication(NamedTuple):
+    """Another: a product of two matrices of codes."""
+
+    template: int
+    a: int
+    a_at: int
+    a_scales_at: int
+    a_scale: int
+    b: int
+    b_at: int
+    b_scales_at: int
+    b_scale: int
+    out: int
+    bias: int
+    left_at: int  # in ROOM
+    right_at: int
+    exponent: int
+    pack_left: int
+    pack_right: int
+    multiply: int
+    left_units: int
+    right_units: int
+    units: int
+
+
+_WORDS = len(Encoding._fields)
+assert len(Multiplication._fields) == _WORDS
+
+
+def _reader(row):
+    return table_reader(row, lambda i, _: f"np.int64(load_word(np.uint64(0), table, {i}))", load_word=load_word, np=np)
+
+
+_read_encoding, _read_multiplication = _reader(Encoding), _reader(Multiplication)
+_ROW = 8 * _WORDS
+
+
+def _parts() -> dict:
+    named = {"encode": loops.encode_here, "encode_blocks": blocks.blocks_here, "blocks_fit": blocks_fit}
+    return {name: part(plain, Plain()) for name, plain in (*named.items(), ("multiply", multiply_here))}
+
+
+@function(types.Tuple((types.int64, *[types.float64] * SCALES))(*[types.int64] * 9, *[types.float64] * 2), parts=_parts)
+def run(rows, encodings, multiplications, first, second, kept, room, out, other, scale_0, scale_1):
+    """(whether it went through, scales that it found): `encodings` rows, then `multiplications` rows."""
+    places, scales = scratch(48), scratch(32)
+    store_long(places, 0, first)
+    store_long(places, 1, second)
+    store_long(places, 2, kept)
+    store_long(places, 3, room)
+    store_long(places, 4, out)
+    store_long(places, 5, other)
+    store_double(scales, 0, scale_0)
+    store_double(scales, 1, scale_1)
+    store_double(scales, 2, 1.0)
+    store_double(scales, 3, 1.0)
+    fits = np.int64(1)
+    for i in range(encodings):
+        e = _read_encoding(0, rows + i * _ROW)
+        x = np.int64(load_word(np.uint64(0), places, e.x))
+        target = np.int64(load_word(np.uint64(0), places, e.codes))
+        codes, stored = target + e.codes_at, target + e.scales_at
+        scale = load_word(0.0, scales, e.scale)
+        if e.block_loop != 0:
+            problems = encode_blocks(e.block_loop, e.table, x, 0, codes, stored, 0, 0, 0, 1.0, e.units)  # noqa: F821
+            if problems == 0 and e.scales != 0:
+                fits = blocks_fit(
+                    codes,
+                    stored,
+                    e.scales,
+                    e.lowest,
+                    e.highest,
+                    e.rows,
+                    e.columns,
+                    e.tile_rows,
+                    e.tile_columns,
+                    e.payloads,
+                )
+            scale = 1.0
+        else:
+            top = load_word(0.0, rows + i * _ROW, _TOP)
+            if e.top == 0:
+                problems = call_loop(e.loop, (e.table, x, 0, codes, 0, scale, e.units, 1, 0, 0, 0, 0, e.units))
+            else:
+                scale, problems = encode(e.amax_loop, e.loop, e.table, x, codes, e.units, top, e.power_of_two)  # noqa: F821
+            fits = np.int64(np.isfinite(scale))
+        if problems != 0 or fits == 0:
+            return np.int64(0), 0.0, 0.0, 0.0, 0.0
+        store_double(scales, e.scale, scale)
+    for i in range(encodings, encodings + multiplications):
+        m = _read_multiplication(0, rows + i * _ROW)
+        a = np.int64(load_word(np.uint64(0), places, m.a))
+        b = np.int64(load_word(np.uint64(0), places, m.b))
+        bias = np.int64(0)
+        if m.bias != NOTHING:
+            bias = np.int64(load_word(np.uint64(0), places, m.bias))
+        target = np.int64(load_word(np.uint64(0), places, m.out))
+        factor = math.ldexp(load_word(0.0, scales, m.a_scale) * load_word(0.0, scales, m.b_scale), m.exponent)
+        multiply(  # noqa: F821
+            m.template,
+            a + m.a_at,
+            a + m.a_scales_at,
+            b + m.b_at,
+            b + m.b_scales_at,
+            room + m.left_at,
+            room + m.right_at,
+            target,
+            bias,
+            factor,
+            m.pack_left,
+            m.pack_right,
+            m.multiply,
+            m.left_units,
+            m.right_units,
+            m.units,
+        )
+    return (
+        np.int64(1),
+        load_word(0.0, scales, 0),
+        load_word(0.0, scales, 1),
+        load_word(0.0, scales, 2),
+        load_word(0.0, scales, 3),
+    )
+
+
+_TOP = Encoding._fields.index("top")
+
+
+class Coded(NamedTuple):
+    """A matrix of codes behind one of a call's addresses: its format, shape and blocks are those of `like`."""
+
+    where: int
+    codes_at: int
+    scales_at: int
+    scale: int
+    like: Codes  # without memory
+
+    def t(self) -> Coded:
+        """The transposed matrix."""
+        return self._replace(like=self.like.t())
+
+    def saved(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The codes, and the stored scales, as parts of what KEPT was."""
+        parts = [(self.codes_at, self.like.codes.shape)]
+        if self.like.blocks is not None:
+            parts.append((self.scales_at, self.like.blocks.shape))
+        return tuple(memory[at : at + math.prod(shape)].view(shape) for at, shape in parts)
+
+
+class Program:
+    """A program, written by `encode` and then `multiply`, and run by calling it.
+
+    fits: whether all of it is work for one thread, as far as written.
+    """
+
+    def __init__(self) -> None:
+        self.fits = True
+        self._sizes = {KEPT: 0, ROOM: 0}
+        self._encodings: list[Encoding] = []
+        self._multiplications: list[Multiplication] = []
+        self._packed = 0
+        self._alive: list = []  # whose addresses the rows hold
+        self._table = np.zeros(0, np.int64)
+
+    def _place(self, where: int, size: int) -> int:
+        found = self._sizes[where]
+        self._sizes[where] = -(-(found + size) // ALIGNED) * ALIGNED
+        return found
+
+    def encode(
+        self, cast: Cast, power_of_two: bool, shape: torch.Size, x: int, where: int, scale: int, *, given: bool = False
+    ) -> Coded:
+        """Have the float32 matrix of that shape at address x encoded.
+
+        Args:
+            where: KEPT or ROOM. scale: which of the call's scales its own is; of scalar formats that of its amax, or
+            (`given`) one that the call is handed.
+        """
+        like = torch.empty(shape, device="meta")
+        plan = cast.plan(torch.float32, torch.device("cpu"), Want.CODES)
+        count = like.numel()
+        row = dict.fromkeys(Encoding._fields, 0) | {"x": x, "codes": where, "codes_at": self._place(where, count)}
+        row["scale"] = scale
+        self._alive.append(plan)
+        codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+        if cast.is_block:
+            ready, layout, fmt = blocks.prepared(plan, like), cast.layout(shape), cast.format
+            self._alive.append(ready)
+            scales = torch.empty(layout.scale_shape, dtype=torch.uint8, device="meta")
+            lowest, highest = exponents_that_fit(fmt)
+            row |= {
+                "scales_at": self._place(where, scales.numel()),
+                "block_loop": ready.loop,
+                "table": ready.address,
+                "units": ready.units,
+                "scales": scales.numel(),
+                "lowest": lowest,
+                "highest": highest,
+                "rows": layout.rows,
+                "columns": layout.columns,
+                "tile_rows": layout.tile_rows,
+                "tile_columns": layout.tile_columns,
+                "payloads": payloads(fmt, Unit.BF16).ctypes.data,
+            }
+            found = Codes(codes, fmt, 1.0, scales, (layout.tile_rows, layout.tile_columns))
+        else:
+            loop, table, _, _ = plan.prepared or scalar.prepare(plan)
+            self.fits &= count < loops.MOST_AT_ONCE
+            row |= {
+                "loop": loop,
+                "table": table,
+                "units": count,
+                "amax_loop": loops.compiled_amax(KINDS[torch.float32]),
+                "top": 0 if given else int(np.float64(plan.grid.max).view(np.int64)),
+                "power_of_two": int(power_of_two),
+            }
+            found = Codes(codes, cast.format)
+        self._encodings.append(Encoding(**row))
+        return Coded(where, row["codes_at"], row["scales_at"], scale, found)
+
+    def multiply(self, a: Coded, b: Coded, unit: Unit, out: int, bias: int = NOTHING) -> None:
+        """Have a @ b, plus a bias for each column, written to the address `out`."""
+        plan = plan_of(a.like, b.like, unit)
+        self.fits &= plan.workers == 1 and plan.units[2] > 0
+        self._alive.append(plan)
+        left = self._sizes[ROOM]
+        self._packed = max(self._packed, plan.sizes[1])
+        self._multiplications.append(
+            Multiplication(
+                plan.address,
+                *a[:4],
+                *b[:4],
+                out,
+                bias,
+                left,
+                left + plan.sizes[0],
+                plan.exponent,
+                *plan.loops,
+                *plan.units,
+            )
+        )
+
+    def close(self) -> Program:
+        """The program as it is run."""
+        rows = [*self._encodings, *self._multiplications]
+        self._table = np.array(rows, np.int64).reshape(-1)
+        self._given = (self._table.ctypes.data, len(self._encodings), len(self._multiplications))
+        self._alive.append(self._table)
+        self.kept, self.room = self._sizes[KEPT], self._sizes[ROOM] + self._packed + ALIGNED
+        self._run = run()
+        return self
+
+    def __call__(self, first, second, kept, out, other, scales=(1.0, 1.0)) -> tuple[float, ...] | None:
+        """Run it on six addresses, as the module says, but for the ROOM; returns the scales, or None where it stopped."""
+        memory = workspace.room(self.room)
+        room = (memory.data_ptr() + ALIGNED - 1) & -ALIGNED
+        done, *found = self._run(*self._given, first, second, kept, room, out, other, *scales)
+        return found if done else None  # type: ignore[return-value]
