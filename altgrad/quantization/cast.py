@@ -61,7 +61,7 @@ from altgrad.quantization.memory import (
     readable,
     written,
 )
-from altgrad.quantization.plan import Plan
+from altgrad.quantization.plan import Plan, kept_in
 from altgrad.quantization.quantized import Quantized, QuantizedTensor, Want
 from altgrad.quantization.scaling import amax, two_level_scale
 from altgrad.quantization.stats import QuantStats
@@ -94,6 +94,7 @@ class Cast:
     grid: FloatFormat = field(init=False, repr=False, compare=False)  # what elements are rounded to
     spec: str = field(init=False, repr=False, compare=False)
     _plans: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    _layouts: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -302,7 +303,8 @@ class Cast:
 
     def layout(self, shape: torch.Size) -> BlockLayout:
         """Where the blocks lie in a tensor of that shape."""
-        return block_layout(shape, self.format, self.axis, pad=self.pad)
+        found = self._layouts.get(shape)
+        return found or kept_in(self._layouts, shape, block_layout(shape, self.format, self.axis, pad=self.pad))
 
     def check_stored_scales(self, codes: torch.Size, scales: torch.Size) -> None:
         """Refuse stored scales that do not fit the codes of a block format.

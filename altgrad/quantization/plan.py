@@ -69,14 +69,15 @@ class Plan:
             BlockError: as `block_layout`.
         """
         found = self.layouts.get(shape)
-        return found or _keep(self.layouts, shape, block_layout(shape, self.format, self.axis, pad=self.pad))
+        return found or kept_in(self.layouts, shape, block_layout(shape, self.format, self.axis, pad=self.pad))
 
     def keep(self, shape: Hashable, found: Any) -> Any:
         """Remember what a kernel found for a shape, and return it."""
-        return _keep(self.shapes, shape, found)
+        return kept_in(self.shapes, shape, found)
 
 
-def _keep(table: dict, shape: torch.Size, found: Any) -> Any:
+def kept_in(table: dict, shape: Hashable, found: Any) -> Any:
+    """Remember in a table of shapes what was found for one, and return it."""
     if len(table) >= SHAPES_KEPT:
         table.clear()
     table[shape] = found

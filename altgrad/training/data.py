@@ -21,8 +21,12 @@ from altgrad.records.files import open_regular
 from altgrad.training.config.experiment import DataSection
 
 BYTES = 256
+CORPORA_KEPT = 3  # of those that this process has loaded
 _HASHED_WHOLE = 1 << 30  # larger token files are fingerprinted by size, head and 64 spread blocks
 _BLOCK = 1 << 20
+
+
+_loaded: dict[tuple, Corpus] = {}
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Corpus:
 
 
 def load_corpus(config: DataSection, vocab_size: int | None = None) -> Corpus:
-    """The corpus that `config` names.
+    """The corpus that `config` names; read once in a process as long as its files stay as they are.
 
     Args:
         vocab_size: of the model, for token files (which do not state theirs); None takes the largest token's.
@@ -103,6 +107,24 @@ def load_corpus(config: DataSection, vocab_size: int | None = None) -> Corpus:
     Raises:
         DataError: the source is missing, empty, or not what it should be.
     """
+    source = config.model_dump(exclude={"batch_size", "grad_accumulation"})
+    key = (repr(source), str(Path.cwd()), vocab_size, _state_of(config))
+    found = _loaded.pop(key, None) or _load(config, vocab_size)
+    _loaded[key] = found
+    while len(_loaded) > CORPORA_KEPT:
+        del _loaded[next(iter(_loaded))]  # the one that was asked for longest ago
+    return found
+
+
+def _state_of(config: DataSection) -> tuple:
+    """Size and time of each file that the corpus is read from."""
+    given = [config.name] if config.source == "huggingface" else config.path
+    paths = [Path(path) for path in ([given] if isinstance(given, str) else given or []) if path is not None]
+    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
+    return tuple((str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
+
+
+def _load(config: DataSection, vocab_size: int | None) -> Corpus:
     if config.source == "stdlib":
         return corpus_from_bytes(_stdlib(config.max_bytes), config.val_fraction, "the Python standard library's source")
     if config.source == "text":
@@ -147,9 +169,10 @@ def _stdlib(max_bytes: int) -> bytes:
     """The library's modules in an order that depends on their names alone, but mixes the packages."""
     root = Path(os.__file__).parent
     skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
-    names = [
-        p.relative_to(root) for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts[:-1])
-    ]
+    names = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in skipped]
+        names += [Path(folder, file).relative_to(root) for file in files if file.endswith(".py")]
     names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     if not names:
         raise DataError(f"this Python has no library sources under {root}; use data.source=text data.path=FILE")

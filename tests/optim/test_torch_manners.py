@@ -155,3 +155,18 @@ def test_unknown_names_and_options_are_told():
         find_optimizer("manifold_adam")
     with pytest.raises(OptionError, match="does not take betas"):
         make_optimizer("grid_optim", [Parameter(torch.ones(2))], betas=(0.9, 0.95))
+
+
+def test_adamw_by_name_has_the_bits_of_torchs_default_on_cpus():
+    found = []
+    for make in (torch.optim.AdamW, lambda params, **options: make_optimizer("adamw", params, **options)):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(s, generator=generator).requires_grad_() for s in ((33, 7), (5,), (), (128, 3))]
+        optimizer = make(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        for step in range(30):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step % 7 - 4)
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert make_optimizer("adamw", params, fused=True).defaults["fused"]

@@ -3,16 +3,19 @@
 The units' instructions are run where this CPU has them and spelled out everywhere: both by the same packing code.
 """
 
+import copy
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
-from altgrad.nn import functional, layer_recipe
-from altgrad.nn.layer import gemm
+from altgrad.nn import change_format, functional, layer_recipe, quantize_model, uniform
+from altgrad.nn.layer import at_once, gemm
 from altgrad.quantization import FORMAT_REGISTRY, Cast, CurrentScaling, amax_scale, decode, encode, get_format
 from altgrad.quantization.codec import scale_values
 from altgrad.quantization.products import multiply as multiply_module
@@ -302,3 +305,121 @@ def test_a_forked_child_multiplies_shapes_that_its_parent_planned():
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7",
     ])  # fmt: skip
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)
+
+
+# -- small layers, whose products and quantizations are one call ---------------------------------------------------------
+
+
+def at_once_and_not(monkeypatch, recipe, x, w, bias=None, grad=None, needs=(True, True)):
+    """[(y, dx, dw, db) in one call, the same step by step], and how many calls were one."""
+    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    monkeypatch.setattr(gemm, "CPU_CODES_MIN_PRODUCTS", 0)
+    found, runs = [], []
+    real = at_once.Plan.run
+    for run in (lambda *given: runs.append(real(*given)) or runs[-1], lambda *_: None):
+        with monkeypatch.context() as patched:
+            patched.setattr(at_once.Plan, "run", run)
+            leaves = [t.clone().requires_grad_(need) for t, need in zip((x, w), needs, strict=True)]
+            shift = None if bias is None else bias.clone().requires_grad_()
+            y = functional.linear(*leaves, shift, recipe=recipe)
+            y.backward(torch.ones_like(y) if grad is None else grad)
+        found.append([y.detach(), *(t.grad for t in (*leaves, shift) if t is not None)])
+    return found, len([made for made in runs if made is not None])
+
+
+def agree(found):
+    for once, steps in zip(*found, strict=True):
+        assert (once is None) == (steps is None)
+        if once is not None:
+            torch.testing.assert_close(once, steps, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(128, 64, 192), (1, 1, 1), (37, 65, 50), (33, 130, 7)], ids=str)
+@pytest.mark.parametrize("fmt", ["E4M3", "E0M7", "MXFP8", "MXINT8", "E4M3/6:E8M0", "E2M1/16x16:E8M0"])
+def test_a_small_layer_in_one_call_has_the_bits_of_its_steps(fmt, shape, monkeypatch):
+    rows, depth, columns = shape
+    generator = torch.Generator().manual_seed(rows)
+    x, w, dy = (torch.randn(s, generator=generator) for s in ((rows, depth), (columns, depth), (rows, columns)))
+    for bias in (None, torch.randn(columns, generator=generator)):
+        found, runs = at_once_and_not(monkeypatch, layer_recipe(fmt), x, w, bias, dy)
+        assert runs == 1
+        agree(found)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["x", "w"])
+@pytest.mark.parametrize("recipe", [("E4M3", "E5M2"), ("MXFP8", "E0M7"), ("E4M3", "MXFP8")], ids=str)
+def test_one_call_serves_formats_of_their_own_and_one_gradient(recipe, needs, monkeypatch):
+    x, w, dy = (matrix(s, i, None) for i, s in enumerate([(64, 96), (80, 96), (64, 80)]))
+    for wanted in (needs, (True, True)):
+        spelled = layer_recipe(recipe[0], grad=recipe[1])
+        found, runs = at_once_and_not(monkeypatch, spelled, x, w, None, dy, wanted)
+        assert runs == 1
+        agree(found)
+
+
+HARD = {
+    "inf": lambda t: t.index_fill(0, torch.tensor([1]), math.inf),
+    "NaN": lambda t: t.index_fill(1, torch.tensor([2]), math.nan),
+    "zeros": torch.zeros_like,
+    "subnormal": lambda t: t * 1e-42,
+    "huge": lambda t: t.clamp(-3, 3) * 1e38,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "a view in a larger matrix": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+}
+
+
+@pytest.mark.parametrize("fmt", ["E4M3", "E0M7", "E3M4", "MXFP8", "MXFP4"])
+@pytest.mark.parametrize("change", HARD)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["x", "w", "dy"])
+def test_what_one_call_does_not_serve_goes_step_by_step(fmt, change, which, monkeypatch):
+    tensors = [matrix(s, i, None) for i, s in enumerate([(64, 96), (80, 96), (64, 80)])]
+    tensors[which] = HARD[change](tensors[which])
+    agree(at_once_and_not(monkeypatch, layer_recipe(fmt), *tensors[:2], None, tensors[2])[0])
+
+
+def test_blocks_of_zeros_are_multiplied_as_codes(monkeypatch):
+    x, w = matrix((64, 96), 0, None), matrix((80, 96), 1, None)
+    x[:32] = 0  # as the gradients of what attention's first token asks for
+    found, runs = at_once_and_not(monkeypatch, layer_recipe("MXFP8"), x, w)
+    assert runs == 1
+    agree(found)
+
+
+def test_a_copied_or_changed_layer_makes_plans_of_its_own(monkeypatch):
+    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256))
+    quantize_model(model, uniform("E4M3"))
+    x = matrix((128, 64), 0, None)
+    y = model(x)
+    state = model[0].quantization
+    assert len(state.plans) == 1
+    twin = copy.deepcopy(model)
+    assert not twin[0].quantization.plans
+    assert torch.equal(twin(x), y)
+    change_format(model, "E5M2")
+    assert not model[0].quantization.plans
+    assert not torch.equal(model(x), y)
+
+
+def test_nothing_of_a_call_outlives_its_result(monkeypatch):
+    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256))
+    quantize_model(model, uniform("E4M3"))
+    made = []
+    real = at_once.Plan.run
+    monkeypatch.setattr(at_once.Plan, "run", lambda *given: made.append(real(*given)) or made[-1])
+    gc.disable()
+    try:
+        y = model(matrix((128, 64), 0, None).requires_grad_())
+        kept = weakref.ref(made.pop().kept)
+        assert kept() is not None
+        y.sum().backward()
+        assert kept() is None, "codes are freed by the backward"
+        with pytest.raises(RuntimeError, match="second time"):
+            y.sum().backward()
+        y = model(matrix((128, 64), 0, None).requires_grad_())
+        kept = weakref.ref(made.pop().kept)
+        del y
+        assert kept() is None, "and by the end of the result"
+    finally:
+        gc.enable()

@@ -209,3 +209,19 @@ def test_rotary_scores_depend_on_distance_alone():
     torch.testing.assert_close(scores[3, 1], scores[12, 10], atol=1e-5, rtol=0)
     torch.testing.assert_close(scores[5, 5], q @ k, atol=1e-5, rtol=0)
     assert (scores[3, 1] - scores[3, 2]).abs() > 1e-3
+
+
+def test_a_corpus_is_read_once_while_its_files_stay_as_they_are(tmp_path):
+    standard = DataSection(source="stdlib", max_bytes=20_000)
+    assert load_corpus(standard) is load_corpus(DataSection(source="stdlib", max_bytes=20_000, batch_size=3))
+    assert load_corpus(standard) is not load_corpus(DataSection(source="stdlib", max_bytes=20_001))
+    (tmp_path / "a.txt").write_bytes(b"one " * 500)
+    text = DataSection(source="text", path=str(tmp_path))
+    first = load_corpus(text)
+    assert load_corpus(text) is first
+    (tmp_path / "b.txt").write_bytes(b"two " * 500)
+    assert load_corpus(text).fingerprint != first.fingerprint
+    write_tokens(tmp_path, range(50), range(9))
+    tokens = DataSection(source="tokens", path=str(tmp_path))
+    assert load_corpus(tokens) is load_corpus(tokens)
+    assert load_corpus(tokens, 300).vocab_size == 300

@@ -16,22 +16,15 @@ from torch import Tensor
 from altgrad.nn.layer import gemm as rule
 from altgrad.nn.layer.contractions import Matrices
 from altgrad.nn.layer.operand import Operand
+from altgrad.nn.layer.state import LayerState
 from altgrad.nn.recipe.scaling_choice import CurrentScaling
 from altgrad.quantization.checks import at_hand
 from altgrad.quantization.products.units import Unit
 
 if TYPE_CHECKING:
-    from altgrad.nn.layer.state import LayerState
     from altgrad.quantization.products.program import Coded, Program
 
 PLANS_KEPT = 64  # of one layer; shapes that change must not grow it without end
-
-
-class Plans(dict):
-    """The plans of a layer by what they are for; they hold addresses, so copies of the layer make their own."""
-
-    def __reduce__(self):
-        return Plans, ()
 
 
 class Plan(NamedTuple):
@@ -105,7 +98,10 @@ def plan_for(
 
     needs: whether x and w need gradients.
     """
-    if not state.at_once or state.session.reduce_amax is not None or type(products) is not Matrices:
+    plans = state.plans
+    if plans.possible is None:
+        plans.possible = _allows_programs(state)
+    if not plans.possible or state.session.reduce_amax is not None or type(products) is not Matrices:
         return None
     if x.dtype is not torch.float32 or w.dtype is not torch.float32 or x.ndim != 2 or w.ndim != 2:
         return None
@@ -116,15 +112,15 @@ def plan_for(
         return None
     key = (x.shape, w.shape, needs, bias is None, torch.get_num_threads(), rule.PROCESSOR)
     try:
-        return state.plans[key]
+        return plans[key]
     except KeyError:
-        if len(state.plans) >= PLANS_KEPT:
-            state.plans.clear()
-        found = state.plans[key] = _plan(state, products, x, w, bias, needs)
+        if len(plans) >= PLANS_KEPT:
+            plans.clear()
+        found = plans[key] = _plan(state, products, x, w, bias, needs)
         return found
 
 
-def may_run_at_once(state: LayerState) -> bool:
+def _allows_programs(state: LayerState) -> bool:
     """Whether the layer's operands allow programs, whatever the shapes."""
     return not state.recipe.is_emulated and all(map(_finds_its_scale, state.operands.values()))
 
@@ -151,12 +147,10 @@ def _plan(
     def unit(gemm: str, a: torch.Size, b: torch.Size) -> Unit | None:
         return state.route(gemm, products.sizes(gemm, a, b), x.device, torch.float32).unit
 
-    units = [
-        unit("forward", x.shape, w.shape),
-        unit("input_grad", dy_shape, w.shape) if need_x else Unit.BF16,
-        unit("weight_grad", dy_shape, x.shape) if need_w else Unit.BF16,
-    ]
-    if None in units or x.shape[0] == 0:
+    unit_forward = unit("forward", x.shape, w.shape)
+    unit_x = unit("input_grad", dy_shape, w.shape) if need_x else Unit.BF16
+    unit_w = unit("weight_grad", dy_shape, x.shape) if need_w else Unit.BF16
+    if unit_forward is None or unit_x is None or unit_w is None or x.shape[0] == 0:
         return None
 
     def encoded(program: Program, operand: Operand, shape: torch.Size, address: int, where: int, scale: int) -> Coded:
@@ -172,7 +166,7 @@ def _plan(
     back_w = None if not need_x else of_w if shares_w else encoded(forward, state.w_back, w.shape, SECOND, KEPT, 3)
     if not shares_w and state.w_back.follows_storage:
         return None  # its scale would have to be given, too
-    forward.multiply(*products.ordered("forward", of_x, of_w), units[0], OUT, NOTHING if bias is None else OTHER)
+    forward.multiply(*products.ordered("forward", of_x, of_w), unit_forward, OUT, NOTHING if bias is None else OTHER)
     backward = None
     if need_x or need_w:
         backward = Program()
@@ -180,9 +174,9 @@ def _plan(
         shares_dy = not (need_x and need_w) or state.dy_back is state.dy
         dy_back = dy if shares_dy else encoded(backward, state.dy_back, dy_shape, FIRST, ROOM, 3)
         if back_w is not None:
-            backward.multiply(*products.ordered("input_grad", dy, back_w._replace(scale=1)), units[1], OUT)
+            backward.multiply(*products.ordered("input_grad", dy, back_w._replace(scale=1)), unit_x, OUT)
         if back_x is not None:
-            backward.multiply(*products.ordered("weight_grad", dy_back, back_x._replace(scale=0)), units[2], OTHER)
+            backward.multiply(*products.ordered("weight_grad", dy_back, back_x._replace(scale=0)), unit_w, OTHER)
     programs = [program for program in (forward, backward) if program is not None]
     if not all(program.fits for program in programs):
         return None

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from altgrad.errors import RecipeError
-from altgrad.nn.layer.at_once import Plans, may_run_at_once
 from altgrad.nn.layer.contractions import LINEAR_REDUCED
 from altgrad.nn.layer.gemm import Needs, Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
@@ -29,6 +28,18 @@ if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
 
 LARGE = (4096, 4096, 4096)  # rows, columns, reduced: of a GEMM that any rule calls large
+
+
+class Plans(dict):
+    """What a layer's calls came to, by shapes (`at_once`); they hold addresses, so copies of the layer make their own.
+
+    possible: whether the operands allow any; None: not asked yet.
+    """
+
+    possible: bool | None = None
+
+    def __reduce__(self):
+        return Plans, ()
 
 
 class LayerState:
@@ -80,10 +91,7 @@ class LayerState:
         self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
         self.shares_amax = any(operand.shares_amax for operand in self.distinct())
         self.whole_blocks = any(operand.spec.whole_blocks for operand in self.operands.values())
-        self._renew_plans()
-
-    def _renew_plans(self) -> None:
-        self.plans, self.at_once = Plans(), may_run_at_once(self)
+        self.plans = Plans()
 
     def change_recipe(self, recipe: LayerRecipe) -> None:
         """Replace the recipe. Operands whose entry stays keep their scale history, a grid that stays keeps its scale."""
@@ -110,7 +118,7 @@ class LayerState:
         for (_, role), operand in self.operands.items():
             operand.storage = storage if role == "weight" else None
         self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
-        self._renew_plans()
+        self.plans = Plans()
 
     def storage_of(self, weight: Tensor | None) -> GridStorage | None:
         """The storage of the layer's present weight, which may have been replaced or tied since; None without one."""
