@@ -76,16 +76,36 @@ class Sources:
         self._hooks, self._observed = [], []
 
 
-def watch_layers(model: nn.Module, fmt: FloatFormat | None, publish: Publish) -> list[RemovableHandle]:
-    """Hook every linear layer and convolution; `publish(layer, role, stats, scale, format)` in training mode.
+def watch_operands(model: nn.Module, take: Callable[[str, str, Tensor], None]) -> list[RemovableHandle]:
+    """Hook every linear layer and convolution; `take(layer, role, tensor)` gets weight, input and grad_output of each of
+    its uses in training mode, detached.
 
     These are torch's, Hugging Face's and registered ones (`altgrad.nn.register_layer`), and their subclasses.
     """
     return [
-        module.register_forward_hook(_forward_hook(name, fmt, publish))
+        module.register_forward_hook(_forward_hook(name, take))
         for name, module in model.named_modules()
         if isinstance(module, _KINDS) or _is_product(module)
     ]
+
+
+def watch_layers(model: nn.Module, given: FloatFormat | None, publish: Publish) -> list[RemovableHandle]:
+    """Hook the layers of `watch_operands`; `publish(layer, role, stats, scale, format)` for each operand.
+
+    Without a format inputs and gradients are measured as they are: their amax and how much is finite.
+    """
+
+    def take(name: str, role: str, x: Tensor) -> None:
+        if role == "weight" and given is None:  # its amax alone is among the weight's norms
+            return
+        fmt = given or carrier_format(x.dtype)
+        scale = amax_scale(x, fmt) if fmt.emax < 127 else torch.ones((), device=x.device)
+        stats = quantize_with_stats(x, fmt, scale, overflow="saturate", clamp=True)[1]
+        if given is None:
+            stats, scale = QuantStats(torch.where(_of_the_values(x.device), stats.vector, torch.nan)), torch.nan
+        publish(name, role, stats, scale, fmt)
+
+    return watch_operands(model, take)
 
 
 @cache
@@ -104,22 +124,16 @@ def _is_product(module: nn.Module) -> bool:
     return kind is not None and kind.kind in ("linear", "conv", "conv_transpose")
 
 
-def _forward_hook(name: str, given: FloatFormat | None, publish: Publish):
+def _forward_hook(name: str, take: Callable[[str, str, Tensor], None]):
     def send(role: str, tensor: Tensor) -> None:
         with torch.no_grad():
-            x = tensor.detach()
-            fmt = given or carrier_format(x.dtype)
-            scale = amax_scale(x, fmt) if fmt.emax < 127 else torch.ones((), device=x.device)
-            stats = quantize_with_stats(x, fmt, scale, overflow="saturate", clamp=True)[1]
-            if given is None:
-                stats, scale = QuantStats(torch.where(_of_the_values(x.device), stats.vector, torch.nan)), torch.nan
-            publish(name, role, stats, scale, fmt)
+            take(name, role, tensor.detach())
 
     def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
         weight = getattr(module, "weight", None)
-        if given is not None and isinstance(weight, Tensor):  # its amax alone is among the weight's norms
+        if isinstance(weight, Tensor):
             send("weight", weight)
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
             send("input", inputs[0])
