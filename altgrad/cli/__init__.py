@@ -209,6 +209,57 @@ def replay(
 
 
 @app.command()
+def advise(
+    source: Annotated[
+        Path, typer.Argument(help="A config's YAML, a .safetensors or .pth file, or a Hugging Face folder.")
+    ],
+    overrides: _Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Of the float32 trace of a config.")] = 60,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Average bits a value that the recipe may take; 0: no limit; else 8.5."),
+    ] = None,
+    high_layers: Annotated[
+        int | None, typer.Option("--high-layers", help="How many layers may stay high; else as many as the bits allow.")
+    ] = None,
+    formats: Annotated[str | None, typer.Option("--formats", help="Formats that may be used, E4M3,E5M2.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", help="Those of any8, any6, hopper, blackwell, mi300 or mx instead.")
+    ] = None,
+    high: Annotated[str, typer.Option("--high", help="The format of what stays high.")] = "BF16",
+    storage: Annotated[
+        str, typer.Option("--storage", help="master, or grid: weights stored in their format.")
+    ] = "master",
+    verify: Annotated[
+        int, typer.Option("--verify", help="Check the recipe by paired forks of so many steps, and correct it.")
+    ] = 0,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity/--no-sensitivity", help="Ask which operands matter (one backward each).")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of page and recipe; else advice-NAME.")
+    ] = None,
+    device: _Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it takes, and stop.")] = False,
+) -> None:
+    """Say which format each tensor of a model should have, from a short float32 trace or from weights alone."""
+    from altgrad.cli import advise_pages
+
+    budget = advise_pages.make_budget(bits, high_layers, formats, hardware, high, storage)
+    advise_pages.advise(
+        source,
+        overrides or [],
+        budget,
+        out,
+        steps=steps,
+        verify=verify,
+        sensitivity=sensitivity,
+        device=device,
+        dry_run=dry_run,
+    )
+
+
+@app.command()
 def pack(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, folders that hold run folders, or packs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The pack to write, such as study.tar.xz.")],

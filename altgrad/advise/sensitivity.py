@@ -1,0 +1,157 @@
+"""Which operands matter: one forward and backward each, with that operand alone in a low format.
+
+    damage(c, f) = |g(c in f) - g(float32)|^2 / |g(float32)|^2        over all parameters
+
+The noise that a format puts on an operand is known from its spectrum, so a few formats of different noise give the damage
+of every other one, on the line through them in logarithms. A single rounding may be lucky or unlucky (the same few rows
+of an embedding meet the same errors in every batch), which several formats even out. Damages of operands that are low
+together add up as far as their errors are independent; how far they do is measured and said (`completeness`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from altgrad.advise.loop import Loop, quantized
+from altgrad.advise.trace import Tell, Trace
+from altgrad.errors import ConfigError
+from altgrad.nn import LayerRecipe, Override, Recipe, layer_recipe
+from altgrad.nn.recipe.recipe import ATTENTION_NAME
+
+REFERENCES = ("E3M4", "E4M3", "E2M1")
+"""The formats that are tried on each operand, from fine to coarse."""
+
+_OPTION = {"input": "activation", "weight": "weight", "grad_output": "grad"}
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Damage of one operand as a function of the noise on it.
+
+    noises, damages: of the references. log damage is fitted as a line in log noise, its slope held within 0.5 .. 1.5.
+    """
+
+    noises: tuple[float, ...]
+    damages: tuple[float, ...]
+
+    @cached_property
+    def _line(self) -> tuple[float, float, float] | None:
+        """(slope, log noise and log damage of a point on the line); None where no reference did damage."""
+        known = [(math.log(n), math.log(d)) for n, d in zip(self.noises, self.damages, strict=True) if n > 0 and d > 0]
+        if not known:
+            return None
+        x, y = (np.array(side) for side in zip(*known, strict=True))
+        spread = float(((x - x.mean()) ** 2).sum())
+        slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 1e-4 else 1.0
+        return min(1.5, max(0.5, slope)), float(x.mean()), float(y.mean())
+
+    def damage(self, noise: float) -> float:
+        """Relative squared gradient error at that noise; 0 without noise or where the references showed none.
+
+        A tensor that is all error does no more than lose itself: noise counts up to 1.
+        """
+        if noise <= 0 or self._line is None:
+            return 0.0
+        slope, x, y = self._line
+        return math.exp(y + slope * (math.log(min(noise, 1.0)) - x))
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Sensitivity by (layer, role); completeness: damage of all in the middle reference together / the
+    sum predicted for each alone."""
+
+    cells: Mapping[tuple[str, str], Sensitivity]
+    completeness: float
+    references: tuple[str, ...] = REFERENCES
+
+
+def attribute(
+    loop: Loop, trace: Trace, references: Sequence[str] = REFERENCES, *, tell: Tell | None = None
+) -> Attribution:
+    """One-step attribution at the loop's present state, on its next batch; the loop is left where it was.
+
+    Raises:
+        ConfigError: the gradient in float32 is zero or not finite.
+    """
+    exact = loop.gradient()[1]
+    size = float(exact.double().square().sum())
+    if not 0 < size < math.inf:
+        raise ConfigError(f"the float32 gradient's squared norm is {size}; there is no damage to measure against it")
+    found: dict[tuple[str, str], Sensitivity] = {}
+    cells = trace.cells
+    for i, (layer, role) in enumerate(cells):
+        pairs = sorted(
+            (trace.predict(layer, role, fmt).noise, damage_of(loop, one_operand(layer, role, fmt), exact, size))
+            for fmt in references
+        )
+        found[layer, role] = Sensitivity(tuple(n for n, _ in pairs), tuple(d for _, d in pairs))
+        if tell is not None:
+            tell("one-step attribution", i + 1, len(cells))
+    middle = references[len(references) // 2]
+    alone = sum(one.damage(trace.predict(*cell, middle).noise) for cell, one in found.items())
+    together = damage_of(loop, recipe_from(dict.fromkeys(cells, middle), trace), exact, size)
+    return Attribution(found, together / alone if alone > 0 else math.nan, tuple(references))
+
+
+def damage_of(loop: Loop, recipe: Recipe, exact: torch.Tensor, size: float) -> float:
+    """Relative squared error of the gradient under a recipe; 1e6 where it is not finite."""
+    with quantized(loop, recipe):
+        _, low = loop.gradient()
+    error = float((low - exact).double().square().sum()) / size
+    return error if math.isfinite(error) else 1e6
+
+
+def one_operand(layer: str, role: str, fmt: str) -> Recipe:
+    """One operand of one layer in a format, in both of its products; everything else in full precision."""
+    return Recipe(None, (Override(layer_of({role: fmt}), name=layer),))
+
+
+def layer_of(formats: Mapping[str, str | None], **options) -> LayerRecipe:
+    """A layer's recipe from formats by role; roles without one stay in full precision."""
+    return layer_recipe(None, **{_OPTION[role]: formats.get(role) for role in _OPTION}, **options)
+
+
+def recipe_from(
+    choice: Mapping[tuple[str, str], str | None], trace: Trace, storage: Mapping[str, object] | None = None
+) -> Recipe:
+    """The recipe of a choice of formats by (layer, role): what most layers have is the default, others are overrides.
+
+    Layers that the trace did not see stay in full precision. storage: a `StorageSpec` by layer, for weights on a grid.
+    """
+    made: dict[str, LayerRecipe | None] = {}
+    for name, one in trace.layers.items():
+        formats = {role: choice.get((name, role)) for role in one.roles}
+        stored = (storage or {}).get(name)
+        if all(_high(fmt) for fmt in formats.values()) and stored is None:
+            made[name] = None
+            continue
+        made[name] = layer_of(formats, **({} if stored is None else {"storage": stored}))
+    for name in trace.untraced:
+        if not name.endswith(ATTENTION_NAME):  # which a recipe reaches only where it says so
+            made.setdefault(name, None)
+    whole = [made[name] for name, one in trace.layers.items() if len(one.roles) > 1] or list(made.values())
+    default = max(whole, key=lambda one: (whole.count(one), one is not None))
+    overrides = tuple(
+        Override(one, name=name)
+        for name, one in made.items()
+        if one != default and not (name in trace.layers and _same_weight(trace.layers[name].roles, one, default))
+    )
+    return Recipe(default, overrides)
+
+
+def _same_weight(roles: Sequence[str], one: LayerRecipe | None, default: LayerRecipe | None) -> bool:
+    """Whether a layer that has a weight alone, an embedding, needs no override."""
+    if len(roles) > 1 or one is None or default is None:
+        return False
+    return one.forward.weight == default.forward.weight and one.storage == default.storage
+
+
+def _high(fmt: str | None) -> bool:
+    return fmt is None or fmt == "FP32"

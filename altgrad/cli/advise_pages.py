@@ -1,0 +1,240 @@
+"""What `altgrad advise` prints and writes: how long it takes, progress, a table, the recipe, and where the page is."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from altgrad.advise import Advice, Budget, advise_loop, advise_weights
+from altgrad.advise.loop import flat_gradient
+from altgrad.advise.trace import layers_of
+from altgrad.errors import ConfigError
+from altgrad.records.files import write_json, write_text
+from altgrad.report.console import Terminal
+from altgrad.report.numbers import duration, percent, plural
+from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence
+
+_SHOWN = 40  # rows of the table on a terminal
+
+
+def make_budget(
+    bits: float | None, high_layers: int | None, formats: str | None, hardware: str | None, high: str, storage: str
+) -> Budget:
+    """A budget from the command line's words; bits 0 means no limit."""
+    names = tuple(name.strip() for name in (formats or "").split(",") if name.strip())
+    if formats is not None and not names:
+        raise ConfigError("--formats names no format; write --formats E4M3,E5M2")
+    limit = None if bits == 0 else bits
+    if limit is None and bits is None:
+        limit = Budget.bits
+    return Budget(limit, high_layers, names, hardware, high, storage)
+
+
+def advise(
+    source: Path,
+    overrides: list[str],
+    budget: Budget,
+    out: Path | None,
+    *,
+    steps: int,
+    verify: int,
+    sensitivity: bool,
+    device: str | None,
+    dry_run: bool,
+) -> None:
+    """`altgrad advise`: from a config by a trace, from anything else by its weights."""
+    folder = out or Path(f"advice-{source.stem or 'model'}")
+    console = Terminal()
+    command = shlex.join(["altgrad", "advise", str(source), *overrides])
+    if source.suffix.lower() in (".yaml", ".yml"):
+        found, config = _from_config(console, source, overrides, budget, steps, verify, sensitivity, device, dry_run)
+        if found is None:
+            return
+    else:
+        if overrides:
+            raise ConfigError(f"{overrides[0]!r} is a setting, and {source} is no config; settings go with a .yaml")
+        if verify:
+            raise ConfigError("--verify trains, and a checkpoint alone has no data; give a config")
+        if dry_run:
+            console.print(f"weights of {source} are read once, tensor by tensor; a hundred million take about a minute")
+            return
+        with _progress(console) as told:
+            found, config = advise_weights(source, budget, tell=told), None
+    _write(console, folder, found, config, source.name, command)
+
+
+def _from_config(
+    console: Terminal,
+    path: Path,
+    overrides: list[str],
+    budget: Budget,
+    steps: int,
+    verify: int,
+    sensitivity: bool,
+    device: str | None,
+    dry_run: bool,
+) -> tuple[Advice | None, dict[str, Any] | None]:
+    from altgrad.training.config.loading import dump_config, load_config
+
+    config = load_config(path, overrides)
+    if device:
+        config = config.model_copy(update={"device": device})
+    loop = ConfigLoop(config)
+    steps = min(steps, config.max_steps)
+    begun = time.perf_counter()
+    state = loop.capture()
+    loop.advance()
+    loop.advance()
+    second = (time.perf_counter() - begun) / 2
+    loop.restore(state)
+    operands = sum(len(one.roles) for one in layers_of(loop.model)[0].values())
+    passes = 3 * operands if sensitivity else 0
+    forks = 3 * 5 * verify
+    console.print(
+        f"{plural(steps, 'float32 step')}, then one forward and backward for each of {passes} tries"
+        + (f", then {plural(forks, 'step')} of forks" if forks else "")
+        + f": about {duration(second * (1.3 * steps + passes + 1.5 * forks))}",
+        highlight=False,
+    )
+    if dry_run:
+        return None, None
+    with _progress(console) as told:
+        advice = advise_loop(loop, budget, steps=steps, sensitivity=sensitivity, verify=verify, tell=told)
+    given = yaml.safe_load(dump_config(config))
+    return advice, given
+
+
+class ConfigLoop:
+    """The loop of an `altgrad.training.Trainer` for a config, in float32 whatever the config's formats are.
+
+    Raises:
+        ConfigError: a run spread over ranks.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE
+        from altgrad.training.step.stepping import lr_at
+        from altgrad.training.trainer import Trainer
+
+        plain = {**SHORT_DEFAULTS, **dict.fromkeys(WHOLE), "include": None, "exclude": []}
+        plain |= {"enable_emergency_shift": False, "enable_partition_clipping": False, "compile": False}
+        plain["monitor"] = config.monitor.model_copy(update={"enabled": False})
+        self.trainer = Trainer(config.model_copy(update=plain))
+        if not self.trainer.ranks.alone:
+            raise ConfigError(f"this run is spread over {self.trainer.ranks.world_size} ranks; advise on one")
+        self.model, self.optimizer = self.trainer.model, self.trainer.optimizer
+        self.schedule = [lr_at(step, config.max_steps, config.optimizer) for step in range(1, config.max_steps + 1)]
+
+    def advance(self) -> float:
+        record = self.trainer.train_step(*self.trainer.batch(self.trainer.step + 1))
+        return record.loss if record.finite else math.nan
+
+    def gradient(self) -> tuple[float, Tensor]:
+        loss = self.trainer.backward(*self.trainer.batch(self.trainer.step + 1))
+        return float(loss), flat_gradient(self.model)
+
+    def capture(self) -> Any:
+        return self.trainer.capture()
+
+    def restore(self, state: Any) -> None:
+        self.trainer.restore(state)
+
+
+class _progress:
+    """Bars on a terminal, a line for each stage elsewhere; as a context it gives the function to call."""
+
+    def __init__(self, console: Terminal) -> None:
+        self.console = console
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self):
+        self.bars.__enter__()
+        return self.told
+
+    def __exit__(self, *error: Any) -> None:
+        self.bars.__exit__(*error)
+
+    def told(self, what: str, done: int, of: int) -> None:
+        """Something was done."""
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=of)
+            if not self.console.is_terminal:
+                self.console.print(f"{what}: {of}", highlight=False, markup=False)
+        self.bars.update(self.tasks[what], completed=done, total=of)
+
+
+def _write(
+    console: Terminal, folder: Path, advice: Advice, config: dict[str, Any] | None, name: str, command: str
+) -> None:
+    from altgrad.training.config.formats import SHORT_DEFAULTS
+
+    data = {**advice.as_dict(), "name": name, "command": command}
+    _print(console, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {"advice.html": render_advice(data), "recipe.yaml": advice.recipe.to_yaml()}
+    if config is not None:
+        kept = {key: value for key, value in config.items() if key not in (*SHORT_DEFAULTS, "recipe", "formats")}
+        kept["formats"] = advice.recipe.to_dict()
+        written["config.yaml"] = yaml.safe_dump(kept, sort_keys=False)
+    for file, text in written.items():
+        write_text(folder / file, text)
+    write_json(folder / "advice.json", data)
+    console.print(f"page: {folder / 'advice.html'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"recipe: {folder / 'recipe.yaml'}, for quantize_model(model, Recipe.from_yaml(...))",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if config is not None:
+        console.print(f"altgrad run {folder / 'config.yaml'}", highlight=False, soft_wrap=True)
+
+
+def _print(console: Terminal, data: dict[str, Any]) -> None:
+    """The table: one row for each operand, its format, what that does there, and ties."""
+    console.print(headline(data), style="bold", highlight=False)
+    console.print(sentence(data), highlight=False)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    for head in ("layer", "", "format", "SQNR dB", "becomes 0", "limited by", "as good"):
+        table.add_column(head, justify="right" if head in ("SQNR dB", "becomes 0") else "left", no_wrap=head == "layer")
+    ties: dict[tuple[str, str], list[str]] = {}
+    for row in data["rows"]:
+        if row["tie"]:
+            ties.setdefault((row["layer"], row["role"]), []).append(row["format"])
+    chosen = [row for row in data["rows"] if row["chosen"]]
+    for row in chosen[:_SHOWN]:
+        sqnr = "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+        alike = ", ".join(ties.get((row["layer"], row["role"]), []))
+        table.add_row(
+            row["layer"], SYMBOLS[row["role"]], row["format"], sqnr, percent(row["underflow"]), row["limit"], alike
+        )
+    console.print(table)
+    if len(chosen) > _SHOWN:
+        console.print(f"and {len(chosen) - _SHOWN} more; the page has all of them", highlight=False)
+    worst = [one for one in data["stalls"] if one["freezes_at"] is not None and one["storage"] == "nearest"]
+    for one in worst:
+        console.print(
+            f"Stored in {one['format']} and rounded to nearest, 95% of the updates are lost from step {one['freezes_at']}.",
+            highlight=False,
+        )
+    for line in own_errors(data):
+        console.print(line, highlight=False)
+    for line in data["unknown"]:
+        console.print(f"Not known: {line}.", highlight=False)
+    if data["verified"]:
+        kept = data["verified"]["corrected_to"]
+        console.print(
+            f"Forks of {data['verified']['steps']} steps: "
+            + (f"corrected to {kept!r}." if kept else "no neighbour was better."),
+            highlight=False,
+        )
