@@ -74,6 +74,9 @@ BAD_CALLS = [
     ("key of strings", lambda x: quantize(x, "E4M3", rounding="stochastic", key=("1", "2")), RandomKeyError),
     ("key of bools", lambda x: quantize(x, "E4M3", rounding="stochastic", key=(True, False)), RandomKeyError),
     ("key that is a word", lambda x: quantize(x, "E4M3", rounding="stochastic", key="12"), RandomKeyError),
+    ("key that is a number", lambda x: quantize(x, "E4M3", rounding="stochastic", key=12), RandomKeyError),
+    ("key tensor of floats", lambda x: quantize(x, "E4M3", rounding="stochastic", key=torch.ones(2)), RandomKeyError),
+    ("key tensor of three", lambda x: quantize(x, "E4M3", rounding="stochastic", key=torch.arange(3)), RandomKeyError),
     (
         "meta key",
         lambda x: quantize(x, "E4M3", rounding="stochastic", key=torch.ones(2).long().to("meta")),
