@@ -5,10 +5,10 @@
     after      attempted, rounded to the grid under the scale at the start of the step
 
 The storage of a parameter is the one owner of its grid. It knows the values that it wrote by the parameter, its memory,
-its version counter and, on the CPU, a sample of them: `weight.data.normal_()` counts no version. Anything else is somebody else's write (loading, initialisation, averaging, an editor) and gets
-a fresh scale by the policy before the weight is next used; foreign values are never pressed into an old scale. They are
-rounded where the grid matters, at the start of the next step, and counted as a regrid; a forward quantizes them as they
-are. Values that moved without changing (deepcopy, pickle, `.to`) keep their grid: they still match the codes.
+its version counter and, on the CPU, a sample of them: `weight.data.normal_()` counts no version. Anything else is somebody
+else's write (loading, initialisation, averaging, an editor) and gets a fresh scale by the policy before the weight is next
+used; foreign values are never pressed into an old scale. They are rounded where the grid matters, at the start of the next
+step, and counted as a regrid; a forward quantizes them as they are. Values that moved without changing (deepcopy, pickle, `.to`) keep their grid: they still match the codes.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ SUM_ERROR = 8e-6
 class QuantStats:
     """Statistics of one quantization, in one float64 tensor of shape [7] on the tensor's device; nothing is synced.
 
-    amax: largest finite |x|. count: elements. overflow: finite x beyond the largest value after rounding, or
-    whose result is inf because scale * value exceeds the tensor's own dtype (and, under `saturate` and `nan`, x = +-inf). underflow: nonzero x whose result is zero. nonfinite: x that are inf or NaN.
+    amax: largest finite |x|. count: elements. overflow: finite x beyond the largest value after rounding, or whose result
+    is inf because scale * value exceeds the tensor's own dtype (and, under `saturate` and `nan`, x = +-inf). underflow:
+    nonzero x whose result is zero. nonfinite: x that are inf or NaN.
     sse, sum_sq: sums of (x - result)^2 and of x^2 over finite x with a finite result. On the CPU 512 elements at a time
     are summed in 16 float32 lanes, these sums in float64 (`jit.lanes`): the same bits whatever else is asked for, on every
     processor and number of threads, off by at most 2e-6 of the sum (2^-24 for each of 32 additions, and the square's
