@@ -167,6 +167,17 @@ def report(
     run_pages.report(runs, out, force)
 
 
+@app.command()
+def watch(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.")],
+    port: Annotated[int, typer.Option("--port", help="Of this machine; 0 takes a free one.")] = 0,
+) -> None:
+    """Show the report of runs while they go on, on a page of this machine alone; Ctrl-C ends it."""
+    from altgrad.cli import run_pages
+
+    run_pages.watch(runs, port)
+
+
 _Run = Annotated[Path, typer.Argument(help="A run's folder, such as runs/e7m0-s42-1a2b3c4d.")]
 
 

@@ -152,6 +152,19 @@ def report(runs: Sequence[Path], out: Path | None, force: bool) -> None:
     console.print(f"report: {write(folders, target, force=force)}", highlight=False, soft_wrap=True)
 
 
+def watch(runs: Sequence[Path], port: int) -> None:
+    """`altgrad watch`: serve the runs' report until Ctrl-C."""
+    from altgrad.analysis.live import LOOPBACK, LivePage, live_server
+
+    page = LivePage(runs)
+    server = live_server(page, port)
+    _console().print(f"http://{LOOPBACK}:{server.server_port}/ (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+
+
 def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: bool) -> int:
     """0 done, 1 a run collapsed and that was asked to count, 128 + signal interrupted."""
     for result in results:
