@@ -69,7 +69,10 @@ def check_versions(folder: Path, environment: Mapping[str, Any], result: Mapping
         ConfigError: it ran on several ranks, or under another torch or numerics version.
     """
     if environment.get("processes"):
-        raise ConfigError(f"{folder} ran on {environment['processes']} ranks; an autopsy replays runs of one")
+        raise ConfigError(
+            f"{folder} ran on {environment['processes']} ranks, and an autopsy replays runs of one process; run "
+            f"{folder / 'config.yaml'} again without torchrun: up to the order of sums it is the same run"
+        )
     versions = (
         ("torch", environment.get("torch"), version("torch")),
         ("numerics version", result.get("numerics_version"), NUMERICS_VERSION),

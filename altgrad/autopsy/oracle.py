@@ -20,6 +20,7 @@ from altgrad.autopsy.moments import MomentCell, moment_cells, put_moments
 from altgrad.errors import ConfigError
 from altgrad.nn.recipe.cells import Cell
 from altgrad.randomness import seed_of
+from altgrad.training.step.replay import first_difference
 from altgrad.training.step.state_tree import CaptureRing
 
 Tell = Callable[[str, int, int], None]
@@ -161,6 +162,18 @@ def run_fork(
     except NotApplicable as why:
         return Outcome((), refused=str(why))
     return Outcome(tuple(losses), seconds=time.monotonic() - begun)
+
+
+def first_unrepeated(loop: Loop, state: dict[str, Any], steps: int) -> str | None:
+    """The first tensor that differs when a loop takes the same steps from a state twice; None where it repeats itself."""
+    ends = []
+    for _ in range(2):
+        with loop.aside():
+            loop.restore(state)
+            for _ in range(steps):
+                loop.advance()
+            ends.append(loop.capture())
+    return first_difference(*ends)
 
 
 def cells_of(loop: Loop) -> dict[Any, Any]:

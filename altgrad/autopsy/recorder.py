@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from altgrad.autopsy.changes import NotApplicable
@@ -31,14 +32,13 @@ from altgrad.autopsy.findings import write_findings
 from altgrad.autopsy.fork import Oracle
 from altgrad.autopsy.forks import Forks, Told
 from altgrad.autopsy.investigate import investigate
-from altgrad.autopsy.oracle import LoopOracle, Tell
+from altgrad.autopsy.oracle import LoopOracle, Tell, first_unrepeated
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.verdict import Verdict
 from altgrad.autopsy.workers import Built, Executor, check_jobs, side_by_side
 from altgrad.errors import ConfigError, OptionError
 from altgrad.nn import Recipe, change_format, load_quant_state, quant_state, set_seed
 from altgrad.nn.session import sessions_of
-from altgrad.training.step.replay import first_difference
 from altgrad.training.step.state_tree import (
     CaptureRing,
     copy_tree,
@@ -47,6 +47,10 @@ from altgrad.training.step.state_tree import (
     model_state,
     optimizer_state,
 )
+
+
+CERTIFIED = 3
+"""Steps that a loop must take twice alike before an autopsy of it says anything."""
 
 
 class Stateful(Protocol):
@@ -68,7 +72,7 @@ class Recorder:
         every: steps between captures. limit_bytes: of all captures together.
 
     Raises:
-        ConfigError: the model is quantized by several calls, or by none (RecipeError).
+        ConfigError: the model is quantized by several calls, or by none (RecipeError); the loop runs on several ranks.
     """
 
     def __init__(
@@ -81,6 +85,11 @@ class Recorder:
         every: int = 10,
         limit_bytes: int = 512 * 2**20,
     ) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"this loop runs on {dist.get_world_size()} ranks, whose forks would have to start and stop together; record "
+                "and autopsy it in one process"
+            )
         sessions = sessions_of(model)
         if len(sessions) != 1 or sessions[0].recipe is None:
             raise ConfigError(
@@ -165,18 +174,6 @@ class Recorder:
 
     # -- the autopsy --------------------------------------------------------------------------------------------------
 
-    def certify(self, steps: int = 3) -> str | None:
-        """Whether the loop repeats itself: None, or the first tensor that differs when steps are taken twice."""
-        start = self.ring.steps[0]
-        ends = []
-        for _ in range(2):
-            with self.aside():
-                self.restore(self.ring[start])
-                for _ in range(steps):
-                    self.advance()
-                ends.append(self.capture())
-        return first_difference(*ends)
-
     def autopsy(
         self,
         *,
@@ -221,7 +218,7 @@ class Recorder:
                 f"the first state kept is that after step {start} of {self.taken}, and an autopsy starts from one before the "
                 f"damage; raise limit_bytes (one state has {self.ring.bytes // len(self.ring.steps):,} bytes)"
             )
-        if (differs := self.certify()) is not None:
+        if (differs := first_unrepeated(self, self.ring[start], CERTIFIED)) is not None:
             raise ConfigError(
                 f"the loop does not repeat itself: {differs} differs when the same steps are taken twice from step {start}; "
                 "make what step_fn draws a function of the step, or pass what it changes as also="

@@ -9,14 +9,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from altgrad.autopsy.findings import write_findings
 from altgrad.autopsy.folder import rebuild, recorded_losses
-from altgrad.autopsy.fork import LOW, TWIN
+from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks, Told, read_log
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.loop import TrainerLoop
-from altgrad.autopsy.oracle import CAPTURES, LoopOracle, Tell, cells_of, first_other, put_low
+from altgrad.autopsy.oracle import CAPTURES, LoopOracle, Tell, cells_of, first_other, first_unrepeated, put_low
 from altgrad.autopsy.plan import Plan, measure
 from altgrad.autopsy.search import Settings, expected_forks, kinds_of
 from altgrad.autopsy.verdict import Verdict
@@ -25,6 +26,7 @@ from altgrad.errors import ConfigError, ReportError
 from altgrad.records.lock import RunLock
 from altgrad.records.run import read_run
 from altgrad.records.verify import verify_run
+from altgrad.report.numbers import plural
 
 FOLDER = "autopsy"
 
@@ -54,7 +56,8 @@ def autopsy(
         ReportError: the folder is no run, is damaged, or lacks what a replay needs; so of the twin's.
         RunBusyError: another process is at it.
         ConfigError: the run cannot be replayed here: several ranks, other versions, data or a model given in Python, or
-            losses that differ from the recorded ones (with the first step).
+            losses that differ from the recorded ones (with the first step, and the first tensor that differs between two
+            replays, if the loop does not repeat itself).
     """
     folder = Path(run_dir)
     check_jobs(jobs)
@@ -65,10 +68,7 @@ def autopsy(
         oracle = LoopOracle(TrainerLoop(trainer), len(recorded), seed=trainer.config.seed, tell=tell)
         other = first_other(recorded, oracle.history(LOW))
         if other is not None:
-            raise ConfigError(
-                f"the replay differs from the recorded run at step {other + 1} (loss {oracle.history(LOW)[other]!r}, "
-                f"recorded {recorded[other]!r}): it ran on another machine, or its data changed; run it again here first"
-            )
+            _refuse(oracle, recorded, other)
         if beside is not None and (other := first_other(beside, oracle.history(TWIN))) is not None:
             raise ConfigError(
                 f"{twin} is not the float32 twin: its loss of step {other + 1} is {beside[other]!r}, the twin's is "
@@ -130,6 +130,22 @@ def fork_run(
         raise ConfigError(f"the replay differs from the recorded run at step {other + 1}; run it again here first")
     put_low(loop, {cell: spec for cell, spec in specs.items() if cell not in rescued})
     return step, recorded, [loop.advance() for _ in range(steps)], rescued
+
+
+def _refuse(oracle: LoopOracle, recorded: list[float], other: int) -> NoReturn:
+    """Say why the replay has another loss at index `other`: the loop does not repeat itself, or the run was another."""
+    replayed = oracle.history(LOW)
+    differs = first_unrepeated(oracle.loop, oracle.state(Fork(frozenset())), other + 1)
+    why = (
+        "it ran on another machine, or its data changed; run it again here first"
+        if differs is None
+        else f"the run does not repeat itself: {differs} differs when the same {plural(other + 1, 'step')} are taken twice; "
+        "whatever was changed in its loop must draw from (seed, step)"
+    )
+    raise ConfigError(
+        f"the replay differs from the recorded run at step {other + 1} (loss {replayed[other]!r}, recorded "
+        f"{recorded[other]!r}): {why}"
+    )
 
 
 def _losses_of_twin(folder: Path, steps: int) -> list[float]:

@@ -28,6 +28,7 @@ from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.records.lock import RunLock
 from altgrad.records.metrics_log import cut_back
 from altgrad.training.format_runner import FormatExperimentRunner
+from altgrad.training.trainer import Trainer
 from tests.training.tiny import corpus_overrides, tiny_config, tiny_trainer, train
 
 QUICK = Settings(draws=3, most_draws=2, placebos=1, longest=40)
@@ -145,6 +146,14 @@ def test_a_run_that_does_not_repeat_is_refused_with_the_step(run_folder, tmp_pat
     (other / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
     with pytest.raises(ConfigError, match="step 7"):
         autopsy(other)
+
+
+def test_a_run_whose_loop_draws_at_will_is_refused_by_the_first_tensor(run_folder, monkeypatch):
+    batch = Trainer.batch
+    monkeypatch.setattr(Trainer, "batch", lambda self, step, seed=None: batch(self, step, next(drawn)))
+    drawn = iter(range(10**6))
+    with pytest.raises(ConfigError, match=r"at step 1 .*the run does not repeat itself: model\.\S+ differs"):
+        autopsy(run_folder)
 
 
 @pytest.mark.parametrize(
@@ -368,8 +377,15 @@ def test_a_loop_that_does_not_repeat_itself_is_refused_by_name():
     recorder = own_loop(uniform("E4M3"), noise=True)
     for _ in range(12):
         recorder.step()
-    with pytest.raises(ConfigError, match="does not repeat itself"):
+    with pytest.raises(ConfigError, match=r"does not repeat itself: model\.0\.weight differs .* twice from step 0"):
         recorder.autopsy()
+
+
+def test_a_loop_of_several_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=r"this loop runs on 4 ranks.*in one process"):
+        own_loop(uniform("E4M3"))
 
 
 def test_too_short_a_loop_is_refused():
