@@ -80,14 +80,16 @@ NOISE, SEEDS, EVERY = 5e-3, (0, 1, 2), 250
 SHORT = Proxy(batch=128, steps=800, lr=6e-3)
 """Where the switches are told apart if no row of the survey is damaged: they fit in minutes."""
 SURVEY = (
+    Proxy(width=64, batch=128),
+    Proxy(width=64, batch=128, lr=2e-3),
+    Proxy(width=64, batch=128, lr=6e-3),
+    Proxy(batch=128, lr=2e-3),
+    Proxy(width=64, batch=128, lr=2e-3, steps=20_000),
     Proxy(),
-    Proxy(lr=1.5e-3),
-    Proxy(lr=3e-3),
-    Proxy(width=64, batch=256, steps=20_000, lr=3e-3),
     SHORT,
 )
-"""Looked at for damage by MX, seed 0: the paper's rate and batch at a quarter of its width; rates up to where float32 itself
-becomes unsteady; a narrower one for four times as long; a short one."""
+"""Looked at for damage by MX, seed 0, what two cores carry: rates up to where float32 itself becomes unsteady, twice the width,
+four times the steps; then the paper's rate on 512 samples a step at a quarter of its width; then the short one."""
 WORSE = 1.25
 """Fixed before the survey ran. MX is damaged at a row if its loss over the last 100 steps is not finite, or lies above
 float32's by this factor; the first damaged row is then run with every switch and seed, and a switch undoes the damage if it

@@ -106,7 +106,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         so_far = search.so_far = replace(so_far, over_run=over_run)
         if over_run is None or over_run.value >= 0.5 or found.spread:
             break
-        least = 4 * window.horizon  # these cells did damage first, and others in the end
+        least = len(low)  # these cells did damage first, and others in the end: look again over all that the proof saw
         so_far = replace(so_far, first=so_far.first or names(found.cells))
     whole, parts, members, placebos = search.confirm(found)
     assert whole.rescue is not None

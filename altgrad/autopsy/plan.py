@@ -82,7 +82,7 @@ class Plan:
         The bounds look further, at how long float32 takes to save the run, and the proof to the run's end.
         """
         whole, saved = min(self.steps, self.longest), min(max(SHORTEST, self.steps // 4), self.longest)
-        of_stage = {"bounds": (saved + SHORTEST) / 2, "proof": whole}
+        of_stage = {"bounds": (saved + SHORTEST) / 2, "proof": whole, "mechanism": 0.6 * SHORTEST}  # not all apply
         total = sum(self.expected.values())
         steps = sum(n * of_stage.get(stage, SHORTEST) for stage, n in self.expected.items()) / total
         asked = 2 * self.cells / self.kinds  # the prior is asked of the cells of the roles that matter

@@ -29,8 +29,9 @@ Prior = Callable[[int, Sequence[Any]], Mapping[Any, float]]
 class Settings:
     """How hard to look.
 
-    draws: of the null band. confirm: of the confirmation. most_draws: of a single question that stands near its threshold. matters: share of the damage from which a set of cells matters. longest: steps of the longest horizon.
-    most_groups: groups after which damage counts as diffuse. placebos: innocent sets rescued as a control.
+    draws: of the null band. confirm: of the confirmation. most_draws: of a single question that stands near its threshold.
+    matters: share of the damage from which a set of cells matters. longest: steps of the longest horizon. most_groups:
+    groups after which damage counts as diffuse. placebos: innocent sets rescued as a control.
     """
 
     draws: int = 8
@@ -77,12 +78,12 @@ def expected_forks(cells: Sequence[Any], captures: int, settings: Settings) -> d
     search = math.ceil(math.log2(max(2, len(cells))))
     return {
         "null band": settings.draws + settings.draws // 2 + 1,
-        "bounds": 2 * math.ceil(math.log2(max(2, captures))),
+        "bounds": 2 + math.ceil(math.log2(max(2, captures))),
         "roles": 2 * len(kinds_of(cells)),
-        "layers": 2 * search,
+        "layers": 2 + search,
         "proof": 2,
         "confirm": 2 * settings.confirm + settings.placebos,
-        "mechanism": 10,
+        "mechanism": len(mechanism.CHANGES),
     }
 
 
