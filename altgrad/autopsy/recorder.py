@@ -48,7 +48,6 @@ from altgrad.training.step.state_tree import (
     optimizer_state,
 )
 
-
 CERTIFIED = 3
 """Steps that a loop must take twice alike before an autopsy of it says anything."""
 

@@ -1,6 +1,7 @@
 """The pages of a failure and of an autopsy: in order, complete, and honest where nothing was measured."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -143,10 +144,36 @@ def test_the_page_tells_cause_control_and_remedy(found):
     assert "https://" not in html.replace("https://www.w3.org", "")
 
 
+def test_a_screen_reader_finds_headings_in_order_and_every_table_and_chart_by_name(found):
+    html, _ = render_autopsy(found)
+    levels = [int(level) for level in re.findall(r"<h([1-6])", html)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in pairwise(levels))
+    names = re.findall(r'class="table-scroll"[^>]*aria-label="([^"]*)"', html)
+    assert len(names) == len(set(names)) == 3
+    assert "table" not in names
+    assert all(re.search(r'aria-label="[^"]{20,}"', svg) for svg in re.findall(r'<svg[^>]*role="img"[^>]*>', html))
+
+
+def test_a_long_set_is_named_by_its_layer_and_interventions_come_best_first(found):
+    share = {"value": 0.0, "low": -0.1, "high": 0.1, "draws": 1}
+    both = ["layer0.forward.input", "layer0.weight_grad.input"]
+    more = {"members": [{"cells": both, "rescue": share, "alone": share, "p": 1.0}]}
+    html, markdown = render_autopsy(
+        {**found, **more, "cells": [*both, *(f"layer{i}.forward.input" for i in range(1, 6))]}
+    )
+    assert "layer: 2 cells of layer0" in html
+    assert "The input of 6 layers caused it" in html
+    table = markdown[markdown.index("On the cells found") :]
+    assert table.index("one more exponent bit") < table.index("one more mantissa bit")
+
+
 def test_a_run_without_a_cause_has_a_page_without_one():
     html, markdown = render_autopsy(page_data(Planted(lambda *_: 0.0)))
     assert "No damage in the window" in html
     assert "caused" not in markdown
+    assert '<button type="button" aria-label="layer' not in html  # no map where nothing was asked of any cell
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Words are fixed: a set of cells *caused* the damage (its rescue closes most of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,9 +95,22 @@ def _who(cells: Sequence[str]) -> str:
     if len(cells) <= 2:
         return " and ".join(cells)
     endings = {cell.split(".")[-1] for cell in cells}
-    layers = {".".join(cell.split(".")[:-2]) for cell in cells}
-    where = next(iter(layers)) if len(layers) == 1 else f"{len(layers)} layers"
-    return f"{next(iter(endings))} in {len(cells)} places" if len(endings) == 1 else f"{len(cells)} cells of {where}"
+    layers = {_layer(cell) for cell in cells}
+    where = next(iter(layers)) if len(layers) == 1 else plural(len(layers), "layer")
+    role = f"The {next(iter(endings))}" if len(endings) == 1 else f"{len(cells)} cells"
+    return f"{role} of {where}"
+
+
+def _layer(cell: str) -> str:
+    return cell.removesuffix(".storage") if cell.endswith(".storage") else ".".join(cell.split(".")[:-2])
+
+
+def _set_name(cells: Sequence[str]) -> str:
+    """A set by its one cell, or by how many of which layer it has."""
+    layers = {_layer(cell) for cell in cells}
+    if len(cells) == 1:
+        return cells[0]
+    return f"{plural(len(cells), 'cell')} of {next(iter(layers)) if len(layers) == 1 else plural(len(layers), 'layer')}"
 
 
 def _facts(data: Data) -> list[str]:
@@ -183,24 +197,30 @@ def _sets(data: Data) -> list[tuple[str, Data]]:
     if data.get("rescue") is not None:
         rows.append(("all found", {"cells": data["cells"], "rescue": data["rescue"], "alone": data.get("alone")}))
     rows += [(f"set {i + 1}", one) for i, one in enumerate(data.get("groups", ()))]
-    rows += [("cell", one) for one in data.get("members", ())]
+    rows += [("layer" if len(one["cells"]) > 1 else "cell", one) for one in data.get("members", ())]
     rows += [("placebo", one) for one in data.get("placebos", ())]
     return rows
 
 
 def _set_table(data: Data) -> Table | None:
     rows = [
-        [kind, ", ".join(one["cells"]), share_text(one.get("rescue")), share_text(one.get("alone")), _word(kind, one)]
+        [
+            kind,
+            share_text(one.get("rescue")),
+            share_text(one.get("alone")),
+            _word(kind, one),
+            ", ".join(one["cells"]) if len(one["cells"]) <= 4 else _set_name(one["cells"]),
+        ]
         for kind, one in _sets(data)
     ]
     columns = [
         Column("Set"),
-        Column("Cells"),
         Column("Rescue closes", True),
         Column("Alone does", True),
         Column("Word"),
+        Column("Cells"),
     ]
-    return Table(columns, rows, sortable=False) if rows else None
+    return Table(columns, rows, caption="Every set of cells that was rescued", sortable=False) if rows else None
 
 
 def _word(kind: str, one: Data) -> str:
@@ -211,7 +231,7 @@ def _intervention_table(data: Data) -> Table | None:
     rows = [
         [
             one["says"],
-            TableCell(share_text(one["closed"]) if one["closed"] else one["refused"] or "not made", sort=_value(one)),
+            _closed_cell(one),
             TableCell(
                 "none"
                 if not one["cost_bits"]
@@ -219,10 +239,22 @@ def _intervention_table(data: Data) -> Table | None:
                 sort=one["cost_bits"],
             ),
         ]
-        for one in data.get("interventions", ())
+        for one in _interventions(data)
     ]
     columns = [Column("On the cells found"), Column("Gap closed", True), Column("Storage it adds", True)]
-    return Table(columns, rows, sortable=len(rows) > 3) if rows else None
+    return Table(columns, rows, caption="Every change of the cells found", sortable=len(rows) > 3) if rows else None
+
+
+def _closed_cell(one: Data) -> TableCell:
+    if one["closed"]:
+        return TableCell(share_text(one["closed"]), sort=_value(one))
+    why = one["refused"] or "not made"
+    return TableCell(why, el("span", why, class_="reason"))
+
+
+def _interventions(data: Data) -> list[Data]:
+    """Those that closed most first, and those that could not be made last."""
+    return sorted(data.get("interventions", ()), key=lambda one: -math.inf if (v := _value(one)) is None else v)[::-1]
 
 
 def _value(one: Data) -> float | None:
@@ -270,7 +302,7 @@ def _strip(data: Data) -> Markup | None:
     )
     return line_figure(
         series,
-        title="When",
+        title="Loss beside the float32 twin",
         description="Training loss of the run and of its float32 twin on the same batches, with onset, point of no return "
         "and the run's own verdict.",
         caption=f"Both see the same batches.{band}",
@@ -286,7 +318,7 @@ def _ladder(data: Data) -> Markup | None:
         share = one.get("rescue")
         if share is None:
             continue
-        label = ", ".join(one["cells"]) if len(one["cells"]) == 1 else f"{len(one['cells'])} cells"
+        label = _set_name(one["cells"])
         name = {"all found": f"rescue {label}", "placebo": f"placebo: {label}"}.get(kind, f"{kind}: {label}")
         style = Style(3) if kind == "placebo" else Style(7)
         rows.append(IntervalRow(name, share["value"], share["low"], share["high"], style, share_text(share)))
@@ -307,7 +339,7 @@ def _bars(data: Data) -> Markup | None:
             Style(1),
             share_text(one["closed"]),
         )
-        for one in data.get("interventions", ())
+        for one in _interventions(data)
         if one.get("closed")
     ]
     if not rows:
@@ -335,8 +367,10 @@ def _shares(rows: Sequence[IntervalRow], title: str, description: str, data: Dat
 
 
 def _map(data: Data) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[str, Data | None]]]:
-    """(layers, roles, {(layer, role): (word, effect)}): every cell has a word."""
+    """(layers, roles, {(layer, role): (word, effect)}): every cell has a word, or none where nothing was asked of any."""
     places = data.get("places") or {}
+    if not data.get("roles"):
+        return [], [], {}
     single = {one["cells"][0]: one for _, one in _sets(data) if len(one["cells"]) == 1}
     guilty = set(data.get("cells", ()))
     layers = list(dict.fromkeys(place[0] for place in places.values()))
