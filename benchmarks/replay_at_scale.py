@@ -30,10 +30,10 @@ from torch.distributed.fsdp import fully_shard
 from altgrad.autopsy.forks import read_log
 from altgrad.records.documents import read_json
 from altgrad.records.files import write_json
+from altgrad.records.machine import processor_name
 from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.model import GPT, GPTConfig
-from altgrad.training.run.folder import processor_name
 from altgrad.training.step.state_tree import state_bytes, tensors_of
 
 RANKS, STEPS = 2, 4

@@ -27,11 +27,11 @@ from altgrad.nn import Recipe, uniform
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.quantization import NoScaling, StaticScaling
 from altgrad.records.files import write_json, write_text
+from altgrad.records.machine import processor_name
 from altgrad.records.run import Run
 from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.run.demo import DEMO_SIZE
-from altgrad.training.run.folder import processor_name
 from experiments.autopsy_loops import LOOPS
 from experiments.records import collect
 
