@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-OPEN = ("formats", "recipe", "optimizer.options", "monitor.schedule", "shift.chain")
+OPEN = ("formats", "recipe", "model.options", "optimizer.options", "monitor.schedule", "shift.chain")
 """Settings that are mappings with the user's own keys: one value each, and any key below them is valid."""
 
 _ABSENT = object()

@@ -6,7 +6,6 @@ sound checkpoint, and its losses are bit-identical to those of a run that was le
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import shutil
 import time
@@ -42,6 +41,7 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.data import Corpus
+from altgrad.training.factory import fingerprint
 from altgrad.training.run.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -114,7 +114,7 @@ class FormatExperimentRunner:
         self.from_config = model is None and data_dir is None and loss is next_token_loss
         self.ranks = Ranks.from_environment(self.config)
         self.listener = (listener if self.ranks.is_main else None) or RunListener()
-        self.plan = plan_run(self.config, data_dir, _fingerprint(model) if model is not None else "")
+        self.plan = plan_run(self.config, data_dir, fingerprint(model) if model is not None else "")
         self.trainer: Trainer | None = None
         self.stop = StopRequest()
 
@@ -464,12 +464,3 @@ def run_format_experiment(
     """
     loaded = load_config(config, overrides)
     return FormatExperimentRunner(loaded, model, data_dir, device, listener=listener).run()
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Hash of a model's class, names, shapes and initial values."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"|{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

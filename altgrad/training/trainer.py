@@ -28,6 +28,7 @@ from altgrad.randomness import seed_of
 from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.data import Corpus, resolve_corpus
+from altgrad.training.factory import made_model
 from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import FormatsOfRun, StorageRates, all_finite
@@ -61,9 +62,15 @@ def next_token_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
 
 
-def build_model(config: ExperimentConfig, vocab_size: int) -> GPT:
-    """The GPT that a config describes; its initial weights are a function of the config's seed."""
-    section = config.model.model_dump()
+def build_model(config: ExperimentConfig, vocab_size: int) -> nn.Module:
+    """The model that a config describes; its initial weights are a function of the config's seed.
+
+    Raises:
+        ConfigError: as `made_model`.
+    """
+    if config.model.factory is not None:
+        return made_model(config, vocab_size)
+    section = config.model.model_dump(exclude={"factory", "options"})
     section["vocab_size"] = section["vocab_size"] or vocab_size
     return GPT(GPTConfig(**section), seed=config.seed)
 
@@ -95,10 +102,10 @@ class Trainer:
         self.ranks = Ranks.from_environment(config)
         self.device = usable_device(self.ranks.device(str(device or config.device)))
         self.corpus = resolve_corpus(data_dir, config.data, config.model.vocab_size)
+        vocab_size = config.model.vocab_size or self.corpus.vocab_size
         if model is None:
-            gpt = build_model(config, self.corpus.vocab_size)
-            self.corpus.check(config.model.block_size, gpt.config.vocab_size)
-        self.model: nn.Module = (gpt if model is None else model).to(self.device).train()
+            self.corpus.check(config.model.block_size, vocab_size)
+        self.model: nn.Module = (build_model(config, vocab_size) if model is None else model).to(self.device).train()
         self.loss = loss
         self.formats = FormatsOfRun(self.model, config, self.batch(1)[0][:1])
         self.ranks.prepare(self.model)
@@ -106,7 +113,7 @@ class Trainer:
         self.formats.attach(self.optimizer)
         self.measuring = Measuring(config, self.model, self.optimizer, self.formats)
         self.interventions = Interventions(config, self.model, self.optimizer, self.formats)
-        chance = math.log(gpt.config.vocab_size) if model is None and loss is next_token_loss else None
+        chance = math.log(vocab_size) if model is None and loss is next_token_loss else None
         self.judge = Judge(config.verdict, chance)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._forward = self.ranks.wrap(torch.compile(self.model) if config.compile else self.model)  # type: ignore[arg-type]

@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
 import pytest
 import torch
 
-from altgrad.errors import DataError, RunBusyError
+from altgrad.errors import ConfigError, DataError, RunBusyError
 from altgrad.records import files
 from altgrad.records.documents import read_json, write_environment
 from altgrad.records.lock import RunLock
 from altgrad.records.metrics_log import cut_back, record_of
+from altgrad.records.run import read_run
+from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import (
     FormatExperimentRunner,
     RunListener,
@@ -21,7 +24,8 @@ from altgrad.training.format_runner import (
 )
 from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.run import checkpoint as checkpoint_module
-from tests.training.tiny import losses, metrics, tiny_config, tiny_corpus
+from altgrad.training.trainer import Trainer
+from tests.training.tiny import TINY, losses, metrics, tiny_config, tiny_corpus
 
 GRID = {"fp8_format": "E3M4", "weight_storage": "grid", "rounding": "stochastic"}
 
@@ -315,3 +319,64 @@ def test_a_shift_with_nowhere_to_go_is_said(tmp_path):
     run(tmp_path / "b", "shift.chain={E4M3: E3M4}", listener=silent, enable_emergency_shift=True, **without_link)
     assert any("E4M3 has no fallback" in line for line in notes.lines)
     assert not any("fallback" in line for line in silent.lines)
+
+
+# -- a person's own model by name --------------------------------------------------------------------------------------
+
+FACTORY = """
+from torch import nn
+from altgrad.training import GPT, GPTConfig
+
+class Pair(nn.Module):
+    def __init__(self, vocab_size, width):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+
+    def forward(self, tokens):
+        return self.out(self.embedding(tokens))
+
+def make(vocab_size, width=16):
+    return Pair(vocab_size, width)
+
+def text(vocab_size):
+    return "no module"
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path, monkeypatch):
+    (tmp_path / "own_models.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("ALTGRAD_FACTORIES", "elsewhere, own_models")
+    shared = {**TINY, "max_steps": 4, "runs_dir": str(tmp_path / "runs"), "fp8_format": "E4M3"}
+    return {**shared, "model": {"block_size": 16, "factory": "own_models:make", "options": {"width": 24}}}
+
+
+def test_a_config_names_the_function_that_makes_the_model(own_model):
+    state = torch.get_rng_state()
+    first = FormatExperimentRunner(own_model).run()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert FormatExperimentRunner(own_model).run().already_finished
+    assert read_run(first.run_dir).config["model"]["factory"] == "own_models:make"
+    trainer = Trainer(load_config(own_model))
+    assert trainer.model.out.in_features == 24
+    assert "out" in trainer.formats.manifest.swapped
+    wider = FormatExperimentRunner({**own_model, "model": {**own_model["model"], "options": {"width": 32}}})
+    assert wider.run_dir != first.run_dir
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"factory": "os:system"}, "ALTGRAD_FACTORIES=os"),
+        ({"factory": "own_models:nothing"}, "cannot be found"),
+        ({"factory": "own_models:make", "options": {"depth": 3}}, "does not take vocab_size and model.options"),
+        ({"factory": "own_models:text"}, "made a str"),
+        ({"factory": "own_models"}, "model.factory = 'own_models'"),
+        ({"factory": "../x:y"}, "model.factory"),
+    ],
+    ids=str,
+)
+def test_a_factory_that_cannot_be_used_is_refused(own_model, model, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        FormatExperimentRunner({**own_model, "model": {"block_size": 16, **model}})

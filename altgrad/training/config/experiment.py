@@ -59,7 +59,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """The GPT that is trained. `style` sets the five choices below it; each can still be set by itself."""
+    """The model that is trained: a GPT, or what `factory` makes. `style` sets the five choices below it, or each by itself."""
 
     n_layer: Size = 4
     n_head: Size = 4
@@ -74,6 +74,13 @@ class ModelSection(_Section):
     activation: Literal["relu_squared", "gelu", "swiglu"] | None = None
     bias: bool | None = None
     tie_weights: bool | None = None
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=200)] | None = (
+        None
+    )
+    """package.module:function that makes the model in the GPT's place (`altgrad.training.factory`): its package must be
+    allowed by ALTGRAD_FACTORIES. Of this section it is given vocab_size and `options`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the factory."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelSection:

@@ -10,6 +10,8 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE, identity_keys
 
 ADDED_LATER = (
+    ("model", "factory"),
+    ("model", "options"),
     ("data", "token_dtype"),
     ("verdict", "divergence_smoothing"),
     ("verdict", "freeze_flip_rate"),
@@ -29,7 +31,9 @@ def identity(config: ExperimentConfig) -> dict[str, Any]:
     """What a run computes, as plain data: the config without paths, device and trackers, formats spelled in one way."""
     resolved = identity_keys(config.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
     for section, key in ADDED_LATER:
-        if resolved[section][key] == type(getattr(config, section)).model_fields[key].default:
+        if resolved[section][key] == type(getattr(config, section)).model_fields[key].get_default(
+            call_default_factory=True
+        ):
             del resolved[section][key]
     return resolved
 

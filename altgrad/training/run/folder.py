@@ -21,6 +21,7 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import recipe_of
 from altgrad.training.config.identity import experiment_hash
 from altgrad.training.data import Corpus, resolve_corpus
+from altgrad.training.factory import fingerprint, made_model
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ class RunPlan:
 def plan_run(config: ExperimentConfig, data: Corpus | str | Path | None = None, model_fingerprint: str = "") -> RunPlan:
     """The plan of `config`'s run; reads the data for its fingerprint, writes nothing.
 
+    Args:
+        model_fingerprint: of a model that is handed in; what the config's factory makes is built for its own.
+
     Raises:
-        DataError: the data cannot be read.
+        DataError: the data cannot be read. ConfigError: the factory cannot be used.
     """
     corpus = resolve_corpus(data, config.data, config.model.vocab_size)
+    if config.model.factory is not None and not model_fingerprint:
+        model_fingerprint = fingerprint(made_model(config, corpus.vocab_size))
     return RunPlan(config, corpus, experiment_hash(config, corpus.fingerprint, NUMERICS_VERSION, model_fingerprint))
 
 
