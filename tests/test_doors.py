@@ -124,6 +124,16 @@ assert not loaded, loaded
 """
 
 
+def test_importing_layers_and_the_trainer_loads_neither_numba_nor_the_compiler():
+    """Both take longer to import than all of the package; what needs them asks when it is used."""
+    code = (
+        "import sys, altgrad.nn, altgrad.training; "
+        "print([name for name in ('numba', 'torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert run.stdout.strip() == "[]"
+
+
 def test_a_report_is_written_without_torch(tmp_path):
     run = make_run(tmp_path, "E3M4", steps=20)
     program = subprocess.run(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
@@ -133,9 +134,11 @@ class QuantizedRaw(Quantized):
 
 
 def _raw_forward(base: type[nn.Module]):
+    run = torch.compiler.disable(run_raw)  # breaks the graph of compiled code; here, since it imports the compiler
+
     @functools.wraps(base.forward)
     def forward(self, *args, **kwargs):
-        return run_raw(self.__dict__[STATE], self, functools.partial(base.forward, self), args, kwargs)
+        return run(self.__dict__[STATE], self, functools.partial(base.forward, self), args, kwargs)
 
     return forward
 

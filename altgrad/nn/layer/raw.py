@@ -127,9 +127,8 @@ def called_children(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-@torch.compiler.disable
 def run_raw(state: RawState, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-    """A module's forward, with its products quantized. Compiled code breaks its graph here."""
+    """A module's forward, with its products quantized; nothing that a compiler could trace."""
     _DEPTH.append(0)
     try:
         with Products(module, state):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
-from altgrad.jit.code_table import decoding_of
 from altgrad.quantization.products.units import (
     GROUP,
     LARGEST_DEPTH,
@@ -57,9 +56,14 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self.tables = np.zeros(2 * _PACKING + _PRODUCT, np.int64)
-        self.factor = self.tables[-1:].view(np.float64)
-        self.address = self.tables.ctypes.data
+        self.tables = np.zeros(0, np.int64)
+
+    def filled(self, template: np.ndarray) -> np.ndarray:
+        """The tables, as a template has them."""
+        if len(self.tables) != len(template):
+            self.tables = np.empty_like(template)
+        self.tables[:] = template
+        return self.tables
 
     def room(self, size: int) -> Tensor:
         """At least `size` bytes."""
@@ -99,7 +103,6 @@ class Plan(NamedTuple):
     formats: tuple  # kept alive, as a plan goes by their ids
 
 
-_PACKING, _PRODUCT = 18, 12
 workspace = _Workspace()
 _plans: dict[tuple, Plan] = {}
 PLANS_KEPT = 1024
@@ -109,17 +112,18 @@ if hasattr(os, "register_at_fork"):  # a plan holds how many threads work, and a
 
 @cache
 def _machinery():
+    """The modules of the loops, which import Numba."""
     from altgrad.jit import threads
     from altgrad.quantization.products import loops, panels
 
-    assert len(panels.Packing._fields) == _PACKING
-    assert len(loops.Product._fields) == _PRODUCT
     return loops, panels, threads
 
 
 @cache
 def _packing(fmt: FloatFormat | BlockFormat, unit: Unit, by_steps: bool, scaled: bool) -> tuple:
     """(loop, addresses of the facts, of the payloads and of the values of scales) of an operand."""
+    from altgrad.jit.code_table import decoding_of
+
     _, panels, _ = _machinery()
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     variant = panels.Variant(panels.UNITS.index(unit), int(decoding_of(element)), by_steps, scaled)
@@ -182,13 +186,13 @@ def _multiply(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: boo
     if plan.workers == 1:
         loops.run_all()(plan.address, *given, factor, *plan.loops, *plan.units)
         return out
-    tables, address = workspace.tables, workspace.address
-    tables[:] = plan.template
+    tables = workspace.filled(plan.template)
     for place, value in zip(_given(), given, strict=True):
         for index in place:
             tables[index] = value
-    workspace.factor[0] = factor
-    starts = (address, address + 8 * _PACKING, address + 16 * _PACKING)
+    tables[-1:].view(np.float64)[0] = factor
+    address, row = tables.ctypes.data, 8 * _packing_words()
+    starts = (address, address + row, address + 2 * row)
     for loop, table, units in zip(plan.loops, starts, plan.units, strict=True):
         threads.run_table(loop, table, units, threads=plan.workers)
     return out
@@ -206,13 +210,19 @@ def fits_exponents(operand: Codes) -> bool:
 
 
 @cache
+def _packing_words() -> int:
+    return len(_machinery()[1].Packing._fields)
+
+
+@cache
 def _given() -> tuple[tuple[int, ...], ...]:
     """Where in the tables each address of a call goes."""
     loops, panels, _ = _machinery()
+    words = _packing_words()
     left = [panels.Packing._fields.index(name) for name in ("codes", "scales", "packed")]
-    right = [_PACKING + index for index in left]
+    right = [words + index for index in left]
     names = ("left", "right", "out", "bias")
-    product = [2 * _PACKING + loops.Product._fields.index(name) for name in names]
+    product = [2 * words + loops.Product._fields.index(name) for name in names]
     packed = ((left[2], product[0]), (right[2], product[1]))
     return (left[0],), (left[1],), (right[0],), (right[1],), *packed, (product[2],), (product[3],)
 

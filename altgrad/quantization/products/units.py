@@ -20,7 +20,6 @@ import torch
 
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat, Specials
-from altgrad.jit.code_table import CODE_FIELDS, code_table
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.quantization.codec import value_table
 
@@ -92,6 +91,8 @@ def power(fmt: FloatFormat | BlockFormat, unit: Unit) -> int:
 @cache
 def facts(fmt: FloatFormat | BlockFormat, unit: Unit) -> np.ndarray:
     """`jit.code_table.code_table` of a format's elements with 2^p multiplied in; kept for the life of the process."""
+    from altgrad.jit.code_table import CODE_FIELDS, code_table  # which imports Numba
+
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
     table, shift = code_table(element).copy(), power(fmt, unit) << 23
     for name in ("normal_base", "raised_base", "step"):
