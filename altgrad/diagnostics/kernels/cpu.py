@@ -97,14 +97,10 @@ def _mark_used(g, position, count, columns, none_zero, used_rows, used_columns):
     while done < count:
         row, column = (position + done) // columns, (position + done) % columns
         length = min(count - done, columns - column)
-        if none_zero:
-            used_rows[row] = 1
-            used_columns[column : column + length] = 1
-        else:
-            for i in range(length):
-                if load(g, done + i, FLOAT32) != 0:
-                    used_rows[row] = 1
-                    used_columns[column + i] = 1
+        for i in range(length):
+            if none_zero or load(g, done + i, FLOAT32) != 0:
+                used_rows[row] = 1
+                used_columns[column + i] = 1
         done += length
 
 
@@ -162,7 +158,8 @@ def _measure(table, x, out, codes, scales, scale, inner, channels, seed, stream,
     each = (chunks + job.parts - 1) // job.parts
     for p in range(start, stop):
         for c in range(p * each, min((p + 1) * each, chunks)):
-            partial[c, :] = 0.0
+            for f in range(FIELDS):
+                partial[c, f] = 0.0
             partial[c, F.pair_s_min] = partial[c, F.pair_g_min] = np.inf
             partial[c, F.pair_s_max] = partial[c, F.pair_g_max] = -np.inf
             here = c * CHUNK
@@ -172,12 +169,13 @@ def _measure(table, x, out, codes, scales, scale, inner, channels, seed, stream,
 
 
 @strict
-def _add_up(histograms, kind, into):
-    """The counts of one histogram over all threads and copies."""
+def _count(histograms, kind, b):
+    """What one bin of a histogram counted, over all threads and copies."""
+    total = np.int64(0)
     for part in range(len(histograms)):
         for copy in range(COPIES):
-            for b in range(BINS):
-                into[b] += histograms[part, copy, kind, b]
+            total += histograms[part, copy, kind, b]
+    return total
 
 
 @strict
@@ -193,12 +191,10 @@ def _median(histograms, kind, counted, total, moved):
         return 0.0
     if not counted:
         return -1.0
-    summed = np.zeros(BINS, np.int64)
-    _add_up(histograms, kind, summed)
     b = 0
     while below < wanted and b < BINS - 1:
         b += 1
-        below += summed[b]
+        below += _count(histograms, kind, b)
     return np.float64(float_of(shl(np.uint32(b), np.uint32(21))))
 
 
@@ -207,7 +203,8 @@ def _merge(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
     job = _read_job(0, table)
     partial, histograms, rows_used, used = _arrays(job)
     vector = carray(pointer(job.vector), (FIELDS,), np.float64)
-    vector[:] = partial[0]
+    for f in range(FIELDS):
+        vector[f] = partial[0, f]
     for c in range(1, len(partial)):
         for f in range(FIELDS):
             if f in _MAXIMA:
@@ -224,9 +221,9 @@ def _merge(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
         vector[F.dead_rows], vector[F.dead_columns] = _unused(rows_used), _unused(used)
     if job.magnitudes:
         kept = carray(pointer(job.kept), (2, BINS), np.int64)
-        kept[:] = 0
-        _add_up(histograms, WEIGHTS, kept[0])
-        _add_up(histograms, UPDATES, kept[1])
+        for b in range(BINS):
+            kept[0, b] = _count(histograms, WEIGHTS, b)
+            kept[1, b] = _count(histograms, UPDATES, b)
     missing = vector[F.steps_median] < 0 or vector[F.ulp_median] < 0
     return np.int64(missing)
 
@@ -236,7 +233,10 @@ def _unused(used):
     """How many units no thread marked."""
     unused = 0
     for i in range(used.shape[1]):
-        unused += used[:, i].max() == 0
+        marked = False
+        for part in range(used.shape[0]):
+            marked = marked or used[part, i] != 0
+        unused += not marked
     return unused
 
 
