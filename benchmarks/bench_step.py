@@ -132,6 +132,26 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
     return max(int(e["args"]["Total Allocated"]) for e in memory) - start
 
 
+def kept_bytes(variant: Variant) -> dict[str, int]:
+    """Bytes that a forward keeps for its backward beside the parameters, by "dtype [sizes]", the largest first."""
+    own = {p.untyped_storage().data_ptr() for p in variant.model.parameters()}
+    seen: dict[int, tuple[str, int]] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (f"{str(t.dtype)[6:]} {list(t.shape)}", storage.nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        _, loss = variant.model(variant.x, variant.y)
+    found: dict[str, int] = {}
+    for name, size in seen.values():
+        found[name] = found.get(name, 0) + size
+    del loss
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 GROUPS = (
     ("altgrad: amax", ("altgrad: amax",)),
     ("altgrad: quantize and encode", ("altgrad: quantize",)),
@@ -229,6 +249,10 @@ def bench(name: str, recipes: list[str], rounds: int, device: str) -> dict:
             if budget is not None:
                 met = "met" if row[key] <= budget else f"MISSED by {row[key] / budget:.2f}x"
                 print(f"  budget {what} <= {budget}: {variant.name} {row[key]:.3f}: {met}")
+    for variant in variants[:2]:
+        kept = kept_bytes(variant)
+        largest = ", ".join(f"{size / 2**20:.1f} {name}" for name, size in list(kept.items())[:6])
+        print(f"  {variant.name} keeps {sum(kept.values()) / 2**20:.1f} MB for the backward: {largest}")
     tables = {}
     for variant in variants[:2] if device == "cpu" else []:
         tables[variant.name] = profile_table(variant.step)

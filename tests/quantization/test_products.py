@@ -19,7 +19,7 @@ from altgrad.nn.layer import at_once, gemm
 from altgrad.quantization import FORMAT_REGISTRY, Cast, CurrentScaling, amax_scale, decode, encode, get_format
 from altgrad.quantization.codec import scale_values
 from altgrad.quantization.products import multiply as multiply_module
-from altgrad.quantization.products.multiply import Codes, multiply
+from altgrad.quantization.products.multiply import Codes, fits_exponents, multiply
 from altgrad.quantization.products.units import LARGEST_DEPTH, Unit, common_unit, on_this_cpu, power, unit_of
 from altgrad.quantization.quantized import Want
 
@@ -423,3 +423,28 @@ def test_nothing_of_a_call_outlives_its_result(monkeypatch):
         assert kept() is None, "and by the end of the result"
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("fmt", "axis"), [("MXFP8", -1), ("MXFP8", 0), ("MXFP8", 1), ("MXINT8", -1), ("E2M1/16x16:E8M0", -1)]
+)
+def test_extreme_scales_leave_the_unit_but_blocks_of_zeros_do_not(fmt, axis):
+    cast = Cast(fmt, axis=axis, pad=True)
+
+    def fits(x):
+        found = cast(x, want=Want.CODES)
+        layout = cast.layout(x.shape)
+        return fits_exponents(
+            Codes(found.codes, cast.format, 1.0, found.scales, (layout.tile_rows, layout.tile_columns))
+        )
+
+    x = matrix((3, 40, 70), 0, None)
+    assert fits(x)
+    x[1, 32:, 64:] = 0  # short blocks
+    x[2] = -0.0
+    assert fits(x)
+    assert fits(torch.zeros(5, 33))
+    x[:, 39, 69] = 1e-38
+    assert not fits(x)
+    x[:, 39, 69] = 1e38
+    assert not fits(x)
