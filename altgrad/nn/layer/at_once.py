@@ -63,7 +63,7 @@ class Once(NamedTuple):
         plan = self.plan
         if plan.backward is None or dy.dtype is not torch.float32 or not at_hand(dy) or not dy.is_contiguous():
             return None
-        if dy.shape != (shapes[0][0], plan.outputs) or not at_hand(kept):
+        if dy.shape != (shapes[0][0], plan.outputs) or not at_hand(kept) or kept.shape != (plan.forward.kept,):
             return None
         dx = None if plan.w is None else torch.empty(shapes[0], dtype=torch.float32, device="cpu")
         dw = None if plan.x is None else torch.empty(shapes[1], dtype=torch.float32, device="cpu")
@@ -110,7 +110,7 @@ def plan_for(
             return None
     if bias is not None and bias.dtype is not torch.float32:
         return None
-    key = (x.shape, w.shape, needs, bias is None, torch.get_num_threads(), rule.PROCESSOR)
+    key = (products, x.shape, w.shape, needs, bias is None, torch.get_num_threads(), rule.PROCESSOR)
     try:
         return plans[key]
     except KeyError:
