@@ -1,9 +1,12 @@
-"""Bandwidth of the Triton kernels on an NVIDIA GPU as ratios to a device copy of the same bytes.
+"""On an NVIDIA GPU: bits against the CPU, bandwidth of the Triton kernels, and training steps against the BF16 step.
 
-    python -m benchmarks.bench_cuda [--size 28] [--rounds 20] [--json FILE]
+    python -m benchmarks.bench_cuda [--size 28] [--rounds 20] [--steps 8 32] [--json FILE]
 
-Every ratio is the median over rounds that time the variant and `out.copy_(x)` alternately between CUDA events. The
-budget is 0.9 of the copy. The tensor (1 GiB by default) is larger than any cache.
+First what must hold: casts and layers have the CPU's bits, or float32's error where sums have another order; a layer's
+forward and backward wait for nothing; a captured graph repeats them. Then bandwidths: every ratio is the median over rounds
+that time the variant and `out.copy_(x)` alternately between CUDA events; the budget is 0.9 of the copy, the tensor (1 GiB
+by default) is larger than any cache. Then steps of GPT 124M at the batches given, under bf16 autocast, against the compiled
+unquantized step, in rounds; the budget is 1.2. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from altgrad.nn import Recipe, attach_optimizer, quantize_model, uniform
 from altgrad.quantization import amax_scale, decode, encode, get_format, quantize, quantize_with_stats
+from altgrad.training.model import GPT, GPTConfig
 
 BUDGET = 0.9
 
@@ -53,6 +60,152 @@ def rows(x: torch.Tensor) -> list[tuple[str, Callable[[], object], float, float 
     ]
 
 
+Y_DX_DW = ("y", "dx", "dw")
+RECIPES = [
+    uniform("E4M3"),
+    uniform("E4M3", rounding="stochastic"),
+    uniform("E4M3", scaling={"policy": "amax", "power_of_two": True}),
+    uniform("E7M0"),
+    uniform("MXFP8"),
+    uniform("BF16"),
+]
+
+
+def layer_results(recipe: Recipe, device: str, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """y, dx and dw of a linear layer, on the CPU."""
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 128)
+    model = nn.Sequential(layer)
+    quantize_model(model, recipe)
+    model.to(device)
+    x = torch.randn(512, 256, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        y = model(x)
+    y.float().square().mean().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    return [t.detach().float().cpu() for t in (y, x.grad, layer.weight.grad)]
+
+
+def checks(device: str) -> list[tuple[str, bool, str]]:
+    """(what must hold, whether it does, the figure)."""
+    found = []
+    x = torch.randn(257, 515, generator=torch.Generator().manual_seed(0))
+    x[0, :5] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    for name in ("E4M3", "E5M2", "INT8", "E7M0", "MXFP8", "NVFP4"):
+        for rounding in ("nearest_even", "stochastic"):
+            options: dict[str, Any] = {"rounding": rounding, "key": (1, 2) if rounding == "stochastic" else None}
+            block: dict[str, Any] = {"pad": True} if name[:2] in ("MX", "NV") else {"overflow": "saturate"}
+            a, b = (quantize(x.to(d), name, **options, **block).cpu() for d in (device, "cpu"))
+            unequal = int(((a != b) & ~(a.isnan() & b.isnan())).sum())
+            found.append((f"{name} {rounding}: the CPU's bits", unequal == 0, f"{unequal} differ"))
+    for recipe in RECIPES:
+        pairs = zip(layer_results(recipe, device), layer_results(recipe, "cpu"), strict=True)
+        errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
+        figure = ", ".join(f"{what} {error:.1e}" for what, error in zip(Y_DX_DW, errors, strict=True))
+        # a gradient that rounds another way after y moved by a sum's order is one grid step off
+        found.append((f"linear, {recipe}: float32's error in y", errors[0] < 1e-5, figure))
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer_on_device(uniform("E4M3"))()
+            found.append(("a layer waits for nothing", True, ""))
+        except RuntimeError as error:
+            found.append(("a layer waits for nothing", False, str(error)[:80]))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        unequal = replayed(uniform("E4M3"))
+        found.append(("a captured graph repeats a forward", unequal == 0, f"{unequal} differ"))
+    return found
+
+
+def layer_on_device(recipe: Recipe) -> Callable[[], object]:
+    """A warm layer's forward and backward, without copies of results."""
+    layer = nn.Sequential(nn.Linear(256, 256))
+    quantize_model(layer, recipe)
+    layer.to("cuda")
+    x = torch.randn(512, 256, device="cuda", requires_grad=True)
+
+    def run() -> None:
+        layer(x).sum().backward()
+
+    run()
+    torch.cuda.synchronize()
+    return run
+
+
+def replayed(recipe: Recipe) -> int:
+    """Elements in which the replay of a captured forward differs from the forward itself."""
+    layer = nn.Sequential(nn.Linear(256, 256))
+    quantize_model(layer, recipe)
+    layer.to("cuda")
+    x, side, graph = torch.randn(512, 256, device="cuda"), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                layer(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        return int((y != layer(x)).sum())
+
+
+class Training:
+    """A model's training step under bf16 autocast.
+
+    compiled: by torch.compile, as a whole.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, device: str, recipe: Recipe | None, *, compiled: bool) -> None:
+        model = GPT(config).to(device)
+        if recipe is not None:
+            quantize_model(model, recipe)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if recipe is not None:
+            attach_optimizer(model, self.optimizer)
+        self.model = torch.compile(model) if compiled else model
+        self.x = torch.randint(config.vocab_size, (batch, config.block_size), device=device)
+
+    def __call__(self) -> None:
+        with torch.autocast(self.x.device.type, dtype=torch.bfloat16):
+            _, loss = self.model(self.x, self.x)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+
+GPT_124M = GPTConfig(vocab_size=50304, n_layer=12, n_head=12, n_embd=768, block_size=1024, style="gpt2")
+STEP_BUDGET = 1.2
+
+
+def steps(
+    config: GPTConfig, batch: int, device: str, rounds: int, seconds: Callable[[Callable[[], object]], float]
+) -> list[tuple[str, float, float]]:
+    """(variant, median seconds of a step, median ratio to the compiled bf16 step)."""
+    variants = {
+        "bf16, compiled": Training(config, batch, device, None, compiled=True),
+        "E4M3": Training(config, batch, device, uniform("E4M3"), compiled=False),
+        "E4M3, compiled": Training(config, batch, device, uniform("E4M3"), compiled=True),
+        "E4M3, delayed": Training(config, batch, device, uniform("E4M3", scaling="delayed"), compiled=False),
+        "MXFP8": Training(config, batch, device, uniform("MXFP8"), compiled=False),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for step in variants.values():
+        for _ in range(3):
+            step()
+    for _ in range(rounds):
+        for name, step in variants.items():
+            times[name].append(seconds(step))
+    base = times["bf16, compiled"]
+    return [
+        (name, statistics.median(own), statistics.median(a / b for a, b in zip(own, base, strict=True)))
+        for name, own in times.items()
+    ]
+
+
 def device_seconds(call: Callable[[], object]) -> float:
     """Seconds between CUDA events around one call."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -63,17 +216,8 @@ def device_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def main() -> None:
-    """Measure and print; without a GPU, say so."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=int, default=28, help="log2 of the element count, even")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=None, help="also write the records to this file")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no NVIDIA GPU here: nothing measured")
-        return
-    side = 2 ** (options.size // 2)
+def bandwidths(side: int, rounds: int) -> list[dict]:
+    """Measure and print every row for a tensor of side x side; the records."""
     x = torch.randn(side, side, device="cuda")
     target = torch.empty_like(x)
     table = Table(title=f"{side} x {side} float32 on {torch.cuda.get_device_name()}, torch {torch.__version__}")
@@ -84,7 +228,7 @@ def main() -> None:
         for _ in range(3):
             call()
         ratios, seconds = [], []
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             copied = device_seconds(lambda: target.copy_(x))
             seconds.append(device_seconds(call))
             ratios.append(copied / seconds[-1] * bytes_ratio)
@@ -94,6 +238,38 @@ def main() -> None:
         table.add_row(name, f"{ratio:.2f}", f"{bandwidth:.0f}", verdict)
         records.append({"row": name, "ratio": ratio, "gb_per_s": bandwidth, "budget": budget})
     Console(width=110).print(table)
+    return records
+
+
+def main() -> None:
+    """Measure and print; without a GPU, say so."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=28, help="log2 of the element count, even")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, default=None, help="also write the records to this file")
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[8, 32], help="batches of the 124M steps; none skips them"
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU here: nothing measured")
+        return
+    records: list[dict] = []
+    for name, holds, figure in checks("cuda"):
+        print(f"{'holds' if holds else 'BROKEN':6}  {name}  {figure}", flush=True)
+        records.append({"check": name, "holds": holds, "figure": figure})
+    records += bandwidths(2 ** (options.size // 2), options.rounds)
+    for batch in options.steps:
+        table = Table(title=f"GPT 124M, batch {batch} x {GPT_124M.block_size}, bf16 autocast")
+        for column in ("step", "ms", "of compiled BF16", "budget"):
+            table.add_column(column, justify="left" if column == "step" else "right")
+        for name, taken, ratio in steps(GPT_124M, batch, "cuda", options.rounds, device_seconds):
+            verdict = (
+                f"{STEP_BUDGET} {'holds' if ratio <= STEP_BUDGET else 'MISSED'}" if name.startswith("E4M3") else ""
+            )
+            table.add_row(name, f"{1e3 * taken:.1f}", f"{ratio:.2f}", verdict)
+            records.append({"step": name, "batch": batch, "seconds": taken, "ratio": ratio})
+        Console(width=110).print(table)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
 

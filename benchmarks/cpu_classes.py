@@ -37,7 +37,7 @@ NUMERIC = (
     "tests/optim/test_fused.py",
 )
 PRODUCTS = ("tests/nn/test_gemm.py", "tests/nn/test_layers.py")
-ROUTES = tuple(route.value for route in Route if route is not Route.TF32)  # those that a CPU can take
+ROUTES = tuple(route.value for route in Route)
 AT_ONCE = 2
 
 

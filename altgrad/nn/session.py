@@ -114,6 +114,9 @@ def _share_pending(operands: list[Stepped], group) -> None:
     found = torch.stack([unused if o.pending is None else o.pending.double() for o in operands])
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
     for operand, largest, used in zip(operands, found.unbind(), (found >= 0).tolist(), strict=True):
+        if operand.pending is not None and operand.pending.is_cuda:
+            operand.pending.copy_(largest)
+            continue
         dtype = torch.float32 if operand.pending is None else operand.pending.dtype
         operand.pending = largest.to(dtype) if used else None
 

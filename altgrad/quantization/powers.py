@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,8 @@ def leading_power(x: Tensor) -> Tensor:
 def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent as float64, for -1022 <= exponent <= 1023."""
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def significand(x: float, low: int, high: int) -> float:
+    """m of x = m * 2^p for a positive number: 1 <= m < 2 unless p is clamped to low .. high."""
+    return math.ldexp(x, -min(max(math.frexp(x)[1] - 1, low), high))

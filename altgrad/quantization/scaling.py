@@ -52,6 +52,8 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
     work = detached(x)
     if axis is None and plain and x.device.type == "cpu":
         return load("cpu").amax(work)
+    if axis is None and plain and x.device.type == "cuda" and x.dtype != torch.float64:
+        return load("cuda", "operands").largest(work)
     magnitude = torch.where(torch.isfinite(work), work.abs(), 0)
     magnitude = magnitude.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if axis is None:
@@ -290,4 +292,7 @@ class DelayedScaling:
         largest = amax if window is None or len(window) < self.warm_up else window.amax(dim=0)
         scale = scale_from_amax(largest * 2.0**self.margin, fmt, power_of_two=self.power_of_two)
         seen = amax.unsqueeze(0)
-        return scale, DelayedState(seen if window is None else torch.cat([seen, window[: self.history - 1]]))
+        if window is None:
+            return scale, DelayedState(seen)
+        kept = window.narrow(0, 0, min(len(window), self.history - 1))
+        return scale, DelayedState(torch.cat([seen, kept]))

@@ -25,9 +25,12 @@ from altgrad.nn.layer.gemm import (
     power_range,
     pull_apart,
 )
+from altgrad.nn.recipe.recipe import Recipe
 from altgrad.nn.recipe.text import parse_layer
+from altgrad.nn.session import STATE
 from altgrad.quantization import FORMAT_REGISTRY, CurrentScaling, FloatFormat, amax_scale, decode, encode, get_format
 from altgrad.quantization.products.units import LARGEST_DEPTH, common_unit
+from altgrad.quantization.tensor_cores import accumulate_in_float32
 
 EIGHT_BITS = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.has_zero]
 MODES = ("ordinary", "wide", "tiny", "huge")
@@ -128,10 +131,40 @@ def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_l
     assert choose_route(needed, shape, "cpu", codes=False, processor=ZEN5) is Route.FLOAT32  # in compiled code
 
 
-def test_rule_on_a_gpu():
-    assert choose_route(needs("E4M3", "E4M3"), (8, 8, 8), "cuda") is Route.BF16
-    assert choose_route(needs("E4M3", "FP16"), BIG, "cuda") is Route.TF32
-    assert choose_route(needs("E4M3", "FP32"), BIG, "cuda") is Route.FLOAT32
+@pytest.mark.parametrize(
+    ("a", "b", "route"),
+    [
+        ("E4M3", "E5M2", Route.BF16),
+        ("E7M0", "INT8", Route.BF16),
+        ("MXFP8", "MXFP4", Route.BF16),
+        ("BF16", "E4M3", Route.BF16),
+        ("NVFP4", "NVFP4", Route.FLOAT32),  # scales that are no powers of two
+        ("E4M3", "FP16", Route.FLOAT32),  # 11 significant bits
+        ("E4M3", "FP32", Route.FLOAT32),
+    ],
+)
+def test_rule_on_a_gpu(a, b, route, monkeypatch):
+    layer = nn.Linear(8, 8)
+    quantize_model(nn.Sequential(layer), Recipe(parse_layer(f"x:{a} w:{b} dy:E4M3")))
+    rule = layer.__dict__[STATE].route
+    assert rule("forward", (8, 8, 8), torch.device("cuda"), torch.float32) is route
+    assert rule("forward", (8, 8, 8), torch.device("cuda"), torch.float64) is Route.FLOAT32
+    monkeypatch.setattr(gemm_rule, "accumulate_in_float32", lambda: False)
+    assert rule("forward", (8, 8, 8), torch.device("cuda"), torch.float32) is Route.FLOAT32
+
+
+def test_a_build_that_refuses_float32_sums_of_bf16_takes_the_float32_route(monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("out_dtype is not supported")
+
+    accumulate_in_float32.cache_clear()
+    assert accumulate_in_float32(), "builds for NVIDIA GPUs have it"
+    accumulate_in_float32.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: torch.empty(size, **options))
+    monkeypatch.setattr(torch, "mm", refuse)
+    assert not accumulate_in_float32()
+    accumulate_in_float32.cache_clear()
 
 
 def test_this_processor_is_one_of_the_classes_and_says_so():

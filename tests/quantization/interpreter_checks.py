@@ -7,6 +7,7 @@ Values go through `eager` where the compiled CPU kernel would need a variant of 
 import os
 import sys
 import warnings
+from unittest import mock
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -17,7 +18,10 @@ import triton
 import triton.language as tl
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.quantization import Cast, Want, decode, encode, get_format, quantize
+from altgrad.nn import quantize_model, set_step, uniform
+from altgrad.nn.layer import gemm
+from altgrad.nn.session import STATE
+from altgrad.quantization import Cast, Want, decode, encode, get_format, quantize, tensor_cores
 from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
@@ -177,8 +181,59 @@ def check_blocks(device: str, names: tuple[str, ...], dtypes: tuple[torch.dtype,
     return bad
 
 
+LAYERS = [
+    ("E4M3", {}),
+    ("E7M0", {}),
+    ("INT8", {}),
+    ("MXFP8", {}),
+    ("BF16", {}),
+    ("E4M3", {"rounding": "stochastic"}),
+    ("E4M3", {"scaling": "none"}),
+    ("E4M3", {"scaling": {"policy": "amax", "power_of_two": True}}),
+    ("E4M3", {"scaling": {"policy": "delayed", "history": 1}}),
+]
+
+
+def layer_results(fmt: str, recipe: dict, on_cores: bool, autocast: bool) -> list[torch.Tensor]:
+    """Output and gradients of a linear layer in its third step, and with a NaN in its input."""
+    cores = lambda: on_cores  # noqa: E731
+    with mock.patch.object(gemm, "interpreted", cores), mock.patch.object(tensor_cores, "interpreted", cores):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(48, 32)
+        model = torch.nn.Sequential(layer)
+        quantize_model(model, uniform(fmt, **recipe))
+        for step in range(3):
+            set_step(model, step)
+            x = (torch.randn(40, 48) * (1 + step)).requires_grad_()
+            layer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                y = model(x)
+            (y.float() * torch.randn(40, 32)).sum().backward()
+            layer.__dict__[STATE].session.advance()
+        with torch.no_grad():
+            special = x.detach().clone()
+            special[3, 5], special[7, 1] = nan, inf
+            return [y, x.grad, layer.weight.grad, layer.bias.grad, model(special)]
+
+
+def check_layers() -> list[str]:
+    """Layers on tensor cores against layers in float32: the same sums in another order."""
+    bad = []
+    with mock.patch.object(gemm, "PROCESSOR", gemm.Processor()):
+        for fmt, recipe in LAYERS:
+            for autocast in (False, True) if fmt == "E4M3" and not recipe else (False,):
+                got, wanted = (layer_results(fmt, recipe, cores, autocast) for cores in (True, False))
+                bound = 2.0**-8 if autocast else 2e-6
+                for a, b in zip(got, wanted, strict=True):
+                    here = b.isfinite()
+                    close = torch.equal(here, a.isfinite()) and a.dtype == b.dtype
+                    if not (close and float((a - b)[here].norm()) <= bound * float(b[here].norm())):
+                        bad.append(f"layer {fmt} {recipe} {autocast}")
+    return bad
+
+
 if __name__ == "__main__":
-    found = check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
+    found = check_layers() + check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
     found += check_blocks("cpu", ("MXFP8", "MXFP8_E5M2", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/16x32:FP32"))
     found += check_blocks("cpu", ("MXFP8",), (torch.bfloat16, torch.float16))
     print("\n".join(found))

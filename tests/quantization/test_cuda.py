@@ -13,8 +13,11 @@ if sys.platform != "linux":
 
 from altgrad.quantization import amax_scale, decode, encode, quantize
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
+from altgrad.quantization.kernels.cuda import operands
 from altgrad.quantization.kernels.cuda import scalar as cuda
-from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled
+from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
+from benchmarks.cuda_traffic import MOST_BYTES, MOST_OPERATIONS, counted, of_linear
+from benchmarks.cuda_traffic import ROWS as ROWS_OF_LAYERS
 from tests.quantization.oracles import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
@@ -114,6 +117,31 @@ def test_instructions_per_element_are_within_their_budget(row):
     assert row.per_element() <= row.budget
 
 
+def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
+    pointers = {**POINTERS, "out": "*bf16", "factor": "*fp32", "amax": "*i32", "scale": "*fp32"}
+    facts = {
+        "LEAN": True,
+        "KEEPS_INF": True,
+        "ON_DEVICE": True,
+        "COLLECTS": True,
+        "ELEMENTS": operands.ELEMENTS,
+        "MODE": 0,
+    }
+    code = compiled(operands._payload, {**pointers, "number": "fp32"}, {**facts, "low": 1, "high": 1, "random_bits": 1})
+    assert code.asm["ptx"].count("fma.rn.f32") == 5 * operands.ELEMENTS // 128 + 1
+    assert "ld.global.v4.b32" in code.asm["ptx"]
+    assert "st.global.v4.b32" in code.asm["ptx"]
+    assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 28, "25 of the cast, 3 of the amax"
+    ends = {"SCALES": True, "POWER_OF_TWO": True, "PARTIALS": operands.MOST_PARTIALS, "count": 1}
+    assert compiled(operands._scale, {"partials": "*i32", "out": "*fp32", "divisor": "fp32"}, ends).asm["cubin"]
+    search = {"ELEMENTS": operands.ELEMENTS, "size": 1}
+    assert compiled(operands._largest, {"x": "*bf16", "partials": "*i32"}, search).asm["cubin"]
+    sums = {"sums": "*fp32", "out": "*bf16", "a": "*fp32", "b": "*fp32", "bias": "*fp32"}
+    whole = {"HAS_A": True, "HAS_B": True, "HAS_BIAS": True, "ELEMENTS": operands.FINISHED}
+    for columns in ({}, {"columns": 1, "a_step": 1, "b_step": 1}):
+        assert compiled(operands._finished, sums, {**whole, **columns}).asm["cubin"]
+
+
 def test_kernels_compile_with_every_integer_at_one():
     """Triton makes a constant of an integer argument that is 1, such as the columns of a tensor that has one."""
     decode = {"ONE_SCALE": True, "ELEMENTS": 2048}
@@ -132,6 +160,28 @@ def test_kernels_compile_with_every_integer_at_one():
         left = {name for name in kernel.arg_names if name not in known and name not in pointers}
         assert left <= set(FLOATS), f"an integer is not covered: {left}"
         assert compiled(kernel, pointers, known).asm["cubin"]
+
+
+@pytest.mark.parametrize(("name", "fmt", "recipe"), ROWS_OF_LAYERS, ids=lambda value: str(value))
+def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, recipe):
+    found, state = of_linear(fmt, torch.bfloat16, **recipe)
+    assert found.waits == []
+    assert len(found.names) <= MOST_OPERATIONS, found.names
+    assert found.bytes <= (MOST_BYTES if not state.x.block else 1.02 * MOST_BYTES), (
+        "x, w and dy are rounded along both axes"
+    )
+
+
+def test_a_full_history_its_scale_and_the_key_stay_in_place_on_a_gpu():
+    _, state = of_linear("E4M3", scaling={"policy": "delayed", "history": 1}, rounding="stochastic")
+    places = [(o.window, o.pending, o._scale, o.key) for o in state.distinct() if o.delayed]
+    with counted() as traffic:
+        state.session.advance()
+    assert traffic.waits == []
+    assert len(places) == 3
+    for operand, kept in zip([o for o in state.distinct() if o.delayed], places, strict=True):
+        now = (operand.window, operand.pending, operand._scale, operand.key)
+        assert all(a is b and a.device.type == "cuda" for a, b in zip(now, kept, strict=True))
 
 
 ONES = dict.fromkeys(

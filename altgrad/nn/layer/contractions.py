@@ -37,7 +37,14 @@ class Contraction(Protocol):
         ...
 
     def multiply(
-        self, gemm: str, a: Ready, b: Ready, route: Route, shape: torch.Size | None = None, bias: Tensor | None = None
+        self,
+        gemm: str,
+        a: Ready,
+        b: Ready,
+        route: Route,
+        shape: torch.Size | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The product in the carrier: forward (input, weight), input_grad (grad_output, weight), weight_grad
         (grad_output, input).
@@ -45,6 +52,7 @@ class Contraction(Protocol):
         Args:
             shape: of the tensor whose gradient this is.
             bias: added to the forward.
+            dtype: that the product is wanted in (`product`).
         """
         ...
 
@@ -68,10 +76,17 @@ class Matrices(NamedTuple):
         return a[-2], b[-1] if (gemm == "forward") == self.transposed else b[-2], a[-1]
 
     def multiply(
-        self, gemm: str, a: Ready, b: Ready, route: Route, shape: torch.Size | None = None, bias: Tensor | None = None
+        self,
+        gemm: str,
+        a: Ready,
+        b: Ready,
+        route: Route,
+        shape: torch.Size | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """See `Contraction`."""
-        out = product(*self.ordered(gemm, a, b), route, bias)
+        out = product(*self.ordered(gemm, a, b), route, bias, dtype)
         return out if shape is None or out.shape == shape else out.sum_to_size(shape)  # broadcast batch axes
 
     def ordered(self, gemm: str, a: Any, b: Any) -> tuple[Any, Any]:
@@ -103,7 +118,14 @@ class Convolution(NamedTuple):
         return
 
     def multiply(
-        self, gemm: str, a: Ready, b: Ready, route: Route, shape: torch.Size | None = None, bias: Tensor | None = None
+        self,
+        gemm: str,
+        a: Ready,
+        b: Ready,
+        route: Route,
+        shape: torch.Size | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """See `Contraction`."""
         extra = list(self.output_padding or [0] * len(self.stride))

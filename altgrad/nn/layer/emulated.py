@@ -347,4 +347,4 @@ def _publish(operand: Operand, x: Tensor, laid: Laid) -> None:
     beyond = 1 + grid.ulp(grid.max) / 2 / grid.max
     over = (laid.payload.abs() == grid.max) & (x.abs() > laid.values.abs() * beyond) & x.isfinite()
     scale = 1.0 if operand.block or laid.factor is None else laid.factor
-    operand._publish(measure(x, laid.values, over), scale)
+    operand.publish(measure(x, laid.values, over), scale)

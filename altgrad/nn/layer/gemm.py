@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization import FloatFormat
+from altgrad.quantization.kernels.choose import interpreted
 from altgrad.quantization.products.units import LARGEST_DEPTH, NORMAL_EMIN, SIGNIFICANT_BITS, Unit, on_this_cpu
+from altgrad.quantization.tensor_cores import accumulate_in_float32
 
-TF32_SIGNIFICANT_BITS = 11
-CARRIER_EMAX = 127  # bf16, TF32 and float32 share their exponents
+CARRIER_EMAX = 127  # bf16 and float32 share their exponents
 
 
 class Route(Enum):
-    """Which unit multiplies what: values in one of three precisions, or codes."""
+    """Which unit multiplies what: values in one of two precisions, or codes."""
 
     FLOAT32 = "float32"
     BF16 = "bf16"
-    TF32 = "tf32"
     BF16_CODES = "bf16 codes"
     INT8_CODES = "int8 codes"
 
@@ -42,10 +42,12 @@ class Route(Enum):
 
 
 class Needs(NamedTuple):
-    """What a GEMM's operands allow: the narrowest route of values, and the fastest unit for codes (None: none)."""
+    """What a GEMM's operands allow: the narrowest route of values, the fastest unit for codes (None: none), and whether
+    a GPU's tensor cores multiply them (`tensor_cores.take`)."""
 
     values: Route
     unit: Unit | None = None
+    cores: bool = False
 
 
 def power_range(fmt: FloatFormat) -> tuple[int, int]:
@@ -58,10 +60,7 @@ def narrowest_route(fmt: FloatFormat) -> Route:
     low, high = power_range(fmt)
     if low > high or not fmt.has_zero:
         return Route.FLOAT32
-    bits = fmt.significant_bits
-    if bits <= SIGNIFICANT_BITS:
-        return Route.BF16
-    return Route.TF32 if bits <= TF32_SIGNIFICANT_BITS else Route.FLOAT32
+    return Route.BF16 if fmt.significant_bits <= SIGNIFICANT_BITS else Route.FLOAT32
 
 
 def needed_route(a: FloatFormat | None, b: FloatFormat | None) -> Route:
@@ -71,10 +70,7 @@ def needed_route(a: FloatFormat | None, b: FloatFormat | None) -> Route:
         a, b: operands' formats whose scale is constant along the reduction; None for an operand that must stay float32.
     """
     needs = {Route.FLOAT32 if fmt is None else narrowest_route(fmt) for fmt in (a, b)}
-    for route in (Route.FLOAT32, Route.TF32):
-        if route in needs:
-            return route
-    return Route.BF16
+    return Route.FLOAT32 if Route.FLOAT32 in needs else Route.BF16
 
 
 class Processor(NamedTuple):
@@ -128,8 +124,8 @@ def choose_route(
     """
     if dtype != torch.float32:
         return Route.FLOAT32
-    if device_type == "cuda":
-        return needed.values
+    if device_type == "cuda" or interpreted():
+        return Route.BF16 if needed.cores and accumulate_in_float32() else Route.FLOAT32
     if device_type != "cpu":
         return Route.FLOAT32
     processor = processor or PROCESSOR
@@ -245,7 +241,7 @@ def without_autocast(device_type: str):
 def mm(a: Tensor, b: Tensor, route: Route = Route.FLOAT32) -> Tensor:
     """a @ b accumulated in float32 (float64 for float64), for matrices [.., m, k] and [.., k, n].
 
-    On `BF16` and `TF32` the operands must hold values that those types hold exactly (`pull_apart`). The precision that
+    On `BF16` the operands must hold values that bf16 holds exactly (`pull_apart`). The precision that
     torch is set to, and autocast, have no say, in eager as in compiled code.
     """
     if torch.compiler.is_compiling():
@@ -258,14 +254,23 @@ def _mm(a: Tensor, b: Tensor, route: Route) -> Tensor:
     if autocasts(kind):
         with without_autocast(kind):
             return _mm(a, b, route)
-    if route is Route.BF16 and kind == "cuda" and a.ndim == 2:
-        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     if route is Route.BF16 and kind == "cuda":
-        return torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+        return _on_tensor_cores(a.bfloat16(), b.bfloat16())
+    if a.dtype == torch.bfloat16:  # operands of tensor cores, without any
+        a, b, route = a.float(), b.float(), Route.FLOAT32
     if route is Route.FLOAT32 and kind == "cpu" and _CPU_MATMUL.fp32_precision in ("none", "ieee"):
         return torch.matmul(a, b)
     with matmul_precision(kind, "ieee" if route is Route.FLOAT32 else route.value):
         return torch.matmul(a, b)
+
+
+def _on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
+    """Products of bf16 matrices, or of stacks of them whose batch axes broadcast, summed in float32."""
+    if a.ndim == 2 and b.ndim == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (t.expand(*batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (a, b))
+    return torch.bmm(a, b, out_dtype=torch.float32).view(*batch, a.shape[-2], b.shape[-1])
 
 
 @torch.library.custom_op("altgrad::routed_mm", mutates_args=())
@@ -276,4 +281,5 @@ def _routed(a: Tensor, b: Tensor, route: str) -> Tensor:
 @_routed.register_fake
 def _(a: Tensor, b: Tensor, route: str) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return a.new_empty([*batch, a.shape[-2], b.shape[-1]])
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return a.new_empty([*batch, a.shape[-2], b.shape[-1]], dtype=dtype)

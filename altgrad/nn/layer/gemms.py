@@ -29,7 +29,7 @@ from altgrad.nn.layer.at_once import Made, Once, plan_for
 from altgrad.nn.layer.contractions import Contraction
 from altgrad.nn.layer.gemm import Route, autocasts
 from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
-from altgrad.nn.layer.products import Ready, quantized, restored, stash, unstash
+from altgrad.nn.layer.products import Ready, quantized, restored, saved_apart, stash, unstash
 from altgrad.nn.layer.state import LayerState
 
 
@@ -198,14 +198,21 @@ class _Products(torch.autograd.Function):
         qx = quantized(state.x, x, sx, state.x.options(call.use), route, call.observed, keep=keep_x)
         qw = quantized(state.w, w, sw, state.w.options(call.use), route, call.observed, keep=keep_w)
         route = Route.FLOAT32 if qx.needs_float32 or qw.needs_float32 else route
-        y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, bias=bias).to(call.dtype)
+        y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, None, bias, call.dtype)
+        y = y.to(call.dtype)
         saved_x, saved_w, sx, sw = qx.saved, qw.saved, qx.scale, qw.scale
         del qx, qw
         if need_w and not keep_x:
-            saved_x = state.x_back.save(x, sx_back, state.x_back.options(call.use), call.observed)
+            route = call.route("weight_grad", y, x.shape)
+            saved_x, sx_back = saved_apart(
+                state.x_back, x, sx_back, state.x_back.options(call.use), route, call.observed
+            )
         if need_x and not keep_w:
-            saved_w = state.w_back.save(w, sw_back, state.w_back.options(call.use), call.observed)
-        place = y.new_zeros(()) if need_x and need_w and not torch.compiler.is_compiling() else None
+            route = call.route("input_grad", y, w.shape)
+            saved_w, sw_back = saved_apart(
+                state.w_back, w, sw_back, state.w_back.options(call.use), route, call.observed
+            )
+        place = y.new_empty(()) if need_x and need_w and not torch.compiler.is_compiling() else None
         stash(
             ctx,
             x=saved_x if need_w else (),
@@ -258,7 +265,8 @@ def _gradients(ctx, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor |
         made = (route, a) if state.dy_back is state.dy else None
         if again:
             a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 1)
-        dx = call.products.multiply("input_grad", a, b, route, ctx.shapes[0])
+        wanted = ctx.dtypes[0] if of_x is None else None
+        dx = call.products.multiply("input_grad", a, b, route, ctx.shapes[0], None, wanted)
         dx = _select(_sum(dx, of_x), kept["mask_x"]).to(ctx.dtypes[0])
         del a, b
     if need_w:
@@ -273,7 +281,8 @@ def _gradients(ctx, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor |
         b = restored(state.x_back, kept["x"], kept["sx"], route, work)
         if again:
             a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 0)
-        dw = call.products.multiply("weight_grad", a, b, route, ctx.shapes[1])
+        wanted = ctx.dtypes[1] if of_w is None else None
+        dw = call.products.multiply("weight_grad", a, b, route, ctx.shapes[1], None, wanted)
         dw = _select(_sum(dw, of_w), kept["mask_w"]).to(ctx.dtypes[1])
     return dx, dw
 

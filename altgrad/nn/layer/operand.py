@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from altgrad.errors import CodeError
+from altgrad.errors import CodeError, RecipeError
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.jit.grid_table import special_codes
 from altgrad.nn.layer.uses import offset
@@ -27,12 +27,14 @@ from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes, fits_exponents
 from altgrad.quantization.scaling import DelayedState, host_scale
+from altgrad.quantization.tensor_cores import serve
 from altgrad.randomness import stream_base
 
 if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
 
 _VALUES_CODES = Want.VALUES | Want.CODES
+UNSEEN = -1.0  # a pending amax of a step in which the operand was not used
 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
 
@@ -61,6 +63,8 @@ class Operand:
         self.storage: GridStorage | None = None  # whose scale a stored weight has
         self.window: Tensor | None = None
         self.pending: Tensor | None = None
+        self._scale: Tensor | None = None  # of a full history on a GPU, kept as long as that
+        self._collects = False  # whether the next use of x raises `pending` while it is rounded
         self.key: Tensor | None = None
         self.as_values = 0  # uses in which a NaN or inf without a code made the operand travel as values
         self.delayed = isinstance(spec.scaling, DelayedScaling)
@@ -84,16 +88,77 @@ class Operand:
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def renew_key(self) -> None:
-        """Set the random key of the session's present step; in place, so that compiled code sees it."""
+        """Set the random key of the session's present step; in place, so that compiled code and a GPU's graphs see it."""
         if self.stochastic:
             fresh = as_key_tensor(self.session.key(self._base, per_rank=self.role != "weight"))
-            self.key = fresh if self.key is None else self.key.copy_(fresh)
+            if self.key is None:
+                self.key = fresh
+            elif self.key.device.type == "cpu":
+                self.key.copy_(fresh)
+            else:
+                check_not_captured(self.layer)
+                for place, word in zip(self.key, fresh.tolist(), strict=True):
+                    place.fill_(word)  # a copy of host memory would wait
+
+    def keep_key_on(self, device: torch.device) -> None:
+        """Keep the random key where it is read, so that no use has to copy it there."""
+        if self.key is not None and self.key.device != device and not torch.compiler.is_compiling():
+            self.key = self.key.to(device)
 
     def roll(self) -> None:
-        """Close a step: the step's largest amax enters the history."""
-        if isinstance(self.spec.scaling, DelayedScaling) and self.pending is not None:
-            self.window = self.spec.scaling.update(self.pending, DelayedState(self.window), self.fmt)[1].window
+        """Close a step: the step's largest amax enters the history, which leaves it alone where nothing was seen.
+
+        On a GPU a full history, its scale and `pending` stay where they are, so that a CUDA graph goes on reading them.
+        """
+        policy, pending = self.spec.scaling, self.pending
+        if not isinstance(policy, DelayedScaling) or pending is None:
+            return
+        if pending.device.type == "cpu" and pending.numel() == 1 and float(pending) < 0:
             self.pending = None
+            return
+        fresh = policy.update(pending, DelayedState(self.window), self.fmt)[1].window
+        if not self._stays:
+            self.window, self.pending = fresh, None
+            return
+        assert self.window is not None
+        assert fresh is not None
+        torch._foreach_copy_([self.window], [torch.where(pending >= 0, fresh, self.window)])
+        pending.fill_(UNSEEN)
+        if self._scale is not None:
+            torch._foreach_copy_([self._scale], [self._scale_of_window()])
+
+    @property
+    def _stays(self) -> bool:
+        """Whether the history is full and on a GPU, of one amax."""
+        policy = self.spec.scaling
+        return (
+            isinstance(policy, DelayedScaling)
+            and self.window is not None
+            and self.window.shape == (policy.history,)
+            and self.pending is not None
+            and self.pending.device == self.window.device
+            and serve(self.window)
+        )
+
+    def _scale_of_window(self) -> Tensor:
+        policy = self.spec.scaling
+        assert isinstance(policy, DelayedScaling)
+        assert self.window is not None
+        return policy.update(self.window.select(0, 0), DelayedState(self.window), self.fmt)[0]
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the next scale depends on, apart from the spec; never written in place afterwards."""
+        found = {"window": self.window, "pending": self.pending}
+        return {name: t.clone() if serve(t) else t for name, t in found.items() if t is not None}
+
+    def recall(self, window: Tensor | None, pending: Tensor | None) -> None:
+        """Go on from what `memory` gave; into the tensors that are there, where they are kept."""
+        self.window, self.pending = (
+            old.copy_(new) if old is not None and new is not None and serve(old) and old.shape == new.shape else new
+            for old, new in ((self.window, window), (self.pending, pending))
+        )
+        if self._scale is not None:
+            self._scale = None if self.window is None else self._scale.copy_(self._scale_of_window())
 
     # -- scale ----------------------------------------------------------------------------------------------------
 
@@ -112,7 +177,7 @@ class Operand:
         if not isinstance(policy, DelayedScaling):
             return 1.0
         if not record and self.window is not None:
-            return policy.update(self.window[0], DelayedState(self.window), self.fmt)[0]
+            return policy.update(self.window.select(0, 0), DelayedState(self.window), self.fmt)[0]
         seen = self._amax(x)
         if record:
             self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
@@ -120,7 +185,39 @@ class Operand:
 
     def scale_before(self, x: Tensor, record: bool) -> Tensor | float | None:
         """`scale_of`, or None where the scale is best found together with the codes: nothing remembers it then."""
-        return None if isinstance(self.spec.scaling, CurrentScaling) and self._on_host(x) else self.scale_of(x, record)
+        if self._waits_for_no_amax(x):
+            self._collects = record
+            if self._scale is None:
+                self._scale = self._scale_of_window()
+            return self._scale
+        own = isinstance(self.spec.scaling, CurrentScaling) and (self._on_host(x) or self._found_on_tensor_cores(x))
+        return None if own else self.scale_of(x, record)
+
+    def _found_on_tensor_cores(self, x: Tensor) -> bool:
+        """Whether the one scale of x is found by `tensor_cores.quantized`."""
+        return (
+            self.axis is None
+            and serve(x)
+            and x.dtype != torch.float64
+            and not self.block
+            and not torch.compiler.is_compiling()  # which joins the search for the amax to what computes x
+            and (self.session.reduce_amax is None or self.role == "weight")
+        )
+
+    def _waits_for_no_amax(self, x: Tensor) -> bool:
+        """Whether the scale is that of a full history, and the amax of x is found while x is rounded."""
+        policy = self.spec.scaling
+        full = isinstance(policy, DelayedScaling) and self.window is not None and len(self.window) == policy.history
+        return full and self._found_on_tensor_cores(x)
+
+    def collected(self, x: Tensor) -> Tensor | None:
+        """The number that rounding x shall raise to its amax, in place; None where that is known, or not recorded."""
+        if not self._collects:
+            return None
+        self._collects = False
+        if self.pending is None or self.pending.device != x.device:
+            self.pending = x.new_full((), UNSEEN, dtype=torch.float32)
+        return self.pending
 
     def _on_host(self, x: Tensor) -> bool:
         """Whether the one scale of x may be a Python number: it costs less than a tensor, where none has to be waited for."""
@@ -146,7 +243,10 @@ class Operand:
         if self.key is None:
             return None
         if isinstance(use, int):
-            return self.key + offset(use) if use else self.key.clone()
+            key = self.key.clone()
+            if use:
+                key[1:].add_(int(offset(use)[1]))
+            return key
         return self.key + use
 
     def quantize(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Tensor:
@@ -223,7 +323,7 @@ class Operand:
                 found = self._found(x, scale, key, observed, Want.CODES)
                 if not self._has_nan_block(found):
                     if observed:
-                        self._publish(found.stats, scale)
+                        self.publish(found.stats, scale)
                     return _parts(found)
         return self.quantize_and_save(x, scale, key, observed)[1]
 
@@ -234,7 +334,7 @@ class Operand:
     def _run(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
         found = self._found(x, scale, key, observed, want)
         if observed:
-            self._publish(found.stats, scale)
+            self.publish(found.stats, scale)
         return found
 
     def encoded_by_amax(self, x: Tensor) -> tuple[Saved, float] | None:
@@ -264,13 +364,16 @@ class Operand:
         if not self.saves_codes:
             return False
         if saved[0].is_floating_point():
-            return True
+            return not is_payload(saved)
         if not (self.block and self.fmt.power_of_two and waits(saved[0])):
             return False
         return not fits_exponents(self.coded(saved, 1.0)[0])
 
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""
+        if is_payload(saved):
+            values = saved[0].to(dtype)
+            return values * saved[1] if len(saved) > 1 else values
         if saved[0].is_floating_point():
             return saved[0].to(dtype)
         assert self.cast is not None
@@ -288,10 +391,28 @@ class Operand:
 
     # -- observation ----------------------------------------------------------------------------------------------
 
-    def _publish(self, stats, scale) -> None:
+    def publish(self, stats, scale) -> None:
         assert self.session.observer is not None
         self.session.observer.observe(
             layer=self.layer, role=self.role, gemm=self.gemm, stats=stats, scale=scale, fmt=self.fmt
+        )
+
+
+def is_payload(saved: Saved) -> bool:
+    """Whether an operand was kept as tensor cores take it: payload * 2^p in bf16, and its factor unless that is 1."""
+    return bool(saved) and saved[0].dtype == torch.bfloat16
+
+
+def check_not_captured(layer: str) -> None:
+    """Refuse a step that is recorded into a CUDA graph where the layer draws random bits: replays would repeat them.
+
+    Raises:
+        RecipeError: with the remedy.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RecipeError(
+            f"layer {layer!r} rounds stochastically, and the optimizer's step, which renews its random key, is being captured "
+            "into a CUDA graph; capture forward and backward alone, and step the optimizer outside of the graph"
         )
 
 

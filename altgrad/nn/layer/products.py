@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from altgrad.formats.block import BlockFormat
+from altgrad.nn.layer import tensor_cores
 from altgrad.nn.layer.gemm import Route, mm, pull_apart
-from altgrad.nn.layer.operand import Operand, Saved, waits
+from altgrad.nn.layer.operand import Operand, Saved, is_payload, waits
 from altgrad.quantization.products.multiply import Codes, multiply
 from altgrad.quantization.products.units import Unit
+from altgrad.quantization.tensor_cores import finished, serve
 
 
 class Ready(NamedTuple):
@@ -80,6 +82,8 @@ def quantized(
     scale: None if it is that of x itself (`Operand.scale_before`).
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if route is Route.BF16 and serve(x):
+        return Cast(operand, None, *tensor_cores.quantized(operand, x, scale, options, observed), dtype)
     if scale is None:
         found = operand.encoded_by_amax(x) if route.unit is not None and not observed else None
         if found is not None:
@@ -93,10 +97,22 @@ def quantized(
     return Cast(operand, values, saved, scale, dtype)
 
 
+def saved_apart(
+    operand: Operand, x: Tensor, scale: Tensor | float | None, options: dict, route: Route, observed: bool
+) -> tuple[Saved, Tensor | float]:
+    """What a gradient on `route` keeps of x, which the forward does not multiply like that, and the scale."""
+    if route is Route.BF16 and serve(x):
+        return tensor_cores.quantized(operand, x, scale, options, observed)
+    scale = operand.scale_of(x, False) if scale is None else scale
+    return operand.save(x, scale, options, observed), scale
+
+
 def restored(operand: Operand, saved: Saved, scale: Tensor | float, route: Route, dtype: torch.dtype) -> Ready:
     """A saved operand, ready for a GEMM on `route`."""
     if route is Route.FLOAT32:
         return Ready(operand.restore(saved, scale, dtype))
+    if is_payload(saved):
+        return Ready(*saved)
     if route.unit is None:
         return Ready(*_pulled(operand, saved, scale, dtype))
     codes, factor = operand.coded(saved, scale)
@@ -108,8 +124,16 @@ def _pulled(operand: Operand, saved: Saved, scale: Tensor | float, dtype: torch.
     return operand.restore(saved, power.to(saved[0].device), dtype), factor.to(saved[0].device)
 
 
-def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None) -> Tensor:
-    """a @ b in the carrier, the pulled factors multiplied back, plus a bias for each column."""
+def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """a @ b in the carrier, the pulled factors multiplied back, plus a bias for each column.
+
+    dtype: of the result where it costs nothing to give it another one; else it stays in the carrier.
+    """
+    if a.values.dtype == torch.bfloat16:
+        sums, factors = mm(a.values, b.values, route), (a.factor, b.factor)
+        if bias is None and factors == (None, None) and dtype in (None, torch.float32):
+            return sums
+        return finished(sums, *factors, bias, dtype or torch.float32)
     factors = [factor for factor in (a.factor, b.factor) if factor is not None]
     if route.unit is not None:
         assert a.codes is not None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from altgrad.errors import RecipeError
+from altgrad.nn.layer import tensor_cores
 from altgrad.nn.layer.contractions import LINEAR_REDUCED
 from altgrad.nn.layer.gemm import Needs, Route, choose_route, needed_route
 from altgrad.nn.layer.operand import Operand
@@ -145,7 +146,12 @@ class LayerState:
         """What the operands of a GEMM allow: those scaled along the reduction must stay float32."""
         left, right = (self._coded_format(gemm, role) for role in GEMMS[gemm])
         unit = None if left is None or right is None else common_unit(left, right)
-        return Needs(needed_route(*(self._pulled_format(gemm, role) for role in GEMMS[gemm])), unit)
+        values = needed_route(*(self._pulled_format(gemm, role) for role in GEMMS[gemm]))
+        return Needs(values, unit, all(self._taken_by_tensor_cores(gemm, role) for role in GEMMS[gemm]))
+
+    def _taken_by_tensor_cores(self, gemm: str, role: str) -> bool:
+        operand = self.operands[(gemm, role)]
+        return tensor_cores.take(operand, bool(self._storage_axis() if operand.follows_storage else operand.kept_axes))
 
     def _coded_format(self, gemm: str, role: str):
         """The format of an operand whose codes can be multiplied; None where its scale varies along the reduction."""
@@ -215,9 +221,9 @@ class LayerState:
     def scale_pair(self, first: Operand, second: Operand, x: Tensor, record: bool):
         """Scales of the two uses of one tensor; the second is None where the entries are shared.
 
-        (A traced autograd function must not get one tensor twice.) The first is None, too, where it is found with the codes.
+        (A traced autograd function must not get one tensor twice.) Both are None, too, where they are found with the codes.
         """
-        return first.scale_before(x, record), None if second is first else second.scale_of(x, record)
+        return first.scale_before(x, record), None if second is first else second.scale_before(x, record)
 
     def __repr__(self) -> str:
         return f"LayerState({self.name!r}, {self.recipe})"

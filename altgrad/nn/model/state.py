@@ -36,8 +36,7 @@ def quant_state(model: nn.Module) -> dict:
     }
     for name, layer, weight in _layers(model):
         for operand in layer.distinct():
-            memory = {"window": operand.window, "pending": operand.pending}
-            memory = {key: value for key, value in memory.items() if value is not None}
+            memory = operand.memory()
             if memory:
                 state["operands"].setdefault(name, {})[f"{operand.role}.{operand.gemm}"] = memory
         storage = layer.storage_of(weight)
@@ -75,7 +74,7 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
         memories = state["operands"].get(name, {})
         for operand in layer.distinct():
             memory = memories.get(f"{operand.role}.{operand.gemm}", {})
-            operand.window, operand.pending = memory.get("window"), memory.get("pending")
+            operand.recall(memory.get("window"), memory.get("pending"))
         storage = layer.storage_of(weight)
         if storage is not None:
             kept = state["storage"].get(storage.name)

@@ -54,7 +54,7 @@ def kernel_name(fmt: FloatFormat | BlockFormat, dtype: torch.dtype, device: torc
         raise KernelError(f'kernel {kernel!r} does not cover {dtype} in {fmt}; use kernel="eager" or a float32 tensor')
     if device.type == "meta":  # shapes alone, of whatever device
         return "eager"
-    if kernel in ("cpu", "cuda") and kernel != device.type and not (kernel == "cuda" and _interpreted()):
+    if kernel in ("cpu", "cuda") and kernel != device.type and not (kernel == "cuda" and interpreted()):
         raise KernelError(f"kernel {kernel!r} works on {kernel} tensors, x is on {device}; move x, or leave kernel out")
     return kernel
 
@@ -64,7 +64,7 @@ def _covers_blocks(fmt: BlockFormat, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and all(map(float32_arithmetic_suffices, grids))
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's interpreter runs CUDA kernels on CPU tensors."""
     import os
 

@@ -223,10 +223,3 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: T
                 enable_fp_fusion=False,
             )
     return target if out is None or target is out else out.copy_(target)
-
-
-def amax(x: Tensor) -> Tensor:
-    """Largest finite magnitude of a whole tensor, 0-d, float32 (float64 for float64); 0 if there is none."""
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    magnitude = torch.where(torch.isfinite(wide), wide.abs(), 0)
-    return magnitude.amax() if x.numel() else magnitude.new_zeros(())

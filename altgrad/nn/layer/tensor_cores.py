@@ -1,0 +1,83 @@
+"""Operands and products of quantized layers on tensor cores: what a GPU multiplies, and how little it moves for that.
+
+An operand goes from the tensor to payload * 2^p in bf16 in one pass (a second, before it, finds a current scale), and is
+kept like that for the backward. Sums are float32; what was pulled out of the scales, the bias and the output's dtype
+follow in one more pass. Nothing waits for the device. NaN and inf travel inside the operand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from altgrad.formats.scalar import FloatFormat
+from altgrad.nn.layer.gemm import power_range
+from altgrad.nn.layer.operand import Operand, Saved
+from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, NoScaling
+from altgrad.quantization import Want
+from altgrad.quantization import tensor_cores as kernels
+from altgrad.quantization.products.units import SIGNIFICANT_BITS
+
+SMALLEST, LARGEST = -133, 127  # exponents of bf16, subnormals included
+ALL_POWERS = (-126, LARGEST)
+
+
+def powers_of(operand: Operand) -> tuple[int, int] | None:
+    """Lowest and highest p for which a scalar operand's payload * 2^p are bf16 numbers; None where that is not so."""
+    fmt = operand.fmt
+    if not isinstance(fmt, FloatFormat) or fmt.significant_bits > SIGNIFICANT_BITS or not fmt.has_zero:
+        return None
+    low, high = power_range(fmt)
+    if low <= high:
+        return ALL_POWERS if has_power_of_two(operand) else (low, min(high, LARGEST))
+    held = math.frexp(fmt.min_subnormal)[1] - 1 >= SMALLEST and fmt.emax <= LARGEST
+    return (0, 0) if held and isinstance(operand.spec.scaling, NoScaling) else None
+
+
+def has_power_of_two(operand: Operand) -> bool:
+    """Whether every scale of an operand is a power of two by its policy, so that nothing is left to multiply afterwards."""
+    policy = operand.spec.scaling
+    return isinstance(policy, CurrentScaling | DelayedScaling) and policy.power_of_two
+
+
+def take(operand: Operand, per_channel: bool) -> bool:
+    """Whether tensor cores multiply an operand of bf16 numbers: one scale, or blocks whose scales are powers of two.
+
+    Where scales are powers of two, values below 2^-126 are rounded to bf16's subnormals.
+    """
+    if operand.fmt is None:
+        return False
+    if operand.block:
+        fmt = operand.fmt
+        return fmt.power_of_two and fmt.element.significant_bits <= SIGNIFICANT_BITS and fmt.element.emin >= -126
+    return not per_channel and powers_of(operand) is not None
+
+
+def quantized(
+    operand: Operand, x: Tensor, scale: Tensor | float | None, key: Tensor | None, observed: bool
+) -> tuple[Saved, Tensor | float]:
+    """(payload and factor as the backward keeps them, the scale) of x.
+
+    scale: None if it is x's own current one.
+    """
+    assert operand.cast is not None
+    x = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
+    operand.keep_key_on(x.device)
+    key = None if key is None else key.to(x.device)
+    if operand.block:
+        found: Saved = (kernels.block_payload(x, operand.cast, key),)
+        scale = 1.0
+    else:
+        if scale is None:
+            policy = operand.spec.scaling
+            assert isinstance(policy, CurrentScaling)
+            scale = kernels.largest(x, operand.fmt.max, policy.power_of_two)
+        powers = powers_of(operand)
+        assert powers is not None
+        values, factor = kernels.payload(x, operand.cast, scale, powers, key, operand.collected(x))
+        found = (values,) if factor is None or has_power_of_two(operand) else (values, factor)
+    if observed:
+        operand.publish(operand.cast(x.float(), scale, key=key, want=Want.STATS).stats, scale)
+    return found, scale

@@ -1,0 +1,274 @@
+"""Operands and results of tensor cores in Triton: a tensor's scale, its payload in bf16, and the sums of a product.
+
+    largest       one pass and one small program: the amax of a tensor, or the scale that follows from it
+    payload       one pass: x rounded to the grid, as payload * 2^p in bf16; nothing in float32 is written or read again
+    finished      one pass over a product's float32 sums: times both operands' factors, plus the bias, in the output's dtype
+
+Nothing here waits for the device. Magnitudes are compared as unsigned integers, so a maximum does not depend on the order
+that programs come in.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from altgrad.formats.rounding import Overflow
+from altgrad.quantization.kernels.cuda.bits import (
+    STOCHASTIC,
+    divisor_of,
+    float_of,
+    key_words,
+    lean_finite,
+    lean_quotient,
+    lean_round,
+    narrow,
+    random_words,
+    read_grid,
+    round_element,
+    signed_as,
+    widen,
+)
+from altgrad.quantization.kernels.cuda.launch import device_table, is_lean, key_tensor, mode_of, on_device
+from altgrad.quantization.plan import Plan
+from altgrad.quantization.powers import significand
+
+ELEMENTS = 4096  # per program
+MOST_PARTIALS = 1024  # programs of `largest`: the small program that ends it reads as many numbers
+FINISHED = 1024  # elements of a row for each program of `finished`
+
+
+@triton.jit
+def _largest(x, partials, size, stride, ELEMENTS: tl.constexpr):
+    """The bits of the largest finite magnitude of every `stride`-th piece of ELEMENTS elements."""
+    program = tl.program_id(0)
+    offset = tl.arange(0, ELEMENTS)
+    found = tl.zeros((ELEMENTS,), tl.uint32)
+    for start in range(program.to(tl.int64) * ELEMENTS, size, tl.cast(stride, tl.int64)):
+        v = widen(tl.load(x + start + offset, mask=start + offset < size, other=0.0))
+        bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+        found = tl.maximum(found, tl.where(bits < 0x7F800000, bits, bits * 0))
+    tl.store(partials + program, tl.max(found).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _scale(partials, out, count, divisor, SCALES: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTIALS: tl.constexpr):
+    """The largest of the partials, or as `scaling.scale_from_amax` the scale for formats whose max is `divisor`."""
+    index = tl.arange(0, PARTIALS)
+    bits = tl.load(partials + index, mask=index < count, other=0).to(tl.uint32, bitcast=True)
+    amax = tl.max(bits).to(tl.float32, bitcast=True)
+    if SCALES:
+        scale = tl.math.div_rn(tl.where(amax > 0, amax, 1.0), divisor + amax * 0.0)
+        scale = tl.maximum(scale, 1.1754943508222875e-38)
+        if POWER_OF_TWO:
+            up = (scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+            scale = tl.minimum(up, 0x7F000000).to(tl.float32, bitcast=True)
+        tl.store(out, scale)
+    else:
+        tl.store(out, amax)
+
+
+def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False) -> Tensor:
+    """Largest finite magnitude of a float32, bf16 or fp16 tensor, 0-d float32; with a format's max, the scale from it."""
+    source, size = x.contiguous(), x.numel()
+    out = torch.empty((), dtype=torch.float32, device=x.device)
+    pieces = -(-size // ELEMENTS)
+    programs = min(pieces, MOST_PARTIALS)
+    partials = torch.empty(max(programs, 1), dtype=torch.int32, device=x.device)
+    with on_device(x):
+        if size:
+            _largest[(programs,)](source, partials, size, programs * ELEMENTS, ELEMENTS=ELEMENTS)
+        _scale[(1,)](
+            partials,
+            out,
+            programs,
+            float(fmt_max or 1.0),
+            SCALES=fmt_max is not None,
+            POWER_OF_TWO=power_of_two,
+            PARTIALS=MOST_PARTIALS,
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+@triton.jit
+def _payload(
+    x,
+    out,
+    factor,
+    amax,
+    scale,
+    number,
+    table,
+    key,
+    random_bits,
+    size,
+    low,
+    high,
+    MODE: tl.constexpr,
+    LEAN: tl.constexpr,
+    KEEPS_INF: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    COLLECTS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """payload * 2^p of ELEMENTS neighbouring elements; scale = m * 2^p with p within low .. high, m goes to `factor`.
+
+    ON_DEVICE: the scale is read from memory, else it is `number`. COLLECTS: raise `amax` to the largest finite magnitude.
+    """
+    program = tl.program_id(0)
+    start = program.to(tl.int64) * ELEMENTS
+    offset = tl.arange(0, ELEMENTS)
+    valid = start + offset < size
+    grid = read_grid(table, False)
+    s = tl.load(scale) if ON_DEVICE else tl.cast(number, tl.float32)
+    exponent = ((s.to(tl.uint32, bitcast=True) >> 23) & 0xFF).to(tl.int32) - 127
+    exponent = tl.minimum(tl.maximum(exponent, tl.cast(low, tl.int32)), tl.cast(high, tl.int32))
+    up = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    if ON_DEVICE and program == 0:
+        down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(factor, s * down)
+    v = widen(tl.load(x + start + offset, mask=valid, other=0.0))
+    word = offset.to(tl.uint32)
+    if MODE >= STOCHASTIC:
+        before, between = key_words(key, (start >> 32).to(tl.uint64))
+        word = random_words(start.to(tl.uint32) + word, before, between)
+    if LEAN:
+        magnitude, _ = lean_round(lean_quotient(v, divisor_of(s)), word, grid, MODE)
+        result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v)
+    else:
+        payload, _ = round_element(v, tl.math.div_rn(v, s + tl.zeros_like(v)), word, random_bits, grid, MODE, False)
+        result = float_of(payload, False) * up
+    tl.store(out + start + offset, narrow(result, out.dtype.element_ty), mask=valid)
+    if COLLECTS:
+        bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+        found = tl.max(tl.where(bits < 0x7F800000, bits, bits * 0))
+        tl.atomic_max(amax, found.to(tl.int32, bitcast=True))
+
+
+class Payload(NamedTuple):
+    """An operand of a tensor core: x is about values * factor.
+
+    values: payload * 2^p, bf16, of x's shape; a NaN or inf stands where it stood. factor: the m of the scale m * 2^p, 0-d
+    float32; None where it is 1. scale: as given, or as found.
+    """
+
+    values: Tensor
+    factor: Tensor | None
+    scale: Tensor | float
+
+
+def payload(
+    plan: Plan,
+    x: Tensor,
+    scale: Tensor | float,
+    powers: tuple[int, int],
+    *,
+    key: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> Payload:
+    """x rounded as the plan says, as an operand of a tensor core.
+
+    Args:
+        scale: a number, or a tensor of one float32 element.
+        powers: lowest and highest p for which the format's values times 2^p are bf16 numbers.
+        amax: 0-d float32 that is raised to x's largest finite magnitude, in place.
+    """
+    fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
+    source, size = x.contiguous(), x.numel()
+    out = torch.empty_like(source, dtype=torch.bfloat16)
+    on_host = not isinstance(scale, Tensor)
+    factor = None if on_host else torch.empty((), dtype=torch.float32, device=x.device)
+    if on_host:
+        m = significand(scale, *powers)
+        factor = None if m == 1 else torch.full((), m, dtype=torch.float32, device=x.device)
+    lean = is_lean(fmt, rounding, overflow, plan.random_bits, False)
+    if size:
+        with on_device(source):
+            _payload[(-(-size // ELEMENTS),)](
+                source,
+                out,
+                factor,
+                None if amax is None else amax.view(torch.int32),
+                None if on_host else scale,
+                scale if on_host else 1.0,
+                device_table(fmt, rounding, overflow, plan.clamp, False, False, x.device),
+                key_tensor(key, x.device),
+                plan.random_bits,
+                size,
+                *powers,
+                MODE=mode_of(fmt, rounding, overflow, plan.random_bits, False, lean),
+                LEAN=lean,
+                KEEPS_INF=overflow is not Overflow.SATURATE,
+                ON_DEVICE=not on_host,
+                COLLECTS=amax is not None,
+                ELEMENTS=ELEMENTS,
+                enable_fp_fusion=False,
+            )
+    elif not on_host:
+        factor = torch.ones((), dtype=torch.float32, device=x.device)
+    return Payload(out.view(x.shape), factor, scale)
+
+
+@triton.jit
+def _finished(
+    sums,
+    out,
+    a,
+    b,
+    bias,
+    columns,
+    a_step,
+    b_step,
+    HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """A piece of a row: (sums * a) * b + bias, each step rounded; a_step, b_step: 0 for one factor, 1 for one a row or column."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    valid = column < columns
+    place = row * tl.cast(columns, tl.int64) + column
+    v = tl.load(sums + place, mask=valid, other=0.0)
+    if HAS_A:
+        v = v * tl.load(a + row * a_step)
+    if HAS_B:
+        v = v * tl.load(b + column * b_step, mask=valid, other=1.0)
+    if HAS_BIAS:
+        v = v + widen(tl.load(bias + column, mask=valid, other=0.0))
+    tl.store(out + place, narrow(v, out.dtype.element_ty), mask=valid)
+
+
+def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(sums * a) * b + bias in `dtype`; float32 is written over the sums.
+
+    Args:
+        sums: float32 [..., rows, columns], contiguous.
+        a, b: one factor each, or of one matrix one for each row (a) or column (b).
+        bias: [columns].
+    """
+    columns = sums.shape[-1]
+    rows = sums.numel() // columns if columns else 0
+    out = sums if dtype == torch.float32 else torch.empty_like(sums, dtype=dtype)
+    if rows:
+        with on_device(sums):
+            _finished[(rows, -(-columns // FINISHED))](
+                sums,
+                out,
+                a,
+                b,
+                None if bias is None else bias.contiguous(),
+                columns,
+                0 if a is None or a.numel() == 1 else 1,
+                0 if b is None or b.numel() == 1 else 1,
+                HAS_A=a is not None,
+                HAS_B=b is not None,
+                HAS_BIAS=bias is not None,
+                ELEMENTS=FINISHED,
+                enable_fp_fusion=False,
+            )
+    return out

@@ -1,0 +1,144 @@
+"""What tensor cores multiply and leave, as torch operators: amax and scale, payloads in bf16, finished sums.
+
+The calls run the kernels of `kernels.cuda.operands`; where torch traces they are one node each. A float64 tensor has no
+place here. `factor`, `scale` and `powers` are as in `kernels.cuda.operands.Payload` and `payload`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from altgrad.quantization.cast import Cast
+from altgrad.quantization.checks import traced
+from altgrad.quantization.kernels.choose import interpreted, load
+from altgrad.quantization.memory import is_unusual, readable
+from altgrad.quantization.powers import significand
+from altgrad.quantization.quantized import Want
+
+
+def serve(x: Tensor) -> bool:
+    """Whether x is where these kernels work: on a GPU, or anywhere in Triton's interpreter."""
+    return x.device.type == "cuda" or interpreted()
+
+
+@cache
+def accumulate_in_float32() -> bool:
+    """Whether torch multiplies bf16 matrices on this GPU into a float32 result: older builds for AMD GPUs refuse to."""
+    if not torch.version.hip:
+        return True
+    a = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False) -> Tensor:
+    """Largest finite magnitude of x, 0-d float32; with a format's max, the scale that follows from it."""
+    if traced(x):
+        return torch.ops.altgrad.largest(x, fmt_max, power_of_two)
+    return load("cuda", "operands").largest(_at_hand(x), fmt_max, power_of_two)
+
+
+def payload(
+    x: Tensor,
+    cast: Cast,
+    scale: Tensor | float,
+    powers: tuple[int, int],
+    key: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(payload * 2^p in bf16, factor) of x under a cast to a scalar format; `amax` is raised in place."""
+    if not traced(x):
+        plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
+        found = load("cuda", "operands").payload(plan, _at_hand(x), scale, powers, key=key, amax=amax)
+        return found.values, found.factor
+    if isinstance(scale, Tensor):
+        return torch.ops.altgrad.payload(x, scale, key, cast.spec, list(powers), amax)
+    m = significand(scale, *powers)
+    factor = None if m == 1 else x.new_full((), m, dtype=torch.float32)
+    return torch.ops.altgrad.payload_by_number(x, scale, key, cast.spec, list(powers)), factor
+
+
+def block_payload(x: Tensor, cast: Cast, key: Tensor | None = None) -> Tensor:
+    """Element * 2^e in bf16 of x under a cast to a block format whose scales are powers of two."""
+    if traced(x):
+        return torch.ops.altgrad.block_payload(x, key, cast.spec)
+    plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
+    source = _at_hand(x).contiguous()
+    out = torch.empty_like(source, dtype=torch.bfloat16)
+    return load("cuda", "blocks").run(plan, source, None, key, out).values
+
+
+def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(sums * a) * b + bias, rounded after each step, in `dtype`; may be written over the sums."""
+    if not traced(sums) and serve(sums):
+        return load("cuda", "operands").finished(sums, a, b, bias, dtype)
+    for factor in (a, b):  # the compiler fuses these with what follows
+        sums = sums if factor is None else sums * factor
+    return (sums if bias is None else sums + bias).to(dtype)
+
+
+def _at_hand(x: Tensor) -> Tensor:
+    """x with values in memory."""
+    x = readable(x) if is_unusual(x) else x
+    return x.detach()
+
+
+@torch.library.custom_op(
+    "altgrad::largest", mutates_args=(), schema="(Tensor x, float? fmt_max, bool power_of_two) -> Tensor"
+)
+def _largest(x: Tensor, fmt_max: float | None, power_of_two: bool) -> Tensor:
+    return load("cuda", "operands").largest(x, fmt_max, power_of_two)
+
+
+@_largest.register_fake
+def _(x, fmt_max, power_of_two):
+    return x.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "altgrad::payload",
+    mutates_args=("amax",),
+    schema="(Tensor x, Tensor scale, Tensor? key, str spec, int[] powers, Tensor(a!)? amax) -> (Tensor, Tensor)",
+)
+def _payload(x, scale, key, spec, powers, amax):
+    plan = Cast.parse(spec).plan(x.dtype, x.device, Want.VALUES, "cuda")
+    found = load("cuda", "operands").payload(plan, x, scale, tuple(powers), key=key, amax=amax)
+    return found.values, found.factor
+
+
+@_payload.register_fake
+def _(x, scale, key, spec, powers, amax):
+    return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "altgrad::payload_by_number",
+    mutates_args=(),
+    schema="(Tensor x, float scale, Tensor? key, str spec, int[] powers) -> Tensor",
+)
+def _payload_by_number(x, scale, key, spec, powers):
+    plan = Cast.parse(spec).plan(x.dtype, x.device, Want.VALUES, "cuda")
+    return load("cuda", "operands").payload(plan, x, scale, tuple(powers), key=key).values
+
+
+@_payload_by_number.register_fake
+def _(x, scale, key, spec, powers):
+    return x.new_empty(x.shape, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op(
+    "altgrad::block_payload", mutates_args=(), schema="(Tensor x, Tensor? key, str spec) -> Tensor"
+)
+def _block_payload(x, key, spec):
+    return block_payload(x, Cast.parse(spec), key)
+
+
+@_block_payload.register_fake
+def _(x, key, spec):
+    return x.new_empty(x.shape, dtype=torch.bfloat16)
