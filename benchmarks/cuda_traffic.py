@@ -177,14 +177,14 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
 
 def main() -> None:
     """Trace, count and print."""
-    table = Table(
-        title=f"A linear layer's forward and backward: {TOKENS} tokens, {FEATURES} to {FEATURES}, float32 tensors"
-    )
-    for column in ("recipe", "operations", "GB", "host waits"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    table = Table(title=f"A linear layer's forward and backward: {TOKENS} tokens, {FEATURES} to {FEATURES} features")
+    for column in ("recipe", "tensors", "operations", "GB", "host waits"):
+        table.add_column(column, justify="left" if column in ("recipe", "tensors") else "right")
     for name, fmt, recipe in ROWS:
-        found, _ = of_linear(fmt, **recipe)
-        table.add_row(name, str(len(found.names)), f"{found.bytes / 1e9:.2f}", str(len(found.waits)))
+        for dtype in (torch.bfloat16, torch.float32):
+            found, _ = of_linear(fmt, dtype, **recipe)
+            cells = (str(dtype)[6:], str(len(found.names)), f"{found.bytes / 1e9:.2f}", str(len(found.waits)))
+            table.add_row(name, *cells)
     Console(width=100).print(table)
 
 
