@@ -1,6 +1,10 @@
 """Which operands matter: one forward and backward each, with that operand alone in a low format.
 
-    damage(c, f) = |g(c in f) - g(float32)|^2 / |g(float32)|^2        over all parameters
+    damage(c, f) = |u(c in f) - u(float32)|^2 / |u(float32)|^2,    u_i = g_i / (sqrt(v_i) + 1e-3 rms(sqrt(v)))
+
+over all parameters, with v the second moment that Adam has (rms over the tensor): Adam divides by it, so a coordinate of
+small gradients moves its weight as far as one of large ones, and losing the small ones costs what they would have moved. In
+plain gradients such a loss would not be seen. Optimizers without a second moment have u = g.
 
 The noise that a format puts on an operand is known from its spectrum, so a few formats of different noise give the damage
 of every other one, on the line through them in logarithms. A single rounding may be lucky or unlucky (the same few rows
@@ -73,14 +77,24 @@ class Attribution:
 
 
 def attribute(
-    loop: Loop, trace: Trace, references: Sequence[str] = REFERENCES, *, tell: Tell | None = None
+    loop: Loop,
+    trace: Trace,
+    references: Sequence[str] = REFERENCES,
+    *,
+    in_updates: bool = True,
+    tell: Tell | None = None,
 ) -> Attribution:
     """One-step attribution at the loop's present state, on its next batch; the loop is left where it was.
+
+    Args:
+        in_updates: in units of Adam's updates; False: in plain gradients.
 
     Raises:
         ConfigError: the gradient in float32 is zero or not finite.
     """
     exact = loop.gradient()[1]
+    metric = update_metric(loop) if in_updates else None
+    exact = exact if metric is None else exact * metric
     size = float(exact.double().square().sum())
     if not 0 < size < math.inf:
         raise ConfigError(f"the float32 gradient's squared norm is {size}; there is no damage to measure against it")
@@ -88,7 +102,7 @@ def attribute(
     cells = trace.cells
     for i, (layer, role) in enumerate(cells):
         pairs = sorted(
-            (trace.predict(layer, role, fmt).noise, damage_of(loop, one_operand(layer, role, fmt), exact, size))
+            (trace.predict(layer, role, fmt).noise, damage_of(loop, one_operand(layer, role, fmt), exact, size, metric))
             for fmt in references
         )
         found[layer, role] = Sensitivity(tuple(n for n, _ in pairs), tuple(d for _, d in pairs))
@@ -100,12 +114,32 @@ def attribute(
     return Attribution(found, together / alone if alone > 0 else math.nan, tuple(references))
 
 
-def damage_of(loop: Loop, recipe: Recipe, exact: torch.Tensor, size: float) -> float:
-    """Relative squared error of the gradient under a recipe; 1e6 where it is not finite."""
+def damage_of(
+    loop: Loop, recipe: Recipe, exact: torch.Tensor, size: float, metric: torch.Tensor | None = None
+) -> float:
+    """Squared error of the gradient (times the metric, as `exact` is) under a recipe, over `size`; 1e6 where not finite."""
     with quantized(loop, recipe):
         _, low = loop.gradient()
+    low = low if metric is None else low * metric
     error = float((low - exact).double().square().sum()) / size
     return error if math.isfinite(error) else 1e6
+
+
+def update_metric(loop: Loop) -> torch.Tensor | None:
+    """1 / (sqrt(v) + 1e-3 rms(sqrt(v))) of every coordinate that has a gradient; 0 where Adam has no v, None without any."""
+    parts, known = [], False
+    for p in loop.model.parameters():
+        if p.grad is None:
+            continue
+        second = loop.optimizer.state.get(p, {}).get("exp_avg_sq")
+        if not isinstance(second, torch.Tensor) or second.shape != p.shape or not second.is_floating_point():
+            parts.append(torch.zeros(p.numel(), device=p.device))
+            continue
+        root = second.detach().float().clamp(min=0).sqrt().flatten()
+        floor = float(root.square().mean().sqrt()) * 1e-3
+        known = known or floor > 0
+        parts.append(torch.where(root + floor > 0, 1 / (root + floor), 0.0))
+    return torch.cat(parts) if known else None
 
 
 def one_operand(layer: str, role: str, fmt: str) -> Recipe:
