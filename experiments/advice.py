@@ -197,7 +197,7 @@ def predicted(model: str, seed: int, decay: str) -> dict[str, Any]:
     return {
         "stall": stalls,
         "damage": {fmt: float(f"{total_damage(trace, attribution, dict.fromkeys(ROLES, fmt)):.4g}") for fmt in formats},
-        "plain": {fmt: float(f"{total_damage(trace, plain, {r: fmt for r in ROLES}):.4g}") for fmt in formats},
+        "plain": {fmt: float(f"{total_damage(trace, plain, dict.fromkeys(ROLES, fmt)):.4g}") for fmt in formats},
         "sqnr": {fmt: round(_mean_sqnr(trace, fmt), 3) for fmt in formats},
         "sqnr_error": {fmt: round(sqnr_error(loop, trace, (fmt,)), 3) for fmt in formats},
         "spectral_stall_error": {k: round(v, 5) for k, v in stall_error(trace, formats).items()},

@@ -11,7 +11,7 @@ import numpy as np
 
 from altgrad.advise.choose import TIE_DB, Budget, Choice, Option, bits_of, choose
 from altgrad.advise.loop import Loop
-from altgrad.advise.sensitivity import Attribution, attribute, damage_of, recipe_from, update_metric
+from altgrad.advise.sensitivity import Attribution, attribute, damage_of, recipe_from, update_units
 from altgrad.advise.stall import freeze_step, stall_error, stall_over
 from altgrad.advise.trace import HOOKED, Tell, Trace
 from altgrad.formats.block import BlockFormat
@@ -247,9 +247,10 @@ def expected_snr(damage: float, completeness: float) -> float | None:
 
 def gradient_snr(loop: Loop, recipe: Recipe) -> float:
     """10 log10(|u|^2 / |u(recipe) - u|^2) on the loop's next batch, u as in `sensitivity`; inf where both are equal."""
-    exact, metric = loop.gradient()[1], update_metric(loop)
-    exact = exact if metric is None else exact * metric
-    error = damage_of(loop, recipe, exact, float(exact.double().square().sum()), metric)
+    plain = loop.gradient()[1]
+    units = update_units(loop)
+    exact = units(plain)
+    error = damage_of(loop, recipe, exact, float(exact.double().square().sum()), units)
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
