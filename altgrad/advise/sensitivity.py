@@ -110,7 +110,7 @@ def attribute(
             tell("one-step attribution", i + 1, len(cells))
     middle = references[len(references) // 2]
     alone = sum(one.damage(trace.predict(*cell, middle).noise) for cell, one in found.items())
-    together = damage_of(loop, recipe_from(dict.fromkeys(cells, middle), trace), exact, size)
+    together = damage_of(loop, recipe_from(dict.fromkeys(cells, middle), trace), exact, size, units)
     return Attribution(found, together / alone if alone > 0 else math.nan, tuple(references))
 
 
