@@ -188,7 +188,7 @@ def predicted(model: str, seed: int, decay: str) -> dict[str, Any]:
     """What a trace says of every format."""
     begun = time.perf_counter()
     loop, trace = trace_of(model, seed, decay)
-    attribution, plain = attribute(loop, trace), attribute(loop, trace, in_updates=False)
+    attribution = attribute(loop, trace)
     formats = (*FORMATS, *HELD_OUT)
     stalls = {}
     for storage, fmt in itertools.product(STORAGES, formats):
@@ -197,7 +197,6 @@ def predicted(model: str, seed: int, decay: str) -> dict[str, Any]:
     return {
         "stall": stalls,
         "damage": {fmt: float(f"{total_damage(trace, attribution, dict.fromkeys(ROLES, fmt)):.4g}") for fmt in formats},
-        "plain": {fmt: float(f"{total_damage(trace, plain, dict.fromkeys(ROLES, fmt)):.4g}") for fmt in formats},
         "sqnr": {fmt: round(_mean_sqnr(trace, fmt), 3) for fmt in formats},
         "sqnr_error": {fmt: round(sqnr_error(loop, trace, (fmt,)), 3) for fmt in formats},
         "spectral_stall_error": {k: round(v, 5) for k, v in stall_error(trace, formats).items()},
@@ -224,21 +223,18 @@ def _mean_sqnr(trace: Trace, fmt: str, role: str | None = None) -> float:
 def predicted_choice(model: str, seed: int) -> dict[str, Any]:
     """Damages by role and format for the enumerated recipes, and what other methods would choose."""
     loop, trace = trace_of(model, seed, "cosine")
-    offers = dict(zip(ROLES, (X, W, DY), strict=True))
-
-    def by_role(attribution: Attribution) -> dict[str, dict[str, float]]:
-        return {
-            role: {
-                fmt: sum(
-                    attribution.cells[cell].damage(trace.predict(*cell, fmt, 3).noise)
-                    for cell in trace.cells
-                    if cell[1] == role
-                )
-                for fmt in offered
-            }
-            for role, offered in offers.items()
+    attribution = attribute(loop, trace)
+    by_role = {
+        role: {
+            fmt: sum(
+                attribution.cells[cell].damage(trace.predict(*cell, fmt, 3).noise)
+                for cell in trace.cells
+                if cell[1] == role
+            )
+            for fmt in offered
         }
-
+        for role, offered in zip(ROLES, (X, W, DY), strict=True)
+    }
     sqnr = {
         role: {fmt: _mean_sqnr(trace, fmt, role) for fmt in offered}
         for role, offered in zip(ROLES, (X, W, DY), strict=True)
@@ -256,15 +252,10 @@ def predicted_choice(model: str, seed: int) -> dict[str, Any]:
         for fmt in W
     }
     return {
-        "damage": _short(by_role(attribute(loop, trace))),
-        "plain": _short(by_role(attribute(loop, trace, in_updates=False))),
+        "damage": {role: {k: float(f"{v:.4g}") for k, v in one.items()} for role, one in by_role.items()},
         "sqnr": {role: {k: round(v, 3) for k, v in one.items()} for role, one in sqnr.items()},
         "hawq": {k: float(f"{v:.4g}") for k, v in hawq.items()},
     }
-
-
-def _short(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {role: {fmt: float(f"{value:.4g}") for fmt, value in one.items()} for role, one in table.items()}
 
 
 def hessian_traces(loop: PlainLoop, draws: int = 8) -> dict[str, float]:

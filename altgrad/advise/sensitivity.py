@@ -1,10 +1,6 @@
 """Which operands matter: one forward and backward each, with that operand alone in a low format.
 
-    damage(c, f) = |u(c in f) - u(float32)|^2 / |u(float32)|^2,    u_i = g_i / sqrt(beta2 v_i + (1 - beta2) g_i^2)
-
-over all parameters, with v the second moment that Adam has: what Adam divides by in its next step. There a coordinate of
-small gradients moves its weight as far as one of large ones, and losing the small ones costs what they would have moved; in
-plain gradients such a loss would not be seen. Optimizers without a second moment have u = g.
+    damage(c, f) = |g(c in f) - g(float32)|^2 / |g(float32)|^2        over all parameters
 
 The noise that a format puts on an operand is known from its spectrum, so a few formats of different noise give the damage
 of every other one, on the line through them in logarithms. A single rounding may be lucky or unlucky (the same few rows
@@ -15,7 +11,7 @@ together add up as far as their errors are independent; how far they do is measu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -77,24 +73,14 @@ class Attribution:
 
 
 def attribute(
-    loop: Loop,
-    trace: Trace,
-    references: Sequence[str] = REFERENCES,
-    *,
-    in_updates: bool = True,
-    tell: Tell | None = None,
+    loop: Loop, trace: Trace, references: Sequence[str] = REFERENCES, *, tell: Tell | None = None
 ) -> Attribution:
     """One-step attribution at the loop's present state, on its next batch; the loop is left where it was.
-
-    Args:
-        in_updates: in units of Adam's updates; False: in plain gradients.
 
     Raises:
         ConfigError: the gradient in float32 is zero or not finite.
     """
     exact = loop.gradient()[1]
-    units = update_units(loop) if in_updates else plainly
-    exact = units(exact)
     size = float(exact.double().square().sum())
     if not 0 < size < math.inf:
         raise ConfigError(f"the float32 gradient's squared norm is {size}; there is no damage to measure against it")
@@ -102,7 +88,7 @@ def attribute(
     cells = trace.cells
     for i, (layer, role) in enumerate(cells):
         pairs = sorted(
-            (trace.predict(layer, role, fmt).noise, damage_of(loop, one_operand(layer, role, fmt), exact, size, units))
+            (trace.predict(layer, role, fmt).noise, damage_of(loop, one_operand(layer, role, fmt), exact, size))
             for fmt in references
         )
         found[layer, role] = Sensitivity(tuple(n for n, _ in pairs), tuple(d for _, d in pairs))
@@ -110,53 +96,16 @@ def attribute(
             tell("one-step attribution", i + 1, len(cells))
     middle = references[len(references) // 2]
     alone = sum(one.damage(trace.predict(*cell, middle).noise) for cell, one in found.items())
-    together = damage_of(loop, recipe_from(dict.fromkeys(cells, middle), trace), exact, size, units)
+    together = damage_of(loop, recipe_from(dict.fromkeys(cells, middle), trace), exact, size)
     return Attribution(found, together / alone if alone > 0 else math.nan, tuple(references))
 
 
-def damage_of(
-    loop: Loop, recipe: Recipe, exact: torch.Tensor, size: float, units: Callable[[torch.Tensor], torch.Tensor]
-) -> float:
-    """Squared error of the gradient under a recipe over `size`, in the units that `exact` is in; 1e6 where not finite."""
+def damage_of(loop: Loop, recipe: Recipe, exact: torch.Tensor, size: float) -> float:
+    """Relative squared error of the gradient under a recipe; 1e6 where it is not finite."""
     with quantized(loop, recipe):
         _, low = loop.gradient()
-    error = float((units(low) - exact).double().square().sum()) / size
+    error = float((low - exact).double().square().sum()) / size
     return error if math.isfinite(error) else 1e6
-
-
-def plainly(gradient: torch.Tensor) -> torch.Tensor:
-    """Plain gradients are in units of their own."""
-    return gradient
-
-
-def update_units(loop: Loop) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from all gradients to u, each by the second moment that the loop's Adam has now; parameters without one
-    are left out, and without any gradients stay as they are. To be called after a backward."""
-    parts, beta2 = [], None
-    betas = {id(p): group.get("betas") for group in loop.optimizer.param_groups for p in group["params"]}
-    for p in loop.model.parameters():
-        if p.grad is None:
-            continue
-        second = loop.optimizer.state.get(p, {}).get("exp_avg_sq")
-        if (
-            isinstance(second, torch.Tensor)
-            and second.shape == p.shape
-            and second.is_floating_point()
-            and betas.get(id(p))
-        ):
-            beta2 = float(betas[id(p)][1])
-            parts.append(beta2 * second.detach().float().clamp(min=0).flatten())
-        else:
-            parts.append(torch.full((p.numel(),), math.inf, device=p.device))
-    if beta2 is None:
-        return plainly
-    past, share = torch.cat(parts), 1 - beta2
-
-    def units(gradient: torch.Tensor) -> torch.Tensor:
-        root = (past + share * gradient.square()).sqrt()
-        return torch.where(root > 0, gradient / root, 0.0)
-
-    return units
 
 
 def one_operand(layer: str, role: str, fmt: str) -> Recipe:

@@ -22,7 +22,6 @@ def planted(*, right: bool) -> dict:
         record[f"{where}|advice"] = {
             "stall": stalls,
             "damage": {f: 1e-3 * (1 + order[f]) for f in ALL},
-            "plain": dict.fromkeys(ALL, 1.0),
             "sqnr": dict.fromkeys(ALL, 30.0),
             "sqnr_error": dict.fromkeys(ALL, 0.2),
             "seconds": 1.0,
@@ -37,7 +36,7 @@ def planted(*, right: bool) -> dict:
         role: {f: 1.0 + (f != best[role] if right else f == best[role]) for f in offered}
         for role, offered in zip(best, (X, W, DY), strict=True)
     }
-    record["choice|gpt-S|0"] = {"damage": damage, "plain": damage, "sqnr": damage, "hawq": damage["weight"]}
+    record["choice|gpt-S|0"] = {"damage": damage, "sqnr": damage, "hawq": damage["weight"]}
     for x in X:
         for w in W:
             for dy in DY:

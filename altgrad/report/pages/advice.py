@@ -76,7 +76,7 @@ def sentence(data: Data) -> str:
     within = f" ({', '.join(limits)})" if limits else ""
     text = f"{number(bits)} bits a value on average{within}."
     if data["gradient_snr_db"] is not None:
-        text += f" The gradient, in Adam's units where it trains, keeps a signal to noise of {number(data['gradient_snr_db'], 3)} dB as predicted"
+        text += f" The gradient keeps a signal to noise of {number(data['gradient_snr_db'], 3)} dB as predicted"
         if data["measured_snr_db"] is not None:
             text += f", {number(data['measured_snr_db'], 3)} dB as measured on the next batch"
         text += "."
