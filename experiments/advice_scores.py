@@ -296,7 +296,6 @@ def tell(record: Record) -> str:
     total = [key for key, _ in jobs()]
     seeds = [s for s in SEEDS if all(k in record for k in total if f"|{s}|" in f"{k}|")]
     there = sum(k in record for k in total)
-    costs = [v["seconds"] for k, v in record.items() if k.endswith("advice")]
     parts = [
         f"{there} of {len(total)} entries are there; of seeds {', '.join(map(str, seeds)) or 'none'} all of them.",
         "### Stall\n\n" + table_markdown(stall_table(record)),
@@ -309,8 +308,4 @@ def tell(record: Record) -> str:
         "### Freezes\n\n" + table_markdown(freeze_table(record)),
         "### Moments\n\n" + table_markdown(ratchet_table(record)),
     ]
-    if costs:
-        parts.append(
-            f"A trace of {STEPS // 4} steps with its advice took {np.mean(costs):.1f} s on average while other work ran."
-        )
     return "\n\n".join(parts)
