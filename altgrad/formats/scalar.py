@@ -26,6 +26,7 @@ from altgrad.report.notebook import notebook_table
 
 CARRIER_MAX = (2.0 - 2.0**-23) * 2.0**127
 CARRIER_MIN_SUBNORMAL = 2.0**-149
+LISTED_BITS = 18  # beside the sign, of formats whose values are listed in a table
 
 
 class Specials(Enum):
@@ -221,7 +222,7 @@ class FloatFormat:
     @cached_property
     def _magnitudes(self) -> np.ndarray:
         """Value of each finite magnitude code, indexed by the code; read-only float64."""
-        if self.magnitude_bits > 18:
+        if self.magnitude_bits > LISTED_BITS:
             raise FormatError(f"{self.name}: 2^{self.bits} values are too many to list; use ulp() and neighbours()")
         codes = np.arange(self._largest_code + 1)
         exponent_field, fraction = codes >> self.mantissa_bits, codes & (2**self.mantissa_bits - 1)

@@ -35,7 +35,7 @@ from altgrad.monitor import Monitor
 from altgrad.monitor.judge import Judge, StepFacts
 from altgrad.monitor.limits import VerdictLimits
 from altgrad.nn.layer.classes import is_quantized
-from altgrad.nn.model.optimizer_hook import attach_optimizer, bare_optimizer
+from altgrad.nn.model.optimizer_hook import attach_optimizer, bare_optimizer, closure_of
 from altgrad.nn.model.state import load_quant_state, quant_state
 from altgrad.nn.recipe.facts import recipe_facts
 from altgrad.nn.session import sessions_of
@@ -265,7 +265,7 @@ class Recorder:
         self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._norm is None and not args[1:] and kwargs.get("closure") is None:
+        if self._norm is None and closure_of(args, kwargs) is None:
             self.see_gradients()
 
     def _after_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -278,6 +278,9 @@ class Recorder:
     def end_step(self) -> bool:
         """After the optimizers' steps, or in their place where the loop skipped them; whether the loop should end."""
         self.step += 1
+        if not self._stepped:  # the clock stays, and the count of uses starts anew, as it does in a resumed run
+            for session in self._sessions:
+                session.set_clock(session.step, 0)
         if self.run_dir is None:
             self.begin_step()
             return False

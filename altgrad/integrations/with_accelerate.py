@@ -6,10 +6,12 @@ What it returns is registered for accelerate's checkpoints (`save_state`, `load_
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, __version__
 from torch import nn
 from torch.optim import Optimizer
@@ -20,15 +22,20 @@ from altgrad.integrations.recorder import Recorder
 class AcceleratedRun(Recorder):
     """A `Recorder` that accelerate checkpoints; `track` makes it."""
 
+    _complete = False  # whether the gradients of a step are there and no optimizer has taken it yet
+
     def follow(self, accelerator: Accelerator) -> None:
         """Hear of each backward and each step, and of the end (`accelerator.end_training`)."""
         backward, end_training = accelerator.backward, accelerator.end_training
+        self._skipped = lambda: accelerator.optimizer_step_was_skipped
 
         @functools.wraps(backward)
         def watched(loss, **kwargs):
+            self._close_skipped()
             backward(loss, **kwargs)
             if self.model is not None:
                 self.see_loss(loss)
+                self._complete = accelerator.sync_gradients
                 if not accelerator.sync_gradients:
                     self.next_micro_batch()
 
@@ -42,10 +49,24 @@ class AcceleratedRun(Recorder):
     def _after_step(self, optimizer: Optimizer) -> None:
         super()._after_step(optimizer)
         if optimizer is self.optimizers[-1]:
+            self._complete = False
             self.end_step()
+
+    def _close_skipped(self) -> None:
+        """End a step whose gradients were complete and which fp16's scaler did not let the optimizer take."""
+        if self._complete and self._skipped():
+            self._complete = False
+            self._norm = torch.tensor(math.inf)  # that is why; the gradients may be gone by now
+            self.end_step()
+
+    def finish(self, *, completed: bool | None = None):
+        """See `Recorder`."""
+        self._close_skipped()
+        return super().finish(completed=completed)
 
     def state_dict(self) -> dict[str, Any]:
         """For accelerate."""
+        self._close_skipped()
         return self.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from altgrad.diagnostics.fields import FIELD, predict_stall
 from altgrad.diagnostics.update import measure_update
-from altgrad.errors import OptionError
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.added import StepTensors, added_metrics, measure_added
@@ -19,6 +18,7 @@ from altgrad.monitor.interval import Step
 from altgrad.monitor.records import Record, Watched
 from altgrad.monitor.schedule import Schedule
 from altgrad.monitor.sources import layer_name, plain_name
+from altgrad.nn.spread import from_part, local, whole
 from altgrad.quantization import QuantStats, amax_scale
 
 
@@ -169,9 +169,11 @@ class Collector:
         wanted = [k for k in wanted if self._due_for(k)]
         for key in wanted:
             if key not in self._before:
-                self._before[key] = torch.empty_like(self.parameters[key], memory_format=torch.contiguous_format)
+                self._before[key] = torch.empty_like(local(self.parameters[key]), memory_format=torch.contiguous_format)
         if wanted:
-            torch._foreach_copy_([self._before[k] for k in wanted], [self.parameters[k].detach() for k in wanted])
+            torch._foreach_copy_(
+                [self._before[k] for k in wanted], [local(self.parameters[k]).detach() for k in wanted]
+            )
         self._copied = wanted
 
     @torch.no_grad()
@@ -182,7 +184,8 @@ class Collector:
         seen = {entry.key for entry in self._measured}
         for key in self._copied:
             if key not in seen and key not in self._published and self.parameters[key].grad is not None:
-                self._measure(key, self._before[key], self.parameters[key].detach())
+                p = self.parameters[key]
+                self._measure(key, from_part(p, self._before[key]), p.detach())
         self._copied = []
 
     @torch.no_grad()
@@ -209,7 +212,7 @@ class Collector:
 
     def _measure(self, key: int, before: Tensor, after: Tensor) -> None:
         """Measure a parameter on the grid on which its layer was seen to use it, if there is one."""
-        parameter = self.parameters[key]
+        parameter, before, after = self.parameters[key], whole(before), whole(after)
         own = (self._grids[name] for name in self._aliases[key] if name in self._grids)
         fmt, scale = next(own, (None, 1.0)) if parameter.ndim > 1 else (None, 1.0)
         if fmt is None and self.format is not None and parameter.ndim > 1:
@@ -221,7 +224,7 @@ class Collector:
         self._take(key, tensors, watched, Rounding.NEAREST_EVEN, histograms=False)
 
     def _take(self, key: int, tensors: StepTensors, watched: Watched, rounding: Rounding, *, histograms: bool) -> None:
-        before, gradient, attempted, after, fmt, scale = tensors
+        before, gradient, attempted, after, fmt, scale = tensors = _gathered(tensors)
         found = measure_update(
             before,
             after,
@@ -270,19 +273,12 @@ class Collector:
         return predicted
 
 
-def whole_parameters(model: nn.Module, given: Mapping[str, nn.Parameter] | None) -> Mapping[str, nn.Parameter]:
-    """Name to parameter, aliases included: what was given, or all of the model's.
-
-    Raises:
-        OptionError: parameters that are spread over processes.
-    """
-    named = dict(model.named_parameters(remove_duplicate=False)) if given is None else given
-    if any(hasattr(p, "device_mesh") for p in named.values()):
-        raise OptionError(
-            "the monitor reads whole weights, and these are spread over processes (FSDP2, DTensor); pass parameters={} to "
-            "measure operands only, or use DDP"
-        )
-    return named
+def _gathered(step: StepTensors) -> StepTensors:
+    """The step of a parameter that is spread over processes, with whole tensors."""
+    gradient = None if step.gradient is None else whole(step.gradient)
+    return step._replace(
+        before=whole(step.before), gradient=gradient, attempted=whole(step.attempted), after=whole(step.after)
+    )
 
 
 def embeddings_of(model: nn.Module) -> set[str]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from altgrad.diagnostics.fields import NEAR_ZERO
 from altgrad.errors import OptionError
 from altgrad.formats.scalar import FloatFormat
-from altgrad.monitor.collector import Collector, embeddings_of, whole_parameters
+from altgrad.monitor.collector import Collector, embeddings_of
 from altgrad.monitor.interval import Step, to_records
 from altgrad.monitor.rank import RankLimits, RankWatch
 from altgrad.monitor.records import Record
@@ -22,6 +22,7 @@ from altgrad.monitor.schedule import Schedule, make_schedule
 from altgrad.monitor.sources import Sources, watch_steps
 from altgrad.monitor.summary import summary_table
 from altgrad.nn.model.optimizer_hook import bare_optimizer
+from altgrad.nn.spread import whole
 from altgrad.quantization import get_format
 
 Sink = Callable[[list[Record]], None]
@@ -41,7 +42,8 @@ class Monitor:
 
     Without `begin_step` and `end_step` a step ends with each `optimizer.step()`, after all that hangs on it (grid
     storage). A loop that skips steps calls the two itself. Layers go by their names in the bare model, whether it is
-    handed over bare, compiled or wrapped for data parallelism.
+    handed over bare, compiled or wrapped for data parallelism. Parameters that FSDP2 spreads over processes are gathered on
+    the steps that measure them, one at a time: every process then needs a monitor with the same schedule.
 
     Args:
         model, optimizer: what is trained; an optimizer that another library wrapped (accelerate) is unwrapped. Without
@@ -57,8 +59,8 @@ class Monitor:
         parameters: name to parameter; None: all of the model's that require gradients.
 
     Raises:
-        OptionError: `flush_every` below 1; parameters that are spread over processes. ConfigError: a schedule that is
-            none. FormatError: an unknown format, or one without a grid of its own for a model that is not quantized.
+        OptionError: `flush_every` below 1. ConfigError: a schedule that is none. FormatError: an unknown format, or one
+            without a grid of its own for a model that is not quantized.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Monitor:
         if flush_every < 1:
             raise OptionError(f"flush_every {flush_every} is below 1; it counts measured steps per copy to the host")
         optimizer = None if optimizer is None else bare_optimizer(optimizer)
-        named = whole_parameters(model, parameters)
+        named = dict(model.named_parameters(remove_duplicate=False)) if parameters is None else parameters
         own_counts = getattr(optimizer, "grid_step_counts", None)
         self.schedule, self.flush_every = make_schedule(schedule), flush_every
         self.latest: dict[tuple[str, str], Record] = {}  # the last record of each (layer, role)
@@ -154,7 +156,7 @@ class Monitor:
         for key, name in self._collector.covered("rank").items():
             p = self._collector.parameters[key]
             if p.ndim >= 2 and p.numel():
-                self._collector.record(name, "weight", self._ranks.measure(self.step, name, p))
+                self._collector.record(name, "weight", self._ranks.measure(self.step, name, whole(p.detach())))
 
     def flush(self) -> list[Record]:
         """Copy what is held on the device to the host, hand it to the sink, and return it."""

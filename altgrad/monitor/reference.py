@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from altgrad.nn.spread import whole
+
 
 def reference_gradients(
     model: nn.Module, parameters: Iterable[nn.Parameter], backward: Callable[[], object]
@@ -61,7 +63,7 @@ def against_reference(
     for key, p in parameters.items():
         reference = references[key]
         if key in chosen and p.grad is not None and reference is not None:
-            rows[key] = compare(p.grad, reference)
+            rows[key] = compare(whole(p.grad), whole(reference))
     values = torch.stack(list(rows.values())).tolist() if rows else []  # the one wait, so that the time is true
     seconds = time.perf_counter() - started
     found = {

@@ -161,9 +161,11 @@ def watch_steps(watcher: StepWatcher, optimizer: Optimizer) -> list[Any]:
     """
     me, watched = weakref.ref(watcher), weakref.ref(optimizer)
 
-    def before(_: Optimizer, args: tuple, kwargs: dict) -> None:  # args[0] is the optimizer
+    from altgrad.nn.model.optimizer_hook import closure_of
+
+    def before(_: Optimizer, args: tuple, kwargs: dict) -> None:
         if (alive := me()) is not None:
-            alive.before_update(closure=len(args) > 1 or kwargs.get("closure") is not None)
+            alive.before_update(closure=closure_of(args, kwargs) is not None)
 
     def after(stepped: Optimizer, *_: Any) -> None:
         if stepped is watched() and (alive := me()) is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,8 @@ class Session:
         self.bypass = False
         self.observer: Observer | None = None
         self.reduce_amax: Callable[[Tensor], Tensor] | None = None
-        self.group: object | None = None  # the processes that train the model together, as DDP or FSDP2 have shown
+        self.group: Any = None  # the processes that train the model together, as DDP or FSDP2 have shown
+        self.in_step = False  # whether all of them use the same layers in the same order, so that a use can ask all
         self.recipe: Recipe | None = None
         self.lead_optimizer: Callable[[], object] | None = (
             None  # weak reference to the optimizer that advances the clock
@@ -89,6 +90,14 @@ class Session:
         self.step, self.micro_batch = step, micro_batch
         for operand in self.operands:
             operand.renew_key()
+
+    def largest_of_group(self, amax: Tensor) -> Tensor:
+        """The amax over the processes that train the model together, where they are known to ask at the same uses."""
+        if self.group is None or not self.in_step or self.reduce_amax is not None:
+            return amax
+        found = amax.clone()
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.group)
+        return found
 
     def advance(self) -> None:
         """Close a step: roll the scale histories once, then move to the next step's first micro-batch.
@@ -190,8 +199,8 @@ def set_rank(model: nn.Module, rank: int | None) -> None:
 def set_amax_reduction(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None) -> None:
     """Pass every amax of an input or grad_output through `reduce`, such as an all-reduce by maximum over ranks.
 
-    Without one each rank scales what it has, and delayed histories take the largest amax of the ranks at the end of each
-    step, under DDP and FSDP2.
+    Without one each rank scales what it has. Delayed scales are those of all ranks under DDP and FSDP2: histories take the
+    largest amax of the ranks at the end of each step, and a first use, before there is a history, reduces its amax at once.
 
     It is called in the same order on every rank that runs the same model. Weights are replicated and not reduced.
     """

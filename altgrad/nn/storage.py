@@ -5,7 +5,7 @@
     after      attempted, rounded to the grid under the scale at the start of the step
 
 The storage of a parameter is the one owner of its grid. It knows the values that it wrote by the parameter, its memory,
-its version counter and, on the CPU, a sample of them: `weight.data.normal_()` counts no version. Anything else is somebody
+its version counter and, on the CPU, their checksum: `weight.data.normal_()` counts no version. Anything else is somebody
 else's write (loading, initialisation, averaging, an editor) and gets a fresh scale by the policy before the weight is next
 used; foreign values are never pressed into an old scale. They are rounded where the grid matters, at the start of the next
 step, and counted as a regrid; a forward quantizes them as they are. Values that moved without changing (deepcopy, pickle, `.to`) keep their grid: they still match the codes.
@@ -30,7 +30,8 @@ from altgrad.formats.rounding import Rounding
 from altgrad.nn.kept_scale import kept_scale, lies_on
 from altgrad.nn.recipe.spec import StorageSpec
 from altgrad.nn.session import Session
-from altgrad.quantization import Quantized, Want, amax, code_index, scale_from_amax
+from altgrad.nn.spread import all_agree, from_part, is_spread, largest, local, part_of, shard_name, summed, whole
+from altgrad.quantization import Quantized, Want, code_index, scale_from_amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, grid_owner
 from altgrad.randomness import stream_base
@@ -75,7 +76,7 @@ class GridStorage:
 
     def __getstate__(self) -> dict:
         # A copy belongs to another parameter, which it meets when that is next used.
-        left_out = ("_parameter", "_memory", "_written", "_sampled", "_number", "_stepping")
+        left_out = ("_parameter", "_memory", "_written", "_checksum", "_number", "_stepping")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict) -> None:
@@ -86,7 +87,7 @@ class GridStorage:
         self._parameter: ref[Tensor] | None = None
         self._memory: StorageWeakRef | None = None  # keeps the address from being given to other values
         self._written: _Written | None = None
-        self._sampled: Tensor | None = None  # some of the values that were there then
+        self._checksum: int | None = None  # of the values that were there then
         self._stepping = False
         self._number = next(_NUMBERS)
         _BY_NUMBER[self._number] = self
@@ -124,11 +125,6 @@ class GridStorage:
         Raises:
             RecipeError: the parameter is stored on another layer's grid already, and the two specs differ.
         """
-        if hasattr(weight, "device_mesh"):
-            raise RecipeError(
-                f"{self.name!r} is stored on a grid ({self.spec.format}) and spread over processes (FSDP2, DTensor): its scale "
-                'and its rounding need the whole weight; use DDP, or storage="master"'
-            )
         owner = grid_owner(weight)
         if isinstance(owner, GridStorage):
             if owner.spec != self.spec:
@@ -140,9 +136,13 @@ class GridStorage:
         held = None if self._parameter is None else self._parameter()
         found = (
             self
-            if held is None or held is weight
+            if held is None
+            or held is weight
+            or (is_spread(weight) and not is_spread(held))  # `fully_shard` replaced it
             else GridStorage(self.spec, self.session, self.name, self.channel_axis)
         )
+        if is_spread(weight) and found._stated is None:
+            found._stated = found.grid  # values that lie on the grid of the whole weight keep it
         found.bind(weight)
         return found
 
@@ -150,7 +150,7 @@ class GridStorage:
         """Give the parameter back: with the values from before the last rounding, if nobody has written since."""
         if self.original is not None and self._holds(weight):
             with torch.no_grad():
-                weight.copy_(self.original)
+                local(weight).copy_(self.original)
         self.original = None
         declare_grid(weight, None)
 
@@ -171,14 +171,19 @@ class GridStorage:
         return self._found(weight)
 
     def _wrote(self, weight: Tensor) -> bool:
+        weight = local(weight)
         if self._written is None or self._written != _written(weight):
             return False
-        return self._sampled is None or traced(weight) or torch.equal(self._sampled, _sample(weight))
+        return self._checksum is None or traced(weight) or self._checksum == _checksum(weight)
 
     def _found(self, weight: Tensor) -> ParameterGrid:
         plain = _without_transforms(weight)
         held = None if self._parameter is None else self._parameter()
-        if plain.shape != weight.shape or plain.is_meta or (traced(plain) and plain is weight):
+        if held is not None and is_spread(held) and not is_spread(plain):  # FSDP2 gathered it for a forward
+            if self._stepping:
+                return self.grid if self._zero is None else self._set_by(plain)
+            return self.grid if lies_on(plain, self.grid) else ParameterGrid(self.fmt, self.fresh_scale(plain))
+        if plain.shape != weight.shape or plain.is_meta or (traced(local(plain)) and plain is weight):
             return self.grid if held is weight else ParameterGrid(self.fmt, self.policy_scale(weight))
         if held is not None and _same_memory(plain, held):
             plain = held
@@ -199,29 +204,37 @@ class GridStorage:
         """Take over values that this storage did not write, or wrote elsewhere."""
         if not self._holds(weight):
             self.codes, self.original, self._zero = None, None, None
-            if self._stated is not None and lies_on(weight, self._stated):
+            values = whole(weight)
+            if self._stated is not None and lies_on(values, self._stated):
                 self.grid = self._stated
             else:
-                self.grid = ParameterGrid(self.fmt, self.fresh_scale(weight))
+                self.grid = ParameterGrid(self.fmt, self.fresh_scale(values))
         if self.scale.device != weight.device:
             self.grid = replace(self.grid, scale=self.scale.to(weight.device))
         self._know(weight)
 
     def _holds(self, weight: Tensor) -> bool:
         """Whether the values are those of the codes."""
-        if self.codes is None or self.codes.shape != weight.shape:
+        return all_agree(self._part_holds(weight), weight)
+
+    def _part_holds(self, weight: Tensor) -> bool:
+        values = local(weight).detach()
+        if self.codes is None or self.codes.shape != values.shape:
             return False
-        if self.codes.device != weight.device:
-            self.codes = self.codes.to(weight.device)
-        wide = weight.dtype == torch.float64
-        stored = self.cast.decode(self.codes, self.scale.to(weight.device), dtype=_compute_dtype(wide))
-        values = weight.detach().to(_compute_dtype(wide))
+        if self.codes.device != values.device:
+            self.codes = self.codes.to(values.device)
+        values = values.to(_compute_dtype(values.dtype == torch.float64))
+        stored = self.cast.decode(self.codes, self._scale_of_part(weight).to(values.device), dtype=values.dtype)
         return torch.equal(stored, values) or bool(((stored == values) | values.isnan()).all())
+
+    def _scale_of_part(self, weight: Tensor) -> Tensor:
+        return part_of(self.scale, weight)
 
     def _know(self, weight: Tensor) -> None:
         self.bind(weight)
+        weight = local(weight)
         self._written = _written(weight)
-        self._sampled = _sample(weight).clone() if weight.device.type == "cpu" and not traced(weight) else None
+        self._checksum = _checksum(weight) if weight.device.type == "cpu" and not traced(weight) else None
         self._memory = StorageWeakRef(weight.untyped_storage())
 
     def state_grid(self, weight: Tensor, scale: Tensor, steps: int) -> None:
@@ -237,10 +250,10 @@ class GridStorage:
         """The scale that the spec gives these values."""
         if self.spec.scale is not None:
             return torch.tensor(self.spec.scale, dtype=torch.float32, device=weight.device)
-        largest = amax(weight, self._axis)
+        found = largest(weight, self._axis)
         if self.fmt.emax >= 127:  # the range of float32: nothing to scale
-            return torch.ones_like(largest)
-        return scale_from_amax(largest, self.fmt, power_of_two=self.spec.power_of_two) * 2.0**self.spec.headroom
+            return torch.ones_like(found)
+        return scale_from_amax(found, self.fmt, power_of_two=self.spec.power_of_two) * 2.0**self.spec.headroom
 
     def fresh_scale(self, weight: Tensor) -> Tensor:
         """The scale for values that somebody else wrote: the policy's, or another of it that changes none of them."""
@@ -263,9 +276,10 @@ class GridStorage:
         self.grid_of(weight)
         if self.codes is not None or weight.is_meta:
             return
-        self.original = weight.detach().clone() if keep_original else None
-        found = self._taking(weight, self.scale, want=_VALUES_CODES)
-        self._changed = ((found.values != weight) & ~weight.isnan()).sum()
+        values = local(weight).detach()
+        self.original = values.clone() if keep_original else None
+        found = self._taking(values, self._scale_of_part(weight), want=_VALUES_CODES)
+        self._changed = ((found.values != values) & ~values.isnan()).sum()
         self._write(weight, found)
 
     def set_grid(self, weight: Tensor, *, snap: bool, keep_original: bool = False) -> None:
@@ -277,7 +291,7 @@ class GridStorage:
 
     def _write(self, weight: Tensor, found: Quantized) -> None:
         assert found.values is not None
-        weight.copy_(found.values)
+        local(weight).copy_(found.values)
         self.codes = found.codes
         self._know(weight)
 
@@ -286,7 +300,7 @@ class GridStorage:
         """Have the grid values that the step starts from, whatever was written since the last one."""
         self._written = None  # a write through `weight.data` leaves no trace in the version: compare the values
         self.snap(weight)
-        zero = amax(weight, self._axis) == 0
+        zero = largest(weight, self._axis) == 0
         self._zero = zero if self.spec.scale is None and self.fmt.emax < 127 and bool(zero.any()) else None
         if self.grid.settled != (self._zero is None):
             self.grid = replace(self.grid, settled=self._zero is None)
@@ -310,16 +324,16 @@ class GridStorage:
         """
         assert self.codes is not None
         self.original = self._stated = None
-        before = self.cast.decode(self.codes, self.scale, dtype=weight.dtype)
+        written = local(weight).detach()
+        before = self.cast.decode(self.codes, self._scale_of_part(weight), dtype=weight.dtype)
         if self._zero is not None and counted is None:
             self.grid = self._set_by(weight)
-        draws = self.cast.rounding is Rounding.STOCHASTIC
-        key = self.session.key(self._base, per_rank=False) if draws else None
-        found = self.cast(weight, self.scale, key=key, want=_VALUES_CODES | Want.STATS)
+        key = self._key(weight)
+        found = self.cast(written, self._scale_of_part(weight), key=key, want=_VALUES_CODES | Want.STATS)
         stats = found.stats
         assert found.values is not None
         assert stats is not None
-        attempted = weight != before
+        attempted = written != before
         if not self._powers_of_two:  # fl(s * p) / s may lie off the grid: what was not touched stays
             codes = torch.where(attempted, found.codes, self.codes)
             found = found._replace(values=torch.where(attempted, found.values, before), codes=codes)
@@ -327,9 +341,9 @@ class GridStorage:
             observer.observe_update(
                 layer=layer,
                 parameter=weight,
-                before=before,
+                before=from_part(weight, before),
                 attempted=weight.detach(),
-                after=found.values,
+                after=from_part(weight, found.values),
                 scale=self.scale,
                 fmt=self.fmt,
                 rounding=self.spec.rounding,
@@ -339,11 +353,18 @@ class GridStorage:
             counts = [attempted.sum(), flips.sum(), (attempted & ~flips).sum(), stats.overflow]
         else:
             counts = [counted[0], counted[1], counted[2], counted[5]]
-        hidden = None if counted is None else counted[5]
+        hidden = None if counted is None else summed(counted[5].clone(), weight)
         found, regridded = self._refreshed(weight, found, key, hidden)
         regridded, self._changed = regridded if self._changed is None else regridded + self._changed, None
         self._write(weight, found)
-        return torch.stack([number.to(torch.int64) for number in (*counts, regridded)])
+        return summed(torch.stack([number.to(torch.int64) for number in (*counts, regridded)]), weight)
+
+    def _key(self, weight: Tensor) -> tuple[int, int] | None:
+        """The random key of this step's rounding: each part of a spread weight has its own, replicas of it the same."""
+        if self.cast.rounding is not Rounding.STOCHASTIC:
+            return None
+        base = stream_base(self.name, "storage", shard_name(weight)) if is_spread(weight) else self._base
+        return self.session.key(base, per_rank=False)
 
     def _refreshed(
         self, weight: Tensor, landed: Quantized, key: tuple[int, int] | None, hidden: Tensor | None
@@ -360,14 +381,14 @@ class GridStorage:
             return landed, none
         scale = self.policy_scale(weight)  # of what was attempted: stored values could only shrink it
         if hidden is not None:
-            largest = amax(weight, self._axis)
-            scale = torch.where((hidden > 0) & (largest >= self.fmt.max * self.scale), 2 * scale, scale)
+            found = largest(weight, self._axis)
+            scale = torch.where((hidden > 0) & (found >= self.fmt.max * self.scale), 2 * scale, scale)
         if self.steps % self.spec.refresh_every:
             scale = torch.maximum(scale, self.scale)
         if torch.equal(scale, self.scale):
             return landed, none
         self.grid = ParameterGrid(self.fmt, scale)
-        regridded = self.cast(weight, scale, key=key, want=_VALUES_CODES)
+        regridded = self.cast(local(weight).detach(), self._scale_of_part(weight), key=key, want=_VALUES_CODES)
         return regridded, (regridded.values != landed.values).sum()
 
 
@@ -382,10 +403,12 @@ def _written(tensor: Tensor) -> _Written | None:
     return _Written(tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version)
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """Some of a tensor's values, evenly spaced: at least 256 of them, where it has as many."""
+def _checksum(tensor: Tensor) -> int:
+    """Sum of a tensor's bits, which the write of any one value changes: one pass at the speed of memory."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 256)]
+    if flat.dtype == torch.float32 and (flat.numel() % 2 or flat.storage_offset() % 2):
+        return int(flat.view(torch.int32).sum(dtype=torch.int64))  # slower
+    return int(flat.view(torch.int64).sum())  # wraps around
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

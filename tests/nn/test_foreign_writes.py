@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector, parametrizations, prune, vector_to_parameters
+from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector, prune, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
-from altgrad.nn import StorageSpec, attach_optimizer, layer_recipe, quantize_model, uniform
+from altgrad.nn import StorageSpec, attach_optimizer, layer_recipe, quantize_model, storage, uniform
 from altgrad.nn.session import STATE
 from altgrad.quantization import get_format, quantize
 from altgrad.quantization.parameter_grid import declared_grid
@@ -242,16 +242,34 @@ def test_a_write_that_no_forward_saw_is_no_less_foreign_to_the_step(write):
     assert torch.equal(layer.weight.detach(), expected)
 
 
-def test_a_write_through_data_is_seen_by_the_step_at_the_latest():
-    """It leaves no trace in the version counter, so forwards before the step use the old scale."""
+@pytest.mark.parametrize("where", [0, 7, -1])
+@pytest.mark.parametrize("write", [lambda w, i: w.view(-1)[i].fill_(50.0), lambda w, i: w[i].neg_().mul_(3)])
+def test_a_write_of_few_values_through_data_is_seen_by_the_next_forward(write, where):
+    """It leaves no trace in the version counter."""
     spec = spec_of("E4M3")
     layer = stored(spec)
     forward_weight(layer)
-    layer.weight.data.copy_(values())
+    write(layer.weight.data, where)
+    written = layer.weight.detach().clone()
+    assert torch.equal(forward_weight(layer), on_fresh_grid(written, spec))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
-    assert torch.equal(layer.weight.detach(), on_fresh_grid(values(), spec))
+    assert torch.equal(layer.weight.detach(), on_fresh_grid(written, spec))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 4), (1, 1), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_the_checksum_of_a_weight_follows_every_value(shape, dtype):
+    whole = torch.randn(shape[0] + 1, shape[1], dtype=dtype)
+    for weight in (whole[1:], whole[:-1], whole[1:].t()):  # an odd offset, too
+        before = storage._checksum(weight)
+        assert storage._checksum(weight.clone()) == before
+        for i in range(weight.numel()):
+            other = weight.clone().contiguous()
+            other.view(-1)[i] = torch.nextafter(other.view(-1)[i], torch.tensor(9.0, dtype=dtype))
+            assert storage._checksum(other) != before
 
 
 def test_a_checkpoint_of_a_plain_model_keeps_its_size():
@@ -388,22 +406,3 @@ def test_an_optimizer_of_another_model_leaves_the_clock():
     other(torch.randn(4, 8)).sum().backward()
     optimizer.step()
     assert model.__dict__[STATE].session.step == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize(
-    "parametrize",
-    [
-        parametrizations.weight_norm,
-        parametrizations.spectral_norm,
-        nn.utils.weight_norm,
-        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
-    ],
-    ids=["weight_norm", "spectral_norm", "old weight_norm", "pruning"],
-)
-def test_a_computed_weight_is_skipped_with_the_reason_and_the_rest_is_quantized(parametrize):
-    model = nn.Sequential(parametrize(nn.Linear(8, 8)), nn.Linear(8, 4))
-    manifest = quantize_model(model, uniform("E4M3"))
-    assert list(manifest.swapped) == ["1"]
-    assert "computed from other parameters" in manifest.skipped["0"]
-    model(torch.randn(2, 8)).sum().backward()

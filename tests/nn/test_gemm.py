@@ -459,19 +459,29 @@ def test_a_linear_layer_of_any_size_is_its_zero_padded_self(name, n):
         assert torch.equal(layer.eval()(x), found[0])
 
 
-def test_a_convolution_of_any_channels_and_batch():
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(("n", "c", "o"), [(2, 3, 5), (33, 40, 24), (1, 33, 1)])
+def test_a_convolution_of_any_channels_and_batch_is_its_zero_padded_self(kind, name, n, c, o):
+    """In training and in evaluation: the last block of an axis is short, as if zeros were behind it."""
     torch.manual_seed(0)
-    layer, padded = nn.Conv2d(3, 5, 3, bias=False), nn.Conv2d(32, 32, 3, bias=False)
+    layer, padded = kind(c, o, 2, bias=False), kind(64, 64, 2, bias=False)
+    rows, columns = layer.weight.shape[:2]
+
+    def pad(t):
+        return F.pad(t, (*(0, 0) * (t.ndim - 2), 0, 64 - t.shape[1], 0, 64 - t.shape[0]))
+
     with torch.no_grad():
-        padded.weight.copy_(F.pad(layer.weight, (0, 0, 0, 0, 0, 29, 0, 27)))
-    x, dy = torch.randn(2, 3, 6, 6), torch.randn(2, 5, 4, 4)
-    for one in (layer, padded):
-        quantize_model(one, uniform("MXFP8"))
-    found = run(layer, x, dy)
-    pad = (0, 0, 0, 0)
-    y, dx, dw = run(padded, F.pad(x, (*pad, 0, 29, 0, 30)), F.pad(dy, (*pad, 0, 27, 0, 30)))
-    for a, b in zip(found, (y[:2, :5], dx[:2, :3], dw[:5, :3]), strict=True):
+        padded.weight.copy_(pad(layer.weight))
+    quantize_model(layer, uniform(name))
+    quantize_model(padded, uniform(name, whole_blocks=True))
+    x = torch.randn(n, c, *(5, 4, 3)[: layer.weight.ndim - 2])
+    dy = torch.randn_like(layer(x))
+    found, (y, dx, dw) = run(layer, x, dy), run(padded, pad(x), pad(dy))
+    for a, b in zip(found, (y[:n, :o], dx[:n, :c], dw[:rows, :columns]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), found[0])
 
 
 def test_a_packed_sequence_in_evaluation_and_matmul():

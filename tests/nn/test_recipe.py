@@ -118,6 +118,7 @@ CONTRADICTIONS = {
         lambda: gemms(forward=GemmRecipe(input=OperandSpec(), weight=OperandSpec("E4M3", scaling="storage"))),
         "stored on a grid of the same format; storage is master",
     ),
+    "a grid too fine": (lambda: StorageSpec("E7M22"), "29 bits beside the sign.*at most 18, such as TF32"),
     "fixed and refreshed": (lambda: StorageSpec("E4M3", scale=1.0, refresh_every=5), "cannot be refreshed"),
     "unknown storage": (lambda: uniform("E4M3", storage="disk"), "not one of master, grid"),
     "override of everything": (lambda: Override(None), "matches everything"),

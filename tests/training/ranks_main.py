@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from altgrad.nn.spread import local
 from altgrad.training.config.loading import load_config
 from altgrad.training.data import corpus_from_bytes
 from altgrad.training.format_runner import FormatExperimentRunner
-from altgrad.training.step.distributed import local
 from altgrad.training.trainer import Trainer
 
 BASE = {

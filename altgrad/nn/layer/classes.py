@@ -13,9 +13,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from altgrad.errors import RecipeError
 from altgrad.nn.layer.attention import attention_states
+from altgrad.nn.layer.computed import over, replicate
 from altgrad.nn.layer.contractions import CONV_REDUCED, LINEAR_REDUCED
 from altgrad.nn.layer.conv import conv_forward, conv_transpose_forward
 from altgrad.nn.layer.linear import linear_forward
@@ -51,6 +53,8 @@ class Quantized:
         return f"{own}, " * bool(own) + shown_recipe(self) + f" [{routes}]" * bool(routes)
 
     def __reduce_ex__(self, protocol):
+        if is_parametrized(self):  # type: ignore[arg-type]
+            return super().__reduce_ex__(protocol)  # torch says that such modules cannot be pickled
         return _empty, (self._base, isinstance(self, QuantizedRaw)), self.__dict__
 
     def __setstate__(self, state: dict) -> None:
@@ -134,7 +138,9 @@ class QuantizedRaw(Quantized):
 
 
 def _raw_forward(base: type[nn.Module]):
-    run = torch.compiler.disable(run_raw)  # breaks the graph of compiled code; here, since it imports the compiler
+    reason = "a function mode quantizes the products of this module's own parameters"
+    remedy = "use fullgraph=False, or register_layer for its class"
+    run = torch.compiler.disable(run_raw, reason=f"{reason}; {remedy}")  # here, since it imports the compiler
 
     @functools.wraps(base.forward)
     def forward(self, *args, **kwargs):
@@ -161,6 +167,8 @@ _MIXINS = {
 def quantized_class(base: type[nn.Module], raw: bool = False) -> type[nn.Module]:
     """The quantized subclass of a supported class, or (raw) of any whose own parameters multiply."""
     kind, about = kind_of(base), {"_base": base, "__module__": base.__module__}  # torch.fx judges leaves by it
+    if not hasattr(base, "__deepcopy__"):
+        about["__deepcopy__"] = replicate
     if raw:
         return type(f"Quantized{base.__name__}", (QuantizedRaw, base), {**about, "forward": _raw_forward(base)})
     if kind is None:
@@ -241,7 +249,9 @@ def swap(module: nn.Module, parameter: str, recipe: LayerRecipe, session: Sessio
                 child.register_forward_pre_hook(enter_child)
                 child.register_forward_hook(leave_child, always_call=True)
         else:
-            raw.states[parameter] = LayerState(recipe, session, name)
+            weight = parameter_of(module, parameter)
+            is_expert = weight is not None and weight.ndim > 2
+            raw.states[parameter] = LayerState(recipe, session, name, everywhere=not is_expert)
         return
     reduced = _REDUCED.get(kind.kind, LINEAR_REDUCED)
     state = LayerState(recipe, session, name, transposed=kind.transposed, reduced=reduced)
@@ -249,7 +259,8 @@ def swap(module: nn.Module, parameter: str, recipe: LayerRecipe, session: Sessio
 
 
 def _become(module: nn.Module, state: LayerState | RawState) -> None:
-    module.__class__ = quantized_class(type(module), isinstance(state, RawState))
+    base = type_before_parametrizations(module)
+    module.__class__ = over(module, quantized_class(base, isinstance(state, RawState)))
     module.__dict__[STATE] = state
     LIVE.add(module)
 
@@ -267,6 +278,6 @@ def swap_back(module: nn.Module, parameter: str | None = None) -> None:
         state.states = {} if parameter is None else {k: v for k, v in state.states.items() if k != parameter}
         if state.states or state.attention is not None:
             return
-    module.__class__ = module._base  # type: ignore[assignment]
+    module.__class__ = over(module, module._base)  # type: ignore[arg-type]
     del module.__dict__[STATE]
     LIVE.discard(module)

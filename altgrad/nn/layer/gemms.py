@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from altgrad.errors import BlockError, DtypeError
+from altgrad.errors import BlockError, DtypeError, RecipeError
 from altgrad.nn.layer import emulated
 from altgrad.nn.layer.at_once import Made, Once, plan_for
 from altgrad.nn.layer.contractions import Contraction
@@ -31,6 +31,8 @@ from altgrad.nn.layer.gemm import Route, autocasts
 from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
 from altgrad.nn.layer.products import Ready, quantized, restored, saved_apart, stash, unstash
 from altgrad.nn.layer.state import LayerState
+from altgrad.nn.spread import TENSOR_PARALLEL, is_spread
+from altgrad.quantization.checks import PLAIN_TYPES
 
 
 class Call(NamedTuple):
@@ -70,9 +72,11 @@ def multiply(
     tensors as they arrive. Otherwise x and w must have the same dtype, which is the output's.
 
     Raises:
-        DtypeError: two dtypes without autocast.
+        DtypeError: two dtypes without autocast. RecipeError: the weight is spread over processes.
         BlockError: an axis is no multiple of the block, and the recipe wants whole blocks.
     """
+    if type(w) not in PLAIN_TYPES and is_spread(w):
+        raise RecipeError(f"layer {state.name!r}: {TENSOR_PARALLEL}")
     if state.recipe.is_emulated:
         return emulated.multiply(state, products, x, w, bias, output_dtype(x, w), training)
     record = state.records(training)

@@ -27,5 +27,8 @@ def linear_forward(state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None,
     outputs = w.shape[1 if state.transposed else 0]
     apart = bias is not None and not torch.jit.is_tracing() and bias.shape != (outputs,)
     y = multiply(state, products, rows, w, None if apart else bias, training)
-    y = y.view(*x.shape[:-1], y.shape[-1])
+    if (
+        x.ndim != 2
+    ):  # no view in autograd's eyes, as nn.Linear's is none: what writes to it in place keeps hooks (FSDP2's)
+        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return y + bias.to(y.dtype) if bias is not None and apart else y

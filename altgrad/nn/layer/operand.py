@@ -69,6 +69,7 @@ class Operand:
         self.as_values = 0  # uses in which a NaN or inf without a code made the operand travel as values
         self.delayed = isinstance(spec.scaling, DelayedScaling)
         self.shares_amax = self.delayed and role != "weight" and axis is None
+        self.everywhere = True  # False where it depends on the data which processes use the layer
         self.follows_storage = isinstance(spec.scaling, StorageScaling)
         # A stored weight was rounded when it was written; reading it must not round it another way.
         rounding = Rounding.NEAREST_EVEN if self.follows_storage else spec.rounding
@@ -179,6 +180,8 @@ class Operand:
         if not record and self.window is not None:
             return policy.update(self.window.select(0, 0), DelayedState(self.window), self.fmt)[0]
         seen = self._amax(x)
+        if record and self.window is None and self.shares_amax and self.everywhere:
+            seen = self.session.largest_of_group(seen)
         if record:
             self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
         return policy.update(seen, DelayedState(self.window), self.fmt)[0]

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from altgrad.nn.layer.attention import AttentionStates, attention_forward, product_forward
 from altgrad.nn.layer.batched import as_batched, batched_forward, grouped_forward
+from altgrad.nn.layer.computed import computed, computed_names, settled
 from altgrad.nn.layer.linear import linear_forward
 from altgrad.nn.layer.state import LayerState
 from altgrad.nn.session import Session
@@ -68,10 +69,10 @@ _SAME = frozenset(
 _VIEWS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")}
 
 
-def own_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own floating parameters of two or more axes that are no biases, those in its parameter lists and of an attention's output
-    projection (which nn.MultiheadAttention reads without calling it) included, by name."""
-    found: dict[str, nn.Parameter] = {}
+def own_matrices(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own floating parameters of two or more axes that are no biases, by name: also those in its parameter lists, those that
+    it computes from others, and that of an attention's output projection (which nn.MultiheadAttention reads without calling it)."""
+    found: dict[str, Tensor] = {name: computed(module, name) for name in computed_names(module)}
     for name, child in module.named_children():
         if isinstance(child, nn.ParameterList | nn.ParameterDict):
             found |= {f"{name}.{key}": p for key, p in child.named_parameters()}
@@ -131,7 +132,7 @@ def run_raw(state: RawState, module: nn.Module, forward: Callable, args: tuple, 
     """A module's forward, with its products quantized; nothing that a compiler could trace."""
     _DEPTH.append(0)
     try:
-        with Products(module, state):
+        with settled(module), Products(module, state):
             return forward(*args, **kwargs)
     finally:
         _DEPTH.pop()

@@ -23,6 +23,7 @@ from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.scaling_choice import is_block
 from altgrad.nn.recipe.spec import GEMMS, OperandSpec
 from altgrad.nn.session import Session, recomputing
+from altgrad.nn.spread import group_of, mesh_of
 from altgrad.quantization.products.units import common_unit
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class LayerState:
         name: qualified module name.
         transposed: the weight is stored [in, out], as in Hugging Face's Conv1D.
         reduced: axis of each (GEMM, role) that the GEMM reduces, in the tensor's own layout.
+        everywhere: whether all processes that train the model use the layer at the same place of a step; experts are used
+            where they have tokens.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class LayerState:
         *,
         transposed: bool = False,
         reduced: Mapping[tuple[str, str], int] = LINEAR_REDUCED,
+        everywhere: bool = True,
     ) -> None:
+        self.everywhere = everywhere
         self.session, self.name, self.transposed = session, name, transposed
         self.reduced = {**reduced}
         if transposed:
@@ -81,6 +86,7 @@ class LayerState:
             if same not in made:
                 axis = self._own_axis(role, spec)
                 made[same] = Operand(spec, self.session, self.name, role, gemm, axis, block_axis)
+                made[same].everywhere = self.everywhere
             self.operands[(gemm, role)] = made[same]
         get = self.operands
         self.x, self.w = get["forward", "input"], get["forward", "weight"]
@@ -196,10 +202,24 @@ class LayerState:
     def records(self, training: bool) -> bool:
         """Whether this call belongs to training: scale histories and observers hear of it."""
         if training and self.shares_amax and not torch.compiler.is_compiling():
-            wrapper = DistributedDataParallel._active_ddp_module
-            if wrapper is not None:
-                self.session.group = wrapper.process_group
+            self._meet_the_others()
         return training and torch.is_grad_enabled()
+
+    def _meet_the_others(self) -> None:
+        """Learn which processes train the model together, from DDP or FSDP2 around it."""
+        session, wrapper = self.session, DistributedDataParallel._active_ddp_module
+        if wrapper is not None:
+            session.group, session.in_step = wrapper.process_group, not wrapper.find_unused_parameters
+        elif (
+            session.group is None
+            and session.step == 0
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
+            model = None if session.model is None else session.model()
+            mesh = None if model is None else mesh_of(model.parameters())
+            if mesh is not None:
+                session.group, session.in_step = group_of(mesh), True
 
     def use(self, training: bool) -> int | Tensor:
         """Which use of the layer within the step this forward is, for its random bits (`Uses.take`).

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from altgrad.nn.layer.computed import reading_as
 from altgrad.nn.layer.gemms import Quantizer, straight, transformed
 from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.state import LayerState
@@ -41,11 +42,8 @@ def embedding_forward(state: LayerState, module: nn.Embedding, index: Tensor) ->
 
 def with_quantized_weight(state: LayerState, operand: Operand, module: nn.Module, forward, *args, **kwargs):
     """Call `forward(*args)` of a normalisation or a bag of embeddings while `module.weight` reads as its quantized value."""
-    w = module._parameters.get("weight")
+    w = getattr(module, "weight", None)
     if w is None or state.is_plain(w, module.training) or operand.fmt is None:
         return forward(*args, **kwargs)
-    module.__dict__["weight"] = quantized_weight(state, operand, w, None, module.training)  # shadows the parameter
-    try:
+    with reading_as(module, "weight", quantized_weight(state, operand, w, None, module.training)):
         return forward(*args, **kwargs)
-    finally:
-        del module.__dict__["weight"]

@@ -25,6 +25,7 @@ from altgrad.nn.recipe.cells import Cell, changed_layer
 from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.recipe import Recipe, name_matches
 from altgrad.nn.session import REACH, Reach, Session
+from altgrad.nn.spread import TENSOR_PARALLEL, stays_spread
 from altgrad.nn.storage import GridStorage
 
 _FAST_PATH = "_altgrad_fast_path"  # what an encoder layer's `activation_relu_or_gelu` was
@@ -78,7 +79,7 @@ def quantize_model(
     reach: list[tuple[Spot, frozenset[str]]] = []
     for name, own in spots.items():
         positions = seen.positions.get(name, frozenset()) if seen is not None else frozenset()
-        reason = unknown(modules[name])
+        reason = unknown(name, modules[name])
         if not any(spot.parameter != ATTENTION for spot in own) and reason is not None:
             skipped[name] = reason
         for spot in own:
@@ -93,6 +94,8 @@ def quantize_model(
                 assert chosen is not None
                 chosen = fitting(spot, chosen)
                 check_layer(spot, chosen)
+                if stays_spread(model, name, spot.weight):
+                    raise RecipeError(f"layer {spot.name!r}: {TENSOR_PARALLEL}")
                 plan.append((spot, chosen))
             elif spot.parameter != ATTENTION or chosen is not None:
                 skipped[spot.name] = reason
@@ -118,7 +121,7 @@ def quantize_model(
 
 def _manifest(model: nn.Module, swapped: dict[str, Swapped], skipped: dict[str, str], seen: Traced | None) -> Manifest:
     parameters = {id(p): p.numel() for p in model.parameters()}
-    covered = {id(s.weight): s.weight.numel() for s in all_spots(model) if s.name in swapped and s.weight is not None}
+    covered = {id(p): p.numel() for s in all_spots(model) if s.name in swapped for p in s.trained}
     share = Share(sum(covered.values()), sum(parameters.values()))
     routes = {s.name: shown_routes(s.module, s.parameter) for s in all_spots(model) if s.name in swapped}
     routes = {name: route for name, route in routes.items() if route}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from altgrad.errors import OptionError, RecipeError
 from altgrad.nn.layer.classes import LIVE, attention_in, is_quantized, layers_in, module_name, parameter_of, place_name
 from altgrad.nn.session import STATE, Session, sessions_of
+from altgrad.nn.spread import group_of, mesh_of
 from altgrad.nn.storage import GridStorage
 from altgrad.nn.update_counts import COUNTS, UpdateCounts
 
@@ -99,14 +100,14 @@ class OptimizerHandle:
         return entries
 
     def _before(self, optimizer: Optimizer, args, kwargs):
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = closure_of(args, kwargs)
         self._idle = closure is None and _is_no_step(optimizer)
         if self._idle:
             return None
-        mesh = _mesh_of(optimizer)
+        mesh = mesh_of(p for group in optimizer.param_groups for p in group["params"])
         if mesh is not None:
             for session in self._leads:
-                session.group = mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
+                session.group = group_of(mesh)
         self._entries = self._grid_entries(optimizer)
         for entry in self._entries:
             entry.storage.before_step(entry.weight)
@@ -155,12 +156,9 @@ class OptimizerHandle:
         return total[2] / total[0]
 
 
-def _mesh_of(optimizer: Optimizer):
-    """The mesh of processes over which an optimizer's parameters are spread (FSDP2); None where they are whole."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return next((mesh for p in parameters if (mesh := getattr(p, "device_mesh", None)) is not None), None)
+def closure_of(args: tuple, kwargs: dict) -> Any:
+    """The closure among the arguments that a hook on a step gets, of which the first is the optimizer; None without one."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
 
 
 def _within_step(closure, storages: list[GridStorage]):

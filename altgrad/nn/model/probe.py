@@ -9,6 +9,7 @@ methods is read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from altgrad.nn.layer.classes import place_name
+from altgrad.nn.layer.computed import base_class, settled
 from altgrad.nn.layer.raw import Products, body_of, is_own_product
 from altgrad.nn.layer.registry import kind_of
 from altgrad.nn.model.manifest import UnseenProduct
@@ -63,6 +65,7 @@ class _Running:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.is_layer = name, kind_of(type(module)) is not None
+        self.settled = ExitStack() if self.is_layer else settled(module)
         self.own = None if self.is_layer else Products(module, None)
 
 
@@ -194,7 +197,7 @@ def trace(model: nn.Module, example) -> Traced:
             positions[names[module]] = frozenset({"after_norm"})
 
     def leave(module, args, output):
-        calls.stack.pop()
+        calls.stack.pop().settled.close()
         if is_norm(module):
             norm_outputs.extend(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
@@ -247,6 +250,6 @@ def read_source(model: nn.Module, swapped: set[str]) -> tuple[UnseenProduct, ...
         if kind_of(type(module)) is None:
             own = any(place_name(name, p) in swapped for p in Products(module, None).matrices)
             attends = f"{name}.{ATTENTION_NAME}".lstrip(".") in swapped
-            calls = source_of(getattr(module, "_base", type(module))).calls
+            calls = source_of(base_class(module)).calls
             found += [UnseenProduct(name, call, "source") for call in sorted(calls) if not (own or attends)]
     return tuple(found)

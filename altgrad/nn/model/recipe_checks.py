@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from altgrad.errors import RecipeError
+from altgrad.nn.layer.computed import computed
 from altgrad.nn.layer.raw import ATTENTION
 from altgrad.nn.layer.registry import LayerKind
 from altgrad.nn.model.spots import Spot, all_spots
@@ -25,13 +26,16 @@ def check_layer(spot: Spot, recipe: LayerRecipe) -> None:
     name, kind, weight = spot.name, spot.kind, spot.weight
     if spot.parameter == ATTENTION:
         return
+    if spot.is_computed:
+        weight = computed(spot.module, spot.parameter)
+        if recipe.storage is not None:
+            raise RecipeError(
+                f"layer {name!r}: grid storage in {recipe.storage.format} needs a weight that is stored, and this one is computed from "
+                f"other parameters at each use (a parametrization, weight_norm, pruning); remove that first, give the layer "
+                f'storage="master" by an override such as name={name!r}, or exclude it'
+            )
     if weight is None or weight.dtype not in _MANTISSA:
         raise RecipeError(f"layer {name!r} has a weight of dtype {getattr(weight, 'dtype', None)}; cast it to float32")
-    if recipe.storage is not None and hasattr(weight, "device_mesh"):
-        raise RecipeError(
-            f"layer {name!r}: grid storage in {recipe.storage.format} needs whole weights, and this one is spread over "
-            'processes (FSDP2, DTensor); use DDP, or storage="master"'
-        )
     formats = {spec.format for _, _, spec in recipe.entries()} if kind.kind != "norm" else {recipe.norm_weight.format}
     if recipe.storage is not None:
         formats.add(recipe.storage.format)

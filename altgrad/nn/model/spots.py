@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from altgrad.errors import RecipeError
 from altgrad.nn.layer.classes import layer_of, parameter_of, place_name
+from altgrad.nn.layer.computed import base_class, is_computed, sources
 from altgrad.nn.layer.raw import ATTENTION, own_matrices
 from altgrad.nn.layer.registry import RAW, LayerKind, kind_of
 from altgrad.nn.layer.state import LayerState
@@ -25,6 +27,8 @@ from altgrad.nn.session import REACH, Reach
 _ATTENDS = frozenset(
     ["scaled_dot_product_attention", "multi_head_attention_forward", "attention function", "matmul", "bmm", "einsum"]
 )
+PARAMETRIZATIONS = "parametrizations"  # where torch keeps what computes a module's tensors
+_COMPUTES = "it computes a layer's weight, which is quantized once computed"
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -49,6 +53,18 @@ class Spot:
         return None if self.parameter == ATTENTION else parameter_of(self.module, self.parameter)
 
     @property
+    def is_computed(self) -> bool:
+        """Whether the weight is computed from other parameters, so that there is none to store."""
+        return self.parameter != ATTENTION and is_computed(self.module, self.parameter)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that the spot's weight is, or is computed from."""
+        if self.is_computed:
+            return [*sources(self.module, self.parameter)]
+        return [] if self.weight is None else [self.weight]
+
+    @property
     def state(self) -> LayerState | None:
         """The spot's state, if it is quantized now."""
         return layer_of(self.module, self.parameter)
@@ -66,7 +82,7 @@ def spots_of(name: str, module: nn.Module, multiplied: Collection[str | None] | 
         multiplied: names of raw parameters that a run was seen to multiply; the source tells of others.
     """
     kind = kind_of(type(module))
-    base = getattr(module, "_base", type(module))
+    base = base_class(module)
     if kind is not None:
         yield Spot(name, module, "weight", kind, base.__name__)
         return
@@ -97,12 +113,10 @@ def out_of_reach(
         return f"excluded by {excluded[name]!r}"
     if included and name not in included:
         return "not included"
-    if spot.parameter != ATTENTION and spot.weight is None:
-        return (
-            "its weight is computed from other parameters (a parametrization, weight_norm, pruning); remove that first"
-            if getattr(module, "weight", None) is not None
-            else "has no weight"
-        )
+    if PARAMETRIZATIONS in name.split("."):
+        return _COMPUTES
+    if spot.parameter != ATTENTION and spot.weight is None and not spot.is_computed:
+        return "has no weight"
     if isinstance(spot.weight, UninitializedParameter):
         raise RecipeError(
             f"layer {name!r} is a {type(module).__name__} whose shape is not known yet; run the model once on an input, or pass "
@@ -118,10 +132,12 @@ def out_of_reach(
     return None
 
 
-def unknown(module: nn.Module) -> str | None:
+def unknown(name: str, module: nn.Module) -> str | None:
     """Why a module without spots that has parameters of its own stays as it is; None for a container."""
-    if not any(True for _ in module.parameters(recurse=False)):
+    if isinstance(module, ParametrizationList) or not any(True for _ in module.parameters(recurse=False)):
         return None
+    if PARAMETRIZATIONS in name.split("."):
+        return _COMPUTES
     if isinstance(module, _FUSED):
         return f"{type(module).__name__} multiplies in one fused call, which no recipe reaches into"
     if isinstance(module, nn.Bilinear):

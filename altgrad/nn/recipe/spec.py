@@ -19,6 +19,7 @@ from typing import Any
 from altgrad.errors import AltGradError, OptionError, RecipeError
 from altgrad.formats.accumulator import Accumulator
 from altgrad.formats.rounding import Overflow, Rounding, as_option
+from altgrad.formats.scalar import LISTED_BITS
 from altgrad.nn.recipe.scaling_choice import (
     CurrentScaling,
     Scaling,
@@ -267,6 +268,11 @@ class StorageSpec:
         fmt = _format_or_none(self.format)
         if fmt is None or is_block(fmt):
             raise RecipeError(f"grid storage in {self.format}: the grid is a scalar format other than FP32; use master")
+        if fmt.magnitude_bits > LISTED_BITS:
+            raise RecipeError(
+                f"grid storage in {fmt.name}: codes of {fmt.magnitude_bits} bits beside the sign cannot be listed; use a format of at most "
+                f"{LISTED_BITS}, such as TF32, or master"
+            )
         object.__setattr__(self, "format", fmt.name)
         object.__setattr__(self, "rounding", as_option(Rounding, self.rounding))
         OperandSpec(fmt.name, subnormals=self.subnormals, random_bits=self.random_bits)

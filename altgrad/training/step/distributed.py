@@ -100,8 +100,8 @@ class Ranks:
     def _check_sharded(config: ExperimentConfig) -> None:
         if storage_of(recipe_of(config)) != "master":
             raise DistributedError(
-                "weights on a grid cannot be spread by fsdp2: the scale of a weight and the rounding of its update need "
-                "the whole weight; use distributed=ddp, or master storage (weight_storage=master)"
+                "weights on a grid cannot be spread by fsdp2 here: a run's records and checkpoints take whole grids; "
+                "use distributed=ddp, or master storage (weight_storage=master)"
             )
         for key in ("enable_emergency_shift", "enable_partition_clipping"):
             if getattr(config, key):
@@ -255,26 +255,3 @@ def _quantized(model: nn.Module) -> bool:
     from altgrad.nn.layer.classes import is_quantized
 
     return any(is_quantized(module) for module in model.modules())
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's part of a spread tensor, sharing its memory; any other tensor as it is."""
-    return x.to_local() if _is_spread(x) else x  # type: ignore[attr-defined]
-
-
-def whole(x: Tensor) -> Tensor:
-    """A spread tensor gathered on every rank (a collective call); any other tensor as it is."""
-    return x.full_tensor() if _is_spread(x) else x  # type: ignore[attr-defined]
-
-
-def spread_like(live: Tensor, saved: Tensor) -> Tensor:
-    """`saved`, a whole tensor, spread as `live` is; as it is where `live` is not spread."""
-    if not _is_spread(live) or _is_spread(saved):
-        return saved
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(saved.to(live.device), live.device_mesh, live.placements)  # type: ignore[attr-defined]
-
-
-def _is_spread(x: Tensor) -> bool:
-    return type(x) is not Tensor and hasattr(x, "full_tensor")

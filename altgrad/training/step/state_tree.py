@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from altgrad.errors import OptionError
-from altgrad.training.step.distributed import spread_like, whole
+from altgrad.nn.spread import spread_like, whole
 
 
 def copy_tree(node: Any) -> Any:

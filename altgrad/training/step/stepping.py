@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import AltGradError, ConfigError
+from altgrad.nn.spread import local
 from altgrad.optim import find_optimizer, make_optimizer
 from altgrad.training.config.experiment import OptimizerSection
-from altgrad.training.step.distributed import local
 
 
 def usable_device(name: str | torch.device) -> torch.device:
