@@ -65,3 +65,10 @@ def anchors(page: Path) -> set[str]:
     """What headings are linked by: small letters, words joined by dashes, other marks dropped."""
     heads = re.findall(r"^#+ +(.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_tests_that_pages_name_exist():
+    tests = "\n".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+    named = {(page, name) for page in PAGES for name in re.findall(r"`(test_\w+)`", (ROOT / page).read_text())}
+    assert len(named) > 20
+    assert not sorted((page, name) for page, name in named if f"def {name}(" not in tests)

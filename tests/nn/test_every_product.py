@@ -266,6 +266,7 @@ def test_compiled_code_breaks_its_graph_around_raw_products_and_says_so():
         wanted.sum().backward()
     for name, grad in gradients(model).items():
         assert torch.equal(grad, gradients(eager)[name]), name
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"use fullgraph=False, or register_layer"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
 
