@@ -287,6 +287,28 @@ def test_raw_weights_on_a_grid_are_multiplied_as_they_are():
     assert torch.equal(model(x), plain(x))
 
 
+def test_a_source_may_call_the_module_as_it_likes_and_loop_over_its_weights():
+    class Loops(nn.Module):
+        def __init__(me):
+            super().__init__()
+            me.ups, me.downs = (nn.ParameterList([torch.randn(8, 8) for _ in range(2)]) for _ in range(2))
+            me.pairs, me.table = nn.Parameter(torch.randn(2, 8, 8)), nn.Parameter(torch.randn(4, 8))
+
+        def forward(me, x):
+            for up, down in zip(me.ups, me.downs, strict=True):
+                x = F.linear(F.linear(x, up).relu(), down)
+            return sum([x @ pair for pair in me.pairs]) + me.table[0]
+
+    model = Loops()
+    wanted = {"ups.0", "ups.1", "downs.0", "downs.1", "pairs"}
+    assert set(quantize_model(copy.deepcopy(model), "E4M3").swapped) == wanted
+    assert set(quantize_model(model, "E4M3", example=(torch.randn(2, 8),)).swapped) == wanted
+    x = torch.randn(2, 8)
+    model.ups, model.downs = nn.ParameterList(), nn.ParameterList()
+    by_hand = sum(functional.linear(x, pair.t(), recipe="E4M3") for pair in model.pairs.unbind())
+    assert torch.equal(model(x), by_hand + model.table[0])
+
+
 def test_with_an_example_products_are_found_that_no_source_shows():
     class Hidden(nn.Module):
         def __init__(self):

@@ -167,6 +167,10 @@ class Products(TorchFunctionMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
+        if func is torch.Tensor.__iter__:  # one does not see what an iterator will give
+            out = list(out)
+            self.follow(func, args, kwargs, out)
+            return iter(out)
         self.follow(func, args, kwargs, out)
         return out
 

@@ -92,7 +92,7 @@ def source_of(cls: type[nn.Module], method: str = "forward") -> Source:
         tree = ast.parse(textwrap.dedent(inspect.getsource(vars(owner)[method])))
     except (OSError, TypeError, SyntaxError):
         return Source(frozenset(["forward whose source cannot be read"]), readable=False)
-    reader = _Reader()
+    reader = _Reader(_own_name(tree))
     reader.visit(tree)
     found = Source(frozenset(reader.calls), frozenset(reader.multiplied))
     for name in sorted(reader.methods - {method}):
@@ -108,7 +108,8 @@ def source_of(cls: type[nn.Module], method: str = "forward") -> Source:
 class _Reader(ast.NodeVisitor):
     """Collects the product calls of a function, the attributes of `self` in them, and the methods that it calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: str) -> None:
+        self.own = own  # what the method calls its module: "self", as a rule
         self.calls: set[str] = set()
         self.multiplied: set[str] = set()
         self.methods: set[str] = set()
@@ -122,6 +123,21 @@ class _Reader(ast.NodeVisitor):
                 if isinstance(name, ast.Name):
                     self._local[name.id] = self._attributes(node.value)
 
+    def visit_For(self, node: ast.For | ast.comprehension) -> None:
+        for name in ast.walk(node.target):
+            if isinstance(name, ast.Name):
+                self._local[name.id] = self._attributes(node.iter)
+        self.generic_visit(node)
+
+    visit_comprehension = visit_For
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> None:
+        for generator in node.generators:  # they say what the names in the element are
+            self.visit(generator)
+        self.visit(node.elt)
+
+    visit_SetComp = visit_GeneratorExp = visit_ListComp
+
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -130,7 +146,7 @@ class _Reader(ast.NodeVisitor):
             self._product(called, [*node.args, *(k.value for k in node.keywords), *([on] if on is not None else [])])
         elif "attention_interface" in called:
             self.calls.add("attention function")
-        elif isinstance(on, ast.Name) and on.id == "self":
+        elif isinstance(on, ast.Name) and on.id == self.own:
             self.methods.add(called)
         elif called == "forward" and isinstance(on, ast.Call) and getattr(on.func, "id", "") == "super":
             self.calls_super = True
@@ -149,7 +165,7 @@ class _Reader(ast.NodeVisitor):
         """The attributes of self that an expression stands for: what calls make of their arguments is something else,
         unless the attribute is what the method is of."""
         if isinstance(node, ast.Attribute):
-            path = _path(node)
+            path = self._path(node)
             return {path} if path else self._attributes(node.value)
         if isinstance(node, ast.Name):
             return self._local.get(node.id, set())
@@ -161,14 +177,19 @@ class _Reader(ast.NodeVisitor):
             return self._attributes(node.value)
         return set().union(*map(self._attributes, ast.iter_child_nodes(node)))
 
+    def _path(self, node: ast.Attribute) -> str:
+        """`weight` of self.weight, `out_proj.weight` of self.out_proj.weight, without the properties of tensors; else ""."""
+        parts: list[str] = []
+        here: ast.expr = node
+        while isinstance(here, ast.Attribute):
+            parts.append(here.attr)
+            here = here.value
+        if not (isinstance(here, ast.Name) and here.id == self.own):
+            return ""
+        return ".".join(part for part in reversed(parts) if part not in ("T", "mT", "H", "mH", "data"))
 
-def _path(node: ast.Attribute) -> str:
-    """`weight` of self.weight, `out_proj.weight` of self.out_proj.weight, without the properties of tensors; else ""."""
-    parts: list[str] = []
-    here: ast.expr = node
-    while isinstance(here, ast.Attribute):
-        parts.append(here.attr)
-        here = here.value
-    if not (isinstance(here, ast.Name) and here.id == "self"):
-        return ""
-    return ".".join(part for part in reversed(parts) if part not in ("T", "mT", "H", "mH", "data"))
+
+def _own_name(tree: ast.Module) -> str:
+    method = next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+    first = [] if method is None else [*method.args.posonlyargs, *method.args.args][:1]
+    return first[0].arg if first else "self"
