@@ -368,7 +368,7 @@ class Operand:
             return False
         if saved[0].is_floating_point():
             return not is_payload(saved)
-        if not (self.block and self.fmt.power_of_two and waits(saved[0])):
+        if not (self.block and self.fmt.power_of_two and self.fmt.element.bits <= 8 and waits(saved[0])):
             return False
         return not fits_exponents(self.coded(saved, 1.0)[0])
 
