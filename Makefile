@@ -42,6 +42,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_calls
 	$(BIN)/python -m benchmarks.bench_blocks
 	$(BIN)/python -m benchmarks.bench_step
+	$(BIN)/python -m benchmarks.bench_first_use
 	$(BIN)/python -m benchmarks.bench_monitor
 	$(BIN)/python -m benchmarks.bench_optim
 	$(BIN)/python -m benchmarks.long_run study

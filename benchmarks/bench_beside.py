@@ -27,9 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from altgrad.nn.layer import gemm
+from altgrad.quantization.products.multiply import leave_room
 from altgrad.training.model import GPT
 from benchmarks._timing import keep_record
-from benchmarks.bench_step import MODELS, Variant, peak_bytes, recipe_named
+from benchmarks.bench_step import MODELS, MORE_ROUNDS, Variant, peak_bytes, recipe_named
 
 
 def with_qpytorch(model: nn.Module) -> nn.Module:
@@ -67,6 +68,8 @@ OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def bench(name: str, rounds: int) -> dict:
     """All libraries on one model: medians of interleaved rounds, ratios, peaks, losses; and who could not be run."""
     config, batch = MODELS[name]
+    rounds *= MORE_ROUNDS.get(name, 1)
+    leave_room()
     model = GPT(config)
     variants = [Variant("FP32", model, batch, config)]
     variants += [Variant(f"AltGrad {r}", model, batch, config, recipe_named(r)) for r in ("E4M3", "MXFP8")]
