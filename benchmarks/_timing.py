@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -64,5 +65,5 @@ def keep_record(path: Path, name: str, record: Any) -> None:
     The file names the CPU, the units that multiply codes there and torch, as they were when it was last written.
     """
     records = json.loads(path.read_text()) if path.exists() else {}
-    machine = {"cpu": processor_name(), "units": str(PROCESSOR), "torch": torch.__version__}
+    machine = {"cpu": processor_name(), "units": str(PROCESSOR), "cores": os.cpu_count(), "torch": torch.__version__}
     write_text(path, json.dumps({"machine": machine} | records | {"machine": machine, name: record}, indent=1) + "\n")

@@ -91,7 +91,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
             ],
         ),
         "long": "\n".join(_long(name, one) for name, one in record.items() if name.startswith("long ")),
-        "cpu": f"All of them ran on: {', '.join(sorted({one['cpu'] for _, one in (*storms, *fuzz)}))}.",
+        "cpu": "All of them ran on: {cpu}; {units}; {cores} cores.".format_map(record["machine"]),
     }  # fmt: skip
 
 

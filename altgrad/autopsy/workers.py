@@ -24,6 +24,7 @@ from altgrad.autopsy.fork import TWIN, Fork, Outcome, Stop
 from altgrad.autopsy.loop import Loop, TrainerLoop
 from altgrad.autopsy.oracle import LoopOracle, cells_of, first_other, put_low, run_fork
 from altgrad.errors import ConfigError, OptionError
+from altgrad.records.machine import MOST_THREADS
 from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
 
 STATES = "states"
@@ -178,9 +179,9 @@ class Workers:
 
 
 def check_jobs(jobs: int) -> None:
-    """Raises OptionError on fewer than 1 job."""
-    if jobs < 1:
-        raise OptionError(f"{jobs} jobs run nothing; use at least 1")
+    """Raises OptionError on fewer than 1 job, or more than any machine runs."""
+    if not 1 <= jobs <= MOST_THREADS:
+        raise OptionError(f"{jobs} forks at a time are none, or too many; use 1 to {MOST_THREADS}")
 
 
 @contextmanager

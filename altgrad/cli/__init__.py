@@ -360,10 +360,20 @@ def main() -> None:
         raise
     except OSError as error:
         _fail(f"{os_error_text(error)}. What was written before is whole; the same command goes on from there.")
-    except MemoryError:
-        _fail("there is not enough memory for that; ask for less, or free some")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("there is not enough memory for that; make the model, the batch or the context smaller, or free some")
     except KeyboardInterrupt:
         _fail("stopped", 130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also as torch says it, of the CPU and of a GPU; a size that no machine can have is one, too."""
+    said = str(error)
+    return isinstance(error, MemoryError) or any(
+        words in said for words in ("allocate memory", "out of memory", "size calculation overflowed")
+    )
 
 
 def _warn(message: Warning | str, *_: object) -> None:

@@ -17,6 +17,7 @@ from altgrad.autopsy.forks import Told
 from altgrad.autopsy.run import autopsy as run_autopsy
 from altgrad.autopsy.run import fork_run, plan
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
+from altgrad.autopsy.workers import check_jobs
 from altgrad.errors import ConfigError
 from altgrad.report.console import Terminal
 from altgrad.report.numbers import duration, plural
@@ -28,7 +29,7 @@ class Places:
     """Where forks run: `jobs` at a time, in processes of this machine or as tasks of a Ray cluster.
 
     Raises:
-        ConfigError: another executor, or an address for processes of this machine.
+        OptionError: no possible number of jobs. ConfigError: another executor, or an address for processes of this machine.
     """
 
     jobs: int | None = None
@@ -38,8 +39,8 @@ class Places:
     def __post_init__(self) -> None:
         if self.executor not in ("local", "ray"):
             raise ConfigError(f"executor {self.executor!r} is unknown; use one of local, ray")
-        if self.jobs is not None and self.jobs < 1:
-            raise ConfigError(f"--jobs {self.jobs}: at least one fork at a time")
+        if self.jobs is not None:
+            check_jobs(self.jobs)
         if self.address is not None and self.executor != "ray":
             raise ConfigError(f"--address {self.address} needs --executor ray")
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from altgrad.errors import SweepError
+from altgrad.records.machine import MOST_THREADS
 from altgrad.report.console import Terminal
 from altgrad.sweep.estimate import Estimate, calibrate, estimate_all, measure_finished, schedule
 from altgrad.sweep.job import Job, Outcome, State
@@ -106,8 +107,10 @@ def slots_of(plan: Plan, options: SweepOptions) -> int:
     if options.executor not in EXECUTORS:
         raise SweepError(f"executor {options.executor!r} is unknown; use one of {', '.join(EXECUTORS)}")
     if options.jobs is not None:
-        if options.jobs < 1:
-            raise SweepError(f"--jobs {options.jobs}; use at least 1 (this machine has {available_cores()} cores)")
+        if not 1 <= options.jobs <= MOST_THREADS:
+            raise SweepError(
+                f"--jobs {options.jobs}; use 1 to {MOST_THREADS} (this machine has {available_cores()} cores)"
+            )
         return options.jobs
     if any(run.config.device == "cuda" for run in plan.missing):
         return max(1, len(_devices(options)))

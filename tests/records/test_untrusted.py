@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from altgrad.analysis import write_report
 from altgrad.errors import ConfigError, RecipeError, ReportError
 from altgrad.nn import Recipe, uniform
 from altgrad.records.documents import load_result, read_result, write_result
-from altgrad.records.files import read_file
+from altgrad.records.files import open_regular, read_file
 from altgrad.records.machine import threads_in
 from altgrad.records.pack import pack_runs, unpack
 from altgrad.records.untrusted import MOST_DEPTH, Malformed, parse_json, parse_line, parse_yaml
@@ -150,7 +151,7 @@ def forged_result(folder, **changes):
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("name", ["config.yaml", "env.json", "result.json", "metrics.jsonl"])
-@pytest.mark.parametrize("made", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+@pytest.mark.parametrize("made", [os.mkfifo, lambda path: path.symlink_to("/dev/tty"), lambda path: path.mkdir()])
 def test_a_pipe_a_device_or_a_folder_in_a_files_place_is_damage_and_never_waited_for(runs, name, made):
     (runs[0] / name).unlink()
     made(runs[0] / name)
@@ -165,6 +166,9 @@ def test_a_file_without_end_is_refused(tmp_path):
         stream.truncate(1 << 42)
     with pytest.raises(OSError, match="longer than"):
         read_file(tmp_path / "metrics.jsonl")
+    for device in ("/dev/null", "/dev/zero"):
+        with pytest.raises(OSError, match="no regular file"):
+            open_regular(Path(device))
     os.mkfifo(tmp_path / "study.tar.xz")
     with pytest.raises(ReportError, match="no regular file"):
         unpack(tmp_path / "study.tar.xz", tmp_path / "out")

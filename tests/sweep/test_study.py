@@ -208,7 +208,9 @@ def test_unusable_options_are_refused(matrix: Path, tmp_path: Path) -> None:
     plan = plan_sweep(matrix, tmp_path / "runs")
     with pytest.raises(SweepError, match="executor 'slurm' is unknown; use one of local, ray"):
         run_sweep(plan, SweepOptions(executor="slurm"))
-    with pytest.raises(SweepError, match="--jobs 0; use at least 1"):
+    with pytest.raises(SweepError, match="--jobs 9999999; use 1 to 1024"):
+        describe_plan(plan, SweepOptions(jobs=9999999))
+    with pytest.raises(SweepError, match="--jobs 0; use 1 to 1024"):
         run_sweep(plan, SweepOptions(jobs=0))
     with pytest.raises(SweepError, match="is a file; choose a folder"):
         plan_sweep(matrix, matrix)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import altgrad as altgrad_package
 from altgrad.analysis.study_report import csv_text
+from altgrad.cli import format_pages
 from altgrad.cli import main as command_line
 from altgrad.errors import AltGradError, ConfigError, DataError, RunBusyError, SweepError
 from altgrad.records.lock import RunLock, is_locked
@@ -168,6 +170,11 @@ class TestDocuments:
         for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             with pytest.raises(ConfigError, match=f"model.{key}"):
                 load_config({"model": {key: 10**30}})
+        for key in ("data.batch_size", "evaluation.batches"):
+            with pytest.raises(ConfigError, match=key):
+                load_config(None, [f"{key}={2**63 - 1}"])
+        with pytest.raises(ConfigError, match=r"model.n_layer.*4096"):
+            load_config({"model": {"n_layer": 1 << 24}})
 
     @pytest.mark.timeout(20)
     def test_a_matrix_has_a_limit(self):
@@ -277,6 +284,21 @@ class TestSystemErrors:
         self.check(
             altgrad("run", self.config(tmp_path), f"runs_dir={tmp_path}/file"), "a file stands where a folder is needed"
         )
+
+    @pytest.mark.parametrize(
+        "ask", [lambda: torch.empty(1 << 46), lambda: torch.empty(1 << 62, 1 << 62), lambda: bytes(1 << 62)]
+    )
+    def test_too_little_memory_is_said(self, ask, monkeypatch, capsys):
+        monkeypatch.setattr(format_pages, "print_catalog", ask)
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        monkeypatch.setattr(sys, "argv", ["altgrad", "formats"])
+        with pytest.raises(SystemExit) as ended:
+            command_line()
+        assert ended.value.code == 2
+        assert "not enough memory" in capsys.readouterr().err
+        monkeypatch.setattr(format_pages, "print_catalog", lambda: torch.ones(2) @ torch.ones(3))
+        with pytest.raises(RuntimeError):  # our own mistakes are not hidden
+            command_line()
 
     def test_a_name_that_is_too_long_for_the_system(self, tmp_path):
         self.check(altgrad("run", self.config(tmp_path), f"runs_dir={tmp_path}/{'x' * 300}"), "choose a shorter name")

@@ -61,7 +61,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The model that is trained: a GPT, or what `factory` makes. `style` sets the five choices below it, or each by itself."""
 
-    n_layer: Size = 4
+    n_layer: Annotated[int, Field(gt=0, le=4096)] = 4
     n_head: Size = 4
     n_embd: Size = 128
     block_size: Size = 64
@@ -134,7 +134,7 @@ class DataSection(_Section):
     """Size cap of stdlib, text and huggingface corpora. 4 MB is more than 500 steps of 8192 tokens can see."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """The tail of the corpus that is held out (tokens brings its own val.bin)."""
-    batch_size: Positive = 12
+    batch_size: Size = 12
     """Sequences per step, all micro-batches together."""
     grad_accumulation: Positive = 1
     """Micro-batches per step; divides batch_size."""
@@ -159,7 +159,7 @@ class EvaluationSection(_Section):
 
     interval: Positive = 50
     """Steps between evaluations; step 0 and the last step are always evaluated."""
-    batches: Positive = 8
+    batches: Size = 8
     """Batches of data.batch_size sequences, spread evenly over the validation text: the same ones each time."""
 
 
