@@ -1,8 +1,8 @@
 """The record of reliability: counts of drawn cases as they come, and from it the tables of `docs/reliability.md`.
 
 `python -m benchmarks.reliability RECORDS...` puts the counts of other records (of storms that ran elsewhere) into
-`benchmarks/results/reliability.json` and prints the tables; `--write` puts them into the page, `--check` exits with 1 where
-the page has others. A count belongs to a seed and a commit: of another commit it starts anew.
+`benchmarks/results/reliability.json`, prints the tables and puts them into the page; without records `--write` puts them there,
+`--check` exits with 1 where the page has others. A count belongs to a seed and a commit: of another commit it starts anew.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks._timing import keep_record
 ROOT = Path(__file__).parent.parent
 RECORD, PAGE = ROOT / "benchmarks" / "results" / "reliability.json", ROOT / "docs" / "reliability.md"
 STORMS = ("kills", "sweeps", "damage", "disk", "signals")
+"""First words of their entries; a count of an earlier commit stays under a longer name."""
 STORM_FAULTS = ("lost", "silent", "traceback", "hang", "exit")
 FUZZ_FAULTS = ("traceback", "hang", "exit", "silent", "leak", "outside")
 FUZZ = {
@@ -68,7 +69,7 @@ def _entries(record: Path | None) -> dict[str, Any]:
 
 def tables(record: Mapping[str, Any]) -> dict[str, str]:
     """Table of the page by the name in its markers."""
-    storms = [(name, record[name]) for name in STORMS if name in record]
+    storms = [(kind, entry) for kind in STORMS for name, entry in record.items() if name.split()[0] == kind]
     fuzz = [(command, record[name]) for name, command in FUZZ.items() if name in record]
     return {
         "storms": _table(
@@ -137,7 +138,7 @@ def main() -> int:
                 keep_record(RECORD, name, entry)
     made, page = tables(_entries(RECORD)), PAGE.read_text()
     print("\n\n".join(made.values()))
-    if arguments.write:
+    if arguments.write or arguments.records:
         PAGE.write_text(with_tables(page, made))
     return int(arguments.check and with_tables(page, made) != page)
 

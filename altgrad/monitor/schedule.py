@@ -7,13 +7,14 @@ of every matrix, `reference` another backward pass. Both say their seconds in th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from altgrad.errors import ConfigError
 from altgrad.records.metrics import groups
+from altgrad.records.untrusted import Malformed, parse_pattern
+from altgrad.report.text import shortened
 
 GROUPS = groups()
 """The groups of AltGrad's own metrics; added metrics (`altgrad.monitor.add_metric`) may have further ones."""
@@ -46,9 +47,9 @@ class When:
         if last is not None and last < first:
             raise ConfigError(f"window: [{first}, {last}] is empty; give [first step, last step]")
         try:
-            re.compile(self.layers)
-        except re.error as error:
-            raise ConfigError(f"layers: {self.layers!r} is not a regular expression ({error})") from None
+            parse_pattern(self.layers)
+        except Malformed as error:
+            raise ConfigError(f"layers: {shortened(repr(self.layers))} is not a regular expression: {error}") from None
 
     def due(self, step: int) -> bool:
         """Whether this step is measured."""
@@ -57,7 +58,7 @@ class When:
 
     def covers(self, layer: str) -> bool:
         """Whether this layer is measured."""
-        return re.search(self.layers, layer) is not None
+        return parse_pattern(self.layers).search(layer) is not None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Parses JSON and YAML that anybody may have written: bounded in size, depth, aliases and numbers, clear about what is wrong.
+"""Parses JSON, YAML and patterns that anybody may have written: bounded in size, depth, aliases, numbers and time.
 
 A parser's own leniency is the danger here: Python's JSON takes 1e400 as inf and half of a surrogate pair as text, YAML
 unfolds aliases without end, takes the later of two equal keys, and both recurse as deep as a file says. What passes is
@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import re._parser as _regex  # pyright: ignore[reportMissingImports]
+import warnings
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -19,6 +22,7 @@ MOST_NODES = 200_000
 """Values of one document, aliases counted as often as they are used."""
 MOST_DEPTH = 64
 MOST_ALIASES = 1000
+MOST_PATTERN, MOST_REPEATS = 2000, 4
 LARGEST_INTEGER = 2**63 - 1
 _MOST_MERGED = 2000  # keys that `<<` brings into one mapping
 
@@ -78,6 +82,52 @@ def parse_yaml(text: bytes) -> Any:
         raise error if isinstance(error, Malformed) else Malformed(_short(error)) from None
     _check(value, of_yaml=True)
     return value
+
+
+@lru_cache(maxsize=1024)
+def parse_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression for names, whose matching takes no time to speak of on any name.
+
+    Raises:
+        Malformed: it is none, is longer than `MOST_PATTERN`, or has more than `MOST_REPEATS` repetitions or one inside of
+            another: such a one may take years on a name of 40 letters.
+    """
+    if len(text) > MOST_PATTERN:
+        raise Malformed(f"{len(text):,} characters long, where {MOST_PATTERN:,} is the limit")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            repeats = _repeats(_regex.parse(text), False)
+            found = re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Malformed(f"no regular expression ({_short(error)})") from None
+    if repeats > MOST_REPEATS:
+        raise Malformed(
+            f"{repeats} repetitions (*, +, {{m,n}}), where {MOST_REPEATS} is the limit; write several patterns"
+        )
+    return found
+
+
+def _repeats(tree: Any, inside: bool) -> int:
+    """Repetitions that matching may go back to; what stands in an atomic group is not."""
+    count = 0
+    for kind, argument in tree:
+        name = str(kind)
+        if name in ("MAX_REPEAT", "MIN_REPEAT") and argument[1] > 1:
+            if inside:
+                raise Malformed("a repetition stands inside of a repetition; write it without")
+            count += 1 + _repeats(argument[2], True)
+        elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            count += _repeats(argument[2], inside)
+        elif name == "ATOMIC_GROUP":
+            _repeats(argument, inside)
+        elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+            count += _repeats(argument[-1], inside)
+        elif name == "BRANCH":
+            count += sum(_repeats(branch, inside) for branch in argument[1])
+        elif name == "GROUPREF_EXISTS":
+            count += sum(_repeats(branch, inside) for branch in argument[1:] if branch is not None)
+    return count
 
 
 def as_in_yaml_1_2(kind: Any) -> Any:

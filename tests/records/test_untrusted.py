@@ -13,14 +13,16 @@ import yaml
 
 from altgrad.analysis import write_report
 from altgrad.errors import ConfigError, RecipeError, ReportError
+from altgrad.monitor import make_schedule
 from altgrad.nn import Recipe, uniform
 from altgrad.records.documents import load_result, read_result, write_result
 from altgrad.records.files import open_regular, read_file
 from altgrad.records.machine import threads_in
 from altgrad.records.pack import pack_runs, unpack
-from altgrad.records.untrusted import MOST_DEPTH, Malformed, parse_json, parse_line, parse_yaml
+from altgrad.records.untrusted import MOST_DEPTH, Malformed, parse_json, parse_line, parse_pattern, parse_yaml
 from altgrad.records.verify import verify_run
 from altgrad.training.config.document import read_document
+from altgrad.training.config.loading import load_config
 from benchmarks import fuzz_configs, reliability
 from benchmarks.fuzz_records import judge, make_runs
 from benchmarks.reliability import count_cases
@@ -213,6 +215,49 @@ def test_a_recipes_yaml_is_read_within_the_limits():
         with pytest.raises(RecipeError, match="is no YAML"):
             Recipe.from_yaml(text.decode() + "\n")
     assert Recipe.from_yaml(uniform("E4M3").to_yaml()) == uniform("E4M3")
+
+
+YEARS = (
+    "(.+)+!",
+    "(.*)*(.*)*!",
+    "(a|.)*(b|.)*x{1,9}.*.*!",
+    "(?:(?:.{1,20}){1,20}){1,20}!",
+    ".*.*.*.*.*!",
+    "(.*.*)?(.*.*.*)?!",
+    "x" * 5000,
+    "(",
+    "(?=(.+)+!)",
+)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", YEARS, ids=range(len(YEARS)))
+def test_a_pattern_that_may_take_years_is_refused_wherever_one_is_taken(text):
+    with pytest.raises(Malformed):
+        parse_pattern(text)
+    with pytest.raises(RecipeError, match="name pattern"):
+        Recipe.from_dict({"default": "E4M3", "overrides": [{"name": f"re:{text}", "recipe": None}]})
+    with pytest.raises(ConfigError):
+        load_config({"formats": {"default": "E4M3", "overrides": [{"name": f"re:{text}", "recipe": None}]}})
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        make_schedule({"rank": {"every": 1, "layers": text}})
+
+
+@pytest.mark.timeout(20)
+def test_patterns_that_people_write_are_taken_and_are_fast():
+    name = "transformer.layers.117.attention.self_attn.q_proj." * 4
+    for text in (
+        r"(?:.*\.)?(?:\w*emb\w*|wte|wpe)",
+        r".*blocks\.\d+\.(attn|mlp)\..*",
+        r"(?:.*\.)?lora_\w+(?:\..*)?",
+        "",
+        "head$",
+        r".*.*.*.*!",
+    ):
+        begun = time.process_time()
+        parse_pattern(text).fullmatch(name)
+        parse_pattern(text).search(name)
+        assert time.process_time() - begun < 5
 
 
 def test_counts_go_on_where_they_were_stopped_and_start_anew_for_another_seed(tmp_path):

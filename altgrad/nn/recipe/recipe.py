@@ -22,8 +22,9 @@ from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.spec import OperandSpec, StorageSpec
 from altgrad.nn.recipe.text import layer_text, parse_layer, split_recipe
 from altgrad.records.files import read_file
-from altgrad.records.untrusted import MOST_YAML_BYTES, Malformed, parse_yaml
+from altgrad.records.untrusted import MOST_YAML_BYTES, Malformed, parse_pattern, parse_yaml
 from altgrad.report.notebook import notebook_table
+from altgrad.report.text import shortened
 
 ATTENTION_NAME = "attention_products"
 """The last part of the name of a module's attention as a place."""
@@ -51,6 +52,8 @@ class Override:
         for key in ("name", "type"):
             if not isinstance(getattr(self, key), str | None):
                 raise RecipeError(f"an override's {key} is {getattr(self, key)!r}; write a text such as 'head'")
+        if self.name is not None and self.name.startswith("re:"):
+            _regex(self.name)
         if self.position not in (None, "after_norm"):
             raise RecipeError(f"position {self.position!r} is not known; use 'after_norm'")
 
@@ -77,11 +80,15 @@ class Override:
 def name_matches(pattern: str, name: str) -> bool:
     """Whether a qualified name matches a shell pattern, an exact name, or "re:" and a regular expression."""
     if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise RecipeError(f"name pattern {pattern!r} is no regular expression: {error}") from None
+        return _regex(pattern).fullmatch(name) is not None
     return fnmatchcase(name, pattern)
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return parse_pattern(pattern[3:])
+    except Malformed as error:
+        raise RecipeError(f"name pattern {shortened(repr(pattern))}: {error}") from None
 
 
 def _exactly(name: str) -> str:
