@@ -154,7 +154,12 @@ class _progress:
 
     def __init__(self, console: Terminal) -> None:
         self.console = console
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self.tasks: dict[str, Any] = {}
 

@@ -245,7 +245,7 @@ def test_a_pattern_that_may_take_years_is_refused_wherever_one_is_taken(text):
 
 @pytest.mark.timeout(20)
 def test_patterns_that_people_write_are_taken_and_are_fast():
-    name = "transformer.layers.117.attention.self_attn.q_proj." * 4
+    name = "transformer.layers.117.attention.self_attn.q_proj.base_layer"
     for text in (
         r"(?:.*\.)?(?:\w*emb\w*|wte|wpe)",
         r".*blocks\.\d+\.(attn|mlp)\..*",
