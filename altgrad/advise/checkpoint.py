@@ -267,7 +267,7 @@ def _folder(path: Path, open_files: ExitStack) -> list[Entry]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}); fetch it again") from None
     return found if isinstance(found, dict) else {}
 

@@ -276,6 +276,7 @@ class Danger:
             "outside the folder",
         ),
         (lambda d: (d / "model.safetensors.index.json").write_text("{") and d, "no JSON"),
+        (lambda d: (d / "config.json").write_text("[" * 200_000) and d, "no JSON"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_refused_with_the_remedy(make, said, tmp_path, capsys):
