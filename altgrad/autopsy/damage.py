@@ -23,6 +23,8 @@ FLOOR_SHARE = 1 / 500
 """...and as a share of the ceiling, for losses that are small in themselves, such as squared errors."""
 DEAD_NOISE = 2
 """Standard deviation, in floors, assumed of draws that all died: they have the same ceiling, so they show none."""
+LEAST_NOISE = 1 / 20
+"""Standard deviation, in floors, below which that of draws that live is not believed: a few of them do not show it."""
 
 
 def floor_of(ceiling: float) -> float:
@@ -44,7 +46,9 @@ class Yardstick:
 
     def band(self, outcomes: Sequence[Outcome]) -> Band:
         """The draws of one question."""
-        return Band(tuple(self.damage(o) for o in outcomes if o.refused is None), self.floor)
+        ran = [o for o in outcomes if o.refused is None]
+        dead = bool(ran) and all(self._capped(loss) == self.ceiling for o in ran for loss in o.losses[-LAST:])
+        return Band(tuple(self.damage(o) for o in ran), self.floor, dead)
 
     def damage(self, outcome: Outcome) -> float:
         """Damage in nats of a fork of the twin's horizon; of one that was stopped early, over what it saw last."""
@@ -66,10 +70,14 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Band:
-    """Draws of one question: their mean damage and how far single draws scatter."""
+    """Draws of one question: their mean damage and how far single draws scatter.
+
+    dead: all of them ended at the ceiling.
+    """
 
     values: tuple[float, ...]
     floor: float = FLOOR
+    dead: bool = False
 
     @property
     def mean(self) -> float:
@@ -77,9 +85,10 @@ class Band:
 
     @property
     def sd(self) -> float:
-        """Standard deviation of one draw; that of dead draws, which all sit at the ceiling, is assumed."""
-        found = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
-        return found if found > 1e-4 * self.floor else DEAD_NOISE * self.floor
+        """Standard deviation of one draw; that of dead draws, which all sit at the ceiling, or of a single one is assumed."""
+        if self.dead or len(self.values) < 2:
+            return DEAD_NOISE * self.floor
+        return max(float(np.std(self.values, ddof=1)), LEAST_NOISE * self.floor)
 
     @property
     def error(self) -> float:

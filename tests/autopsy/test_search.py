@@ -36,6 +36,13 @@ def test_a_single_cause_is_found_with_its_onset(cause, onset):
     assert verdict.no_return is None  # float32 saves it from every state
 
 
+def test_small_damage_counts_where_draws_hardly_scatter():
+    """Draws that live show their own noise, however little it is; only dead ones, all at the ceiling, need an assumed one."""
+    verdict = autopsy(Planted(any_of(MIDDLE, size=0.03), noise=1e-6))
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(MIDDLE),)
+
+
 def test_redundant_causes_that_no_single_rescue_shows():
     verdict = autopsy(Planted(any_of(HEAD, FIRST)))
     assert set(verdict.cells) == {str(HEAD), str(FIRST)}

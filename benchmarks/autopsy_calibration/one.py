@@ -1,0 +1,79 @@
+"""One case: what counts as right is written first, then the run is made, its autopsy taken, and the baselines asked."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import altgrad.autopsy
+from altgrad.autopsy import Forks, investigate
+from altgrad.autopsy.oracle import LoopOracle
+from altgrad.records.documents import read_json
+from altgrad.records.files import write_json
+from altgrad.records.machine import processor_name
+from benchmarks.autopsy_calibration.faults import Case
+from benchmarks.autopsy_calibration.generate import fault_case, null_case
+from benchmarks.autopsy_calibration.loop import STEPS, build
+from benchmarks.autopsy_calibration.symptoms import baselines
+
+BUDGET = 200
+
+
+def _hash_of_rules() -> str:
+    sources = sorted(Path(altgrad.autopsy.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def _commit() -> str | None:
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+RULES, COMMIT = _hash_of_rules(), _commit()
+"""Hash of the sources of the autopsy, which the verdicts of a set follow, and the commit of the working tree, if it is one."""
+
+
+def drawn(seed: int, name: str, out: Path) -> Case:
+    """The case of that name, from its file where it is written down."""
+    path = out / f"{name}.case.json"
+    if path.exists():
+        return Case.from_dict(read_json(path))
+    kind, number = name.split("-")
+    case = (fault_case if kind == "fault" else null_case)(seed, int(number))
+    write_json(path, case.as_dict())
+    return case
+
+
+def run(seed: int, name: str, out: Path) -> dict[str, Any]:
+    """The record of a case; a finished one is read back."""
+    path = out / f"{name}.json"
+    if path.exists():
+        return read_json(path)
+    begun = time.process_time()
+    case = drawn(seed, name, out)
+    generated = time.process_time()
+    loop = build(case, case.fault)
+    oracle = LoopOracle(loop, STEPS, seed=case.seed)
+    verdict = investigate(Forks(oracle, budget=BUDGET), prior=oracle.prior)
+    ended = time.process_time()
+    record = {
+        "case": case.as_dict(),
+        "verdict": verdict.as_dict(),
+        "baselines": baselines(oracle, case),
+        "losses": {path: [x if x == x else None for x in oracle.history(path)] for path in ("low", "twin")},
+        "rules": RULES,
+        "commit": COMMIT,
+        "cpu": processor_name(),
+        "cpu_s": {
+            "case": round(generated - begun, 1),
+            "autopsy": round(ended - generated, 1),
+            "baselines": round(time.process_time() - ended, 1),
+        },
+    }
+    write_json(path, record)
+    return record
