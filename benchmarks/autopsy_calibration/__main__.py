@@ -12,6 +12,7 @@ sealed set refuses to go on, and the development set is judged anew with `--agai
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.errors import AltGradError, ConfigError
-from altgrad.records.documents import read_json
 from altgrad.records.files import write_bytes
 from altgrad.records.folders import open_archive, write_archive
 from benchmarks.autopsy_calibration.one import COMMIT, RULES, run
@@ -44,7 +44,7 @@ def check_rules(out: Path, again: bool) -> None:
         ConfigError: there are records of other rules.
     """
     for path in sorted(p for p in out.glob("*.json") if not p.name.endswith(".case.json")):
-        if (record := read_json(path))["rules"] == RULES:
+        if (record := json.loads(path.read_text("utf-8")))["rules"] == RULES:
             continue
         if not again:
             raise ConfigError(
@@ -69,9 +69,9 @@ def unpack(source: Path, out: Path) -> None:
 def records_of(source: Path) -> list[dict[str, Any]]:
     """The finished records of a folder or a pack, by name."""
     if source.is_dir():
-        return [read_json(p) for p in sorted(source.glob("*.json")) if not p.name.endswith(".case.json")]
-    import json
-
+        return [
+            json.loads(p.read_text("utf-8")) for p in sorted(source.glob("*.json")) if not p.name.endswith(".case.json")
+        ]
     files = open_archive(source)
     return [json.loads(bytes(files[n])) for n in sorted(files) if not n.endswith(".case.json")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import altgrad.autopsy
 from altgrad.autopsy import Forks, investigate
 from altgrad.autopsy.oracle import LoopOracle
-from altgrad.records.documents import read_json
 from altgrad.records.files import write_json
 from altgrad.records.machine import processor_name
 from benchmarks.autopsy_calibration.faults import Case
@@ -42,7 +42,7 @@ def drawn(seed: int, name: str, out: Path) -> Case:
     """The case of that name, from its file where it is written down."""
     path = out / f"{name}.case.json"
     if path.exists():
-        return Case.from_dict(read_json(path))
+        return Case.from_dict(json.loads(path.read_text("utf-8")))
     kind, number = name.split("-")
     case = (fault_case if kind == "fault" else null_case)(seed, int(number))
     write_json(path, case.as_dict())
@@ -53,7 +53,7 @@ def run(seed: int, name: str, out: Path) -> dict[str, Any]:
     """The record of a case; a finished one is read back."""
     path = out / f"{name}.json"
     if path.exists():
-        return read_json(path)
+        return json.loads(path.read_text("utf-8"))
     begun = time.process_time()
     case = drawn(seed, name, out)
     generated = time.process_time()

@@ -281,7 +281,7 @@ def report(records: Sequence[Record]) -> str:
         ],
     )
     lines += ["", "### Baselines on the same faults", ""]
-    rows = [("autopsy", rate(faults, right), rate(faults, touches))]
+    rows: list[tuple[Any, ...]] = [("autopsy", rate(faults, right), rate(faults, touches))]
     rows += [(name, *rates) for name, rates in baseline_rates(faults).items()]
     rows.append(
         (
