@@ -107,7 +107,8 @@ def main() -> None:
     print(f"{out}: rules {RULES}, commit {COMMIT}, seed {seed}", flush=True)
     names = names_of(faults, nulls)[: arguments.count]
     left = [name for name in names if not (out / f"{name}.json").exists()]
-    for done, record in enumerate(ended(seed, left, out, arguments.jobs), len(names) - len(left) + 1):
+    records = (record for record in ended(seed, left, out, arguments.jobs) if record is not None)
+    for done, record in enumerate(records, len(names) - len(left) + 1):
         print(line(record, done, len(names)), flush=True)
         if arguments.pack is not None and done % 10 == 0:
             pack(out, arguments.pack)
@@ -116,7 +117,7 @@ def main() -> None:
     print(report(records_of(out)))
 
 
-def ended(seed: int, names: Sequence[str], out: Path, jobs: int) -> Iterator[dict[str, Any]]:
+def ended(seed: int, names: Sequence[str], out: Path, jobs: int) -> Iterator[dict[str, Any] | None]:
     """The records of cases as they end: in this process, or in several."""
     if jobs == 1:
         yield from (run(seed, name, out) for name in names)

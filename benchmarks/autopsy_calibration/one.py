@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import subprocess
@@ -49,11 +50,18 @@ def drawn(seed: int, name: str, out: Path) -> Case:
     return case
 
 
-def run(seed: int, name: str, out: Path) -> dict[str, Any]:
-    """The record of a case; a finished one is read back."""
+def run(seed: int, name: str, out: Path) -> dict[str, Any] | None:
+    """The record of a case; None where it is there already, or another process is at it."""
     path = out / f"{name}.json"
-    if path.exists():
-        return json.loads(path.read_text("utf-8"))
+    with (out / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return None
+        return None if path.exists() else _run(seed, name, out, path)
+
+
+def _run(seed: int, name: str, out: Path, path: Path) -> dict[str, Any]:
     begun = time.process_time()
     case = drawn(seed, name, out)
     generated = time.process_time()
