@@ -30,7 +30,16 @@ from altgrad.autopsy.verdict import (
     joined,
     whole_roles,
 )
-from altgrad.autopsy.window import SHORTEST, change_point, choose, first_damaged, no_return, over_the_run, recovery
+from altgrad.autopsy.window import (
+    SHORTEST,
+    acts_from,
+    change_point,
+    choose,
+    first_damaged,
+    no_return,
+    over_the_run,
+    recovery,
+)
 
 
 def investigate(
@@ -133,10 +142,15 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     stored = all(getattr(cell, "role", "") == "storage" for cell in found.cells)
     what = mechanism.read(shares, stored=stored)
     saved = any(value >= mechanism.SAVES for value in shares.values())
+    moved = getattr(forks.oracle, "moved", None)
+    begun = None
+    if moved is not None and so_far.onset is not None:
+        begun = acts_from(lambda step: moved(step, found.cells), forks.oracle.captures(LOW), so_far.onset)
     verdict = replace(
         so_far,
         kind=CAUSE,
         mechanism=what,
+        acts_from=begun,
         interventions=tuple(interventions),
         level="repair" if saved else "cause",
     )
@@ -188,9 +202,15 @@ def _sentence(v: Verdict) -> str:
         f"{who} {verb} the damage of {v.damage:.3g} nats from step {v.onset} on ({v.mechanism}): "
         f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
         + (" Each set does most of it alone, so that no single rescue helps." if v.structure == "redundant" else "")
+        + (f" At work since step {v.acts_from}." if _earlier(v) else "")
         + (f" It began with {joined(v.first)}." if v.first and v.first != v.cells else "")
         + (f" Over the whole run the rescue closes {v.over_run.value:.0%}." if v.over_run else "")
     )
+
+
+def _earlier(v: Verdict) -> bool:
+    """Whether the cells were at work well before their damage."""
+    return v.acts_from is not None and v.onset is not None and v.acts_from + 5 < v.onset
 
 
 def _structure(found: Found, parts: Sequence[Effect]) -> str:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from altgrad.autopsy.changes import CHANGES, NotApplicable
 from altgrad.autopsy.fork import LOW, TWIN, Fork, Outcome, Stop
 from altgrad.autopsy.loop import Loop, jittered
@@ -133,10 +135,31 @@ class LoopOracle:
                 self.tell("one-step attribution", i + 1, len(asked))
         return found
 
+    def moved(self, start: int, cells: frozenset) -> float:
+        """How far one step from the run's state after step `start` moves when these cells alone are low, in lengths of it.
+
+        |w(cells low) - w(float32)| / |w(float32) - w(before)|    over all parameters after that step; NaN if not finite
+        """
+        with self.loop.aside():
+            before, exact = self._stepped(start, frozenset())
+            _, low = self._stepped(start, cells)
+        return float((low - exact).norm()) / max(float((exact - before).norm()), 1e-30)
+
+    def _stepped(self, start: int, low: frozenset) -> tuple[Any, Any]:
+        self.loop.restore(self._rings[LOW][start])
+        before = _weights(self.loop.model)
+        put_low(self.loop, {cell: self.specs[cell] for cell in low})
+        self.loop.advance()
+        return before, _weights(self.loop.model)
+
     def _gradient(self, start: int, low: frozenset) -> Any:
         self.loop.restore(self._rings[LOW][start])
         put_low(self.loop, {cell: self.specs[cell] for cell in low})
         return self.loop.gradient()
+
+
+def _weights(model: torch.nn.Module) -> Any:
+    return torch.cat([p.detach().flatten().float() for p in model.parameters()]).clone()
 
 
 def run_fork(

@@ -49,7 +49,8 @@ class Verdict:
     cells: the cause, as texts of cells; empty for the other kinds. structure: "single", "redundant" (each group does
     the damage alone, so no single rescue shows it), "interacting" (only together), "cumulative", or "spread" (over all
     layers of the roles named).
-    onset, no_return, symptom: steps; None where unknown. recovery: steps of float32 that do not save the run after
+    onset: step from which there is damage; acts_from: from which the cells found were at work, which may be long before.
+    no_return, symptom: steps; None where unknown. recovery: steps of float32 that do not save the run after
     `no_return`. damage: nats, of the run over its twin in the window.
     over_run: what the rescue closes from the window's start to the run's end, where the window is shorter.
     first: cells that did the damage in a shorter window, where they are not those that did it in the end.
@@ -67,6 +68,7 @@ class Verdict:
     noise: float | None = None
     window: tuple[int, int] | None = None
     onset: int | None = None
+    acts_from: int | None = None
     no_return: int | None = None
     recovery: int | None = None
     symptom: int | None = None

@@ -6,6 +6,7 @@ Symptom and onset are told apart: a run that is NaN at step 431 may have been be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -177,3 +178,36 @@ def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float,
         return None
     value, error = 1 - yardstick.damage(rescued) / gap, 1.96 * window.null.noise / gap
     return Share(value, value - error, value + error, 1)
+
+
+JUMP = 1.5
+"""Factor by which the cells' effect on one step must rise, in the mean, so that they count as having begun there."""
+
+
+def acts_from(moved: Callable[[int], float], points: Sequence[int], onset: int) -> int:
+    """The first step at which the cells found were at work, which may be long before their damage shows in the loss.
+
+    Their effect on a single step, `moved`, is asked at the captured states up to a few after the onset; a begin is where its
+    logarithm jumps, by the least squares, to more than `JUMP` times and four of its deviations. Without such a jump they
+    were at work from step 1 on, whether or not their effect grew.
+
+    Args:
+        moved: captured step -> how far one step of training from there moves when the cells alone are low, in lengths of the step;
+            not finite where that step is not.
+        points: captured steps, ascending.
+    """
+    after = [p for p in points if p > onset][:3]
+    asked = [p for p in points if p <= onset] + after
+    sizes = np.array([moved(p) for p in asked])
+    finite = sizes[np.isfinite(sizes)]
+    top = 1e3 * max(1.0, float(finite.max(initial=0.0)))
+    values = np.log(np.clip(np.where(np.isfinite(sizes), sizes, top), 1e-6, None))
+    if len(values) < 3:
+        return 1
+    split = _jump(values, 0, len(values))
+    if split == 0:
+        return 1
+    before, since = values[:split], values[split:]
+    rest = math.sqrt((np.var(before) * len(before) + np.var(since) * len(since)) / len(values))
+    rise = float(since.mean() - before.mean())
+    return asked[split - 1] + 1 if rise > max(math.log(JUMP), 4 * rest) else 1

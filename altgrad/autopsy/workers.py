@@ -138,7 +138,7 @@ class Workers:
         self.oracle, self.make, self.executor, self.jobs = oracle, make, executor, jobs
         self.states = scratch.resolve() / STATES
         self.cells, self.captures, self.history = oracle.cells, oracle.captures, oracle.history
-        self.recorded, self.run = oracle.recorded, oracle.run
+        self.recorded, self.run, self.moved = oracle.recorded, oracle.run, oracle.moved
         self.close()
 
     def side_by_side(self, forks: Sequence[Fork], stop: Stop | None) -> Iterator[tuple[Fork, Outcome]]:

@@ -105,6 +105,8 @@ def _print(console: Terminal, verdict: Verdict) -> None:
         facts.append(f"confidence: {sure}")
     if verdict.onset is not None:
         facts.append(f"onset: step {verdict.onset}")
+    if verdict.acts_from is not None:
+        facts.append(f"at work since step {verdict.acts_from}")
     if verdict.no_return is not None:
         facts.append(f"no return after step {verdict.no_return}")
     console.print(" · ".join(fact for fact in facts if fact), highlight=False)

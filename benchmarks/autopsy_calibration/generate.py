@@ -23,7 +23,7 @@ HARMLESS = 0.005
 """Nats below which cells count as harmless."""
 SHARE = 0.5
 """Share of the damage that each cell of a redundant pair must do alone."""
-DRAWS = 3
+DRAWS = 2
 
 
 @dataclass

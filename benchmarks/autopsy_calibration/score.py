@@ -5,7 +5,7 @@ Definitions, which no rule of the autopsy may be fitted to:
 - answered: the verdict is no "inconclusive"; a fault's "no damage" or "not precision" is an answer, and a wrong one;
 - right: the set of cells named is one of the acceptable sets, which were written down before the case ran;
 - mechanism right: the cells are right, and the mechanism is one of those that the kind of fault has;
-- onset right: within 5 steps of the first step with the fault, of those whose cells are right;
+- onset right: the step from which the cells were at work is within 5 of the first step with the fault, and the cells are right;
 - false alarm: a null for which a cause is named.
 """
 
@@ -74,7 +74,7 @@ def mechanism_right(record: Record) -> bool:
 
 
 def onset_right(record: Record) -> bool:
-    onset = record["verdict"]["onset"]
+    onset = record["verdict"]["acts_from"]
     return right(record) and onset is not None and abs(onset - record["case"]["fault"]["onset"] - 1) <= ONSET_WITHIN
 
 

@@ -1,6 +1,7 @@
 """The search finds planted causes of every structure, and says so when there is none."""
 
 import json
+import math
 
 import pytest
 
@@ -9,6 +10,7 @@ from altgrad.autopsy.forks import Forks, read_log
 from altgrad.autopsy.investigate import investigate
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.split import groups, minimal
+from altgrad.autopsy.window import acts_from
 from tests.autopsy.planted import CELLS, Planted, all_of, any_of, cell, cured_by, sum_of
 
 HEAD = cell(6, "input_grad", "grad_output")
@@ -250,3 +252,30 @@ def test_the_key_of_a_question_depends_on_every_field():
         Fork(frozenset()),
     ]
     assert len({f.key for f in forks}) == len(forks)
+
+
+@pytest.mark.parametrize(
+    ("effect", "begun"),
+    [
+        (lambda step: 0.03 if step < 60 else 0.5, 61),  # captured every 10: somewhere in 51..60, told by the next state
+        (lambda step: 0.5, 1),
+        (lambda step: 0.02 * 1.2 ** (step / 10), 1),  # it grows, and was there from the first step on
+        (lambda step: 0.03 if step < 60 else math.nan, 61),
+        (lambda step: 0.0, 1),
+    ],
+    ids=["jumps", "constant", "grows", "dies", "blind"],
+)
+def test_cells_are_at_work_from_where_their_effect_on_one_step_jumps(effect, begun):
+    found = acts_from(effect, range(0, 200, 10), onset=95)
+    assert begun - 10 <= found <= begun
+
+
+def test_the_verdict_tells_when_its_cells_began_apart_from_when_the_loss_shows_it():
+    oracle = Planted(any_of(MIDDLE), onset=120)
+    oracle.moved = lambda step, cells: 0.5 if step >= 60 and MIDDLE in cells else 0.02
+    verdict = autopsy(oracle)
+    assert verdict.onset is not None
+    assert verdict.acts_from is not None
+    assert verdict.onset > 110
+    assert 50 <= verdict.acts_from <= 60
+    assert "At work since step" in verdict.sentence

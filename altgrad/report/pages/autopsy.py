@@ -142,6 +142,7 @@ def _numbers(data: Data) -> list[tuple[str, str]]:
 
     window = data.get("window")
     add("Onset", data.get("onset"), f"step {data.get('onset')}")
+    add("At work since", data.get("acts_from"), f"step {data.get('acts_from')}")
     add(
         "Point of no return",
         data.get("no_return"),
