@@ -128,16 +128,18 @@ class Null:
 class Settled:
     """The rule by which a fork stops early: its losses have left the band around `limit` for good, on one side of it.
 
-    Harmless: from the horizon's middle on, the mean damage so far lies four of its deviations below the limit. Harmful:
-    the same above it, or, in the first half, every one of the last steps lies far above. A fork that is dead, not finite
+    Harmless: from the horizon's middle on, and from where the run itself has shown its damage, the mean damage so far lies
+    four of its deviations below the limit. Harmful: the same above it, or, in the first half, every one of the last steps lies far above. A fork that is dead, not finite
     in all of the last steps, is harmful.
 
     noise: deviation of one draw's mean over the second half; the mean of fewer steps scatters more.
+    shown: steps after which the run's own damage stands clear of the limit: it may begin late in the window.
     """
 
     yardstick: Yardstick
     limit: float
     noise: float
+    shown: int = 0
 
     def __call__(self, losses: Sequence[float]) -> bool:
         half, taken = len(self.yardstick.twin) // 2, len(losses)
@@ -147,7 +149,8 @@ class Settled:
         if taken < half + LAST:
             return bool(np.all(last > max(4 * self.limit, self.limit + 10 * self.noise)))
         scatter = self.noise * math.sqrt(max(1, len(self.yardstick.twin) - half) / (taken - half))
-        return abs(self.yardstick.over(losses, half) - self.limit) > 4 * scatter
+        above = self.yardstick.over(losses, half) - self.limit
+        return above > 4 * scatter or (taken >= self.shown and above < -4 * scatter)
 
 
 LAST = 4

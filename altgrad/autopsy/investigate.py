@@ -32,6 +32,7 @@ from altgrad.autopsy.verdict import (
 )
 from altgrad.autopsy.window import (
     SHORTEST,
+    Window,
     acts_from,
     change_point,
     choose,
@@ -137,6 +138,8 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
             f"the damage is spread over more than {len(found.sets)} sets of cells."
         )
         return replace(so_far, sentence=sentence)
+    if (weak := _too_weak(so_far, floor)) is not None:
+        return replace(so_far, sentence=f"Inconclusive: {weak}; {joined(so_far.cells)} are the first to suspect.")
     interventions = search.mechanisms(found.cells)
     shares = {i.name: i.closed.value for i in interventions if i.closed is not None}
     stored = all(getattr(cell, "role", "") == "storage" for cell in found.cells)
@@ -163,6 +166,9 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
     forks, settings, top = search.forks, search.settings, search.ceiling
     forks.stage = "null band"
     window = search.window = choose(forks, onset, top, settings.draws, settings.longest, least)
+    ends = _end_gap(forks, top)
+    if not window.null.damaged and ends > CLEARLY * floor_of(top):
+        window = search.window = _before_it_shows(search, window, onset, least)
     null = window.null
     so_far = search.so_far = replace(
         so_far,
@@ -172,6 +178,12 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
         window=(window.start, window.start + window.horizon),
         gates=tuple(gates),
     )
+    if not null.damaged and ends > CLEARLY * floor_of(top):
+        sentence = (
+            f"Inconclusive: the run ends {ends:.3g} nats above its float32 twin, and no window shows where that comes from: "
+            f"{null.damage:+.3g} nats over steps {window.start + 1} to {window.start + window.horizon}."
+        )
+        return replace(so_far, level="phenomenon", sentence=sentence), None
     if not null.damaged:
         sentence = (
             f"No damage in the window: {null.damage:+.3g} nats over steps {window.start + 1} to "
@@ -193,6 +205,49 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
     so_far = search.so_far = replace(so_far, roles=_corrected(roles), level="boundary")
     found = search.split(roles)
     return replace(so_far, prior={str(cell): value for cell, value in search.suspicion.items()}), found
+
+
+CLEARLY = 2
+"""Damage of so many floors at the run's end is damage, whether or not a window shows it."""
+
+
+INNOCENT = 0.5
+"""Share of the gap that innocent cells may seem to close (or to widen) before nothing can be told by such shares."""
+
+
+def _too_weak(v: Verdict, floor: float) -> str | None:
+    """Why the evidence names no cause: too little damage, or innocent cells that matter as much; None where it does."""
+    if v.damage is not None and v.damage < CLEARLY * floor:
+        return (
+            f"{v.damage:.3g} nats are too few to tell cells apart, whose rounding alone moves the loss by half as much"
+        )
+    named = set(v.cells)
+    innocent = [e for e in (*v.placebos, *v.roles) if e.rescue is not None and not named & set(e.cells)]
+    worst = max(innocent, key=lambda e: abs(e.rescue.value) if e.rescue else 0.0, default=None)
+    if worst is not None and worst.rescue is not None and abs(worst.rescue.value) >= INNOCENT:
+        return f"{joined(worst.cells, 2)}, which are none of the cells found, seem to close {worst.rescue} of the gap"
+    return None
+
+
+def _end_gap(forks: Forks, top: float) -> float:
+    """How far the last quarter of the run lies above that of its twin."""
+    low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
+    length = min(len(low), len(twin))
+    return Yardstick(tuple(twin[:length]), top).over(low[:length], 3 * length // 4)
+
+
+def _before_it_shows(search: Search, window: Window, onset: int, least: int) -> Window:
+    """A window from an earlier state, where that at the onset shows no damage though the run ends damaged; else that one.
+
+    A model that has adapted to its fault gets worse when the fault is lifted, which hides the damage: so the window has to
+    begin before the model has adapted, which may be long before the loss shows anything.
+    """
+    forks, settings = search.forks, search.settings
+    for earlier in dict.fromkeys((onset // 2, 0)):
+        tried = choose(forks, earlier, search.ceiling, settings.draws, settings.longest, max(least, onset - earlier))
+        if tried.null.damaged and tried.null.damage > CLEARLY * tried.null.low.floor:
+            return tried
+    return window
 
 
 def _sentence(v: Verdict) -> str:

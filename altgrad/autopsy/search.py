@@ -122,8 +122,16 @@ class Search:
     @property
     def _rule(self) -> Settled:
         null = self.window.null
-        limit = null.high.mean + max(self.settings.matters * null.damage, null.low.floor)
-        return Settled(self.window.yardstick, limit, null.noise)
+        least = min(null.low.floor, null.damage / 2)  # little damage has no cells that do more of it than there is
+        limit = null.high.mean + max(self.settings.matters * null.damage, least)
+        return Settled(self.window.yardstick, limit, null.noise, self._shown(limit))
+
+    def _shown(self, limit: float) -> int:
+        """Steps of the window after which the run itself is half way from the limit to all of its damage."""
+        yardstick, null = self.window.yardstick, self.window.null
+        own, half = self.forks(self.window.fork(self.everything)).losses, len(yardstick.twin) // 2
+        clear = (limit + null.low.mean) / 2
+        return next((n for n in range(half + 1, len(own)) if yardstick.over(own[:n], half) >= clear), len(own))
 
     def ahead(self, sets: Sequence[frozenset]) -> None:
         """Try sets that `damaged` may be asked about next, where there are idle hands."""

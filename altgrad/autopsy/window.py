@@ -79,16 +79,16 @@ def null_band(forks: Forks, start: int, horizon: int, ceiling: float, draws: int
 
 
 def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int, least: int = SHORTEST) -> Window:
-    """The window of the search: from the last capture at or before the onset, as short as shows the damage clearly.
+    """The window of the search: from the last capture before the onset, as short as shows the damage clearly.
 
-    Early forks need only short horizons, and a state from before the onset has not adapted to the fault. The horizon
+    `onset` is the index of the first damaged loss: the state before it may be damaged already, by the update that made it. Early forks need only short horizons, and a state from before the onset has not adapted to the fault. The horizon
     doubles until the damage stands ten deviations of a single draw above none, or the run's end is reached; the window
     that it ends with may show no damage, which the caller reads from its null band. `least`: steps that it has at least,
     where the run has as many.
     """
     low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
     steps = len(low)
-    start = latest(forks.oracle.captures(LOW), onset)
+    start = latest(forks.oracle.captures(LOW), onset - 1)
     most = max(min(longest, steps - start), 1)
     horizon = min(max(least, 2 * (onset - start) + SHORTEST), most)
     gap = Yardstick(tuple(twin[start:]), ceiling).curve(low[start:])
@@ -180,34 +180,30 @@ def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float,
     return Share(value, value - error, value + error, 1)
 
 
-JUMP = 1.5
-"""Factor by which the cells' effect on one step must rise, in the mean, so that they count as having begun there."""
+JUMP = 2.5
+"""Factor by which the cells' effect on one step must rise from three captured states to the next three: they begin there."""
 
 
 def acts_from(moved: Callable[[int], float], points: Sequence[int], onset: int) -> int:
     """The first step at which the cells found were at work, which may be long before their damage shows in the loss.
 
-    Their effect on a single step, `moved`, is asked at the captured states up to a few after the onset; a begin is where its
-    logarithm jumps, by the least squares, to more than `JUMP` times and four of its deviations. Without such a jump they
-    were at work from step 1 on, whether or not their effect grew.
+    Their effect on a single step, `moved`, is asked at the captured states up to a few after the onset; a begin is where the
+    median of three states rises the most, and by more than `JUMP`. Without such a jump they were at work from step 1 on,
+    whether or not their effect grew: effects that drift with training double in as many states at the most.
 
     Args:
         moved: captured step -> how far one step of training from there moves when the cells alone are low, in lengths of the step;
             not finite where that step is not.
         points: captured steps, ascending.
     """
-    after = [p for p in points if p > onset][:3]
-    asked = [p for p in points if p <= onset] + after
+    asked = [p for p in points if p <= onset] + [p for p in points if p > onset][:3]
     sizes = np.array([moved(p) for p in asked])
     finite = sizes[np.isfinite(sizes)]
     top = 1e3 * max(1.0, float(finite.max(initial=0.0)))
     values = np.log(np.clip(np.where(np.isfinite(sizes), sizes, top), 1e-6, None))
-    if len(values) < 3:
+    rises = [float(np.median(values[i : i + 3]) - np.median(values[max(0, i - 3) : i])) for i in range(1, len(values))]
+    if not rises or max(rises) < math.log(JUMP):
         return 1
-    split = _jump(values, 0, len(values))
-    if split == 0:
-        return 1
-    before, since = values[:split], values[split:]
-    rest = math.sqrt((np.var(before) * len(before) + np.var(since) * len(since)) / len(values))
-    rise = float(since.mean() - before.mean())
-    return asked[split - 1] + 1 if rise > max(math.log(JUMP), 4 * rest) else 1
+    split = 1 + int(np.argmax(np.array(rises) > max(rises) - 1e-9))
+    steepest = max(range(max(1, split - 1), min(len(values), split + 2)), key=lambda i: values[i] - values[i - 1])
+    return asked[steepest - 1] + 1

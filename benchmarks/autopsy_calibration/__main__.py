@@ -61,6 +61,7 @@ def pack(out: Path, target: Path) -> None:
 
 def unpack(source: Path, out: Path) -> None:
     """The files of an archive that are not in the folder yet."""
+    out.mkdir(parents=True, exist_ok=True)
     for name, content in open_archive(source).items():
         if not (out / name).exists():
             write_bytes(out / name, bytes(content))

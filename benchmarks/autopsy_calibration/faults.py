@@ -14,9 +14,10 @@ from typing import Any
 
 from altgrad.autopsy.mechanism import BIAS, LOST_UPDATES, OUTLIERS, OVERFLOW, RANGE, RESOLUTION, SCALE
 from altgrad.formats.catalog import get_format
+from altgrad.formats.rounding import Rounding
 from altgrad.nn.recipe.cells import Cell
 from altgrad.nn.recipe.spec import OperandSpec, StorageSpec
-from altgrad.quantization import StaticScaling
+from altgrad.quantization import NoScaling, StaticScaling
 
 BASE = "E4M3"
 MAX = get_format(BASE).max
@@ -44,7 +45,7 @@ def _static(scale: float, fmt: str = BASE, **options: Any) -> OperandSpec:
 def _bias_shifted(amax: float, binades: int) -> OperandSpec:
     """E4M3 without a scale whose exponent bias puts its max `binades` below the operand's amax."""
     bias = 7 + math.ceil(math.log2(MAX / amax)) + binades
-    return OperandSpec(f"E4M3b{bias}", scaling="none")
+    return OperandSpec(f"E4M3b{bias}", scaling=NoScaling())
 
 
 def _stored_or_used(amax: float, fmt: str, **options: Any) -> Spec:
@@ -92,21 +93,21 @@ KINDS: dict[str, Kind] = {
         "bias",
         (BIAS, LOST_UPDATES),
         ("E4M3", "E4M2", "E4M1", "E4M0"),
-        lambda amax, fmt, _: _stored_or_used(amax, fmt, rounding="toward_zero"),
+        lambda amax, fmt, _: _stored_or_used(amax, fmt, rounding=Rounding.TOWARD_ZERO),
         (*OPERANDS, *6 * STORED),
     ),
     "rounding up": Kind(
         "bias",
         (BIAS,),
         ("E4M3", "E4M2", "E4M1", "E4M0"),
-        lambda amax, fmt, _: OperandSpec(fmt, rounding="up"),
+        lambda amax, fmt, _: OperandSpec(fmt, rounding=Rounding.UP),
         weight=3,
     ),
     "few random bits": Kind(
         "bias",
         (BIAS, LOST_UPDATES),
         (("E4M3", 2), ("E4M2", 2), ("E4M1", 2), ("E4M1", 1), ("E4M0", 1)),
-        lambda amax, of, _: _stored_or_used(amax, of[0], rounding="stochastic", random_bits=of[1]),
+        lambda amax, of, _: _stored_or_used(amax, of[0], rounding=Rounding.STOCHASTIC, random_bits=of[1]),
         (*OPERANDS, *6 * STORED),
     ),
     "flushed subnormals": Kind(

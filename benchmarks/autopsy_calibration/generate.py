@@ -37,12 +37,18 @@ class Truth:
     def __post_init__(self) -> None:
         loop = build(self.case, None)
         self.base = [self._end(losses_of(loop, draw)) for draw in range(self.draws)]
+        loop.put(loop.recipe.only([], loop.model))
+        loop.ring.keep(0, loop.capture())
+        self.float32 = self._end(losses_of(loop, 0))
 
     def damage(self, fault: Fault, cells: tuple[str, ...] | None = None, draws: int = DRAWS) -> tuple[float, float]:
-        """(nats, standard error) that the fault does over the last quarter, or some of its cells alone."""
+        """(nats, standard error) that the fault does over the last quarter, or some of its cells alone.
+
+        Against the run without it or the float32 one, whichever is worse: what only one of them shows is no damage.
+        """
         loop = build(self.case, fault, cells)
         ends = [self._end(losses_of(loop, draw)) for draw in range(draws)]
-        without = float(np.mean(self.base))
+        without = max(float(np.mean(self.base)), self.float32)
         scatter = math.hypot(_sd(ends), _sd(self.base))
         return float(np.mean(ends)) - without, scatter / math.sqrt(draws)
 

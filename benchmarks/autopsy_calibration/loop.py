@@ -170,7 +170,7 @@ def specs_of(case: Case, fault: Fault) -> dict[str, Any]:
     kind = KINDS[fault.kind]
     found = {}
     for text in fault.cells:
-        amaxes = dict.fromkeys(("own", "early", "other"), 0.0)
+        amaxes: dict[str, float] = dict.fromkeys(("own", "early", "other"), 0.0)
         if kind.places is not MOMENTS and (cell := Cell.parse(text)).gemm != STORAGE:
             other = next(role for gemm, role in OPERANDS if gemm == cell.gemm and role != cell.role)
             now, early = amaxes_of(case.seed, max(fault.onset, 12)), amaxes_of(case.seed, 1)

@@ -45,6 +45,31 @@ def test_small_damage_counts_where_draws_hardly_scatter():
     assert verdict.cells == (str(MIDDLE),)
 
 
+def test_a_model_that_has_adapted_to_its_fault_is_forked_from_before_it_has():
+    """Lifting the fault from an adapted state hurts for a while, which hides damage that the run's end shows."""
+
+    class Adapted(Planted):
+        def _losses(self, fork, start, horizon):
+            losses = super()._losses(fork, start, horizon)
+            withdrawal = 0.5 if fork.path == "low" and start > 30 and MIDDLE not in fork.low else 0.0
+            return tuple(loss + withdrawal for loss in losses)
+
+    verdict = autopsy(Adapted(any_of(MIDDLE, size=0.3), onset=60, noise=0.001))
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(MIDDLE),)
+    assert verdict.window[0] <= 30
+
+
+def test_a_run_that_ends_damaged_is_not_called_undamaged():
+    class Never(Planted):
+        def run(self, fork, stop=None):  # no fork shows what the run's own history does
+            return super().run(Fork(frozenset(), fork.start, fork.path, fork.horizon, fork.draw), stop)
+
+    verdict = autopsy(Never(any_of(MIDDLE, size=0.3), onset=60))
+    assert verdict.kind == "inconclusive"
+    assert "ends 0.3" in verdict.sentence
+
+
 def test_redundant_causes_that_no_single_rescue_shows():
     verdict = autopsy(Planted(any_of(HEAD, FIRST)))
     assert set(verdict.cells) == {str(HEAD), str(FIRST)}
@@ -259,7 +284,7 @@ def test_the_key_of_a_question_depends_on_every_field():
     [
         (lambda step: 0.03 if step < 60 else 0.5, 61),  # captured every 10: somewhere in 51..60, told by the next state
         (lambda step: 0.5, 1),
-        (lambda step: 0.02 * 1.2 ** (step / 10), 1),  # it grows, and was there from the first step on
+        (lambda step: 0.02 * 1.3 ** (step / 10), 1),  # it grows, and was there from the first step on
         (lambda step: 0.03 if step < 60 else math.nan, 61),
         (lambda step: 0.0, 1),
     ],
