@@ -1,13 +1,55 @@
 """How sure a verdict is, by the calibration: the share of right cell sets among calibrated cases that looked alike.
 
-Until a calibration has been run the confidence is None, and pages say "not calibrated".
+Alike are verdicts of the same class of damage and of a structure that the calibration had: one cell, or several of which each
+does the damage alone. All others have no confidence, and pages say "not calibrated for a case like this". The rows are what
+`python -m benchmarks.autopsy_calibration --fit` prints of the development set; docs/findings/calibration.md says how they
+held on cases that they were not fitted to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from altgrad.autopsy.verdict import Verdict
 
 
-def confidence(verdict: Verdict) -> float | None:
-    """Chance that the verdict's set of cells is right; None where there is no calibration."""
-    return None
+@dataclass(frozen=True)
+class Class:
+    """Verdicts of at least `damage` floors of damage: so many of them were right. Floors are 0.01 nats of a cross entropy."""
+
+    damage: float
+    right: int
+    of: int
+
+    @property
+    def chance(self) -> float:
+        """Chance that another one is right: the mean of a Beta(1/2, 1/2) prior with these cases, never 0 or 1."""
+        return (self.right + 0.5) / (self.of + 1)
+
+
+CLASSES = (Class(2, 10, 10), Class(5, 28, 29))
+"""Ascending in damage."""
+STRUCTURES = ("single", "redundant")
+"""What the calibration had cases of."""
+
+
+def confidence(verdict: Verdict, floor: float, classes: Sequence[Class] = CLASSES) -> float | None:
+    """Chance that the verdict's set of cells is right; None where no case of the calibration was alike.
+
+    Args:
+        floor: nats below which nothing is called damage, for this run's loss.
+    """
+    if verdict.structure not in STRUCTURES or verdict.damage is None:
+        return None
+    alike = [one for one in classes if verdict.damage >= one.damage * floor]
+    return alike[-1].chance if alike else None
+
+
+def fitted(cases: Sequence[tuple[float, bool]], limits: Sequence[float] = (2, 5)) -> tuple[Class, ...]:
+    """The classes of calibrated cases: (damage in floors, whether the cells were right) of each."""
+    edges = [*limits, float("inf")]
+    return tuple(
+        Class(low, sum(right for d, right in cases if low <= d < high), sum(low <= d < high for d, _ in cases))
+        for low, high in zip(limits, edges[1:], strict=True)
+    )

@@ -157,7 +157,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         interventions=tuple(interventions),
         level="repair" if saved else "cause",
     )
-    verdict = replace(verdict, confidence=confidence(verdict))
+    verdict = replace(verdict, confidence=confidence(verdict, floor))
     return replace(verdict, sentence=_sentence(verdict))
 
 

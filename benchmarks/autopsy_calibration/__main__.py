@@ -3,6 +3,7 @@
     python -m benchmarks.autopsy_calibration --set develop --jobs 2
     python -m benchmarks.autopsy_calibration --set sealed --jobs 2 --pack experiments/results/autopsy-calibration.tar.xz
     python -m benchmarks.autopsy_calibration --score experiments/results/autopsy-calibration.tar.xz
+    python -m benchmarks.autopsy_calibration --fit runs/autopsy-calibration/develop-18
 
 A case's acceptable answers are in NAME.case.json before it runs, its record in NAME.json when it has ended; the same command
 goes on where it was stopped. A set follows one state of the rules: where the sources of the autopsy have changed since, the
@@ -20,11 +21,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from altgrad.autopsy.confidence import fitted
 from altgrad.errors import AltGradError, ConfigError
 from altgrad.records.files import write_bytes
 from altgrad.records.folders import open_archive, write_archive
 from benchmarks.autopsy_calibration.one import COMMIT, RULES, run
-from benchmarks.autopsy_calibration.score import report
+from benchmarks.autopsy_calibration.score import evidence, held_out, is_null, report
 
 SETS: dict[str, tuple[int, int, int]] = {"develop": (18, 50, 30), "sealed": (20261129, 100, 59)}
 """Name -> (seed, faults, nulls)."""
@@ -90,12 +92,17 @@ def main() -> None:
         "--pack", type=Path, help="archive that the records are put into, and taken from where they are missing"
     )
     parser.add_argument("--score", type=Path, help="only print the figures of a folder or a pack")
+    parser.add_argument("--fit", type=Path, help="print the classes of confidence that a folder or a pack gives")
     arguments = parser.parse_args()
+    if arguments.fit is not None:
+        faults = [record for record in records_of(arguments.fit) if not is_null(record)]
+        print(*fitted(evidence(faults)), f"held out, in five parts: {held_out(faults)}", sep="\n")
+        return
     if arguments.score is not None:
         print(report(records_of(arguments.score)))
         return
     if arguments.which is None:
-        parser.error("name a --set, or a --score")
+        parser.error("name a --set, a --score or a --fit")
     seed, faults, nulls = SETS[arguments.which]
     seed = arguments.seed if arguments.seed is not None else seed
     out = arguments.out or Path("runs/autopsy-calibration") / f"{arguments.which}-{seed}"

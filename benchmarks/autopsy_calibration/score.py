@@ -18,6 +18,8 @@ from typing import Any
 
 from scipy.stats import binomtest
 
+from altgrad.autopsy.confidence import STRUCTURES, fitted
+from altgrad.autopsy.damage import floor_of
 from benchmarks.autopsy_calibration.faults import KINDS
 
 ONSET_WITHIN = 5
@@ -118,6 +120,29 @@ def brier(records: Sequence[Record]) -> float | None:
     if not stated:
         return None
     return sum((r["verdict"]["confidence"] - right(r)) ** 2 for r in stated) / len(stated)
+
+
+def evidence(faults: Sequence[Record]) -> list[tuple[float, bool]]:
+    """(damage in floors, right) of the causes whose structure the confidence knows."""
+    causes = [r for r in faults if alarm(r) and r["verdict"]["structure"] in STRUCTURES]
+    return [(r["verdict"]["damage"] / floor_of(r["losses"]["twin"][0]), right(r)) for r in causes]
+
+
+def held_out(faults: Sequence[Record], parts: int = 5) -> str:
+    """Brier score and stated against found, each case judged by classes fitted to the others' parts."""
+    cases = evidence(faults)
+    told: list[tuple[float, bool]] = []
+    for part in range(parts):
+        classes = fitted([case for i, case in enumerate(cases) if i % parts != part])
+        for damage, was_right in cases[part::parts]:
+            alike = [one for one in classes if damage >= one.damage]
+            if alike:
+                told.append((alike[-1].chance, was_right))
+    if not told:
+        return "-"
+    score = sum((stated - was_right) ** 2 for stated, was_right in told) / len(told)
+    stated, found = (sum(values) / len(told) for values in zip(*told, strict=True))
+    return f"Brier {score:.3f}, stated {stated:.1%}, found {found:.1%}, {len(told)} cases"
 
 
 def of_damage(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:

@@ -5,7 +5,9 @@ from random import Random
 
 import pytest
 
+from altgrad.autopsy.confidence import confidence, fitted
 from altgrad.autopsy.oracle import LoopOracle
+from altgrad.autopsy.verdict import Verdict
 from altgrad.errors import ConfigError
 from benchmarks.autopsy_calibration.__main__ import check_rules, names_of, pack, records_of, unpack
 from benchmarks.autopsy_calibration.faults import KINDS, Case, Fault, draw_fault, width_of
@@ -129,3 +131,16 @@ def test_a_set_follows_one_state_of_the_rules_and_goes_on_from_its_pack(tmp_path
         check_rules(out, again=False)
     check_rules(out, again=True)
     assert not (out / "fault-001.json").exists()
+
+
+def test_confidence_is_the_share_right_of_cases_alike():
+    classes = fitted([(1.0, False), (2.0, True), (4.9, False), (5.0, True), (80.0, True)])
+    assert [(one.damage, one.right, one.of) for one in classes] == [(2, 1, 2), (5, 2, 2)]
+
+    def stated(damage, structure="single"):
+        return confidence(Verdict("cause", "", structure=structure, damage=damage), 0.01, classes)
+
+    assert stated(0.03) == pytest.approx(0.5)
+    assert stated(0.9) == pytest.approx(2.5 / 3)
+    assert stated(0.01) is None
+    assert stated(0.9, "spread") is None
