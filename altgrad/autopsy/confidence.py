@@ -28,7 +28,7 @@ class Class:
         return (self.right + 0.5) / (self.of + 1)
 
 
-CLASSES = (Class(2, 10, 10), Class(5, 28, 29))
+CLASSES = (Class(2, 11, 11), Class(5, 28, 29))
 """Ascending in damage."""
 STRUCTURES = ("single", "redundant")
 """What the calibration had cases of."""

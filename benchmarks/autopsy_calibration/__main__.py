@@ -23,9 +23,10 @@ from typing import Any
 
 from altgrad.autopsy.confidence import fitted
 from altgrad.errors import AltGradError, ConfigError
-from altgrad.records.files import write_bytes
+from altgrad.records.files import write_bytes, write_text
 from altgrad.records.folders import open_archive, write_archive
-from benchmarks.autopsy_calibration.one import COMMIT, RULES, run
+from benchmarks.autopsy_calibration.chart import page
+from benchmarks.autopsy_calibration.one import COMMIT, RULES, drawn, run
 from benchmarks.autopsy_calibration.score import evidence, held_out, is_null, report
 
 SETS: dict[str, tuple[int, int, int]] = {"develop": (18, 50, 30), "sealed": (20261129, 100, 59)}
@@ -87,11 +88,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="only so many cases, nulls included")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--draw", action="store_true", help="only write down the cases and what counts as right")
     parser.add_argument("--again", action="store_true", help="judge anew what other rules have judged")
     parser.add_argument(
         "--pack", type=Path, help="archive that the records are put into, and taken from where they are missing"
     )
     parser.add_argument("--score", type=Path, help="only print the figures of a folder or a pack")
+    parser.add_argument("--figure", type=Path, help="HTML page to write beside the figures of --score")
     parser.add_argument("--fit", type=Path, help="print the classes of confidence that a folder or a pack gives")
     arguments = parser.parse_args()
     if arguments.fit is not None:
@@ -100,6 +103,8 @@ def main() -> None:
         return
     if arguments.score is not None:
         print(report(records_of(arguments.score)))
+        if arguments.figure is not None:
+            write_text(arguments.figure, page(records_of(arguments.score)))
         return
     if arguments.which is None:
         parser.error("name a --set, a --score or a --fit")
@@ -114,6 +119,10 @@ def main() -> None:
     check_rules(out, arguments.again)
     print(f"{out}: rules {RULES}, commit {COMMIT}, seed {seed}", flush=True)
     names = names_of(faults, nulls)[: arguments.count]
+    if arguments.draw:
+        for name in names:
+            print(drawn(seed, name, out).as_dict(), flush=True)
+        return
     left = [name for name in names if not (out / f"{name}.json").exists()]
     records = (record for record in ended(seed, left, out, arguments.jobs) if record is not None)
     for done, record in enumerate(records, len(names) - len(left) + 1):
