@@ -98,10 +98,14 @@ class Band:
 
 @dataclass(frozen=True)
 class Null:
-    """The null band: draws of the damaged run and draws of its twin, from one state on the same batches."""
+    """The null band: draws of the damaged run and draws of its twin, from one state on the same batches.
+
+    wobble: standard error of the damage by its scatter from step to step, which draws that hardly part do not show.
+    """
 
     low: Band
     high: Band
+    wobble: float = 0.0
 
     @property
     def damage(self) -> float:
@@ -120,8 +124,14 @@ class Null:
 
     @property
     def damaged(self) -> bool:
-        """Whether there is damage: beyond the floor, and four standard errors from none."""
-        return self.damage > self.low.floor and self.z > 4.0
+        """Whether there is damage: beyond the floor, and four standard errors from none, three by its steps."""
+        return self.damage > self.low.floor and self.z > 4.0 and self.damage > 3 * self.wobble
+
+
+def wobble(gap: Sequence[float] | np.ndarray) -> float:
+    """Standard error of a mean of step-by-step damage whose neighbours go along in pairs; a steady trend counts as none."""
+    steps = np.asarray(gap, dtype=float)
+    return float(np.std(np.diff(steps)) / math.sqrt(len(steps))) if len(steps) > 2 else 0.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from altgrad.autopsy.damage import Null, Settled, Share, Yardstick, floor_of
+from altgrad.autopsy.damage import Null, Settled, Share, Yardstick, floor_of, wobble
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks
 
@@ -75,7 +75,9 @@ def null_band(forks: Forks, start: int, horizon: int, ceiling: float, draws: int
     highs = [Fork(frozenset(), start, LOW, horizon, draw=k) for k in range(max(2, draws // 2) + 1)]
     outcomes = forks.all([*highs, *lows])
     yardstick = Yardstick(outcomes[0].losses, ceiling)
-    return yardstick, Null(yardstick.band(outcomes[len(highs) :]), yardstick.band(outcomes[1 : len(highs)]))
+    gap = np.mean([yardstick.curve(o.losses) for o in outcomes[len(highs) :]], axis=0)[horizon // 2 :]
+    low, high = yardstick.band(outcomes[len(highs) :]), yardstick.band(outcomes[1 : len(highs)])
+    return yardstick, Null(low, high, wobble(gap))
 
 
 def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int, least: int = SHORTEST) -> Window:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 
@@ -68,6 +69,19 @@ def test_a_run_that_ends_damaged_is_not_called_undamaged():
     verdict = autopsy(Never(any_of(MIDDLE, size=0.3), onset=60))
     assert verdict.kind == "inconclusive"
     assert "ends 0.3" in verdict.sentence
+
+
+def test_damage_that_comes_and_goes_from_step_to_step_names_no_cause():
+    """Two trajectories that have parted differ by chance at every step, which draws that hardly scatter do not show."""
+
+    class Parted(Planted):
+        def _losses(self, fork, start, horizon):
+            losses = super()._losses(fork, start, horizon)
+            parted = (random.Random(f"{start + i}").gauss(0.02, 0.15) if fork.low else 0.0 for i in range(len(losses)))
+            return tuple(loss + by for loss, by in zip(losses, parted, strict=True))
+
+    for steps in (96, 120, 150):
+        assert autopsy(Parted(any_of(), steps=steps, noise=1e-5)).kind != "cause"
 
 
 def test_redundant_causes_that_no_single_rescue_shows():
