@@ -302,7 +302,9 @@ class Cast:
         return plan.kernel.decode(plan, codes, scale, upper, out)
 
     def layout(self, shape: torch.Size) -> BlockLayout:
-        """Where the blocks lie in a tensor of that shape."""
+        """Where the blocks lie in a tensor of that shape; what is remembered is no shape of symbols."""
+        if any(type(size) is not int for size in shape):
+            return block_layout(shape, self.format, self.axis, pad=self.pad)
         found = self._layouts.get(shape)
         return found or kept_in(self._layouts, shape, block_layout(shape, self.format, self.axis, pad=self.pad))
 

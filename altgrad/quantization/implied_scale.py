@@ -36,7 +36,7 @@ def resolved_scale(
         ScaleError: another text.
     """
     if scale is None:
-        if _looks_left and not is_dynamo_compiling():
+        if not is_dynamo_compiling() and _looks_left:  # in this order: a traced count would be guarded, and retrace
             _look(x, fmt)
         return 1.0, clamp
     if type(scale) is not str:

@@ -262,7 +262,7 @@ def test_the_plan_is_measured_and_needs_no_fork(run_folder, whole):
     assert replace(planned, known=20).seconds < planned.seconds
     assert replace(planned, jobs=2).seconds < planned.seconds
     assert "typically" in str(planned)
-    with pytest.raises(OptionError, match="0 jobs"):
+    with pytest.raises(OptionError, match="0 forks at a time"):
         autopsy(run_folder, jobs=0)
 
 

@@ -245,7 +245,7 @@ def test_a_full_recipe_is_taken_as_it_is():
 def test_vocabulary_and_length_are_checked_at_the_start():
     with pytest.raises(DataError, match="vocab"):
         tiny_trainer("model.vocab_size=100")
-    with pytest.raises(DataError, match="window"):
+    with pytest.raises(DataError, match="a sequence needs 5001"):
         tiny_trainer("model.block_size=5000")
 
 
