@@ -155,7 +155,7 @@ def judge(kind: str, documents: list[dict[str, Any]], folder: Path, rng: random.
     inside = [] if kind == "matrix" else ["runs_dir=" + str(path.parent / "runs")]
     arguments = ["run", str(path), *inside, *settings, *look]
     if kind == "matrix":
-        arguments = ["sweep", str(path), *settings, "--out", str(path.parent / "out"), "--dry-run"]
+        arguments = ["sweep", str(path), *settings, "--out", str(path.parent / "out"), "--dry-run", "--no-estimate"]
     before = {p.name for p in (*folder.iterdir(), *folder.parent.iterdir())}
     output, code = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape"), 0
     sys.argv = ["altgrad", *arguments]

@@ -84,6 +84,14 @@ def test_compare_runs_all_and_reports_once(config, tmp_path):
     assert (tmp_path / "again.html").exists()
 
 
+def test_a_plan_is_shown_without_times_where_none_are_wanted(config, tmp_path):
+    matrix = tmp_path / "matrix.yaml"
+    matrix.write_text(f"base: {config}\nmatrix: {{fp8_format: [E3M4, E5M2]}}\n")
+    shown = invoke("sweep", matrix, "--out", tmp_path / "out", "--dry-run", "--no-estimate")
+    assert "2 runs" in shown.output
+    assert "no estimate" in shown.output
+
+
 def test_formats_of_one_config_are_compared_over_seeds_in_one_report(config, tmp_path):
     given = ["compare", config, "weight_storage=grid", "--formats", "FP32, E3M4, te_current without promotion"]
     planned = invoke(*given, "--seeds", "2", "--dry-run")

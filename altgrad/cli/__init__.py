@@ -315,6 +315,9 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="How many runs, and how long; starts none of them.")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="With --dry-run: say how long, from a few steps of a run.")
+    ] = True,
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
     address: Annotated[
         str | None, typer.Option("--address", help="Of a Ray cluster; auto finds the local one.")
@@ -332,6 +335,7 @@ def sweep(
             out,
             jobs=jobs,
             dry_run=dry_run,
+            estimate=estimate,
             executor=executor,
             address=address,
             devices=devices,

@@ -23,6 +23,7 @@ from altgrad.sweep import (
     plan_sweep,
     run_sweep,
 )
+from altgrad.sweep.estimate import calibrate
 from altgrad.training.config.document import literal
 from altgrad.training.config.loading import load_config
 from altgrad.training.config.shipped import FIRST_MATRIX, first_config, write_first
@@ -37,6 +38,7 @@ def sweep(
     *,
     jobs: int | None,
     dry_run: bool,
+    estimate: bool,
     executor: str,
     address: str | None,
     devices: str | None,
@@ -45,7 +47,7 @@ def sweep(
     """Exit code: 0 all runs are done, 1 some failed (or collapsed, on demand), 130 stopped before the end."""
     slots = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]
     options = SweepOptions(jobs=jobs, executor=executor, address=address, devices=slots)
-    return _study(plan_sweep(matrix, out, overrides), options, dry_run, fail_on_collapse)[0]
+    return _study(plan_sweep(matrix, out, overrides), options, dry_run, fail_on_collapse, estimate=estimate)[0]
 
 
 def compare_formats(
@@ -109,10 +111,12 @@ def _of_format(text: str) -> dict[str, Any]:
         return {"formats": text}
 
 
-def _study(plan: Plan, options: SweepOptions, dry_run: bool, fail_on_collapse: bool) -> tuple[int, bool]:
+def _study(
+    plan: Plan, options: SweepOptions, dry_run: bool, fail_on_collapse: bool, *, estimate: bool = True
+) -> tuple[int, bool]:
     """(exit code, whether every run is there)."""
     if dry_run:
-        describe_plan(plan, options)
+        describe_plan(plan, options, calibrate if estimate else None)
         return 0, False
     result = run_sweep(plan, options)
     describe_result(result)

@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ from altgrad.records.run import Run, finished_result
 from altgrad.records.schema import as_number, as_whole
 from altgrad.sweep.job import TIMES, Job
 from altgrad.sweep.plan import PlannedRun
-from altgrad.sweep.worker import execute
+from altgrad.sweep.worker import Stop, execute
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import recipe_of
 from altgrad.training.config.loading import dump_config
 
-CALIBRATION_STEPS = 16
+CALIBRATION_STEPS, CALIBRATION_LIMIT_S = 16, 120.0
 _WARM = 4  # steps before the first that is timed: kernels are compiled in them
 _FORWARD_SHARE = 1 / 3  # of a step's time; evaluation is forward only
 
@@ -89,7 +90,7 @@ def calibrate(config: ExperimentConfig, make_job: Callable[[ExperimentConfig, Pa
         make_job: the job that runs a config under a folder; None runs `altgrad run`.
 
     Raises:
-        SweepError: the calibration failed; its last output is quoted.
+        SweepError: the calibration failed (its last output is quoted), or was not over within 120 s.
     """
     evaluations = config.max_steps // config.evaluation.interval + 2
     steps_worth = config.max_steps + evaluations * config.evaluation.batches * _FORWARD_SHARE
@@ -101,9 +102,20 @@ def calibrate(config: ExperimentConfig, make_job: Callable[[ExperimentConfig, Pa
             }
         )  # fmt: skip
         job = (make_job or _calibration_job)(short, Path(scratch))
-        outcome = execute(job, retries=0)
+        stop = Stop(grace_s=5.0)
+        limit = threading.Timer(CALIBRATION_LIMIT_S, stop.requested.set)
+        limit.start()
+        try:
+            outcome = execute(job, stop, retries=0)
+        finally:
+            limit.cancel()
         ends = [end for path in Path(scratch).rglob(METRICS) for end in _step_ends(Run(path.parent))]
         if len(ends) <= _WARM + 1:
+            if outcome.status == "stopped":
+                raise SweepError(
+                    f"the calibration of {config.name} took no {_WARM + 2} steps in {CALIBRATION_LIMIT_S:g} s; "
+                    "look at the plan without times (--no-estimate), or time one run: altgrad run"
+                )
             tail = (outcome.crash or {}).get("log_tail") or ["no output"]
             raise SweepError(f"the calibration of {config.name} failed: {tail[-1]}; try the run itself: altgrad run")
     per_step = statistics.median(b - a for a, b in zip(ends[_WARM:], ends[_WARM + 1 :]))

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from altgrad.errors import SweepError
 from altgrad.records.lock import RunLock
-from altgrad.sweep import SweepOptions, describe_plan, describe_result, plan_sweep, run_sweep
+from altgrad.sweep import SweepOptions, describe_plan, describe_result, estimate, plan_sweep, run_sweep
 from altgrad.sweep.estimate import Estimate, calibrate, estimate_run, measure_finished, schedule
 from altgrad.sweep.job import State, position
 from altgrad.sweep.plan import PlannedRun
@@ -157,6 +157,12 @@ def test_a_calibration_times_the_steps_and_counts_evaluations(tmp_path: Path) ->
     assert found.source == "a calibration of 16 steps"
     with pytest.raises(SweepError, match=r"calibration of tiny failed: .*does not divide"):
         calibrate(config, lambda short, scratch: job(short.model_copy(update={"name": "x-usage"}), scratch))
+
+
+def test_a_calibration_that_takes_too_long_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "CALIBRATION_LIMIT_S", 0.05)
+    with pytest.raises(SweepError, match=r"took no 6 steps in 0.05 s; .*--no-estimate"):
+        calibrate(load_config({"name": "tiny"}))
 
 
 def test_schedules_fill_the_slots_in_order() -> None:
