@@ -161,8 +161,13 @@ def test_a_calibration_times_the_steps_and_counts_evaluations(tmp_path: Path) ->
 
 def test_a_calibration_that_takes_too_long_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "CALIBRATION_LIMIT_S", 0.05)
+
+    def job(short, scratch: Path):
+        run = PlannedRun(short, {}, scratch / "calibration", State.MISSING)
+        return replace(faked(run, 1), environment={"FAKE_STEP_S": "3"})
+
     with pytest.raises(SweepError, match=r"took no 6 steps in 0.05 s; .*--no-estimate"):
-        calibrate(load_config({"name": "tiny"}))
+        calibrate(load_config(TINY), job)
 
 
 def test_schedules_fill_the_slots_in_order() -> None:
