@@ -36,7 +36,7 @@ NUMERIC = (
     *(f"tests/quantization/test_{name}.py" for name in ("accumulator", "blocks", "cpu", "products", "scaling")),
     "tests/optim/test_fused.py",
 )
-PRODUCTS = ("tests/nn/test_gemm.py", "tests/nn/test_layers.py")
+PRODUCTS = ("tests/nn/test_gemm.py", "tests/nn/test_layers.py", "tests/nn/test_ragged_blocks.py")
 ROUTES = tuple(route.value for route in Route)
 AT_ONCE = 2
 

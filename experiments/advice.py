@@ -3,7 +3,7 @@
 For every model, seed and learning rate schedule a float32 trace over the first quarter of the run predicts what each
 format does; then every format is trained from the start. A run that is in the record is not repeated, so the command can
 be stopped and goes on; seeds come one after the other, so whatever there is can be told. The convolutional model needs
-scikit-learn (its digits).
+scikit-learn (its digits; `pip install altgrad[studies]`).
 
     python -m experiments.advice --list                      # how many runs there are to make
     python -m experiments.advice                             # make them; appends to experiments/results/advice.jsonl
