@@ -6,6 +6,7 @@ whole range. So the first calls without a scale look at some of their elements, 
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from altgrad.quantization.scaling import amax_scale
 
 AMAX = "amax"
 LOOKS, SAMPLE = 64, 1024
-"""Calls of a process that are looked at, and elements of each."""
+"""Calls of a process that are looked at, and the most elements of each."""
 
 _looks_left = LOOKS
 
@@ -54,22 +55,31 @@ _is_block._dynamo_marked_constant = True  # as torch.compiler.assume_constant_re
 
 
 def _look(x: Tensor, fmt: FloatFormat | BlockFormat | str) -> None:
-    """Warn where more than half of the sampled nonzero elements lie below half of the format's smallest step."""
+    """Warn where more than half of the sampled nonzero elements lie at or below half of the format's smallest step."""
     global _looks_left
     if not at_hand(x) or x.dtype not in FLOAT_DTYPES or x.device.type != "cpu" or _is_block(fmt):
         return
     if not x.is_contiguous() or not x.numel():
         return
     _looks_left -= 1
-    seen = x.detach().view(-1)[:: max(1, x.numel() // SAMPLE)].abs()
+    seen = x.detach().view(-1)[:: -(-x.numel() // SAMPLE)].abs()
     found = get_format(fmt)
     half = found.min_subnormal / 2 if found.has_subnormals else found.min_normal / 2
-    lost = int(((seen > 0) & (seen <= half)).sum())
-    if 2 * lost > seen.numel():
+    nonzero = seen > 0
+    lost, of = int((nonzero & (seen <= half)).sum()), int(nonzero.sum())
+    if 2 * lost > of:
         _looks_left = 0
         warnings.warn(
-            f"{lost / seen.numel():.0%} of the elements underflow to 0 in {found} at scale 1, as no scale was given; "
+            f"{lost / of:.0%} of the nonzero elements underflow to 0 in {found} at scale 1, as no scale was given; "
             'give scale="amax" to use the whole range of the format, or scale=1.0 if this is meant',
             UnderflowWarning,
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The `stacklevel` for which `_look` warns of the first line outside of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("altgrad.quantization"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -326,6 +326,16 @@ def test_one_warning_says_that_most_of_a_tensor_underflows_where_no_scale_was_gi
     small[:2000] = 1.0
     quantize(small, "E3M4", 1.0)  # which is meant
     quantize(small[:3000], "E3M4")  # two thirds survive
-    with pytest.warns(UnderflowWarning, match=r"6\d% of the elements underflow to 0 in E3M4 at scale 1"):
+    with pytest.warns(UnderflowWarning, match=r"6\d% of the nonzero elements underflow to 0 in E3M4 at scale 1"):
         encode(small, "E3M4")
     quantize(small, "E3M4")  # said once
+
+
+@pytest.mark.parametrize("call", [quantize, encode, fake_quantize, quantize_with_stats, encode_with_stats])
+def test_the_warning_counts_nonzero_elements_and_names_the_callers_line(call, monkeypatch):
+    monkeypatch.setattr(implied_scale, "_looks_left", implied_scale.LOOKS)
+    mostly_zero = torch.zeros(100)
+    mostly_zero[:3] = 0.001
+    with pytest.warns(UnderflowWarning, match="100% of the nonzero") as said:
+        call(mostly_zero, "E3M4")
+    assert said[0].filename == __file__

@@ -1,7 +1,7 @@
 """Block formats in Triton: amax, scale and rounding of each tile in one kernel, from one read of device memory.
 
-Two kernels, as on the CPU: `_tiles` works on tiles whose rows are contiguous, `_strips` on blocks along another axis, a
-strip of neighbouring columns per program. A tile that fits a program's registers is loaded once; a larger one is read
+One kernel: with STRIPS it works on blocks along another axis, a strip of neighbouring columns per program, else on tiles
+whose rows are contiguous. A tile that fits a program's registers is loaded once; a larger one is read
 again from the cache. Tested on a CPU through Triton's interpreter (`TRITON_INTERPRET=1` before the first import).
 """
 
