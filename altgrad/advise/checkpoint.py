@@ -25,7 +25,7 @@ from altgrad.advise.advice import Advice, options_from, rows_of
 from altgrad.advise.choose import Budget, choose
 from altgrad.advise.sensitivity import recipe_from
 from altgrad.advise.trace import Layer, Tell, Trace
-from altgrad.errors import CheckpointError
+from altgrad.errors import CheckpointError, ConfigError
 from altgrad.formats.spectrum import Block, Spectrum
 from altgrad.monitor.spectra import spectrum_of
 
@@ -71,8 +71,13 @@ def advise_weights(source: nn.Module | str | Path, budget: Budget | None = None,
 
     Raises:
         CheckpointError: it is no such thing, is damaged, misses a shard, or holds quantized weights.
+        ConfigError: a budget that asks for weights on a grid.
     """
     budget = budget or Budget()
+    if budget.storage != "master":
+        raise ConfigError(
+            f"storage {budget.storage} rests on updates, which weights alone do not tell; use master, or give a config"
+        )
     started = time.perf_counter()
     trace, skipped, facts = spectra_of(source, budget.block_shapes, tell)
     rows = rows_of(trace, tuple(dict.fromkeys((*budget.formats, budget.high))), tell=tell)
@@ -272,14 +277,17 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
+
+
 def _pickled(path: Path) -> list[Entry]:
     """A state dict in torch's own format, alone or under "state_dict" or "model"."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         try:  # files of torch < 1.6 cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
+        except _UNREADABLE:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"{path.name} cannot be read as tensors alone ({said[:160]}); it is damaged, or holds code, which is never executed: "

@@ -91,7 +91,13 @@ class PlainLoop:
         return loss
 
     def gradient(self) -> tuple[float, Tensor]:
-        loss = self._backward()
+        """The loop is left where it was: buffers are put back, and dropout draws the same mask for every question of a step."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.random.fork_rng():
+            torch.manual_seed(self.step)
+            loss = self._backward()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
         return loss, flat_gradient(self.model)
 
     def _backward(self) -> float:

@@ -49,6 +49,12 @@ def advise(
     Raises:
         ConfigError: nothing to trace, no loss, or a model that is quantized. CheckpointError: an unusable checkpoint.
     """
+    if verify and (data is None or isinstance(data, Trace) or isinstance(model, str | Path)):
+        raise ConfigError(f"verify={verify} trains; give a model, its batches and its loss")
+    if isinstance(model, str | Path) and data is not None:
+        raise ConfigError(
+            f"{model} is a checkpoint, whose weights alone are looked at; leave data out, or give a model"
+        )
     if isinstance(model, str | Path):
         return advise_weights(model, budget, tell=tell)
     if data is None:

@@ -28,10 +28,12 @@ def verify(loop: Loop, trace: Trace, advice: Advice, steps: int = 20, *, tell: T
     over the starts. The loop is left where it was.
 
     Raises:
-        ConfigError: fewer than 2 steps.
+        ConfigError: fewer than 2 steps, or weights on a grid.
     """
     if steps < 2:
         raise ConfigError(f"forks of {steps} steps tell nothing; take at least 2")
+    if advice.budget.storage != "master":
+        raise ConfigError("forks compare recipes over float32 masters; use storage master, or leave verify out")
     begun = loop.capture()
     candidates = {"advised": (advice.recipe, advice.choice.formats), **_neighbours(trace, advice)}
     losses: dict[str, list[float]] = {name: [] for name in ("float32", *candidates)}
@@ -94,6 +96,6 @@ def _neighbours(trace: Trace, advice: Advice) -> dict[str, tuple[Recipe, dict[tu
                 others = [o for o in offered.get(cell, []) if o[1] != formats[cell] and bits_of(o[1]) <= limit]
                 if others:
                     formats[cell] = min(others)[1]
-        if formats != advice.choice.formats and advice.budget.storage == "master":
+        if formats != advice.choice.formats:
             found[f"other {role}"] = (recipe_from(formats, trace), formats)
     return found

@@ -19,13 +19,13 @@ from altgrad.analysis.comparison_report import write_report
 from altgrad.analysis.study import is_study
 from altgrad.analysis.study_report import write_study
 from altgrad.errors import OptionError, ReportError
+from altgrad.records.documents import RESULT
 from altgrad.records.metrics_log import METRICS
 from altgrad.records.run import find_runs
 from altgrad.report.pages.page import render_page
 
 LOOPBACK = "127.0.0.1"
 POLL_MS = 2000
-_RESULT = "result.json"
 _POLICY = "default-src 'none';"
 _SCRIPT = """
 <script>
@@ -59,7 +59,7 @@ class LivePage:
         """A word that changes when a run has new records or a result, or when a run is added."""
         seen = sha256()
         for folder in self._runs():
-            for name in (METRICS, _RESULT):
+            for name in (METRICS, RESULT):
                 try:
                     found = (folder / name).stat()
                 except OSError:

@@ -65,7 +65,7 @@ def advise(
         if verify:
             raise ConfigError("--verify trains, and a checkpoint alone has no data; give a config")
         if dry_run:
-            console.print(f"weights of {source} are read once, tensor by tensor; a hundred million take about a minute")
+            console.print(f"weights of {source} are read once, tensor by tensor")
             return
         with _progress(console) as told:
             found, config = advise_weights(source, budget, tell=told), None

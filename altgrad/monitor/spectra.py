@@ -1,6 +1,6 @@
 """Spectra of a training model's operands, weights and updates: one pass over each tensor on the steps that are due.
 
-    watch = SpectrumWatch(model, optimizer, every=5)
+    watch = SpectrumWatch(model, optimizer, layers={"head": model.head.weight}, every=5)
     ...train...
     watch.close()
     watch.operands["head", "input"][-1].predict("E4M3")
@@ -27,7 +27,7 @@ class SpectrumWatch:
 
     Args:
         model, optimizer: what is trained; without an optimizer, operands alone.
-        layers: name -> weight, of the layers whose weights and updates are wanted; None: of all that are hooked.
+        layers: name -> weight, of the layers whose weights and updates are wanted; None: of none.
         every: steps from one that is due to the next; the first is due.
         blocks: block sizes along the last axis, for block formats.
         seen: called with (layer, weight before the step, weight after it) on steps that are due.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import os
 
 import torch
@@ -42,12 +43,14 @@ def made_model(config: ExperimentConfig, vocab_size: int) -> nn.Module:
         make = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.factory {given} cannot be found: {error}; is its folder on PYTHONPATH?") from None
+    arguments = {"vocab_size": config.model.vocab_size or vocab_size, **config.model.options}
+    try:
+        inspect.signature(make).bind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.factory {given} does not take vocab_size and model.options: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        try:
-            model = make(vocab_size=config.model.vocab_size or vocab_size, **config.model.options)
-        except TypeError as error:
-            raise ConfigError(f"model.factory {given} does not take vocab_size and model.options: {error}") from None
+        model = make(**arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.factory {given} made a {type(model).__name__}; it must return a torch.nn.Module")
     return model

@@ -1,9 +1,9 @@
 """What the verdicts of `altgrad autopsy` are worth: faults drawn from a seed, and what it said of them.
 
     python -m benchmarks.autopsy_calibration --set develop --jobs 2
-    python -m benchmarks.autopsy_calibration --set sealed --jobs 2 --pack experiments/results/autopsy-calibration.tar.xz
-    python -m benchmarks.autopsy_calibration --score experiments/results/autopsy-calibration.tar.xz
-    python -m benchmarks.autopsy_calibration --fit runs/autopsy-calibration/develop-18
+    python -m benchmarks.autopsy_calibration --set sealed --jobs 2 --pack experiments/results/autopsy-calibration-sealed.tar.xz
+    python -m benchmarks.autopsy_calibration --score experiments/results/autopsy-calibration-sealed.tar.xz
+    python -m benchmarks.autopsy_calibration --fit experiments/results/autopsy-calibration-develop.tar.xz
 
 A case's acceptable answers are in NAME.case.json before it runs, its record in NAME.json when it has ended; the same command
 goes on where it was stopped. A set follows one state of the rules: where the sources of the autopsy have changed since, the

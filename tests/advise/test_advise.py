@@ -358,3 +358,26 @@ def test_the_loop_of_a_config_is_in_float32_whatever_the_config_says():
         one.advance()
     one.restore(state)
     assert not differing(one.capture(), state)
+
+
+def test_weights_alone_tell_nothing_of_a_grid(tmp_path):
+    save_file({"layer.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="storage grid rests on updates"):
+        advise(tmp_path / "model.safetensors", budget=Budget(storage="grid"))
+    with pytest.raises(ConfigError, match="verify=3 trains"):
+        advise(tmp_path / "model.safetensors", verify=3)
+    with pytest.raises(ConfigError, match="leave data out"):
+        advise(tmp_path / "model.safetensors", [(torch.zeros(1, 8),)])
+
+
+def test_questions_leave_a_loop_where_it_was_with_dropout_and_running_statistics():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 4)
+    )
+    loop = PlainLoop(model, [(torch.randn(16, 8),)], lambda model, x: model(x).square().mean())
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    first, second = loop.gradient(), loop.gradient()
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
