@@ -26,7 +26,7 @@ import yaml
 from altgrad.cli import main as command_line
 from altgrad.training.config.loading import key_paths
 from benchmarks.fuzz_records import HANG_SECONDS, HOSTILE, Hang, limited
-from benchmarks.reliability import count_cases
+from benchmarks.reliability import FUZZ_FAULTS, count_cases
 
 ROOT = Path(__file__).parent.parent
 SECRET = "f7c1-secret-of-the-environment"
@@ -182,9 +182,6 @@ def judge(kind: str, documents: list[dict[str, Any]], folder: Path, rng: random.
     return ("taken" if code == 0 else "refused"), ""
 
 
-FAULTS = ("traceback", "hang", "exit", "leak", "outside")
-
-
 def run(kind: str, count: int, seed: int, only: int | None = None, record: Path | None = None) -> Counter[str]:
     """The verdicts of `count` cases; each fault is printed."""
     os.environ["ALTGRAD_FUZZ_SECRET"] = SECRET
@@ -199,7 +196,7 @@ def run(kind: str, count: int, seed: int, only: int | None = None, record: Path 
 
             def judged(number: int) -> str:
                 verdict, said = judge(kind, bases, folder, random.Random(f"{kind} {seed} {number}"))
-                if verdict in FAULTS:
+                if verdict in FUZZ_FAULTS:
                     print(f"{kind} {number}: {verdict}: {said}", flush=True)
                 return verdict
 
@@ -222,7 +219,7 @@ def main() -> int:
     faults = 0
     for kind in arguments.kinds:
         verdicts = run(kind, arguments.count, arguments.seed, arguments.only, arguments.record)
-        faults += sum(verdicts[fault] for fault in FAULTS)
+        faults += sum(verdicts[fault] for fault in FUZZ_FAULTS)
         print(f"{sum(verdicts.values())} cases of {kind}, seed {arguments.seed}: {dict(verdicts)}", flush=True)
     return int(bool(faults))
 

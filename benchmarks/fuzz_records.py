@@ -35,7 +35,7 @@ from altgrad.records.pack import pack_runs
 from altgrad.records.run import Run, find_runs
 from altgrad.records.untrusted import Malformed, parse_json
 from altgrad.records.verify import verify_run
-from benchmarks.reliability import count_cases
+from benchmarks.reliability import FUZZ_FAULTS, count_cases
 from experiments.findings import RESULTS
 from experiments.records import thin
 
@@ -250,7 +250,7 @@ def main() -> int:
             return 0
         verdicts = count_cases(arguments.record, "fuzz records", arguments.seed, arguments.count, judged)
     print(f"{sum(verdicts.values())} damaged folders, seed {arguments.seed}: {dict(verdicts)}")
-    return int(any(verdicts[fault] for fault in ("traceback", "hang", "silent")))
+    return int(any(verdicts[fault] for fault in FUZZ_FAULTS))
 
 
 if __name__ == "__main__":

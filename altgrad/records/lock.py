@@ -1,8 +1,8 @@
-"""What reaches a run from outside: another process that wants its folder, and Ctrl-C or SIGTERM, taken as a request.
+"""The lock of a folder of records: one process at a time works in it.
 
-One process at a time works in a run folder. The lock belongs to the open file (flock), so a child process that inherits
+The lock belongs to the open file (flock), so a child process that inherits
 the descriptor holds it too: when a sweep is killed, the runs that it started keep their folders locked until they end,
-and nobody starts them a second time. A signal lets the present step finish; then a checkpoint is written and the run stops.
+and nobody starts them a second time.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from altgrad.errors import RunBusyError
 
@@ -119,38 +117,3 @@ def _open_to_look(path: Path) -> int:
 
 def _identity(folder: Path) -> str:
     return str(folder.resolve())
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class StopRequest:
-    """While entered, the first signal sets `signal`; a second one acts as it does without us.
-
-    Outside the main thread, where Python allows no handlers, nothing is caught.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, object] = {}
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._give_back()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._give_back()
-
-    def _give_back(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from altgrad.records.documents import (
     write_result,
 )
 from altgrad.records.files import new_folder, read_file, remove_leftovers
-from altgrad.records.lock import RunLock, StopRequest
+from altgrad.records.lock import RunLock
 from altgrad.records.machine import threads_in
 from altgrad.records.metrics_log import METRICS, Mark, MetricsLog, cut_back, until
 from altgrad.records.run import Run, read_run
@@ -52,6 +52,7 @@ from altgrad.training.run.checkpoint import (
     save_checkpoint,
 )
 from altgrad.training.run.folder import RunPlan, environment, plan_run
+from altgrad.training.run.stop import StopRequest
 from altgrad.training.run.trackers import Trackers, make_trackers
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import all_finite

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from benchmarks.autopsy_calibration.faults import Case
 from benchmarks.autopsy_calibration.generate import fault_case, null_case
 from benchmarks.autopsy_calibration.loop import STEPS, build
 from benchmarks.autopsy_calibration.symptoms import baselines
+from benchmarks.reliability import where
 
 BUDGET = 200
 
@@ -28,15 +28,8 @@ def _hash_of_rules() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
-def _commit() -> str | None:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
-
-
-RULES, COMMIT = _hash_of_rules(), _commit()
-"""Hash of the sources of the autopsy, which the verdicts of a set follow, and the commit of the working tree, if it is one."""
+RULES, COMMIT = _hash_of_rules(), where()["commit"]
+"""Hash of the sources of the autopsy, which the verdicts of a set follow, and the commit of the working tree (+: changed since)."""
 
 
 def drawn(seed: int, name: str, out: Path) -> Case:

@@ -7,7 +7,6 @@ its end, which is more than they would have had on the day.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -149,6 +148,3 @@ def _largest(table: dict[Any, float]) -> str | None:
     if best in (-math.inf, 0.0):
         return None
     return str(min((cell for cell, value in table.items() if value == best), key=str))
-
-
-Baseline = Callable[[LoopOracle], dict[str, Any]]
