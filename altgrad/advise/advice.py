@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,12 +144,12 @@ def _refused(trace: Trace, layer: str, role: str, fmt: str) -> str | None:
     return None
 
 
-def options_from(rows: Sequence[Row], weight: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], list[Option]]:
-    """What each operand offers; without sensitivity its damage is its noise times `weight`."""
+def options_from(rows: Sequence[Row]) -> dict[tuple[str, str], list[Option]]:
+    """What each operand offers; without sensitivity its damage is its noise."""
     found: dict[tuple[str, str], list[Option]] = {}
     for row in rows:
         if row.prediction is not None:
-            damage = row.damage if row.damage is not None else row.prediction.noise * weight[row.layer, row.role]
+            damage = row.damage if row.damage is not None else row.prediction.noise
             found.setdefault((row.layer, row.role), []).append(Option(row.format, row.bits, damage))
     return found
 
@@ -183,7 +183,7 @@ def advise_trace(
     for name, error in stall_error(trace, scalars).items():
         errors[f"stall_{name}"] = error
     tie_db = max(TIE_DB, 2 * errors.get("sqnr_db", 0.0))
-    choice = choose(options_from(rows, dict.fromkeys(values, 1.0)), values, budget, tie_db)
+    choice = choose(options_from(rows), values, budget, tie_db)
     storage = _storages(trace, choice, budget)
     recipe = recipe_from(choice.formats, trace, storage)
     advice = Advice(recipe, choice, rows, budget, errors=errors, left_high=dict(trace.untraced))

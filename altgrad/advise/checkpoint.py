@@ -82,7 +82,7 @@ def advise_weights(source: nn.Module | str | Path, budget: Budget | None = None,
     trace, skipped, facts = spectra_of(source, budget.block_shapes, tell)
     rows = rows_of(trace, tuple(dict.fromkeys((*budget.formats, budget.high))), tell=tell)
     values = {cell: trace.values(*cell) for cell in trace.cells}
-    options = options_from(rows, dict.fromkeys(values, 1.0))
+    options = options_from(rows)
     choice = choose({cell: options[cell] for cell in values}, values, budget)
     advice = Advice(recipe_from(choice.formats, trace), choice, rows, budget, source="weights")
     advice.unknown, advice.left_high, advice.facts = list(UNKNOWN), skipped, facts

@@ -151,7 +151,6 @@ def moment_ratchet(
     *,
     rounding: str = "nearest_even",
     seed: int = 0,
-    lrs: Sequence[float] = (),
 ) -> np.ndarray:
     """How far a second moment in a format runs away from the one in float32: median of sqrt(v / v_float32) by step.
 

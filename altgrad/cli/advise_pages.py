@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
 from altgrad.advise import Advice, Budget, advise_loop, advise_weights
@@ -19,7 +17,7 @@ from altgrad.advise.loop import flat_gradient
 from altgrad.advise.trace import layers_of
 from altgrad.errors import ConfigError
 from altgrad.records.files import write_json, write_text
-from altgrad.report.console import Terminal
+from altgrad.report.console import Terminal, ruled_table
 from altgrad.report.numbers import duration, percent, plural
 from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence
 
@@ -209,7 +207,7 @@ def _print(console: Terminal, data: dict[str, Any]) -> None:
     """The table: one row for each operand, its format, what that does there, and ties."""
     console.print(headline(data), style="bold", highlight=False)
     console.print(sentence(data), highlight=False)
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = ruled_table()
     for head in ("layer", "", "format", "SQNR dB", "becomes 0", "limited by", "as good"):
         table.add_column(head, justify="right" if head in ("SQNR dB", "becomes 0") else "left", no_wrap=head == "layer")
     ties: dict[tuple[str, str], list[str]] = {}
