@@ -306,6 +306,9 @@ def _documents_differ(run: Path, reference: Path) -> list[str]:
         )
         try:
             one, other = read(run / name), read(reference / name)
+            if not isinstance(one, dict):
+                said.append(f"{name}: no mapping")
+                continue
             keys = {k for k in {*one, *other} if k not in ("runs_dir", "created", "time", "started", "command", "host")}
             said += [f"{name}: {k}" for k in sorted(keys) if one.get(k) != other.get(k)]
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:

@@ -54,7 +54,7 @@ def page(records: Sequence[Record]) -> str:
         kind="figure",
         headline="What an autopsy's verdict is worth",
         lede=[
-            f"Of {len(records)} cases. In colour: the autopsy, all its answers and by the damage that the fault does. In grey: what "
+            f"Of {len(records)} cases. In colour: the autopsy, all its answers and by the damage that the fault does. In black: what "
             "a monitor's worst cell would have been, on the same faults. Dot and bar: share and 95% interval."
         ],
         figures=[chart(records)],
