@@ -138,7 +138,7 @@ def test_the_page_tells_cause_control_and_remedy(found):
         assert "one more exponent bit" in text
         assert "altgrad autopsy runs/e4m3-s1-abc" in text
         assert "x:E4M3 w:E4M3 dy:E5M3" in text
-        assert "of calibrated cases with this evidence named the right cells" in text
+        assert "by calibrated cases of like damage and structure" in text
         assert "likely" not in text
     assert html.count("exonerated") >= len(CELLS) - 1
     assert "https://" not in html.replace("https://www.w3.org", "")

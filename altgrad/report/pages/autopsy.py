@@ -128,7 +128,7 @@ def _remarks(data: Data) -> list[str]:
         remarks.append(
             "Confidence: not calibrated for a case like this."
             if sure is None
-            else f"Confidence: {percent(sure)} of calibrated cases with this evidence named the right cells."
+            else f"Confidence: {percent(sure)}, by calibrated cases of like damage and structure."
         )
     return remarks
 
