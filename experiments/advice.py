@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from altgrad.advise import PlainLoop, Trace, take_trace
 from altgrad.advise.advice import sqnr_error
-from altgrad.advise.sensitivity import Attribution, attribute
+from altgrad.advise.sensitivity import attribute, everywhere
 from altgrad.advise.stall import Snapshot, exact_stall, freeze_step, moment_ratchet, stall_error, stall_over
 from altgrad.errors import AltGradError
 from altgrad.nn import Recipe, attach_optimizer, quantize_model, uniform
@@ -195,7 +195,7 @@ def predicted(model: str, seed: int, decay: str) -> dict[str, Any]:
         stalls[f"{storage}|{fmt}"] = [round(float(curve.mean()), 4), freeze_step(curve)]
     return {
         "stall": stalls,
-        "damage": {fmt: float(f"{total_damage(trace, attribution, dict.fromkeys(ROLES, fmt)):.4g}") for fmt in formats},
+        "damage": {fmt: float(f"{error:.4g}") for fmt, error in everywhere(loop, trace, formats).items()},
         "sqnr": {fmt: round(_mean_sqnr(trace, fmt), 3) for fmt in formats},
         "sqnr_error": {fmt: round(sqnr_error(loop, trace, (fmt,)), 3) for fmt in formats},
         "spectral_stall_error": {k: round(v, 5) for k, v in stall_error(trace, formats).items()},
@@ -206,14 +206,6 @@ def predicted(model: str, seed: int, decay: str) -> dict[str, Any]:
 ROLES = ("input", "weight", "grad_output")
 
 
-def total_damage(trace: Trace, attribution: Attribution, formats: dict[str, str]) -> float:
-    """Predicted damage of one format for each role, in all layers."""
-    return sum(
-        attribution.cells[layer, role].damage(trace.predict(layer, role, formats[role], 3).noise)
-        for layer, role in trace.cells
-    )
-
-
 def _mean_sqnr(trace: Trace, fmt: str, role: str | None = None) -> float:
     return float(np.mean([trace.predict(*cell, fmt, 3).sqnr_db for cell in trace.cells if role in (None, cell[1])]))
 
@@ -221,11 +213,11 @@ def _mean_sqnr(trace: Trace, fmt: str, role: str | None = None) -> float:
 def predicted_choice(model: str, seed: int) -> dict[str, Any]:
     """Damages by role and format for the enumerated recipes, and what other methods would choose."""
     loop, trace = trace_of(model, seed, "cosine")
-    attribution = attribute(loop, trace)
+    attribution = attribute(loop, trace, tuple(dict.fromkeys((*X, *W, *DY))))
     by_role = {
         role: {
             fmt: sum(
-                attribution.cells[cell].damage(trace.predict(*cell, fmt, 3).noise)
+                attribution.cells[cell].damage(fmt, trace.predict(*cell, fmt, 3).noise)
                 for cell in trace.cells
                 if cell[1] == role
             )

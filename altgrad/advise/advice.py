@@ -11,9 +11,9 @@ import numpy as np
 
 from altgrad.advise.choose import TIE_DB, Budget, Choice, Option, bits_of, choose
 from altgrad.advise.loop import Loop, quantized
-from altgrad.advise.sensitivity import Attribution, attribute, recipe_from
+from altgrad.advise.sensitivity import Attribution, attribute, everywhere, recipe_from
 from altgrad.advise.stall import freeze_step, stall_error, stall_over
-from altgrad.advise.trace import HOOKED, Tell, Trace
+from altgrad.advise.trace import Tell, Trace
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
 from altgrad.formats.spectrum import Prediction
@@ -55,7 +55,8 @@ class Advice:
 
     recipe: for `quantize_model` and `altgrad run`. choice: formats by (layer, role), with ties.
     gradient_snr_db: predicted for the whole recipe at the trace's end; measured_snr_db: the same, measured on the next
-    batch. errors: of the predictions, as measured (`measure_errors`). stalls: by format, storage and layer ("" for all):
+    batch. errors: of the predictions, as measured. everywhere: by format, the relative squared
+    error of the mean gradient with that format for every operand (`sensitivity.everywhere`). stalls: by format, storage and layer ("" for all):
     predicted mean over the schedule, and the step from which 95% are lost. unknown: what the source cannot tell.
     """
 
@@ -67,6 +68,7 @@ class Advice:
     gradient_snr_db: float | None = None
     measured_snr_db: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    everywhere: dict[str, float] = field(default_factory=dict)
     stalls: list[dict[str, Any]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     left_high: dict[str, str] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class Advice:
             "measured_snr_db": number(self.measured_snr_db),
             "errors": {name: number(value) for name, value in self.errors.items()},
             "rows": rows,
+            "everywhere": {name: number(value) for name, value in self.everywhere.items()},
             "stalls": self.stalls,
             "unknown": self.unknown,
             "left_high": self.left_high,
@@ -122,26 +125,15 @@ def rows_of(
     rows: list[Row] = []
     for i, (layer, role) in enumerate(trace.cells):
         for fmt in formats:
-            refused = _refused(trace, layer, role, fmt)
+            refused = trace.refusal(layer, role, fmt)
             found = None if refused else trace.predict(layer, role, fmt, LAST)
             damage = None
             if attribution is not None and found is not None:
-                damage = attribution.cells[layer, role].damage(found.noise)
+                damage = attribution.cells[layer, role].damage(fmt, found.noise)
             rows.append(Row(layer, role, fmt, bits_of(fmt), found, damage, refused))
         if tell is not None:
             tell("predictions", i + 1, len(trace.cells))
     return rows
-
-
-def _refused(trace: Trace, layer: str, role: str, fmt: str) -> str | None:
-    form = get_format(fmt)
-    if not isinstance(form, BlockFormat):
-        return None
-    if trace.layers[layer].kind in HOOKED and trace.layers[layer].kind != "linear" and role != "weight":
-        return "blocks of a convolution's unfolded input are not traced"
-    if form.block not in trace.operands[layer, role][-1].blocks:
-        return f"blocks of {form.block} were not traced"
-    return None
 
 
 def options_from(rows: Sequence[Row]) -> dict[tuple[str, str], list[Option]]:
@@ -170,13 +162,15 @@ def advise_trace(
     """
     budget = budget or Budget()
     if loop is not None and attribution is None:
-        attribution = attribute(loop, trace, tell=tell)
+        attribution = attribute(loop, trace, budget.formats, tell=tell)
     formats = tuple(dict.fromkeys((*budget.formats, budget.high)))
     rows = rows_of(trace, formats, attribution, tell)
     values = {cell: trace.values(*cell) for cell in trace.cells}
     errors: dict[str, float] = {}
+    whole: dict[str, float] = {}
     if loop is not None:
         errors["sqnr_db"] = sqnr_error(loop, trace, budget.formats)
+        whole = everywhere(loop, trace, budget.formats, tell=tell)
     if attribution is not None:
         errors["completeness"] = attribution.completeness
     scalars = [name for name in budget.formats if not isinstance(get_format(name), BlockFormat)]
@@ -189,6 +183,7 @@ def advise_trace(
     advice = Advice(recipe, choice, rows, budget, errors=errors, left_high=dict(trace.untraced))
     advice.errors["tie_db"] = tie_db
     advice.stalls = stall_rows(trace, scalars)
+    advice.everywhere = whole
     if attribution is None:
         advice.unknown.append("which operands matter most: every operand counts alike without a loop to ask")
     else:
@@ -261,7 +256,7 @@ def sqnr_error(loop: Loop, trace: Trace, formats: Sequence[str]) -> float:
     def take(name: str, role: str, x: Any) -> None:
         layer = plain_name(name)
         for fmt in formats:
-            if (layer, role) not in trace.operands or _refused(trace, layer, role, fmt):
+            if (layer, role) not in trace.operands or trace.refusal(layer, role, fmt):
                 continue
             form = get_format(fmt)
             if isinstance(form, BlockFormat):

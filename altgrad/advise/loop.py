@@ -36,8 +36,8 @@ class Loop(Protocol):
         """Take the next step and return its training loss; NaN if not finite."""
         ...
 
-    def gradient(self) -> tuple[float, Tensor]:
-        """Loss and all gradients (one vector) of the next step's batch, without taking the step."""
+    def gradient(self, ahead: int = 0) -> tuple[float, Tensor]:
+        """Loss and all gradients (one vector) of the batch of the next step, or of the step `ahead` of it; none is taken."""
         ...
 
     def capture(self) -> Any:
@@ -81,7 +81,7 @@ class PlainLoop:
         self.step = 0
 
     def advance(self) -> float:
-        loss = self._backward()
+        loss = self._backward(self.step + 1)
         if self.schedule:
             lr = self.schedule[min(self.step, len(self.schedule) - 1)]
             for group in self.optimizer.param_groups:
@@ -90,19 +90,19 @@ class PlainLoop:
         self.step += 1
         return loss
 
-    def gradient(self) -> tuple[float, Tensor]:
+    def gradient(self, ahead: int = 0) -> tuple[float, Tensor]:
         """The loop is left where it was: buffers are put back, and dropout draws the same mask for every question of a step."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with torch.random.fork_rng():
-            torch.manual_seed(self.step)
-            loss = self._backward()
+            torch.manual_seed(self.step + ahead)
+            loss = self._backward(self.step + 1 + ahead)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
         return loss, flat_gradient(self.model)
 
-    def _backward(self) -> float:
+    def _backward(self, step: int) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        batch = self._batches(self.step + 1)
+        batch = self._batches(step)
         loss = self._loss(self.model, *(batch if isinstance(batch, tuple | list) else (batch,)))
         loss.backward()
         value = float(loss.detach())

@@ -43,7 +43,7 @@ def advise(
         loss: of (model, *batch). optimizer: a function from parameters to an optimizer; None: AdamW with lr 1e-3.
         schedule: learning rate of each step of the run that is planned; without it stall is told at the traced rate only.
         steps: of the float32 trace.
-        sensitivity: ask which operands matter (one forward and backward for each, twice).
+        sensitivity: ask which operands matter (one forward and backward for each in each format).
         verify: steps of paired forks that check the recipe; 0: none.
 
     Raises:

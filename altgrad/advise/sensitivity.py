@@ -2,10 +2,14 @@
 
     damage(c, f) = |g(c in f) - g(float32)|^2 / |g(float32)|^2        over all parameters
 
-The noise that a format puts on an operand is known from its spectrum, so a few formats of different noise give the damage
-of every other one, on the line through them in logarithms. A single rounding may be lucky or unlucky (the same few rows
-of an embedding meet the same errors in every batch), which several formats even out. Damages of operands that are low
-together add up as far as their errors are independent; how far they do is measured and said (`completeness`).
+Every format that is offered is tried on every operand: two formats that put the same noise on a tensor may differ by ten
+times in what they do to the gradient (small values that become zero all err in one direction, and such errors add up in
+the products that follow). Of formats that were not tried the damage is that of their noise, on a line in logarithms
+through those that were. Damages of operands that are low together add up as far as their errors are independent; how far
+they do is measured and said (`completeness`).
+
+For a whole model in one format the gradient is taken over several batches (`everywhere`): of an error that differs from
+batch to batch little is left in the mean, as in training, and what is left is bias.
 """
 
 from __future__ import annotations
@@ -25,25 +29,27 @@ from altgrad.nn import LayerRecipe, Override, Recipe, layer_recipe
 from altgrad.nn.recipe.recipe import ATTENTION_NAME
 
 REFERENCES = ("E3M4", "E4M3", "E2M1")
-"""The formats that are tried on each operand, from fine to coarse."""
+"""The formats that are tried on each operand where nothing is said, from fine to coarse."""
+BATCHES = 8
+"""Batches whose mean gradient tells what one format everywhere does."""
 
 _OPTION = {"input": "activation", "weight": "weight", "grad_output": "grad"}
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Damage of one operand as a function of the noise on it.
+    """Damage of one operand by format.
 
-    noises, damages: of the references. log damage is fitted as a line in log noise, its slope held within 0.5 .. 1.5.
+    measured: (noise, damage) of each format that was tried. Elsewhere log damage is a line in log noise, its slope held
+    within 0.5 .. 1.5.
     """
 
-    noises: tuple[float, ...]
-    damages: tuple[float, ...]
+    measured: Mapping[str, tuple[float, float]]
 
     @cached_property
     def _line(self) -> tuple[float, float, float] | None:
-        """(slope, log noise and log damage of a point on the line); None where no reference did damage."""
-        known = [(math.log(n), math.log(d)) for n, d in zip(self.noises, self.damages, strict=True) if n > 0 and d > 0]
+        """(slope, log noise and log damage of a point on the line); None where no format did damage."""
+        known = [(math.log(n), math.log(d)) for n, d in self.measured.values() if n > 0 and d > 0]
         if not known:
             return None
         x, y = (np.array(side) for side in zip(*known, strict=True))
@@ -51,11 +57,14 @@ class Sensitivity:
         slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 1e-4 else 1.0
         return min(1.5, max(0.5, slope)), float(x.mean()), float(y.mean())
 
-    def damage(self, noise: float) -> float:
-        """Relative squared gradient error at that noise; 0 without noise or where the references showed none.
+    def damage(self, fmt: str, noise: float) -> float:
+        """Relative squared gradient error in a format that puts this noise on the operand.
 
-        A tensor that is all error does no more than lose itself: noise counts up to 1.
+        As measured where the format was tried; else by its noise, 0 without noise or where no format did damage. A tensor
+        that is all error does no more than lose itself: noise counts up to 1.
         """
+        if fmt in self.measured:
+            return self.measured[fmt][1]
         if noise <= 0 or self._line is None:
             return 0.0
         slope, x, y = self._line
@@ -64,18 +73,20 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Sensitivity by (layer, role); completeness: damage of all in the middle reference together / the
-    sum predicted for each alone."""
+    """Sensitivity by (layer, role); completeness: damage of all in one of the formats together / the sum for each alone."""
 
     cells: Mapping[tuple[str, str], Sensitivity]
     completeness: float
-    references: tuple[str, ...] = REFERENCES
+    formats: tuple[str, ...] = REFERENCES
 
 
 def attribute(
-    loop: Loop, trace: Trace, references: Sequence[str] = REFERENCES, *, tell: Tell | None = None
+    loop: Loop, trace: Trace, formats: Sequence[str] = REFERENCES, *, tell: Tell | None = None
 ) -> Attribution:
     """One-step attribution at the loop's present state, on its next batch; the loop is left where it was.
+
+    Args:
+        formats: tried on each operand; where one cannot be (`Trace.refusal`) it is left out there.
 
     Raises:
         ConfigError: the gradient in float32 is zero or not finite.
@@ -87,17 +98,54 @@ def attribute(
     found: dict[tuple[str, str], Sensitivity] = {}
     cells = trace.cells
     for i, (layer, role) in enumerate(cells):
-        pairs = sorted(
-            (trace.predict(layer, role, fmt).noise, damage_of(loop, one_operand(layer, role, fmt), exact, size))
-            for fmt in references
+        found[layer, role] = Sensitivity(
+            {
+                fmt: (
+                    trace.predict(layer, role, fmt).noise,
+                    damage_of(loop, one_operand(layer, role, fmt), exact, size),
+                )
+                for fmt in formats
+                if trace.refusal(layer, role, fmt) is None
+            }
         )
-        found[layer, role] = Sensitivity(tuple(n for n, _ in pairs), tuple(d for _, d in pairs))
         if tell is not None:
             tell("one-step attribution", i + 1, len(cells))
-    middle = references[len(references) // 2]
-    alone = sum(one.damage(trace.predict(*cell, middle).noise) for cell, one in found.items())
-    together = damage_of(loop, recipe_from(dict.fromkeys(cells, middle), trace), exact, size)
-    return Attribution(found, together / alone if alone > 0 else math.nan, tuple(references))
+    middle = formats[len(formats) // 2]
+    tried = [cell for cell in cells if middle in found[cell].measured]
+    alone = sum(found[cell].measured[middle][1] for cell in tried)
+    together = damage_of(loop, recipe_from(dict.fromkeys(tried, middle), trace), exact, size)
+    return Attribution(found, together / alone if alone > 0 else math.nan, tuple(formats))
+
+
+def everywhere(
+    loop: Loop, trace: Trace, formats: Sequence[str], batches: int = BATCHES, *, tell: Tell | None = None
+) -> dict[str, float]:
+    """What one format for every operand that was traced does to the mean gradient of the next batches, by format.
+
+    |mean g(f) - mean g(float32)|^2 / |mean g(float32)|^2; 1e6 where it is not finite. The loop is left where it was.
+
+    Raises:
+        ConfigError: the mean gradient in float32 is zero or not finite.
+    """
+
+    def mean() -> torch.Tensor:
+        total = loop.gradient()[1].double()
+        for ahead in range(1, batches):
+            total += loop.gradient(ahead)[1].double()
+        return total / batches
+
+    exact = mean()
+    size = float(exact.square().sum())
+    if not 0 < size < math.inf:
+        raise ConfigError(f"the float32 gradient's squared norm is {size}; there is no damage to measure against it")
+    found: dict[str, float] = {}
+    for i, fmt in enumerate(formats):
+        with quantized(loop, recipe_from(dict.fromkeys(trace.cells, fmt), trace)):
+            error = float((mean() - exact).square().sum()) / size
+        found[fmt] = error if math.isfinite(error) else 1e6
+        if tell is not None:
+            tell("one format everywhere", i + 1, len(formats))
+    return found
 
 
 def damage_of(loop: Loop, recipe: Recipe, exact: torch.Tensor, size: float) -> float:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from altgrad.advise.loop import Loop
 from altgrad.errors import ConfigError
+from altgrad.formats.block import BlockFormat
+from altgrad.formats.catalog import get_format
 from altgrad.formats.spectrum import Block, Prediction, Spectrum
 from altgrad.monitor.spectra import SpectrumWatch
 from altgrad.nn import places
@@ -95,6 +97,17 @@ class Trace:
     def values(self, layer: str, role: str) -> int:
         """Elements of the operand in a step."""
         return self.operands[layer, role][-1].count
+
+    def refusal(self, layer: str, role: str, fmt: str) -> str | None:
+        """Why nothing can be said of a format on this operand; None where something can."""
+        form = get_format(fmt)
+        if not isinstance(form, BlockFormat):
+            return None
+        if self.layers[layer].kind in HOOKED and self.layers[layer].kind != "linear" and role != "weight":
+            return "blocks of a convolution's unfolded input are not traced"
+        if form.block not in self.operands[layer, role][-1].blocks:
+            return f"blocks of {form.block} were not traced"
+        return None
 
     def predict(self, layer: str, role: str, fmt: str, last: int | None = None) -> Prediction:
         """What a format does to the operand under each step's own scale: the mean over the measured steps.

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from altgrad.advise import Advice, Budget, advise_loop, advise_weights
 from altgrad.advise.loop import flat_gradient
+from altgrad.advise.sensitivity import BATCHES
 from altgrad.advise.trace import layers_of
 from altgrad.errors import ConfigError
 from altgrad.records.files import write_json, write_text
 from altgrad.report.console import Terminal, ruled_table
 from altgrad.report.numbers import duration, percent, plural
-from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence
+from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence, whole_line
 
 _SHOWN = 40  # rows of the table on a terminal
 
@@ -95,7 +96,7 @@ def _from_config(
     second = (time.perf_counter() - begun) / 2
     loop.restore(state)
     operands = sum(len(one.roles) for one in layers_of(loop.model)[0].values())
-    passes = 3 * operands if sensitivity else 0
+    passes = len(budget.formats) * (operands + BATCHES) + BATCHES if sensitivity else 0
     forks = 3 * 5 * verify
     console.print(
         f"{plural(steps, 'float32 step')}, then one forward and backward for each of {passes} tries"
@@ -136,8 +137,8 @@ class ConfigLoop:
         record = self.trainer.train_step(*self.trainer.batch(self.trainer.step + 1))
         return record.loss if record.finite else math.nan
 
-    def gradient(self) -> tuple[float, Tensor]:
-        loss = self.trainer.backward(*self.trainer.batch(self.trainer.step + 1))
+    def gradient(self, ahead: int = 0) -> tuple[float, Tensor]:
+        loss = self.trainer.backward(*self.trainer.batch(self.trainer.step + 1 + ahead))
         return float(loss), flat_gradient(self.model)
 
     def capture(self) -> Any:
@@ -224,6 +225,8 @@ def _print(console: Terminal, data: dict[str, Any]) -> None:
     console.print(table)
     if len(chosen) > _SHOWN:
         console.print(f"and {len(chosen) - _SHOWN} more; the page has all of them", highlight=False)
+    if line := whole_line(data):
+        console.print(line, highlight=False)
     worst = [one for one in data["stalls"] if one["freezes_at"] is not None and one["storage"] == "nearest"]
     for one in worst:
         console.print(

@@ -18,7 +18,7 @@ from altgrad.advise import Budget, PlainLoop, advise, advise_loop, advise_trace,
 from altgrad.advise.checkpoint import spectra_of
 from altgrad.advise.choose import Option, bits_of, choose
 from altgrad.advise.loop import quantized
-from altgrad.advise.sensitivity import attribute, one_operand, recipe_from
+from altgrad.advise.sensitivity import Sensitivity, attribute, everywhere, one_operand, recipe_from
 from altgrad.advise.stall import Snapshot, exact_stall, freeze_step, moment_ratchet, predicted_stall, stall_over
 from altgrad.cli.advise_pages import ConfigLoop
 from altgrad.errors import AltGradError, CheckpointError, ConfigError
@@ -78,6 +78,23 @@ def test_advice_is_a_recipe_that_the_model_takes_and_its_own_error_is_measured(t
     model = net()
     quantize_model(model, Recipe.from_yaml(advice.recipe.to_yaml()))
     loss(model, *batches(1)).backward()
+
+
+def test_small_gradients_that_become_zero_count_for_more_than_their_noise():
+    """A softmax of many classes: nearly all of dy is below the step of a format with one exponent, and errs in one direction."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1000))
+    one = PlainLoop(model, lambda step: (batches(step)[0], batches(step)[1] * 0 + step % 7), loss)
+    trace = take_trace(one, 20, measured=4)
+    state = one.capture()
+    found = attribute(one, trace, ("E1M6", "E3M4", "E4M3", "E2M1")).cells["2", "grad_output"]
+    noise = trace.predict("2", "grad_output", "E1M6").noise
+    by_noise = Sensitivity({fmt: seen for fmt, seen in found.measured.items() if fmt != "E1M6"}).damage("E1M6", noise)
+    assert found.damage("E1M6", noise) > 10 * by_noise
+    whole = everywhere(one, trace, ("E1M6", "E3M4", "E6M1"), 4)
+    assert whole["E3M4"] < whole["E6M1"]
+    assert whole["E3M4"] < whole["E1M6"] / 10
+    assert not differing(one.capture(), state)
 
 
 def test_more_bits_never_predict_more_damage(traced):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,8 @@ def render_advice(data: Data) -> str:
         recipe=data["recipe_text"],
         map=_map(data),
         map_says=_map_says(data),
+        whole=whole_table(data),
+        whole_says=_WHOLE_SAYS,
         stalls=stall_table(data),
         stall_says=_stall_says(data),
         forks=fork_table(verified) if verified else None,
@@ -167,6 +170,39 @@ def _map_says(data: Data) -> str:
         "nothing else is named; “range below” means that most of the error is in values that become zero, “range above” in "
         "values beyond the largest."
     )
+
+
+_WHOLE_SAYS = (
+    "The whole model in one format, as measured: the signal to noise of the gradient's mean over the next eight batches. What "
+    "differs from batch to batch hardly counts in it, as in training; what counts is bias, such as that of many small values "
+    "that all become zero."
+)
+
+
+def _ranked(data: Data) -> list[tuple[str, TableCell]]:
+    ranked = sorted(data["everywhere"].items(), key=lambda one: (one[1] is None, one[1]))
+    return [(fmt, _snr(error)) for fmt, error in ranked]
+
+
+def whole_table(data: Data) -> Table | None:
+    """Each format for every operand, the best first."""
+    rows: list[list[TableCell | str]] = [list(one) for one in _ranked(data)]
+    return Table([Column("Format"), Column("Gradient's SNR in dB", True)], rows) if rows else None
+
+
+def whole_line(data: Data) -> str:
+    """The same in a line for a terminal; empty where nothing was measured."""
+    told = ", ".join(f"{fmt} {snr.text}" for fmt, snr in _ranked(data))
+    return f"Whole model in one format, dB of the mean gradient: {told}." if told else ""
+
+
+def _snr(error: float | None) -> TableCell:
+    if error is None or error >= 1e6:
+        return TableCell("not finite", tone="bad")
+    if error == 0:
+        return TableCell("exact", sort=999.0)
+    snr = -10 * math.log10(error)
+    return TableCell(f"{snr:.1f}", sort=snr)
 
 
 def stall_table(data: Data) -> Table | None:
