@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,15 @@ class Storm:
     def run_of(self, runs: Path, name: str) -> Path:
         return next(iter(runs.glob(f"{name}-s*")), runs / f"{name}-none")
 
+    def code_of(self, case: Case, attempt: Attempt) -> int | None:
+        """How the command ended; one that does not is killed and counted as a hang."""
+        code = attempt.wait(PATIENCE_S)
+        if code is None:
+            attempt.send(signal.SIGKILL)
+            attempt.wait(10)
+            case.fault("hang", attempt.said)
+        return code
+
     def check_broken(self, case: Case, attempt: Attempt, runs: Path, name: str) -> None:
         """What must hold of a run that the storm just hit."""
         if "Traceback" in attempt.said:
@@ -129,11 +138,8 @@ class Storm:
     def finish(self, case: Case, name: str, runs: Path) -> None:
         """Bring the run to its end; it must be as if nothing had happened."""
         attempt = self.start(name, runs)
-        code = attempt.wait(PATIENCE_S)
+        code = self.code_of(case, attempt)
         if code is None:
-            attempt.send(signal.SIGKILL)
-            attempt.wait(10)
-            case.fault("hang", attempt.said)
             return
         if "Traceback" in attempt.said:
             case.fault("traceback", attempt.said)
@@ -196,12 +202,8 @@ def signals(storm: Storm, case: Case, rng: random.Random, scratch: Path) -> None
         sent = [attempt.send(number) for number in numbers if (attempt.wait(rng.uniform(0, 0.1)), True)]
         case.hits += any(sent) or not numbers
         case.what += f" {said} after {delay:.3f} s"
-        code = attempt.wait(PATIENCE_S)
-        if code is None:
-            attempt.send(signal.SIGKILL)
-            attempt.wait(10)
-            case.fault("hang", f"{said}: {attempt.said}")
-        elif code not in {0, *right}:
+        code = storm.code_of(case, attempt)
+        if code not in {None, 0, *right}:
             case.fault("exit", f"{said}: code {code}: {attempt.said}")
         storm.check_broken(case, attempt, scratch, name)
     storm.finish(case, name, scratch)
@@ -238,13 +240,9 @@ def disk(storm: Storm, case: Case, rng: random.Random, scratch: Path) -> None:
 
 def _refused(storm: Storm, case: Case, name: str, runs: Path, prepare: Callable[[], None] = lambda: None) -> None:
     attempt = storm.start(name, runs, prepare)
-    code = attempt.wait(PATIENCE_S)
+    code = storm.code_of(case, attempt)
     case.hits += code == 2
-    if code is None:
-        attempt.send(signal.SIGKILL)
-        attempt.wait(10)
-        case.fault("hang", attempt.said)
-    elif code not in (0, 2):
+    if code not in (None, 0, 2):
         case.fault("exit", f"code {code}: {attempt.said}")
     storm.check_broken(case, attempt, runs, name)
 
@@ -267,11 +265,8 @@ def damage(storm: Storm, case: Case, rng: random.Random, scratch: Path) -> None:
     case.what, case.hits = f"{name}, {'finished' if finished else 'interrupted'}: {how} {victim.relative_to(run)}", 1
     known = not verify_run(run).whole
     attempt = storm.start(name, scratch)
-    code = attempt.wait(PATIENCE_S)
+    code = storm.code_of(case, attempt)
     if code is None:
-        attempt.send(signal.SIGKILL)
-        attempt.wait(10)
-        case.fault("hang", attempt.said)
         return
     said = attempt.said
     if "Traceback" in said:
@@ -369,9 +364,7 @@ def sweeps(storm: Storm, case: Case, rng: random.Random, scratch: Path) -> None:
         if process.poll() is None and victims:
             case.hits += 1
             case.what += f" {whom} killed"
-            for pid in victims:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _kill(victims)
         if whom == "worker":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10 * PATIENCE_S)
@@ -385,9 +378,7 @@ def sweeps(storm: Storm, case: Case, rng: random.Random, scratch: Path) -> None:
         if process.wait(10 * PATIENCE_S) != 0:
             case.fault("lost", f"the sweep ended with {process.returncode}")
     except subprocess.TimeoutExpired:
-        for pid in (process.pid, *_descendants(process.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill([process.pid, *_descendants(process.pid)])
         case.fault("hang", "the sweep did not end")
         return
     for wanted in find_runs(reference):
@@ -408,6 +399,12 @@ def _check_log(case: Case, run: Path) -> None:
 def _sweep(matrix: Path, out: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "altgrad", "sweep", str(matrix), "--out", str(out), "--jobs", "2"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def _kill(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _descendants(pid: int) -> list[int]:

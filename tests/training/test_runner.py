@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,6 +115,22 @@ def test_a_signal_stops_cleanly_and_the_same_command_continues(tmp_path, number)
     assert finished.status == "completed"
     assert losses(finished.run_dir) == losses(whole.run_dir)
     assert finished.details["resumed_after"] == [8]
+
+
+def test_two_signals_at_once_are_the_request_and_the_end_without_a_traceback():
+    """Both wait when Python looks: the one that comes second must still find a handler."""
+    script = (
+        "import os, signal\n"
+        "from altgrad.training.run.stop import StopRequest\n"
+        "both = (signal.SIGINT, signal.SIGTERM)\n"
+        "with StopRequest():\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        "    for number in both: os.kill(os.getpid(), number)\n"
+        "    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\n"
+        "    while True: pass\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGTERM, "")
 
 
 def test_threads_are_recorded_and_restored(tmp_path):

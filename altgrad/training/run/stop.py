@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,7 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -29,13 +31,17 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._give_back()
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._give_back()
-
-    def _give_back(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.signal is None:
+            self.signal = number
+            return
+        # No handler but this one is given back: Python complains of another signal that waits already and finds none.
+        before = self._before[number]
+        if callable(before):
+            before(number, frame)
+        elif before == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
