@@ -19,7 +19,7 @@ two baselines' regrets is no difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,14 +120,16 @@ def predictors(said: Mapping[str, Any], storage: str, runs: Mapping[str, Mapping
 
 
 def rank_table(record: Record) -> Table:
-    """Mean Spearman correlation with the true loss, and how often the format put first is among the best two."""
+    """Mean Spearman correlation with the true loss, and what the same runs from another seed would have said of it."""
     rows = []
     for storage in STORAGES:
         for model in MODELS:
             scores: dict[str, list[float]] = {}
-            for where, runs, said, _ in groups(record, storage):
+            gaps: dict[str, list[list[float]]] = {}
+            for where, runs, said, base in groups(record, storage):
                 if where.startswith(model + "|"):
                     truth = [runs[f]["loss"] for f in ALL]
+                    gaps.setdefault(where.rsplit("|", 1)[1], []).append([loss - base for loss in truth])
                     for name, values in predictors(said, storage, runs).items():
                         scores.setdefault(name, []).append(_rank(values, truth))
             if scores:
@@ -140,11 +142,23 @@ def rank_table(record: Record) -> Table:
                         model,
                         str(len(scores["advice"])),
                         *(f"{means[n]:.2f}" for n in means),
+                        _another_seed(gaps.values()),
                         _met(won, "0.8, none higher"),
                     ]
                 )
-    heads = ("storage", "model", "cases", "advice", "more mantissa", "best SQNR", "20-step run", "criterion")
+    heads = ("storage", "model", "cases", "advice", "more mantissa", "best SQNR", "20-step run", "another seed", "criterion")
     return Table([Column(h, i > 1) for i, h in enumerate(heads)], rows, sortable=False)
+
+
+def _another_seed(by_decay: Iterable[Sequence[Sequence[float]]]) -> str:
+    """Mean correlation of one seed's gaps with the mean of the other seeds': about the most that a prediction can reach."""
+    found = [
+        _rank(np.mean(np.delete(gaps, i, 0), 0).tolist(), gaps[i])
+        for gaps in by_decay
+        if len(gaps) > 1
+        for i in range(len(gaps))
+    ]
+    return f"{np.mean(found):.2f}" if found else "–"
 
 
 def _rank(values: Sequence[float], truth: Sequence[float]) -> float:
