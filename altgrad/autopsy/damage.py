@@ -2,6 +2,8 @@
 
     damage(fork) = mean over the horizon's second half of min(loss, ceiling) - min(twin's loss, ceiling)
 
+(of its last quarter, where the damage grows so slowly that only the end of the run shows it).
+
 The ceiling is the largest loss of an untrained model: a dead fork, whose losses are NaN, counts as one that knows
 nothing, and no fork counts as worse. Pairing by batch removes the batches' noise; what remains is the noise of one
 draw of the rounding, which the null band measures.
@@ -34,10 +36,19 @@ def floor_of(ceiling: float) -> float:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What damage is measured against: the twin's losses over the same steps, and the ceiling."""
+    """What damage is measured against: the twin's losses over the same steps, and the ceiling.
+
+    late: only the last quarter of the steps counts, and not their second half.
+    """
 
     twin: tuple[float, ...]
     ceiling: float
+    late: bool = False
+
+    @property
+    def first(self) -> int:
+        """Index of the first step that counts."""
+        return (3 * len(self.twin) if self.late else 2 * len(self.twin)) // 4
 
     @property
     def floor(self) -> float:
@@ -52,8 +63,8 @@ class Yardstick:
 
     def damage(self, outcome: Outcome) -> float:
         """Damage in nats of a fork of the twin's horizon; of one that was stopped early, over what it saw last."""
-        taken, half = len(outcome.losses), len(self.twin) // 2
-        return self.over(outcome.losses, half if taken >= half + LAST else max(0, taken - LAST))
+        taken = len(outcome.losses)
+        return self.over(outcome.losses, self.first if taken >= self.first + LAST else max(0, taken - LAST))
 
     def over(self, losses: Sequence[float], first: int) -> float:
         """Mean damage of the steps from index `first` on."""
@@ -138,11 +149,11 @@ def wobble(gap: Sequence[float] | np.ndarray) -> float:
 class Settled:
     """The rule by which a fork stops early: its losses have left the band around `limit` for good, on one side of it.
 
-    Harmless: from the horizon's middle on, and from where the run itself has shown its damage, the mean damage so far lies
-    four of its deviations below the limit. Harmful: the same above it, or, in the first half, every one of the last steps lies far above. A fork that is dead, not finite
+    Harmless: from the first step that counts on, and from where the run itself has shown its damage, the mean damage so far lies
+    four of its deviations below the limit. Harmful: the same above it, or, before that step, every one of the last steps lies far above. A fork that is dead, not finite
     in all of the last steps, is harmful.
 
-    noise: deviation of one draw's mean over the second half; the mean of fewer steps scatters more.
+    noise: deviation of one draw's mean over the steps that count; the mean of fewer steps scatters more.
     shown: steps after which the run's own damage stands clear of the limit: it may begin late in the window.
     """
 
@@ -152,14 +163,14 @@ class Settled:
     shown: int = 0
 
     def __call__(self, losses: Sequence[float]) -> bool:
-        half, taken = len(self.yardstick.twin) // 2, len(losses)
+        first, taken = self.yardstick.first, len(losses)
         if taken < 2 * LAST or taken % 2:  # looked at every other step
             return False
         last = self.yardstick.curve(losses)[-LAST:]
-        if taken < half + LAST:
+        if taken < first + LAST:
             return bool(np.all(last > max(4 * self.limit, self.limit + 10 * self.noise)))
-        scatter = self.noise * math.sqrt(max(1, len(self.yardstick.twin) - half) / (taken - half))
-        above = self.yardstick.over(losses, half) - self.limit
+        scatter = self.noise * math.sqrt(max(1, len(self.yardstick.twin) - first) / (taken - first))
+        above = self.yardstick.over(losses, first) - self.limit
         return above > 4 * scatter or (taken >= self.shown and above < -4 * scatter)
 
 

@@ -38,8 +38,10 @@ from altgrad.autopsy.window import (
     choose,
     first_damaged,
     no_return,
+    onset_of,
     over_the_run,
     recovery,
+    to_the_end,
 )
 
 
@@ -97,12 +99,13 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     wrong = unwell(twin, top)
     if wrong and float(np.mean(gap[length // 2 :])) < max(0.5 * own_damage(twin, top), floor):
         return replace(so_far, kind=NOT_PRECISION, **not_precision(forks, wrong, top, settings.longest))
-    onset = change_point(gap, rise)
-    if onset is None or (rise <= floor and float(np.mean(gap[-max(5, length // 10) :])) < floor):
+    quiet = rise <= floor and float(np.mean(gap[-max(5, length // 10) :])) < floor
+    if (quiet or change_point(gap, rise) is None) and _end_gap(forks, top) <= CLEARLY * floor:
         if (wrong := too_fast(forks, top, settings.longest)) is not None:
             return replace(so_far, kind=NOT_PRECISION, **wrong)
         sentence = f"No damage in the window: the run ends {np.mean(gap[-5:]):+.3g} nats from its float32 twin."
         return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence, damage=float(np.mean(gap[-5:])))
+    onset = onset_of(gap, rise)
     gates.append(f"float32 twin survives (loss {twin[-1]:.3f} at step {len(twin)})")
 
     least = SHORTEST
@@ -138,7 +141,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
             f"the damage is spread over more than {len(found.sets)} sets of cells."
         )
         return replace(so_far, sentence=sentence)
-    if (weak := _too_weak(so_far, floor)) is not None:
+    if (weak := _too_weak(search, so_far, floor)) is not None:
         return replace(so_far, sentence=f"Inconclusive: {weak}; {joined(so_far.cells)} are the first to suspect.")
     interventions = search.mechanisms(found.cells)
     shares = {i.name: i.closed.value for i in interventions if i.closed is not None}
@@ -167,7 +170,7 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
     forks.stage = "null band"
     window = search.window = choose(forks, onset, top, settings.draws, settings.longest, least)
     ends = _end_gap(forks, top)
-    if not window.null.damaged and ends > CLEARLY * floor_of(top):
+    if not _shows(window) and ends > CLEARLY * floor_of(top):
         window = search.window = _before_it_shows(search, window, onset, least)
     null = window.null
     so_far = search.so_far = replace(
@@ -213,41 +216,68 @@ CLEARLY = 2
 
 INNOCENT = 0.5
 """Share of the gap that innocent cells may seem to close (or to widen) before nothing can be told by such shares."""
+ALL = 0.9
+"""Share that the cells found close over the whole run, beside which innocent cells that merely delay the damage are no objection."""
 
 
-def _too_weak(v: Verdict, floor: float) -> str | None:
-    """Why the evidence names no cause: too little damage, or innocent cells that matter as much; None where it does."""
+def _too_weak(search: Search, v: Verdict, floor: float) -> str | None:
+    """Why the evidence names no cause: too little damage, or innocent cells that matter as much; None where it does.
+
+    Where a run diverges any change delays it, and seems to close a part of the gap within the window: so innocent cells are
+    asked again over the whole run, to whose end a delay does nothing.
+    """
     if v.damage is not None and v.damage < CLEARLY * floor:
         return (
             f"{v.damage:.3g} nats are too few to tell cells apart, whose rounding alone moves the loss by half as much"
         )
     named = set(v.cells)
     innocent = [e for e in (*v.placebos, *v.roles) if e.rescue is not None and not named & set(e.cells)]
-    worst = max(innocent, key=lambda e: abs(e.rescue.value) if e.rescue else 0.0, default=None)
-    if worst is not None and worst.rescue is not None and abs(worst.rescue.value) >= INNOCENT:
-        return f"{joined(worst.cells, 2)}, which are none of the cells found, seem to close {worst.rescue} of the gap"
+    innocent.sort(key=lambda e: -abs(e.rescue.value) if e.rescue else 0.0)
+    for one in innocent:
+        if one.rescue is not None and abs(one.rescue.value) >= INNOCENT and not _delays(search, v, one):
+            return f"{joined(one.cells, 2)}, which are none of the cells found, seem to close {one.rescue} of the gap"
     return None
+
+
+def _delays(search: Search, v: Verdict, innocent: Effect) -> bool:
+    """Whether innocent cells close less than half of the gap over the whole run, and the cells found nearly all of it."""
+    if v.over_run is None or v.over_run.value < ALL:
+        return False
+    cells = frozenset(cell for cell in search.cells if str(cell) in innocent.cells)
+    over = over_the_run(search.forks, search.window, cells, search.ceiling, search.settings.longest)
+    return over is not None and abs(over.value) < INNOCENT
 
 
 def _end_gap(forks: Forks, top: float) -> float:
     """How far the last quarter of the run lies above that of its twin."""
     low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
     length = min(len(low), len(twin))
-    return Yardstick(tuple(twin[:length]), top).over(low[:length], 3 * length // 4)
+    yardstick = Yardstick(tuple(twin[:length]), top, late=True)
+    return yardstick.over(low[:length], yardstick.first)
 
 
 def _before_it_shows(search: Search, window: Window, onset: int, least: int) -> Window:
-    """A window from an earlier state, where that at the onset shows no damage though the run ends damaged; else that one.
+    """A window from an earlier state, where that at the onset hardly shows damage though the run ends damaged; else that one.
 
     A model that has adapted to its fault gets worse when the fault is lifted, which hides the damage: so the window has to
-    begin before the model has adapted, which may be long before the loss shows anything.
+    begin before the model has adapted, which may be long before the loss shows anything. Damage that grows slowly shows
+    at the run's end only.
     """
-    forks, settings = search.forks, search.settings
+    forks, settings, top = search.forks, search.settings, search.ceiling
     for earlier in dict.fromkeys((onset // 2, 0)):
-        tried = choose(forks, earlier, search.ceiling, settings.draws, settings.longest, max(least, onset - earlier))
-        if tried.null.damaged and tried.null.damage > CLEARLY * tried.null.low.floor:
+        tried = choose(forks, earlier, top, settings.draws, settings.longest, max(least, onset - earlier))
+        if _shows(tried):
+            return tried
+    for earlier in dict.fromkeys((onset // 2, 0)):
+        tried = to_the_end(forks, earlier, top, settings.draws, settings.longest)
+        if _shows(tried):
             return tried
     return window
+
+
+def _shows(window: Window) -> bool:
+    """Whether a window shows damage of which a cause may be named."""
+    return window.null.damaged and window.null.damage > CLEARLY * window.null.low.floor
 
 
 def _sentence(v: Verdict) -> str:

@@ -35,6 +35,9 @@ CHANGES = (
 SAVES = 0.6
 """An intervention that closes this share of the gap counts as saving."""
 
+PART = 0.4
+"""Share that another rounding closes from which a rounding in one direction counts as what is wrong, the rest being resolution."""
+
 RANGE, RESOLUTION, BIAS, OUTLIERS, SCALE, LOST_UPDATES, OVERFLOW, OPTIMISATION, UNKNOWN = (
     "range",
     "resolution",
@@ -59,6 +62,8 @@ def read(closed: Mapping[str, float], *, stored: bool) -> str:
     def saves(name: str) -> bool:
         return closed.get(name, 0.0) >= SAVES
 
+    directed = "nearest" in closed and "stochastic" in closed  # it rounds in one direction, and may round otherwise
+    unbiased = max(closed.get("nearest", 0.0), closed.get("stochastic", 0.0)) if directed else 0.0
     exponent, mantissa = closed.get("exponent", 0.0), closed.get("mantissa", 0.0)
     if (
         stored
@@ -70,12 +75,14 @@ def read(closed: Mapping[str, float], *, stored: bool) -> str:
         return OVERFLOW
     if saves("fresh_scale"):
         return SCALE
-    if saves("nearest") and not saves("mantissa"):
+    if saves("nearest") and (directed or not saves("mantissa")):
         return BIAS
     if saves("exponent") and (mantissa < SAVES or exponent > mantissa + 0.2):
         return RANGE
     if saves("exponent") and saves("mantissa"):
         return RANGE if saves("stochastic") and not saves("nearest") else RESOLUTION
+    if unbiased >= PART:
+        return BIAS
     if saves("mantissa"):
         return RESOLUTION
     if saves("stochastic") or saves("nearest"):

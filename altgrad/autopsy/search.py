@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from altgrad.autopsy import mechanism
 from altgrad.autopsy.damage import Band, Settled, Share, closed, share
 from altgrad.autopsy.forks import Forks
-from altgrad.autopsy.split import groups
+from altgrad.autopsy.split import groups, minimal
 from altgrad.autopsy.verdict import (
     Effect,
     Intervention,
@@ -63,6 +64,10 @@ class Found:
 
 MANY = 8
 """Cells beyond which members are asked about by layer."""
+BEHIND = 0.1
+"""Share of the damage that may be left where the cells found are rescued, without further ones being looked for."""
+MOST_BEHIND = 2
+"""Cells of a set that may come of what is left: more is the sum of many small effects."""
 
 
 def kinds_of(cells: Sequence[Any]) -> dict[tuple, frozenset]:
@@ -108,9 +113,13 @@ class Search:
 
     def damaged(self, low: frozenset) -> bool:
         """Whether these cells, low alone, do a share of the damage that matters; more draws where it is close."""
+        return self._beyond(low, self._rule)
+
+    def _beyond(self, low: frozenset, stop: Settled) -> bool:
+        """Whether these cells, low alone, do more damage than the rule's limit."""
         if not low:
             return False
-        stop, values = self._rule, []
+        values = []
         for draw in range(self.settings.most_draws):
             outcome = self.forks(self.window.fork(low, draw=draw), stop)
             values.append(self.window.yardstick.damage(outcome))
@@ -123,15 +132,17 @@ class Search:
     def _rule(self) -> Settled:
         null = self.window.null
         least = min(null.low.floor, null.damage / 2)  # little damage has no cells that do more of it than there is
-        limit = null.high.mean + max(self.settings.matters * null.damage, least)
-        return Settled(self.window.yardstick, limit, null.noise, self._shown(limit))
+        return self._rule_at(null.high.mean + max(self.settings.matters * null.damage, least))
+
+    def _rule_at(self, limit: float) -> Settled:
+        return Settled(self.window.yardstick, limit, self.window.null.noise, self._shown(limit))
 
     def _shown(self, limit: float) -> int:
         """Steps of the window after which the run itself is half way from the limit to all of its damage."""
         yardstick, null = self.window.yardstick, self.window.null
-        own, half = self.forks(self.window.fork(self.everything)).losses, len(yardstick.twin) // 2
+        own, first = self.forks(self.window.fork(self.everything)).losses, yardstick.first
         clear = (limit + null.low.mean) / 2
-        return next((n for n in range(half + 1, len(own)) if yardstick.over(own[:n], half) >= clear), len(own))
+        return next((n for n in range(first + 1, len(own)) if yardstick.over(own[:n], first) >= clear), len(own))
 
     def ahead(self, sets: Sequence[frozenset]) -> None:
         """Try sets that `damaged` may be asked about next, where there are idle hands."""
@@ -154,7 +165,8 @@ class Search:
     def order(self, cells: Sequence[Any]) -> list:
         """Cells, the most suspect first, by the prior; then in the model's order."""
         start = self.window.start
-        self.suspicion = dict(self.prior(start, cells)) if len(cells) > 1 else {}
+        if len(cells) > 1:
+            self.suspicion |= self.prior(start, cells)
         place = {cell: i for i, cell in enumerate(self.cells)}
         return sorted(cells, key=lambda c: (-self.suspicion.get(c, 0.0), place[c]))
 
@@ -175,10 +187,33 @@ class Search:
         within = self.order([cell for cell in self.cells if cell in suspects])
         found = groups(within, self.damaged, self.settings.most_groups, self.ahead)
         if found.complete and found.sets and not self.damaged(self.everything - found.union):
-            return Found(found.sets, found.union, spread=False)
+            return self.behind(Found(found.sets, found.union, spread=False))
         if suspects == self.everything or not guilty.complete or self.damaged(self.everything - suspects):
             return Found(found.sets, found.union, spread=True)
         return Found(found.sets, suspects, spread=False)
+
+    def behind(self, found: Found) -> Found:
+        """With the cells that what is left of the damage comes from when those found are rescued.
+
+        What is below the share that matters may still be a cause: while rescuing all cells found leaves more than `BEHIND` of the
+        damage and more than the floor, the smallest set is sought that does half of what is left alone, and whose rescue
+        besides closes half of it.
+        """
+        self.forks.stage = "what is left"
+        null, draws = self.window.null, range(self.settings.confirm)
+        sets, cells = list(found.sets), found.cells
+        while len(sets) < self.settings.most_groups:
+            outside = self.everything - cells
+            left = self.band(outside, draws).mean - null.high.mean
+            if left < max(null.low.floor, BEHIND * null.damage, 4 * null.noise / math.sqrt(len(draws))):
+                break
+            rule = self._rule_at(null.high.mean + left / 2)
+            one = minimal(self.order([c for c in self.cells if c in outside]), partial(self._beyond, stop=rule))
+            if len(one) > MOST_BEHIND or self._beyond(outside - one, rule):
+                break
+            sets.append(one)
+            cells |= one
+        return Found(tuple(sets), cells, spread=False)
 
     def confirm(self, found: Found) -> tuple[Effect, list[Effect], list[Effect], list[Effect]]:
         """(whole set, groups, members by leaving one out, placebos), each over several draws."""

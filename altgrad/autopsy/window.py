@@ -36,6 +36,12 @@ class Window:
         return Fork(low, self.start, LOW, self.horizon, **more)
 
 
+def onset_of(gap: Sequence[float] | np.ndarray, rise: float) -> int:
+    """The change point of a run that ends damaged; where its last steps hide that, the largest jump."""
+    found = change_point(gap, rise)
+    return found if found is not None else _jump(np.asarray(gap, dtype=float), 0, len(gap))
+
+
 def change_point(gap: Sequence[float] | np.ndarray, rise: float) -> int | None:
     """First index from which the mean gap stays above `rise` to the end, in windows of a fiftieth of the run; None: never.
 
@@ -68,14 +74,16 @@ def latest(captures: Sequence[int], step: int) -> int:
     return max((c for c in captures if c <= step), default=min(captures))
 
 
-def null_band(forks: Forks, start: int, horizon: int, ceiling: float, draws: int) -> tuple[Yardstick, Null]:
+def null_band(
+    forks: Forks, start: int, horizon: int, ceiling: float, draws: int, late: bool = False
+) -> tuple[Yardstick, Null]:
     """The band of a window: draws of the whole low run, and half as many of its twin from the same state."""
     everything = frozenset(forks.oracle.cells)
     lows = [Fork(everything, start, LOW, horizon, draw=k) for k in range(draws)]
     highs = [Fork(frozenset(), start, LOW, horizon, draw=k) for k in range(max(2, draws // 2) + 1)]
     outcomes = forks.all([*highs, *lows])
-    yardstick = Yardstick(outcomes[0].losses, ceiling)
-    gap = np.mean([yardstick.curve(o.losses) for o in outcomes[len(highs) :]], axis=0)[horizon // 2 :]
+    yardstick = Yardstick(outcomes[0].losses, ceiling, late)
+    gap = np.mean([yardstick.curve(o.losses) for o in outcomes[len(highs) :]], axis=0)[yardstick.first :]
     low, high = yardstick.band(outcomes[len(highs) :]), yardstick.band(outcomes[1 : len(highs)])
     return yardstick, Null(low, high, wobble(gap))
 
@@ -104,6 +112,13 @@ def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int, l
         if clear or horizon >= most:
             return Window(start, horizon, *null_band(forks, start, horizon, ceiling, draws))
         horizon = min(2 * horizon, most)
+
+
+def to_the_end(forks: Forks, before: int, ceiling: float, draws: int, longest: int) -> Window:
+    """The window from the last capture before step `before` to the run's end, of which the last quarter counts."""
+    start = latest(forks.oracle.captures(LOW), before)
+    horizon = min(longest, len(forks.oracle.history(LOW)) - start)
+    return Window(start, horizon, *null_band(forks, start, horizon, ceiling, draws, late=True))
 
 
 def bisect(points: Sequence[int], holds: Callable[[int], bool]) -> int | None:

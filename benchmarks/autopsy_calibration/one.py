@@ -60,7 +60,8 @@ def _run(seed: int, name: str, out: Path, path: Path) -> dict[str, Any]:
     generated = time.process_time()
     loop = build(case, case.fault)
     oracle = LoopOracle(loop, STEPS, seed=case.seed)
-    verdict = investigate(Forks(oracle, budget=BUDGET), prior=oracle.prior)
+    forks = Forks(oracle, budget=BUDGET, log=path.with_suffix(".forks.jsonl"))  # answers do not depend on the rules
+    verdict = investigate(forks, prior=oracle.prior)
     ended = time.process_time()
     record = {
         "case": case.as_dict(),
