@@ -121,12 +121,15 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
             break
         least = len(low)  # these cells did damage first, and others in the end: look again over all that the proof saw
         so_far = replace(so_far, first=so_far.first or names(found.cells))
+    if (more := search.behind(found)) != found:
+        found, over_run = more, over_the_run(forks, window, more.cells, top, settings.longest)
     whole, parts, members, placebos = search.confirm(found)
     assert whole.rescue is not None
     assert whole.alone is not None
     so_far = replace(
         so_far,
         cells=names(found.cells),
+        over_run=over_run,
         rescue=whole.rescue,
         alone=whole.alone,
         groups=tuple(parts),

@@ -187,7 +187,7 @@ class Search:
         within = self.order([cell for cell in self.cells if cell in suspects])
         found = groups(within, self.damaged, self.settings.most_groups, self.ahead)
         if found.complete and found.sets and not self.damaged(self.everything - found.union):
-            return self.behind(Found(found.sets, found.union, spread=False))
+            return Found(found.sets, found.union, spread=False)
         if suspects == self.everything or not guilty.complete or self.damaged(self.everything - suspects):
             return Found(found.sets, found.union, spread=True)
         return Found(found.sets, suspects, spread=False)
@@ -199,6 +199,8 @@ class Search:
         damage and more than the floor, the smallest set is sought that does half of what is left alone, and whose rescue
         besides closes half of it.
         """
+        if found.spread or found.whole_roles:
+            return found
         self.forks.stage = "what is left"
         null, draws = self.window.null, range(self.settings.confirm)
         sets, cells = list(found.sets), found.cells
