@@ -197,15 +197,16 @@ def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float,
     return Share(value, value - error, value + error, 1)
 
 
-JUMP = 2.5
-"""Factor by which the cells' effect on one step must rise from three captured states to the next three: they begin there."""
+JUMP, FAR = 2.5, 6.0
+"""Factors by which the cells' effect on one step must rise from three captured states to the next three, so that they begin there:
+to above all earlier states, and where an earlier state had more, as the first steps of healthy cells do."""
 
 
 def acts_from(moved: Callable[[int], float], points: Sequence[int], onset: int) -> int:
     """The first step at which the cells found were at work, which may be long before their damage shows in the loss.
 
     Their effect on a single step, `moved`, is asked at the captured states up to a few after the onset; a begin is where the
-    median of three states rises the most, and by more than `JUMP`. Without such a jump they were at work from step 1 on,
+    median of three states rises the most, and by more than `JUMP` to above all before it, or by `FAR`. Without such a jump they were at work from step 1 on,
     whether or not their effect grew: effects that drift with training double in as many states at the most.
 
     Args:
@@ -218,9 +219,14 @@ def acts_from(moved: Callable[[int], float], points: Sequence[int], onset: int) 
     finite = sizes[np.isfinite(sizes)]
     top = 1e3 * max(1.0, float(finite.max(initial=0.0)))
     values = np.log(np.clip(np.where(np.isfinite(sizes), sizes, top), 1e-6, None))
-    rises = [float(np.median(values[i : i + 3]) - np.median(values[max(0, i - 3) : i])) for i in range(1, len(values))]
-    if not rises or max(rises) < math.log(JUMP):
+    before = [float(np.median(values[max(0, i - 3) : i])) for i in range(1, len(values))]
+    after = [float(np.median(values[i : i + 3])) for i in range(1, len(values))]
+    rises = [b - a for a, b in zip(before, after, strict=True)]
+    if not rises:
         return 1
     split = 1 + int(np.argmax(np.array(rises) > max(rises) - 1e-9))
+    above = after[split - 1] > max(before[:split])
+    if max(rises) < math.log(JUMP if above else FAR):
+        return 1
     steepest = max(range(max(1, split - 1), min(len(values), split + 2)), key=lambda i: values[i] - values[i - 1])
     return asked[steepest - 1] + 1

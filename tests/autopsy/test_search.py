@@ -301,8 +301,10 @@ def test_the_key_of_a_question_depends_on_every_field():
         (lambda step: 0.02 * 1.3 ** (step / 10), 1),  # it grows, and was there from the first step on
         (lambda step: 0.03 if step < 60 else math.nan, 61),
         (lambda step: 0.0, 1),
+        (lambda step: 0.2 if not step else 0.01 if step < 60 else 0.04, 1),  # it drifts, and was larger at the first step
+        (lambda step: 0.2 if not step else 0.01 if step < 60 else 0.1, 61),
     ],
-    ids=["jumps", "constant", "grows", "dies", "blind"],
+    ids=["jumps", "constant", "grows", "dies", "blind", "drifts", "jumps far"],
 )
 def test_cells_are_at_work_from_where_their_effect_on_one_step_jumps(effect, begun):
     found = acts_from(effect, range(0, 200, 10), onset=95)
