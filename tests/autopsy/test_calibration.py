@@ -9,6 +9,7 @@ from altgrad.autopsy.confidence import confidence, fitted
 from altgrad.autopsy.oracle import LoopOracle
 from altgrad.autopsy.verdict import Verdict
 from altgrad.errors import ConfigError
+from benchmarks.autopsy_calibration import generate
 from benchmarks.autopsy_calibration.__main__ import check_rules, names_of, pack, records_of, unpack
 from benchmarks.autopsy_calibration.faults import KINDS, Case, Fault, draw_fault, width_of
 from benchmarks.autopsy_calibration.generate import acceptable
@@ -63,6 +64,28 @@ def test_of_a_tensor_the_use_that_does_the_damage_is_acceptable_too():
     assert acceptable(fault, 1.0, {cells[0]: 0.9, cells[1]: 0.1}) == (cells, (cells[0],))
     assert acceptable(fault, 1.0, {cells[0]: 0.6, cells[1]: 0.7}) == (cells,)
     assert acceptable(Fault("scale up", 3, cells, "pair", 0), 1.0, {cells[0]: 0.9, cells[1]: 0.9}) == (cells,)
+
+
+class Noisy:
+    """Trainings that scatter too much in the first runs to show that a fault does nothing, and then show just that."""
+
+    made = 0
+
+    def __init__(self, case, draws=2):
+        Noisy.made += 1
+        self.base, self.scatter = [3.0], 1.0 if Noisy.made <= 3 else 0.0
+
+    def damage(self, fault, cells=None, draws=2):
+        return 0.0, 0.0
+
+
+def test_every_draw_ends(monkeypatch):
+    monkeypatch.setattr(generate, "Truth", Noisy)
+    monkeypatch.setattr(generate, "draw_decoys", lambda random: ())
+    case = generate.null_case(7, 1)
+    assert (case.null, Noisy.made) == ("harmless cells", 4)
+    with pytest.raises(ConfigError, match="fault-003: none of 40 faults in each of 20 runs fits"):
+        generate.fault_case(7, 3)
 
 
 def record(kind="cause", cells=("a.forward.input",), mechanism="scale", null=None, stated=0.9, **more):

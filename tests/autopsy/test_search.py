@@ -9,6 +9,7 @@ import pytest
 from altgrad.autopsy.fork import Fork
 from altgrad.autopsy.forks import Forks, read_log
 from altgrad.autopsy.investigate import investigate
+from altgrad.autopsy.mechanism import read
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.split import groups, minimal
 from altgrad.autopsy.window import acts_from
@@ -61,6 +62,33 @@ def test_a_model_that_has_adapted_to_its_fault_is_forked_from_before_it_has():
     assert verdict.window[0] <= 30
 
 
+def test_damage_that_grows_slowly_shows_at_the_end_of_the_run():
+    """Half a window's mean is below what counts, its last quarter is above; and the model has adapted to its fault."""
+
+    class Slow(Planted):
+        def _losses(self, fork, start, horizon):
+            withdrawal = 0.5 if fork.path == "low" and start > 0 and MIDDLE not in fork.low else 0.0
+            return tuple(loss + withdrawal for loss in super()._losses(fork, start, horizon))
+
+    verdict = autopsy(Slow(any_of(), later=lambda low: 0.025 * (MIDDLE in low), noise=1e-5))
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(MIDDLE),)
+    assert verdict.window == (0, 200)
+    assert 0.02 < verdict.damage < 0.023
+
+
+def test_a_few_good_steps_at_the_end_do_not_hide_a_damaged_run():
+    class Recovers(Planted):
+        def _losses(self, fork, start, horizon):
+            healthy = super()._losses(Fork(frozenset(), start, fork.path, horizon), start, horizon)
+            last = max(0, self.steps - 6 - start)
+            return (*super()._losses(fork, start, horizon)[:last], *healthy[last:])
+
+    verdict = autopsy(Recovers(any_of(MIDDLE, size=0.05), onset=60, noise=1e-5))
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(MIDDLE),)
+
+
 def test_a_run_that_ends_damaged_is_not_called_undamaged():
     class Never(Planted):
         def run(self, fork, stop=None):  # no fork shows what the run's own history does
@@ -101,6 +129,32 @@ def test_cumulative_causes():
     verdict = autopsy(Planted(sum_of({HEAD: 0.6, FIRST: 0.5})))
     assert set(verdict.cells) == {str(HEAD), str(FIRST)}
     assert verdict.structure == "cumulative"
+
+
+def test_what_is_left_behind_a_rescue_has_its_cause_too():
+    verdict = autopsy(Planted(sum_of({HEAD: 0.8, FIRST: 0.15})))
+    assert set(verdict.cells) == {str(HEAD), str(FIRST)}
+    assert verdict.structure == "cumulative"
+    assert verdict.rescue.value > 0.9
+    many = autopsy(Planted(sum_of({**dict.fromkeys(CELLS, 0.005), HEAD: 0.8})))
+    assert many.cells == (str(HEAD),)  # the rest is of all cells, and of none
+
+
+def test_innocent_cells_that_only_delay_a_divergence_are_no_objection():
+    """Any change delays it, and seems to close a part of the gap in a window that ends soon after."""
+    role = frozenset(one for one in CELLS if one.role == "weight")
+
+    class Diverges(Planted):
+        def _losses(self, fork, start, horizon):
+            dies = self.onset + (4 if role <= fork.low else 18) if HEAD in fork.low else math.inf
+            losses = super()._losses(fork, start, horizon)
+            return tuple(math.nan if start + i > dies else loss for i, loss in enumerate(losses))
+
+    verdict = autopsy(Diverges(any_of(), onset=60))
+    assert verdict.kind == "cause"
+    assert verdict.cells == (str(HEAD),)
+    delaying = next(one for one in verdict.roles if set(one.cells) == set(map(str, role)))
+    assert delaying.rescue.value > 0.5
 
 
 @pytest.mark.parametrize("noise", [0.003, 0.03, 0.08])
@@ -186,6 +240,15 @@ def test_the_mechanism_follows_the_interventions():
         (("stochastic", "nearest"), "bias of the rounding"),
     ]:
         assert autopsy(Planted(cured_by(any_of(HEAD), *names))).mechanism == expected
+
+
+def test_rounding_in_one_direction_is_told_from_coarse_rounding():
+    up = {"mantissa": 0.64, "nearest": 0.99, "stochastic": 0.98}  # a bit more halves the bias as well
+    assert read(up, stored=False) == "bias of the rounding"
+    half = {"mantissa": 0.55, "nearest": 0.42, "stochastic": 0.38, "fine_blocks": 0.61}
+    assert read(half, stored=False) == "bias of the rounding"
+    noisy = {"mantissa": 0.9, "nearest": 0.9}  # it rounds stochastically already: its noise is that of its grid
+    assert read(noisy, stored=False) == "resolution"
 
 
 def test_the_point_of_no_return_lies_before_the_end():
@@ -301,7 +364,10 @@ def test_the_key_of_a_question_depends_on_every_field():
         (lambda step: 0.02 * 1.3 ** (step / 10), 1),  # it grows, and was there from the first step on
         (lambda step: 0.03 if step < 60 else math.nan, 61),
         (lambda step: 0.0, 1),
-        (lambda step: 0.2 if not step else 0.01 if step < 60 else 0.04, 1),  # it drifts, and was larger at the first step
+        (
+            lambda step: 0.2 if not step else 0.01 if step < 60 else 0.04,
+            1,
+        ),  # it drifts, and was larger at the first step
         (lambda step: 0.2 if not step else 0.01 if step < 60 else 0.1, 61),
     ],
     ids=["jumps", "constant", "grows", "dies", "blind", "drifts", "jumps far"],
