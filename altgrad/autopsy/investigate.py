@@ -31,6 +31,7 @@ from altgrad.autopsy.verdict import (
     whole_roles,
 )
 from altgrad.autopsy.window import (
+    CLEAR,
     SHORTEST,
     Window,
     acts_from,
@@ -138,10 +139,16 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         structure=_structure(found, parts),
     )
     search.so_far = so_far
-    if found.spread or whole.rescue.value < 0.5:
+    if found.spread or whole.rescue.value < HALF:
         sentence = (
             f"Inconclusive: {joined(so_far.cells)} close {whole.rescue} of the gap, and the other cells still do damage; "
             f"the damage is spread over more than {len(found.sets)} sets of cells."
+        )
+        return replace(so_far, sentence=sentence)
+    if whole.alone.value < HALF:
+        sentence = (
+            f"Inconclusive: rescuing {joined(so_far.cells)} closes {whole.rescue} of the gap, but low alone they do only "
+            f"{whole.alone} of the damage: others have a part in it."
         )
         return replace(so_far, sentence=sentence)
     if (weak := _too_weak(search, so_far, floor)) is not None:
@@ -213,6 +220,8 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
     return replace(so_far, prior={str(cell): value for cell, value in search.suspicion.items()}), found
 
 
+HALF = 0.5
+"""Share that a cause closes by its rescue, and does alone."""
 CLEARLY = 2
 """Damage of so many floors at the run's end is damage, whether or not a window shows it."""
 
@@ -233,6 +242,8 @@ def _too_weak(search: Search, v: Verdict, floor: float) -> str | None:
         return (
             f"{v.damage:.3g} nats are too few to tell cells apart, whose rounding alone moves the loss by half as much"
         )
+    if v.structure in ("interacting", "spread") and v.damage is not None and v.damage < CLEAR * floor:
+        return f"{v.damage:.3g} nats are too few to tell which cells do damage together, and none of them does it alone"
     named = set(v.cells)
     innocent = [e for e in (*v.placebos, *v.roles) if e.rescue is not None and not named & set(e.cells)]
     innocent.sort(key=lambda e: -abs(e.rescue.value) if e.rescue else 0.0)

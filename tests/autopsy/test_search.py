@@ -140,13 +140,30 @@ def test_what_is_left_behind_a_rescue_has_its_cause_too():
     assert many.cells == (str(HEAD),)  # the rest is of all cells, and of none
 
 
+def test_weak_damage_that_cells_do_only_together_names_none():
+    """Of a few hundredths that the whole forward shares, some set does the most: chance says which."""
+    weak = autopsy(Planted(all_of(HEAD, MIDDLE, size=0.03), noise=1e-6))
+    assert weak.kind == "inconclusive"
+    assert "do damage together" in weak.sentence
+    assert autopsy(Planted(all_of(HEAD, MIDDLE, size=0.06), noise=1e-6)).structure == "interacting"
+
+
+def test_cells_that_do_less_than_half_alone_are_no_cause():
+    both = sum_of({HEAD: 0.3})
+    oracle = Planted(lambda low, *rest: both(low, *rest) + (0.5 if HEAD in low and len(low) > 1 else 0.0))
+    verdict = autopsy(oracle)
+    assert verdict.kind == "inconclusive"
+    assert "low alone they do only" in verdict.sentence
+
+
 def test_innocent_cells_that_only_delay_a_divergence_are_no_objection():
     """Any change delays it, and seems to close a part of the gap in a window that ends soon after."""
     role = frozenset(one for one in CELLS if one.role == "weight")
 
     class Diverges(Planted):
         def _losses(self, fork, start, horizon):
-            dies = self.onset + (4 if role <= fork.low else 18) if HEAD in fork.low else math.inf
+            delayed = not role & fork.low and fork.low != {HEAD}
+            dies = self.onset + (24 if delayed else 4) if HEAD in fork.low else math.inf
             losses = super()._losses(fork, start, horizon)
             return tuple(math.nan if start + i > dies else loss for i, loss in enumerate(losses))
 
