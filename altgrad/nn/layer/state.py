@@ -111,6 +111,7 @@ class LayerState:
         for place, operand in (*self.operands.items(), (("norm", "weight"), self.norm)):
             if operand.spec == before[place].spec and operand.window is None and operand.pending is None:
                 operand.window, operand.pending = before[place].window, before[place].pending
+                operand.average, operand.averaged = before[place].average, before[place].averaged
         if storage is not None and recipe.storage == storage.spec:
             self.set_storage(storage)
 
