@@ -7,6 +7,8 @@ python -m experiments.claims --page docs/findings/claims.md       # write the ta
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from altgrad.cli.claim_pages import data_of
@@ -43,7 +45,7 @@ def _of_no_machine(record: Record) -> Record:
     return Record(record.claim, record.quick, record.trials, record.criteria, facts)
 
 
-def verdict_table(rows: list[Data]) -> str:
+def verdict_table(rows: Sequence[Data]) -> str:
     """Markdown: every claim with its verdict, and what that rests on."""
     lines = ["| row | claim | paper | verdict | seeds | minutes |", "|---|---|---|---|---|---|"]
     for data in rows:
@@ -53,8 +55,12 @@ def verdict_table(rows: list[Data]) -> str:
         name = f"[`{data['name']}`](#{data['name']})"
         minutes = number(data["seconds"] / 60, 2) + ("" if data["seeds"] else " (estimate)")
         cells = [data["number"], f"{name}: {for_markdown(data['statement'])}{second}", paper, verdict]
-        lines.append("| " + " | ".join([*cells, str(len(data["seeds"])), minutes]) + " |")
+        lines.append(_row([*cells, str(len(data["seeds"])), minutes]))
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |"
 
 
 def section(data: Data) -> str:
@@ -71,7 +77,7 @@ def section(data: Data) -> str:
         for finding in data["findings"]:
             outcome = f"open: {power(finding)}" if finding["outcome"] == "open" else finding["outcome"]
             cells = [for_markdown(finding["says"]), interval(finding), bounds(finding), outcome]
-            parts.append("| " + " | ".join(cells) + " |")
+            parts.append(_row(cells))
         parts.append("")
     return "\n".join(parts)
 

@@ -94,5 +94,6 @@ def quantizers_of(model: nn.Module) -> dict[str, tuple[Tensor, Quantizer]]:
 
 def _nearest(name: str) -> Quantizer:
     fmt = get_format(name)
-    scale = None if isinstance(fmt, BlockFormat) else "amax"
-    return lambda x: quantize(x, fmt, scale, overflow="saturate", **({"pad": True} if scale is None else {}))
+    if isinstance(fmt, BlockFormat):
+        return lambda x: quantize(x, fmt, pad=True)
+    return lambda x: quantize(x, fmt, "amax", overflow="saturate")

@@ -9,7 +9,7 @@ from altgrad.errors import OptionError
 from altgrad.reproduce.claim import Claim
 from altgrad.reproduce.simulations import SIMULATIONS
 from altgrad.reproduce.tensors import TENSORS
-from altgrad.reproduce.training import TRAINING
+from altgrad.reproduce.training_rows import TRAINING
 
 
 def _place(claim: Claim) -> tuple[int, str]:

@@ -78,7 +78,9 @@ class Record:
         """The learning rate that each tuned arm goes on with; an arm without all of its tuning trials is left out."""
         protocol = self.claim.protocol
         found: dict[str, float] = {}
-        for arm, facts in protocol.arms.items() if protocol else ():
+        if protocol is None:
+            return found
+        for arm, facts in protocol.arms.items():
             if "rates" not in facts:
                 continue
             tried: dict[float, list[float]] = {}

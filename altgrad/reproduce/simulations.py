@@ -243,7 +243,7 @@ SIMULATIONS: tuple[Claim, ...] = (
         "6",
         "NIPS 2017, Training Quantized Nets",
         "Stochastic rounding does not anneal: below some rate a lower one only slows learning down; the loss stays at grid step "
-        "x E|g| / 4.",
+        "x mean |g| / 4.",
         (
             Criterion("slope_stochastic", "slope of log loss over log rate, 1/64 to 1/1024", -0.1, 0.1),
             Criterion("slope_float32", "the same in float32, which anneals", 0.9, 1.1),

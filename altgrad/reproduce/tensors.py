@@ -55,8 +55,8 @@ def _drawn(kind: str, seed: int, quick: bool) -> list[Tensor]:
     if kind == "Laplace":
         return [-torch.log1p(-torch.rand(size, generator=generator)) * signs]
     normal = torch.randn(size, generator=generator)
-    chi = sum(torch.randn(size, generator=generator).square() for _ in range(3))
-    return [normal] if kind == "normal" else [normal / (chi / 3).sqrt()]
+    chi = torch.randn(3, *size, generator=generator).square().mean(dim=0)
+    return [normal] if kind == "normal" else [normal / chi.sqrt()]
 
 
 def four_bit_order(facts: Facts, seed: int, quick: bool) -> Values:
