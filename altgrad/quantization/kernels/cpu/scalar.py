@@ -48,7 +48,7 @@ def prepare(plan: Plan) -> tuple:
     code_bytes = code_dtype(fmt).itemsize if plan.codes else 0
     alike = plain and family in SETTLED_ALIKE
     loop = loops.compiled(
-        loops.Variant(KINDS[plan.dtype], int(family), wide, plan.values, code_bytes, plan.stats, alike)
+        loops.Variant(KINDS[plan.dtype], int(family), wide, plan.values or plan.stats, code_bytes, plan.stats, alike)
     )
     table = grid_table(fmt, rounding, overflow, plan.clamp, plan.random_bits, wide)
     plan.prepared = (loop, table.ctypes.data, code_dtype(fmt), run_here)

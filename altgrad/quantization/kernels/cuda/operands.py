@@ -21,6 +21,7 @@ from altgrad.formats.rounding import Overflow
 from altgrad.quantization.kernels.cuda.bits import (
     STOCHASTIC,
     divisor_of,
+    finite_bits,
     float_of,
     key_words,
     lean_finite,
@@ -35,7 +36,7 @@ from altgrad.quantization.kernels.cuda.bits import (
 )
 from altgrad.quantization.kernels.cuda.launch import device_table, is_lean, key_tensor, mode_of, on_device
 from altgrad.quantization.plan import Plan
-from altgrad.quantization.powers import significand
+from altgrad.quantization.powers import factor_of
 
 ELEMENTS = 4096  # per program
 MOST_PARTIALS = 1024  # programs of `largest`: the small program that ends it reads as many numbers
@@ -50,8 +51,7 @@ def _largest(x, partials, size, stride, ELEMENTS: tl.constexpr):
     found = tl.zeros((ELEMENTS,), tl.uint32)
     for start in range(program.to(tl.int64) * ELEMENTS, size, tl.cast(stride, tl.int64)):
         v = widen(tl.load(x + start + offset, mask=start + offset < size, other=0.0))
-        bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-        found = tl.maximum(found, tl.where(bits < 0x7F800000, bits, bits * 0))
+        found = tl.maximum(found, finite_bits(v))
     tl.store(partials + program, tl.max(found).to(tl.int32, bitcast=True))
 
 
@@ -145,9 +145,7 @@ def _payload(
         result = float_of(payload, False) * up
     tl.store(out + start + offset, narrow(result, out.dtype.element_ty), mask=valid)
     if COLLECTS:
-        bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-        found = tl.max(tl.where(bits < 0x7F800000, bits, bits * 0))
-        tl.atomic_max(amax, found.to(tl.int32, bitcast=True))
+        tl.atomic_max(amax, tl.max(finite_bits(v)).to(tl.int32, bitcast=True))
 
 
 class Payload(NamedTuple):
@@ -182,10 +180,10 @@ def payload(
     source, size = x.contiguous(), x.numel()
     out = torch.empty_like(source, dtype=torch.bfloat16)
     on_host = not isinstance(scale, Tensor)
-    factor = None if on_host else torch.empty((), dtype=torch.float32, device=x.device)
     if on_host:
-        m = significand(scale, *powers)
-        factor = None if m == 1 else torch.full((), m, dtype=torch.float32, device=x.device)
+        factor = factor_of(scale, powers, x.device)
+    else:
+        factor = torch.empty((), dtype=torch.float32, device=x.device)
     lean = is_lean(fmt, rounding, overflow, plan.random_bits, False)
     if size:
         with on_device(source):
