@@ -291,6 +291,19 @@ def test_variants_that_a_part_cannot_tell_apart_share_it():
     assert template.part(_span, few, DIVIDE=True) is not template.part(_span, few, DIVIDE=False)
 
 
+def test_parts_that_differ_have_names_of_their_own_also_where_a_part_of_theirs_does():
+    from altgrad.quantization.products import loops, panels
+    from altgrad.quantization.products.units import Unit
+
+    narrow = [template.part(panels._narrow, template.Plain(), GROUP_SIZE=size) for size in (2, 4)]
+    payloads = [template.part(panels._payload, template.Plain(), DECODING=1, SCALED=True, narrow=one) for one in narrow]
+    tiles = [
+        template.part(loops._tile, loops.Variant(u, False), multiply_tile=loops.tile(Unit.BF16, False)) for u in (0, 1)
+    ]
+    for pair in (narrow, payloads, tiles):
+        assert pair[0].py_func.__qualname__ != pair[1].py_func.__qualname__
+
+
 def test_compiling_leaves_the_collector_of_cycles_as_it_was():
     def broken(keep):
         assert not gc.isenabled()

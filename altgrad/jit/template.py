@@ -47,15 +47,26 @@ def bind(template: Callable, variant: NamedTuple, **bound: Any) -> FunctionType:
 def part(template: Callable, variant: NamedTuple, *, inline: bool = False, **bound: Any) -> Any:
     """`template` under these constants, compiled into whatever compiled function calls it.
 
-    Variants that differ in nothing that the template names share one part.
+    Variants that differ in nothing that the template names share one part. Its name tells what it was given: kept machine
+    code of other processes may hold parts of the same template, and symbols of one name are taken for one function.
     """
     assert isinstance(template, FunctionType)
     seen = _names(template.__code__)
     given = {name: value for name, value in (variant._asdict() | bound).items() if name in seen}
     key = (template, inline, *given.items())
     if key not in _parts:
-        _parts[key] = njit(forceinline=inline, **_PART_OPTIONS)(_renamed(template, template.__name__, given))
+        told = [f"{name} {_told(value, variant)}" for name, value in given.items()]
+        label = hashlib.sha256("\0".join([str(inline), *told]).encode()).hexdigest()[:12]
+        named = _renamed(template, f"{template.__name__}_{label}_{stamp(template.__module__)}", given)
+        _parts[key] = njit(forceinline=inline, **_PART_OPTIONS)(named)
     return _parts[key]
+
+
+def _told(value: Any, variant: NamedTuple) -> str:
+    """What tells a bound value apart: a number, the name of another part, or the variant that anything else follows from."""
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return value.py_func.__qualname__ if hasattr(value, "py_func") else f"{type(variant).__name__} {tuple(variant)}"
 
 
 def inlined(plain: Callable) -> Any:

@@ -46,6 +46,11 @@ def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False)
     return load("cuda", "operands").largest(_at_hand(x), fmt_max, power_of_two)
 
 
+def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin: int, power_of_two: bool) -> None:
+    """Close a step of a delayed scale whose history is full, in place: as `kernels.cuda.operands.roll`."""
+    load("cuda", "operands").roll(window, pending, scale, fmt_max, margin, power_of_two)
+
+
 def payload(
     x: Tensor,
     cast: Cast,

@@ -134,6 +134,15 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
     assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 28, "25 of the cast, 3 of the amax"
     ends = {"SCALES": True, "POWER_OF_TWO": True, "PARTIALS": operands.MOST_PARTIALS, "count": 1}
     assert compiled(operands._scale, {"partials": "*i32", "out": "*fp32", "divisor": "fp32"}, ends).asm["cubin"]
+    step = {"POWER_OF_TWO": True, "ENTRIES": 16, "history": 1}
+    assert (
+        "bar.sync"
+        in compiled(
+            operands._roll,
+            {**dict.fromkeys(("window", "pending", "scale"), "*fp32"), "divisor": "fp32", "headroom": "fp32"},
+            step,
+        ).asm["ptx"]
+    )
     search = {"ELEMENTS": operands.ELEMENTS, "size": 1}
     assert compiled(operands._largest, {"x": "*bf16", "partials": "*i32"}, search).asm["cubin"]
     sums = {"sums": "*fp32", "out": "*bf16", "a": "*fp32", "b": "*fp32", "bias": "*fp32"}
@@ -167,6 +176,7 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     found, state = of_linear(fmt, torch.bfloat16, **recipe)
     assert found.waits == []
     assert len(found.names) <= MOST_OPERATIONS, found.names
+    assert len(found.clock) <= 6, "a kernel for each history, or two writes for each key"
     assert found.bytes <= (MOST_BYTES if not state.x.block else 1.02 * MOST_BYTES), (
         "x, w and dy are rounded along both axes"
     )

@@ -30,7 +30,7 @@ from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes, fits_exponents
 from altgrad.quantization.scaling import DelayedState, host_scale
-from altgrad.quantization.tensor_cores import serve
+from altgrad.quantization.tensor_cores import roll, serve
 from altgrad.randomness import stream_base
 
 if TYPE_CHECKING:
@@ -122,25 +122,23 @@ class Operand:
         if pending.device.type == "cpu" and pending.numel() == 1 and float(pending) < 0:
             self.pending = None
             return
-        fresh = policy.update(pending, DelayedState(self.window), self.fmt)[1].window
         if not self._stays:
-            self.window, self.pending = fresh, None
+            self.window, self.pending = policy.update(pending, DelayedState(self.window), self.fmt)[1].window, None
             return
         assert self.window is not None
-        assert fresh is not None
-        torch._foreach_copy_([self.window], [torch.where(pending >= 0, fresh, self.window)])
-        pending.fill_(UNSEEN)
-        if self._scale is not None:
-            torch._foreach_copy_([self._scale], [self._scale_of_window()])
+        if self._scale is None:
+            self._scale = torch.empty_like(pending)
+        roll(self.window, pending, self._scale, self.fmt.max, policy.margin, policy.power_of_two)
 
     @property
     def _stays(self) -> bool:
-        """Whether the history is full and on a GPU, of one amax."""
+        """Whether the history is full and on a GPU, of one float32 amax."""
         policy = self.spec.scaling
         return (
             isinstance(policy, DelayedScaling)
             and self.window is not None
             and self.window.shape == (policy.history,)
+            and self.window.dtype == torch.float32
             and self.pending is not None
             and self.pending.device == self.window.device
             and serve(self.window)
