@@ -166,7 +166,7 @@ def _measure_in_torch(fmt, scale, near_zero, before, gradient, attempted, after)
     field["ulp_median"] = _median(_histogram(ulps.float(), both))
 
     vector = torch.stack(
-        [torch.as_tensor(field.get(n, _absent(n)), dtype=torch.float64, device=before.device) for n in UPDATE_FIELDS]
+        [_number(field.get(name, _absent(name)), before.device) for name in UPDATE_FIELDS]
     )
     weight_histogram = _histogram((before / scale).flatten(), finite)
     update_histogram = _histogram((update.view(before.shape) / scale).flatten(), tried)
@@ -206,6 +206,13 @@ def _gradient_fields(gradient, near_zero, stiffness, stiff) -> dict[str, Tensor 
     return field
 
 
+def _number(value: Tensor | float, device: torch.device) -> Tensor:
+    """0-d float64 on the device, without a copy from host memory, which a GPU would be waited for with."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
 def _absent(name: str) -> float:
     if name in ("dead_rows", "dead_columns"):
         return math.nan
@@ -221,7 +228,8 @@ def _largest(x: Tensor, empty: float = 0.0) -> Tensor:
 def _histogram(x: Tensor, valid: Tensor) -> Tensor:
     """Counts of |x| in the bins of float32's upper bits, over the valid elements."""
     bins = (x.float().abs().view(torch.int32) >> 21).to(torch.int64)
-    return torch.bincount(torch.where(valid, bins, BINS), minlength=BINS + 1)[:BINS]
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=x.device)
+    return counts.scatter_add_(0, torch.where(valid, bins, BINS), torch.ones_like(bins))[:BINS]  # bincount would wait
 
 
 def _median(histogram: Tensor) -> Tensor:
