@@ -111,7 +111,9 @@ def counted():
         for module in (scalar, blocks, operands):
             enter(mock.patch.object(module, "on_device", side_effect=lambda x: nullcontext()))
         enter(mock.patch.object(JITFunction, "run", run))
-        enter(mock.patch.object(Tensor, "__invert__", lambda x: x.bitwise_not()))  # the operator looks for a real device
+        enter(
+            mock.patch.object(Tensor, "__invert__", lambda x: x.bitwise_not())
+        )  # the operator looks for a real device
         stack.callback(launch.device_table.cache_clear)
         launch.device_table.cache_clear()
         enter(FakeTensorMode(allow_non_fake_inputs=True))

@@ -165,9 +165,7 @@ def _measure_in_torch(fmt, scale, near_zero, before, gradient, attempted, after)
     field["ulp_sum"], field["ulp_max"] = ulps.sum(), _largest(ulps)
     field["ulp_median"] = _median(_histogram(ulps.float(), both))
 
-    vector = torch.stack(
-        [_number(field.get(name, _absent(name)), before.device) for name in UPDATE_FIELDS]
-    )
+    vector = torch.stack([_number(field.get(name, _absent(name)), before.device) for name in UPDATE_FIELDS])
     weight_histogram = _histogram((before / scale).flatten(), finite)
     update_histogram = _histogram((update.view(before.shape) / scale).flatten(), tried)
     return UpdateMeasurement(vector, torch.stack([weight_histogram, update_histogram]))
