@@ -227,12 +227,15 @@ def _histogram(x: Tensor, valid: Tensor) -> Tensor:
     """Counts of |x| in the bins of float32's upper bits, over the valid elements."""
     bins = (x.float().abs().view(torch.int32) >> 21).to(torch.int64)
     counts = torch.zeros(BINS + 1, dtype=torch.int64, device=x.device)
-    return counts.scatter_add_(0, torch.where(valid, bins, BINS), torch.ones_like(bins))[:BINS]  # bincount would wait
+    return counts.scatter_add_(0, torch.where(valid, bins, BINS), torch.ones_like(bins)).narrow(
+        0, 0, BINS
+    )  # bincount waits
 
 
 def _median(histogram: Tensor) -> Tensor:
     """Lower edge of the bin that holds the lower median; NaN for an empty histogram."""
     below = histogram.cumsum(0)
-    position = torch.searchsorted(below, (below[-1:] + 1) // 2).clamp(max=BINS - 1)
-    edge = bin_edges(histogram.device)[position[0]].double()
-    return torch.where(below[-1] > 0, edge, torch.nan)
+    total = below.narrow(0, BINS - 1, 1)
+    position = torch.searchsorted(below, (total + 1) // 2).clamp(max=BINS - 1)
+    edge = bin_edges(histogram.device).index_select(0, position).double()  # indexing by a number on a GPU would wait
+    return torch.where(total > 0, edge, torch.nan).squeeze(0)
