@@ -380,7 +380,7 @@ class Operand:
         assert self.cast is not None
         x = carrier(x)
         plan = self.cast.plan(x.dtype, x.device, Want.CODES)
-        found = load("cpu").encode_by_amax(plan, x, self.spec.scaling.power_of_two)
+        found = load("cpu").encode_by_amax(plan, x, self.spec.scaling.power_of_two, host_scale)
         return None if found is None or found[2] or not math.isfinite(found[1]) else ((found[0],), found[1])
 
     def coded(self, saved: Saved, scale: Tensor | float) -> tuple[Codes, Tensor | None]:
