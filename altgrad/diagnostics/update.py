@@ -206,9 +206,9 @@ def _gradient_fields(gradient, near_zero, stiffness, stiff) -> dict[str, Tensor 
 
 def _number(value: Tensor | float, device: torch.device) -> Tensor:
     """0-d float64 on the device, without a copy from host memory, which a GPU would be waited for with."""
-    if isinstance(value, Tensor):
-        return value.to(torch.float64)
-    return torch.full((), value, dtype=torch.float64, device=device)
+    if isinstance(value, int | float):
+        return torch.full((), value, dtype=torch.float64, device=device)
+    return value.to(torch.float64)
 
 
 def _absent(name: str) -> float:

@@ -197,6 +197,10 @@ def _plan(
         return None
     for program in programs:
         program.close()
-    y_shape = (*x.shape[:-1], outputs)
-    like = Like(*map(_without_memory, (x.shape, w.shape, y_shape)), _without_memory((forward.kept,), torch.uint8))
+    like = Like(
+        _without_memory(x.shape),
+        _without_memory(w.shape),
+        _without_memory((*x.shape[:-1], outputs)),
+        _without_memory((forward.kept,), torch.uint8),
+    )
     return Plan(forward, backward, back_x, back_w, like, state.w.follows_storage)
