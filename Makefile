@@ -42,10 +42,16 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_calls
 	$(BIN)/python -m benchmarks.bench_blocks
 	$(BIN)/python -m benchmarks.bench_step
+	$(BIN)/python -m benchmarks.bench_step --without-units --models 10M,0.8M
+	$(BIN)/python -m benchmarks.bench_beside
 	$(BIN)/python -m benchmarks.bench_first_use
 	$(BIN)/python -m benchmarks.bench_monitor
 	$(BIN)/python -m benchmarks.bench_optim
+	$(BIN)/python -m benchmarks.bench_replay
 	$(BIN)/python -m benchmarks.long_run study
+	$(BIN)/python -m benchmarks.cuda_instructions
+	$(BIN)/python -m benchmarks.cuda_traffic
+	$(BIN)/python -m benchmarks.bench_cuda
 
 exhaustive: $(READY)
 	$(BIN)/python -m benchmarks.exhaustive

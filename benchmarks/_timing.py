@@ -1,4 +1,4 @@
-"""Interleaved timing: medians of rounds in one process, as ratios against a baseline; and the file of a CPU's records."""
+"""Interleaved timing: medians of rounds in one process, as ratios against a baseline; and the files of records."""
 
 from __future__ import annotations
 
@@ -59,11 +59,17 @@ def interleaved(
     )
 
 
-def keep_record(path: Path, name: str, record: Any) -> None:
-    """Put a benchmark's record under its name into the file of a CPU, such as `results/cpu-avx2.json`; others stay.
+def machine() -> dict[str, Any]:
+    """What a record was measured on: the CPU, the units that multiply codes there, torch, and the GPU if there is one."""
+    found = {"cpu": processor_name(), "units": str(PROCESSOR), "cores": os.cpu_count(), "torch": torch.__version__}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
-    The file names the CPU, the units that multiply codes there and torch, as they were when it was last written.
+
+def keep_record(path: Path, name: str, record: Any, on: dict[str, Any] | None = None) -> None:
+    """Put a benchmark's record under its name into a file such as `results/cpu-avx2.json`; the other records stay.
+
+    Under `machines` the file says, by the record's name, what each was measured on: `on`, or this machine.
     """
     records = json.loads(path.read_text()) if path.exists() else {}
-    machine = {"cpu": processor_name(), "units": str(PROCESSOR), "cores": os.cpu_count(), "torch": torch.__version__}
-    write_text(path, json.dumps({"machine": machine} | records | {"machine": machine, name: record}, indent=1) + "\n")
+    machines = records.pop("machines", {}) | {name: on or machine()}
+    write_text(path, json.dumps({"machines": machines} | records | {name: record}, indent=1) + "\n")

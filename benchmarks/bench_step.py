@@ -6,7 +6,8 @@ Every ratio compares medians of rounds that alternate between the variants (FP32
 so that a drift of the machine's speed meets all of them. Peak memory is the largest sum of tensors that torch's
 allocator held during one step, parameters, optimizer state and the layers' room for packed operands included. Budgets are
 those of the design document for the class of CPU; misses are printed with their factor. `--without-units` measures the
-float32 route, as on CPUs that multiply nothing faster.
+float32 route, as on CPUs that multiply nothing faster. `--recipes named` takes every recipe that has a name
+(`altgrad recipes`); those that emulate a library's arithmetic or a unit's sums have no budget.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from altgrad.nn import attach_optimizer, quantize_model, uniform
+from altgrad.nn import NAMED, Recipe, attach_optimizer, quantize_model, uniform
 from altgrad.nn.layer import gemm
 from altgrad.nn.layer.classes import is_quantized
 from altgrad.nn.layer.gemm import Processor
@@ -51,6 +52,8 @@ MORE_ROUNDS = {"0.8M": 3, "0.13M": 9}  # times the rounds asked for: short steps
 
 def time_budget(model: str, recipe, processor: Processor) -> float | None:
     """The budget of a step in units of the FP32 step, by the unit that multiplies the recipe's forward."""
+    if recipe.default.is_emulated:
+        return None
     with_units, uniform_grids, blocks, without = TIME_BUDGETS[model]
     fmt = recipe.default.forward.input.resolved
     if not processor.bf16_codes and not processor.bf16_matrices:
@@ -61,7 +64,9 @@ def time_budget(model: str, recipe, processor: Processor) -> float | None:
 
 
 def recipe_named(name: str):
-    """E4M3, or E4M3/E5M2 for another gradient format; +grid and +stochastic, +delayed as suffixes."""
+    """E4M3, or E4M3/E5M2 for another gradient format; +grid and +stochastic, +delayed as suffixes; or a recipe's name."""
+    if name.partition(" ")[0] in NAMED:
+        return Recipe.from_dict(name)
     formats, *options = name.split("+")
     forward, _, grad = formats.partition("/")
     return uniform(
@@ -268,7 +273,9 @@ def bench(name: str, recipes: list[str], rounds: int, device: str) -> dict:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipes", default="E4M3,E4M3/E5M2,E0M7,MXFP8", help="comma-separated; see recipe_named")
+    parser.add_argument(
+        "--recipes", default="E4M3,E4M3/E5M2,E0M7,MXFP8", help="comma-separated; see recipe_named; or named"
+    )
     parser.add_argument("--models", default="10M,0.8M,0.13M")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
@@ -283,7 +290,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     capability = f"{torch.backends.cpu.get_cpu_capability()}, multiplies {gemm.PROCESSOR}"
     print(f"torch {torch.__version__}, {args.threads} threads, {platform.machine()} {capability}")
-    results = [bench(name, args.recipes.split(","), args.rounds, args.device) for name in args.models.split(",")]
+    recipes = list(NAMED) if args.recipes == "named" else args.recipes.split(",")
+    results = [bench(name, recipes, args.rounds, args.device) for name in args.models.split(",")]
     if args.json is not None:
         keep_record(args.json, "step without units" if args.without_units else "step", results)
 

@@ -92,8 +92,12 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
             ],
         ),
         "long": "\n".join(_long(name, one) for name, one in record.items() if name.startswith("long ")),
-        "cpu": "All of them ran on: {cpu}; {units}; {cores} cores.".format_map(record["machine"]),
+        "cpu": f"All of them ran on: {' and '.join(_machines(record))}.",
     }  # fmt: skip
+
+
+def _machines(record: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(map("{cpu}; {units}; {cores} cores".format_map, record["machines"].values())))
 
 
 def _long(name: str, one: Mapping[str, Any]) -> str:
@@ -133,9 +137,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where the page has other tables")
     arguments = parser.parse_args()
     for other in arguments.records:
-        for name, entry in _entries(other).items():
-            if name != "machine":
-                keep_record(RECORD, name, entry)
+        entries = _entries(other)
+        machines = entries.pop("machines", {})
+        entries.pop("machine", None)  # of earlier versions
+        for name, entry in entries.items():
+            keep_record(RECORD, name, entry, machines.get(name))
     made, page = tables(_entries(RECORD)), PAGE.read_text()
     print("\n\n".join(made.values()))
     if arguments.write or arguments.records:

@@ -146,7 +146,17 @@ def rank_table(record: Record) -> Table:
                         _met(won, "0.8, none higher"),
                     ]
                 )
-    heads = ("storage", "model", "cases", "advice", "more mantissa", "best SQNR", "20-step run", "another seed", "criterion")
+    heads = (
+        "storage",
+        "model",
+        "cases",
+        "advice",
+        "more mantissa",
+        "best SQNR",
+        "20-step run",
+        "another seed",
+        "criterion",
+    )
     return Table([Column(h, i > 1) for i, h in enumerate(heads)], rows, sortable=False)
 
 

@@ -1,5 +1,6 @@
 """Compiled loops: the same result in any floating-point environment, thread count and processor; templates bound once."""
 
+import gc
 import hashlib
 import os
 import shutil
@@ -278,6 +279,44 @@ def test_variants_of_a_template_have_names_of_their_own():
     names = {template.bind(_decode, DecodeVariant(kind, width)).__qualname__ for kind in (0, 1) for width in (1, 4)}
     assert len(names) == 4
     assert all(template.stamp(_decode.__module__) in name for name in names)
+
+
+def test_variants_that_a_part_cannot_tell_apart_share_it():
+    from altgrad.quantization.kernels.cpu.loops import Variant, _record, _span
+
+    few, many = Variant(0, STATS=True), Variant(0, CODE_BYTES=1, STATS=True)
+    assert template.part(_record, few) is template.part(_record, many)
+    assert template.part(_span, few, DIVIDE=True) is template.part(_span, few, DIVIDE=True)
+    assert template.part(_span, few, DIVIDE=True) is not template.part(_span, many, DIVIDE=True)
+    assert template.part(_span, few, DIVIDE=True) is not template.part(_span, few, DIVIDE=False)
+
+
+def test_parts_that_differ_have_names_of_their_own_also_where_a_part_of_theirs_does():
+    from altgrad.quantization.products import loops, panels
+    from altgrad.quantization.products.units import Unit
+
+    narrow = [template.part(panels._narrow, template.Plain(), GROUP_SIZE=size) for size in (2, 4)]
+    payloads = [template.part(panels._payload, template.Plain(), DECODING=1, SCALED=True, narrow=one) for one in narrow]
+    tiles = [
+        template.part(loops._tile, loops.Variant(u, False), multiply_tile=loops.tile(Unit.BF16, False)) for u in (0, 1)
+    ]
+    for pair in (narrow, payloads, tiles):
+        assert pair[0].py_func.__qualname__ != pair[1].py_func.__qualname__
+
+
+def test_compiling_leaves_the_collector_of_cycles_as_it_was():
+    def broken(keep):
+        assert not gc.isenabled()
+        raise RuntimeError("broken")
+
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with pytest.raises(RuntimeError, match="broken"):
+                template._kept_on_disk(broken)
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()
 
 
 def test_an_error_of_the_compiler_is_no_matter_of_the_cache(monkeypatch):

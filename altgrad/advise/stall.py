@@ -23,6 +23,7 @@ from altgrad.advise.trace import Snapshot, Trace
 from altgrad.errors import ConfigError
 from altgrad.formats.rounding import Rounding
 from altgrad.quantization import amax_scale, get_format, grid_index, quantize
+from altgrad.randomness import seed_of
 
 STORAGES = ("nearest", "stochastic", "master")
 _POINTS = 9  # beyond the trace at which stall is computed; between them it is interpolated
@@ -44,7 +45,7 @@ def exact_stall(snapshot: Snapshot, fmt: str, storage: str, factor: float = 1.0)
         return float("nan")
     start = snapshot.before if storage == "master" else quantize(snapshot.before, form, scale, overflow="saturate")
     rounding = Rounding.STOCHASTIC if storage == "stochastic" else Rounding.NEAREST_EVEN
-    key = (snapshot.step, len(snapshot.layer)) if storage == "stochastic" else None
+    key = (snapshot.step, seed_of(snapshot.layer)) if storage == "stochastic" else None
     landed = quantize(start + update, form, scale, rounding=rounding, overflow="saturate", key=key)
     before = quantize(start, form, scale, overflow="saturate")
     same = grid_index(landed, form, scale) == grid_index(before, form, scale)

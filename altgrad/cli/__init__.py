@@ -270,6 +270,29 @@ def advise(
     )
 
 
+@app.command("reproduce")
+def reproduce_claim(
+    name: Annotated[
+        str | None, typer.Argument(help="A claim's name, or all; without it the claims are listed.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Instead of as many as the protocol says.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trials at a time.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small part of every trial, to see that it runs; it proves nothing.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the records.")] = Path("runs/claims"),
+) -> None:
+    """Try a published claim on this machine: a verdict with intervals, by criteria from before the run."""
+    from altgrad.cli import claim_pages
+
+    if name is None:
+        if seeds is not None or quick:
+            raise OptionError("--seeds and --quick need a claim's name, or all")
+        claim_pages.print_claims(out)
+    else:
+        claim_pages.try_claims(name, out, seeds=seeds, jobs=jobs, quick=quick)
+
+
 @app.command()
 def pack(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, folders that hold run folders, or packs.")],

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from altgrad.advise import Advice, Budget, advise_loop, advise_weights
@@ -18,7 +17,7 @@ from altgrad.advise.sensitivity import BATCHES
 from altgrad.advise.trace import layers_of
 from altgrad.errors import ConfigError
 from altgrad.records.files import write_json, write_text
-from altgrad.report.console import Terminal, ruled_table
+from altgrad.report.console import Bars, Terminal, ruled_table
 from altgrad.report.numbers import duration, percent, plural
 from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence, whole_line
 
@@ -66,7 +65,7 @@ def advise(
         if dry_run:
             console.print(f"weights of {source} are read once, tensor by tensor")
             return
-        with _progress(console) as told:
+        with Bars(console) as told:
             found, config = advise_weights(source, budget, tell=told), None
     _write(console, folder, found, config, source.name, command)
 
@@ -106,7 +105,7 @@ def _from_config(
     )
     if dry_run:
         return None, None
-    with _progress(console) as told:
+    with Bars(console) as told:
         advice = advise_loop(loop, budget, steps=steps, sensitivity=sensitivity, verify=verify, tell=told)
     given = yaml.safe_load(dump_config(config))
     return advice, given
@@ -146,36 +145,6 @@ class ConfigLoop:
 
     def restore(self, state: Any) -> None:
         self.trainer.restore(state)
-
-
-class _progress:
-    """Bars on a terminal, a line for each stage elsewhere; as a context it gives the function to call."""
-
-    def __init__(self, console: Terminal) -> None:
-        self.console = console
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self):
-        self.bars.__enter__()
-        return self.told
-
-    def __exit__(self, *error: Any) -> None:
-        self.bars.__exit__(*error)
-
-    def told(self, what: str, done: int, of: int) -> None:
-        """Something was done."""
-        if what not in self.tasks:
-            self.tasks[what] = self.bars.add_task(what, total=of)
-            if not self.console.is_terminal:
-                self.console.print(f"{what}: {of}", highlight=False, markup=False)
-        self.bars.update(self.tasks[what], completed=done, total=of)
 
 
 def _write(

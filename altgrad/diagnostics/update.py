@@ -165,9 +165,7 @@ def _measure_in_torch(fmt, scale, near_zero, before, gradient, attempted, after)
     field["ulp_sum"], field["ulp_max"] = ulps.sum(), _largest(ulps)
     field["ulp_median"] = _median(_histogram(ulps.float(), both))
 
-    vector = torch.stack(
-        [torch.as_tensor(field.get(n, _absent(n)), dtype=torch.float64, device=before.device) for n in UPDATE_FIELDS]
-    )
+    vector = torch.stack([_number(field.get(name, _absent(name)), before.device) for name in UPDATE_FIELDS])
     weight_histogram = _histogram((before / scale).flatten(), finite)
     update_histogram = _histogram((update.view(before.shape) / scale).flatten(), tried)
     return UpdateMeasurement(vector, torch.stack([weight_histogram, update_histogram]))
@@ -206,6 +204,13 @@ def _gradient_fields(gradient, near_zero, stiffness, stiff) -> dict[str, Tensor 
     return field
 
 
+def _number(value: Tensor | float, device: torch.device) -> Tensor:
+    """0-d float64 on the device, without a copy from host memory, which a GPU would be waited for with."""
+    if isinstance(value, int | float):
+        return torch.full((), value, dtype=torch.float64, device=device)
+    return value.to(torch.float64)
+
+
 def _absent(name: str) -> float:
     if name in ("dead_rows", "dead_columns"):
         return math.nan
@@ -221,12 +226,16 @@ def _largest(x: Tensor, empty: float = 0.0) -> Tensor:
 def _histogram(x: Tensor, valid: Tensor) -> Tensor:
     """Counts of |x| in the bins of float32's upper bits, over the valid elements."""
     bins = (x.float().abs().view(torch.int32) >> 21).to(torch.int64)
-    return torch.bincount(torch.where(valid, bins, BINS), minlength=BINS + 1)[:BINS]
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=x.device)
+    return counts.scatter_add_(0, torch.where(valid, bins, BINS), torch.ones_like(bins)).narrow(
+        0, 0, BINS
+    )  # bincount waits
 
 
 def _median(histogram: Tensor) -> Tensor:
     """Lower edge of the bin that holds the lower median; NaN for an empty histogram."""
     below = histogram.cumsum(0)
-    position = torch.searchsorted(below, (below[-1:] + 1) // 2).clamp(max=BINS - 1)
-    edge = bin_edges(histogram.device)[position[0]].double()
-    return torch.where(below[-1] > 0, edge, torch.nan)
+    total = below.narrow(0, BINS - 1, 1)
+    position = torch.searchsorted(below, (total + 1) // 2).clamp(max=BINS - 1)
+    edge = bin_edges(histogram.device).index_select(0, position).double()  # indexing by a number on a GPU would wait
+    return torch.where(total > 0, edge, torch.nan).squeeze(0)

@@ -11,12 +11,11 @@ from enum import IntEnum
 from functools import cache
 
 import numpy as np
-from numba import njit
 
 from altgrad.formats.scalar import FloatFormat, Specials
 from altgrad.jit.machine import add, band, below, bits_of, bor, float_of, pick, shl, small_integer, sub
 from altgrad.jit.memory import load_word
-from altgrad.jit.template import table_reader
+from altgrad.jit.template import inlined, table_reader
 
 CODE_FIELDS = (
     "magnitude_mask",  # bits of a code below its sign
@@ -75,10 +74,8 @@ def code_table(fmt: FloatFormat) -> np.ndarray:
 Codes = namedtuple("Codes", CODE_FIELDS)
 read_codes = table_reader(Codes, lambda i, _: f"load_word(like, table, {i})", load_word=load_word)
 
-_inline = njit(forceinline=True, error_model="numpy")
 
-
-@_inline
+@inlined
 def by_fields(code, facts):
     """(value, 1 if it is no number and the value void, else 0) of a uint32 code, by the fields of the code.
 
@@ -94,7 +91,7 @@ def by_fields(code, facts):
     return float_of(bor(bits, sign)), pick(special, np.uint32(1), np.uint32(0))
 
 
-@_inline
+@inlined
 def by_integer(code, facts):
     """As `by_fields` for a byte in two's complement; all are numbers."""
     negative = below(np.uint32(127), code)

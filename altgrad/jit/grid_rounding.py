@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import namedtuple
 
 import numpy as np
-from numba import njit
 
 from altgrad.jit.grid_table import GRID_FIELDS
 from altgrad.jit.machine import (
@@ -30,23 +29,20 @@ from altgrad.jit.machine import (
     truncated,
 )
 from altgrad.jit.memory import load_word
-from altgrad.jit.template import table_reader
+from altgrad.jit.template import inlined, table_reader
 from altgrad.randomness import MULTIPLIERS
 
 Grid = namedtuple("Grid", GRID_FIELDS)
-
-_inline = njit(forceinline=True, error_model="numpy")
-
 
 _MOVED = {"emin_field": "exponent", "min_normal_bits": "bits", "max_bits": "bits"}
 _move = f"Grid({', '.join(f'add(grid.{f}, {_MOVED[f]})' if f in _MOVED else f'grid.{f}' for f in GRID_FIELDS)})"
 _namespace: dict = {"Grid": Grid, "add": add}
 exec(f"def moved_grid(grid, exponent, bits):\n    return {_move}\n", _namespace)  # as in `table_reader`
-_moved_grid = _inline(_namespace["moved_grid"])
+_moved_grid = inlined(_namespace["moved_grid"])
 read_grid = table_reader(Grid, lambda i, _: f"load_word(like, table, {i})", load_word=load_word)
 
 
-@_inline
+@inlined
 def scaled_grid(grid, s):
     """The grid whose values are s times as large, s a power of two; for what `jit.grid_table.settles_plainly`."""
     one = bits_of(s / s)
@@ -54,7 +50,7 @@ def scaled_grid(grid, s):
     return _moved_grid(grid, exponent, sub(bits_of(s), one))
 
 
-@_inline
+@inlined
 def nearest_even(magnitude, grid):
     """(magnitude bits, code) on the grid, ties to even, by adding C = 2^(e + width - M) and taking it away again.
 
@@ -69,7 +65,7 @@ def nearest_even(magnitude, grid):
     return bits_of(sum_ - pivot), add(shl(sub(exponent, grid.emin_field), grid.mantissa_bits), steps)
 
 
-@_inline
+@inlined
 def by_short_chance(magnitude, word, grid):
     """(magnitude bits, code), rounded stochastically in 32-bit fixed point with 24 bits after the point.
 
@@ -86,7 +82,7 @@ def by_short_chance(magnitude, word, grid):
     return value, add(shr(sub(binade, grid.min_normal_bits), grid.dropped_bits), steps)
 
 
-@_inline
+@inlined
 def grid_position(magnitude, grid):
     """(significand, shift, exponent field): the grid spacing is `shift` bits above the significand's last bit."""
     field = shr(magnitude, grid.significand_width)
@@ -100,7 +96,7 @@ def grid_position(magnitude, grid):
     return significand, shift, own
 
 
-@_inline
+@inlined
 def stepped(magnitude, remainder, away, shift, own, grid):
     """Magnitude bits after dropping the remainder and, if `away`, adding one grid step."""
     beyond = below(grid.significand_width, shift)  # the whole number is below one grid step
@@ -110,7 +106,7 @@ def stepped(magnitude, remainder, away, shift, own, grid):
     return add(base, step) if away else base
 
 
-@_inline
+@inlined
 def by_rule(magnitude, negative, grid):
     """Magnitude bits rounded to the grid by any deterministic mode, from the masks that define it."""
     significand, shift, own = grid_position(magnitude, grid)
@@ -125,7 +121,7 @@ def by_rule(magnitude, negative, grid):
     return stepped(magnitude, remainder, add(counted, nudge) > full, shift, own, grid)
 
 
-@_inline
+@inlined
 def by_chance(magnitude, word, grid):
     """Magnitude bits rounded away iff floor(frac * 2^R) + r >= 2^R, with r the upper R bits of the 32-bit word."""
     significand, shift, own = grid_position(magnitude, grid)
@@ -139,7 +135,7 @@ def by_chance(magnitude, word, grid):
     return stepped(magnitude, remainder, chance > sub(grid.random_mask, drawn), shift, own, grid)
 
 
-@_inline
+@inlined
 def settled_alike(rounded, x_bits, sign, grid, plain):
     """`settled` where both signs overflow to the same value and NaN and inf pass through unchanged.
 
@@ -156,7 +152,7 @@ def settled_alike(rounded, x_bits, sign, grid, plain):
     return x_bits if special else payload, counts
 
 
-@_inline
+@inlined
 def code_alike(steps, x_bits, sign, grid, plain):
     """(code, problem) from a magnitude code that may lie beyond max, under the conditions of `settled_alike`."""
     code = steps if plain else (grid.overflow_code if below(grid.max_code, steps) else steps)
@@ -170,7 +166,7 @@ def code_alike(steps, x_bits, sign, grid, plain):
     return (special_code if special else signed), (problem if special else grid.zero)
 
 
-@_inline
+@inlined
 def settled(rounded, x_bits, sign, grid):
     """(payload bits, overflowed): overflow policy, sign of zero, NaN and inf put in place."""
     over = rounded > grid.max_bits
@@ -184,7 +180,7 @@ def settled(rounded, x_bits, sign, grid):
     return payload, counts
 
 
-@_inline
+@inlined
 def code_of(payload, grid):
     """(code, problem) of payload bits on the grid; problem is nonzero where NaN or inf has no code (then code 0)."""
     magnitude = band(payload, grid.magnitude_mask)
@@ -204,13 +200,13 @@ def code_of(payload, grid):
     return (flipped if signed else code), problem
 
 
-@_inline
+@inlined
 def random_word(index, before, between):
     """32 random bits of element `index` (modulo 2^32) under two key words; all uint32. `altgrad.randomness` says why."""
     return mixed_word(mul(bxor(index, before), np.uint32(MULTIPLIERS[0])), between)
 
 
-@_inline
+@inlined
 def mixed_word(x, between):
     """What `random_word` makes of its first product."""
     x = bxor(bxor(x, shr(x, np.uint32(11))), between)
@@ -220,7 +216,7 @@ def mixed_word(x, between):
     return bxor(x, shr(x, np.uint32(14)))
 
 
-@_inline
+@inlined
 def mixed64(x):
     """SplitMix64's output for a uint64 input, as `randomness.splitmix64`."""
     z = add(x, np.uint64(0x9E3779B97F4A7C15))
@@ -229,7 +225,7 @@ def mixed64(x):
     return bxor(z, shr(z, np.uint64(31)))
 
 
-@_inline
+@inlined
 def key_words(seed, stream, block):
     """(before, between), as `randomness.key_words`, from uint64 seed, stream and block."""
     mixed = mixed64(bxor(mixed64(bxor(mixed64(seed), stream)), block))

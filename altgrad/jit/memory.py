@@ -170,14 +170,16 @@ def load_word(typing_context, like, address, index):
 
 
 @intrinsic
-def store_double(typing_context, address, index, value):
-    """Write a float64 into a table."""
+def store_word(typing_context, address, index, word):
+    """Write entry `index` of a table of 8-byte words, an int64 or a float64."""
+    if word not in (types.int64, types.float64):
+        raise TypeError(f"a table has int64 and float64, not {word}")
 
     def generate(context, builder, signature, args):
-        builder.store(args[2], _element(builder, args[0], args[1], ir.DoubleType()))
+        builder.store(args[2], _element(builder, args[0], args[1], args[2].type))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float64), generate
+    return types.void(types.int64, types.int64, word), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -11,12 +11,14 @@ the sources: of the template's module and of all modules of this package that it
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from numba import cfunc, njit, types
@@ -27,7 +29,9 @@ LOOP = types.int64(*[types.int64] * 5, types.float64, *[types.int64] * 7)
 """Every loop: (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop) -> flags."""
 
 _OPTIONS = {"error_model": "numpy"}
+_PART_OPTIONS = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # a third of what a part costs
 _kept: list = []  # compiled loops must outlive their addresses
+_parts: dict[tuple, Any] = {}
 
 
 class Plain(NamedTuple):
@@ -41,8 +45,44 @@ def bind(template: Callable, variant: NamedTuple, **bound: Any) -> FunctionType:
 
 
 def part(template: Callable, variant: NamedTuple, *, inline: bool = False, **bound: Any) -> Any:
-    """`template` under these constants, compiled into whatever compiled function calls it."""
-    return njit(forceinline=inline, **_OPTIONS)(bind(template, variant, **bound))
+    """`template` under these constants, compiled into whatever compiled function calls it.
+
+    Variants that differ in nothing that the template names share one part. Its name tells what it was given: kept machine
+    code of other processes may hold parts of the same template, and symbols of one name are taken for one function.
+    """
+    assert isinstance(template, FunctionType)
+    seen = _names(template.__code__)
+    given = {name: value for name, value in (variant._asdict() | bound).items() if name in seen}
+    key = (template, inline, *given.items())
+    if key not in _parts:
+        told = [f"{name} {_told(value, variant)}" for name, value in given.items()]
+        label = hashlib.sha256("\0".join([str(inline), *told]).encode()).hexdigest()[:12]
+        named = _renamed(template, f"{template.__name__}_{label}_{stamp(template.__module__)}", given)
+        _parts[key] = njit(forceinline=inline, **_PART_OPTIONS)(named)
+    return _parts[key]
+
+
+def _told(value: Any, variant: NamedTuple) -> str:
+    """What tells a bound value apart: a number, the name of another part, or the variant that anything else follows from."""
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return value.py_func.__qualname__ if hasattr(value, "py_func") else f"{type(variant).__name__} {tuple(variant)}"
+
+
+def inlined(plain: Callable) -> Any:
+    """Decorator: a function compiled into whatever compiled function calls it, at the place of the call."""
+    return njit(forceinline=True, **_PART_OPTIONS)(plain)
+
+
+def called(plain: Callable) -> Any:
+    """Decorator: as `inlined`, but the compiler chooses whether to copy it to the place of the call."""
+    return njit(**_PART_OPTIONS)(plain)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Global names that a function may refer to."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def loop(template: Callable, variant: NamedTuple, **bound: Any) -> int:
@@ -68,7 +108,7 @@ def function(
         @cache
         def compiled() -> Callable:
             named = _renamed(plain, f"{plain.__name__}_{stamp(plain.__module__)}", parts())
-            options = {"parallel": parallel, "nogil": True, **_OPTIONS}
+            options = {"parallel": parallel, "nogil": True, "no_cfunc_wrapper": True, **_OPTIONS}
             made = _kept_on_disk(lambda keep: njit(signature, cache=keep, **options)(named))
             _kept.append(made)
             (found,) = made.overloads.values()
@@ -127,6 +167,19 @@ def _read(name: str) -> tuple[str, list[str]]:
 _cache_refused = False
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let no cycles be collected: compiling makes so many objects that looking through all others costs a tenth of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def _kept_on_disk(compile_: Callable[[bool], Any]) -> Any:
     """compile_(True), or compile_(False) where Numba's cache folder cannot be written, which is said once."""
     global _cache_refused
@@ -162,4 +215,4 @@ def table_reader(row: type, field: Callable[[int, str], str], **names: Any) -> A
     fields = ", ".join(field(i, name) for i, name in enumerate(row._fields))
     namespace = {"row": row, **names}
     exec(f"def read(like, table):\n    return row({fields})\n", namespace)
-    return njit(forceinline=True, **_OPTIONS)(namespace["read"])
+    return inlined(namespace["read"])

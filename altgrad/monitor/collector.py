@@ -14,7 +14,7 @@ from altgrad.diagnostics.update import measure_update
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.added import StepTensors, added_metrics, measure_added
-from altgrad.monitor.interval import Step
+from altgrad.monitor.interval import Published, Step
 from altgrad.monitor.records import Record, Watched
 from altgrad.monitor.schedule import Schedule
 from altgrad.monitor.sources import layer_name, plain_name
@@ -74,7 +74,7 @@ class Collector:
         self.step = step
         self.due = self.schedule.due(step)
         self._due_of_parameters = self.due & self._parameter_groups
-        self._operands: list[tuple[tuple[str, str, str], Tensor, Tensor | float]] = []
+        self._operands: list[Published] = []
         self._grids: dict[str, tuple[FloatFormat, Tensor | float]] = {}
         self._measured: list[Measured] = []
         self.extra: list[Record] = []
@@ -86,7 +86,7 @@ class Collector:
         step = Step(self.step, extra=self.extra, added=tuple(one.row for one in self.added))
         if "operands" in self.due and self._operands:
             covers = self.schedule.groups["operands"].covers
-            step.take_operands([entry for entry in self._operands if covers(entry[0][0])])
+            step.take_operands([entry for entry in self._operands if covers(entry.slot[0])])
         if self._measured:
             step.watched = [entry.watched for entry in self._measured]
             step.vectors = torch.stack([entry.vector for entry in self._measured])
@@ -112,7 +112,7 @@ class Collector:
         """Largest overflow rate of this step so far, 0-d on the device; None without any operand."""
         if not self._operands:
             return None
-        raw = torch.stack([stats for _, stats, _ in self._operands])
+        raw = torch.stack([entry.vector for entry in self._operands])
         return (raw[:, 2] / raw[:, 1].clamp(min=1)).amax()
 
     def record(self, layer: str, role: str, found: Record) -> None:
@@ -131,7 +131,8 @@ class Collector:
         plain = self._plain_names.get(layer)
         if plain is None:
             plain = self._plain_names[layer] = plain_name(layer)
-        self._operands.append(((plain, role, str(fmt)), stats.vector, scale))
+        blocks = None if stats.blocks is None else stats.blocks.vector
+        self._operands.append(Published((plain, role, str(fmt)), stats.vector, scale, blocks))
         if role == "weight" and isinstance(fmt, FloatFormat):
             self._grids[plain] = fmt, scale
 

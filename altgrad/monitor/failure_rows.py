@@ -14,6 +14,7 @@ Record = Mapping[str, Any]
 TREND_STEPS = 50
 """Steps that the trends and their charts show: as many as the freeze verdict looks back over."""
 
+_OVER_LAYERS = {max: "largest", min: "smallest"}
 _SPARSITY = ("zero_frac", "near_zero_frac", "nonfinite_frac")
 
 
@@ -95,6 +96,6 @@ def trends(steps: Mapping[int, Record], monitored: Sequence[Record]) -> list[Tre
         row = find_metric(name)
         pick = mean if row is None else row.over_layers
         if pick is not None and len(by_step) > 1:
-            label = f"{name} ({'largest' if pick is max else 'mean'} of layers)"
+            label = f"{name} ({_OVER_LAYERS.get(pick, 'mean')} of layers)"
             found.append(Trend(label, list(by_step), [pick(v) for v in by_step.values()], role=role))
     return found

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from altgrad.diagnostics.fields import UPDATE_FIELDS
 from altgrad.monitor.records import Record, Watched, operand_records, update_records
+from altgrad.quantization.block_stats import COLUMNS as BLOCK_COLUMNS
 from altgrad.records.metrics import Metric
 
 OPERAND_COLUMNS = 8  # the fields of QuantStats and the last scale
+
+
+class Published(NamedTuple):
+    """One quantization of an operand: its slot (layer, role, format), the vectors of its statistics, its scale."""
+
+    slot: tuple[str, str, str]
+    vector: Tensor
+    scale: Tensor | float
+    blocks: Tensor | None = None
 
 
 class Step:
@@ -22,23 +32,32 @@ class Step:
         self.step, self.extra, self.added = step, extra, added
         self.slots: list[tuple[str, str, str]] = []  # layer, role, format
         self.operands: Tensor | None = None  # float64 [slots, OPERAND_COLUMNS]
+        self.in_blocks: list[int] = []  # which slots are of block formats
+        self.blocks: Tensor | None = None  # float64 [in_blocks, BLOCK_COLUMNS]
         self.watched: list[Watched] = []
         self.vectors: Tensor | None = None  # float64 [parameters, len(UPDATE_FIELDS) + added]
         self.predicted: Tensor | None = None  # float64 [parameters]
 
-    def take_operands(self, entries: list[tuple[tuple[str, str, str], Tensor, Tensor | float]]) -> None:
-        """Sum the micro-batches of each operand; entries are (slot, vector of QuantStats, scale)."""
+    def take_operands(self, entries: list[Published]) -> None:
+        """Sum the micro-batches of each operand."""
         if not entries:
             return
-        index = {slot: i for i, slot in enumerate(dict.fromkeys(entry[0] for entry in entries))}
-        rows = torch.stack([entry[1] for entry in entries])
-        where = torch.tensor([index[entry[0]] for entry in entries], device=rows.device)
+        index = {slot: i for i, slot in enumerate(dict.fromkeys(entry.slot for entry in entries))}
+        rows = torch.stack([entry.vector for entry in entries])
+        where = torch.tensor([index[entry.slot] for entry in entries], device=rows.device)
         total = rows.new_zeros(len(index), OPERAND_COLUMNS)
         total[:, :7].index_add_(0, where, rows)
         total[:, 0] = rows.new_zeros(len(index)).scatter_reduce_(0, where, rows[:, 0], "amax", include_self=True)
-        last = {entry[0]: entry[2] for entry in entries}
+        last = {entry.slot: entry.scale for entry in entries}
         total[:, 7] = _scales(list(last.values()), rows)
         self.slots, self.operands = list(index), total
+        of_blocks: dict[int, Tensor] = {}
+        for entry in entries:
+            if entry.blocks is not None:
+                before = of_blocks.get(index[entry.slot])
+                of_blocks[index[entry.slot]] = entry.blocks if before is None else before + entry.blocks
+        if of_blocks:
+            self.in_blocks, self.blocks = list(of_blocks), torch.stack(list(of_blocks.values()))
 
 
 def _scales(scales: list[Any], like: Tensor) -> Tensor:
@@ -52,15 +71,17 @@ def _scales(scales: list[Any], like: Tensor) -> Tensor:
 
 def to_records(steps: Sequence[Step]) -> list[Record]:
     """Everything of the interval in one copy to the host, cut up again into each step's records."""
-    parts = [t.flatten() for s in steps for t in (s.operands, s.vectors, s.predicted) if t is not None]
+    parts = [t.flatten() for s in steps for t in (s.operands, s.blocks, s.vectors, s.predicted) if t is not None]
     host = torch.cat(parts).cpu().numpy() if parts else None
     records: list[Record] = []
     at = 0
     for s in steps:
         if s.operands is not None and host is not None:
             size = s.operands.numel()
-            records += operand_records(s.step, s.slots, host[at : at + size].reshape(-1, OPERAND_COLUMNS))
-            at += size
+            raw, at = host[at : at + size].reshape(-1, OPERAND_COLUMNS), at + size
+            of_blocks = host[at : at + len(s.in_blocks) * BLOCK_COLUMNS].reshape(-1, BLOCK_COLUMNS)
+            records += operand_records(s.step, s.slots, raw, dict(zip(s.in_blocks, of_blocks, strict=True)))
+            at += of_blocks.size
         if s.vectors is not None and host is not None:
             size, n = s.vectors.numel(), len(s.watched)
             raw = host[at : at + size].reshape(n, len(UPDATE_FIELDS) + len(s.added))

@@ -8,7 +8,7 @@ the attempted updates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,15 +153,18 @@ def _told_as(name: str, one: Watched) -> str:
     return "code_unchanged" if name == "stall" and not one.stored else name
 
 
-def operand_records(step: int, slots: Iterable[tuple[str, str, str]], raw: np.ndarray) -> list[Record]:
+def operand_records(
+    step: int, slots: Iterable[tuple[str, str, str]], raw: np.ndarray, blocks: Mapping[int, np.ndarray] | None = None
+) -> list[Record]:
     """One record per operand (layer, role, format).
 
     Args:
         raw: float64 [operands, 8]: the fields of `QuantStats`, summed over the step's micro-batches (amax: largest), and
             the last scale (NaN for several). NaN counts: the operand was not quantized.
+        blocks: of operands in block formats, by their index, the vector of `BlockStats`.
     """
     records = []
-    for (layer, role, fmt), row in zip(slots, raw.tolist(), strict=True):
+    for index, ((layer, role, fmt), row) in enumerate(zip(slots, raw.tolist(), strict=True)):
         amax, count, overflow, underflow, nonfinite, sse, sum_sq, scale = row
         record: Record = {"kind": "monitor", "step": step, "layer": layer, "role": role, "format": fmt}
         if count:
@@ -174,5 +177,18 @@ def operand_records(step: int, slots: Iterable[tuple[str, str, str]], raw: np.nd
             record["sqnr_db"] = 10 * math.log10(sum_sq / sse) if sse > 0 else math.inf
         if scale == scale:
             record["scale"] = scale
-        records.append(record)
+        records.append(record if not blocks or index not in blocks else record | block_metrics(blocks[index]))
     return records
+
+
+def block_metrics(vector: np.ndarray) -> Record:
+    """Named metrics of a vector of `BlockStats`; none where no block was counted."""
+    count, saturated, flushed = vector[:3].tolist()
+    if not count:
+        return {}
+    found: Record = {"blocks_saturated": saturated / count, "blocks_flushed": flushed / count}
+    below = np.cumsum(vector[3:])
+    if below[-1]:
+        for name, share in (("block_scale_low", 0.01), ("block_scale_median", 0.5), ("block_scale_high", 0.99)):
+            found[name] = float(np.searchsorted(below, share * below[-1]) - 127)
+    return found

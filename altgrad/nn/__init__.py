@@ -7,6 +7,7 @@ from altgrad.nn.model.manifest import Manifest
 from altgrad.nn.model.optimizer_hook import attach_optimizer
 from altgrad.nn.model.spots import places
 from altgrad.nn.model.state import load_quant_state, quant_state
+from altgrad.nn.oscillation import Oscillation
 from altgrad.nn.recipe.cells import Cell, Finder
 from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.named import NAMED, NamedRecipe, recipe
@@ -33,6 +34,7 @@ __all__ = [
     "Manifest",
     "NamedRecipe",
     "OperandSpec",
+    "Oscillation",
     "Override",
     "Recipe",
     "StorageSpec",

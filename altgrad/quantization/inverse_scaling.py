@@ -146,3 +146,31 @@ def multiply_blocks(
     stored = scales.repeat_interleave(down, 0)[:rows].repeat_interleave(across, 1)[:, :columns]
     values = torch.where(finite, payload * stored * tensor_scale, x)
     return ScaledBlocks(torch.where(finite, payload, x), scales, tensor_scale, values)
+
+
+def outer_blocks(
+    x: Tensor, fmt: BlockFormat, outer: int, *, rounding: Rounding = Rounding.NEAREST_EVEN, key: Tensor | None = None
+) -> ScaledBlocks:
+    """A matrix in blocks along its last axis, under scales of `outer` elements, by TetraJet-v2's arithmetic.
+
+    T = fl(fl(amax_o / M) / E) of each `outer` elements, 1 where that is 0, for element max E and scale max M; a block's scale
+    is the rounded fl(fl(amax_b / T) / E), the scale format's smallest where that is 0; x is multiplied by fl(1 / fl(T *
+    scale)). `scales` of the result are fl(T * scale), and its tensor_scale is 1. NaN and inf as in `multiply_blocks`.
+
+    Source: thu-ml/TetraJet-v2-NVFP4Training ca5953f6 (arXiv 2510.27527).
+    """
+    across, element, upper = fmt.tile[1], fmt.element, fmt.scale_format
+    finite = x.isfinite()
+    sizes = pad(torch.where(finite, x.abs(), 0), (0, -x.shape[1] % outer)).unflatten(-1, (-1, outer // across, across))
+    amaxes = sizes.amax(-1)
+    whole = divided(divided(amaxes.amax(-1, keepdim=True), upper.max), element.max)
+    whole = torch.where(whole > 0, whole, 1.0)
+    scales = cast_for(upper, overflow=Overflow.SATURATE)(divided(amaxes / whole, element.max)).values
+    assert scales is not None
+    both = (whole * torch.where(scales > 0, scales, upper.min_subnormal)).flatten(-2)[:, : -(-x.shape[1] // across)]
+    spread = both.repeat_interleave(across, 1)[:, : x.shape[1]]
+    multiplied = (torch.where(finite, x, 0) * (1 / spread).clamp(max=_LARGEST)).clamp(-_LARGEST, _LARGEST)
+    payload = cast_for(element, rounding, Overflow.SATURATE)(multiplied, key=key).values
+    assert payload is not None
+    one = torch.ones((), device=x.device)
+    return ScaledBlocks(torch.where(finite, payload, x), both, one, torch.where(finite, payload * spread, x))

@@ -26,6 +26,8 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
-def significand(x: float, low: int, high: int) -> float:
-    """m of x = m * 2^p for a positive number: 1 <= m < 2 unless p is clamped to low .. high."""
-    return math.ldexp(x, -min(max(math.frexp(x)[1] - 1, low), high))
+def factor_of(scale: float, powers: tuple[int, int], device: torch.device) -> Tensor | None:
+    """m of a scale m * 2^p, 0-d float32; None where it is 1. 1 <= m < 2 unless p is clamped to the lowest or highest power."""
+    low, high = powers
+    m = math.ldexp(scale, -min(max(math.frexp(scale)[1] - 1, low), high))
+    return None if m == 1 else torch.full((), m, dtype=torch.float32, device=device)

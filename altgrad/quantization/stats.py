@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from altgrad.quantization.block_stats import BlockStats
 from altgrad.report.notebook import notebook_table
 
 FIELDS = ("amax", "count", "overflow", "underflow", "nonfinite", "sse", "sum_sq")
@@ -27,9 +28,12 @@ class QuantStats:
     are summed in 16 float32 lanes, these sums in float64 (`jit.lanes`): the same bits whatever else is asked for, on every
     processor and number of threads, off by at most 2e-6 of the sum (2^-24 for each of 32 additions, and the square's
     own), by 1e-8 on random data; the other fields are exact. `SUM_ERROR` holds for every kernel.
+
+    blocks: what the blocks look like, of a layer's operand in a block format that an observer hears of; else None.
     """
 
     vector: Tensor
+    blocks: BlockStats | None = None
 
     @property
     def amax(self) -> Tensor:

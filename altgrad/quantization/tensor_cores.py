@@ -15,7 +15,7 @@ from altgrad.quantization.cast import Cast
 from altgrad.quantization.checks import traced
 from altgrad.quantization.kernels.choose import interpreted, load
 from altgrad.quantization.memory import is_unusual, readable
-from altgrad.quantization.powers import significand
+from altgrad.quantization.powers import factor_of
 from altgrad.quantization.quantized import Want
 
 
@@ -46,6 +46,11 @@ def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False)
     return load("cuda", "operands").largest(_at_hand(x), fmt_max, power_of_two)
 
 
+def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin: int, power_of_two: bool) -> None:
+    """Close a step of a delayed scale whose history is full, in place: as `kernels.cuda.operands.roll`."""
+    load("cuda", "operands").roll(window, pending, scale, fmt_max, margin, power_of_two)
+
+
 def payload(
     x: Tensor,
     cast: Cast,
@@ -61,9 +66,8 @@ def payload(
         return found.values, found.factor
     if isinstance(scale, Tensor):
         return torch.ops.altgrad.payload(x, scale, key, cast.spec, list(powers), amax)
-    m = significand(scale, *powers)
-    factor = None if m == 1 else x.new_full((), m, dtype=torch.float32)
-    return torch.ops.altgrad.payload_by_number(x, scale, key, cast.spec, list(powers)), factor
+    values = torch.ops.altgrad.payload_by_number(x, scale, key, cast.spec, list(powers))
+    return values, factor_of(scale, powers, x.device)
 
 
 def block_payload(x: Tensor, cast: Cast, key: Tensor | None = None) -> Tensor:

@@ -73,7 +73,7 @@ def read_config(path: Path) -> Document:
 
 def write_environment(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write env.json, with its checksum."""
-    write_json(folder / ENVIRONMENT, _sealed(facts))
+    write_json(folder / ENVIRONMENT, sealed(facts))
 
 
 def write_config(folder: Path, text: str) -> None:
@@ -89,7 +89,7 @@ def write_result(folder: Path, content: Mapping[str, Any]) -> None:
             files[name] = {"sha256": file_sha256(folder / name)}
     if METRICS in files:
         files[METRICS]["lines"] = mark_of(read_file(folder / METRICS)).lines
-    write_json(folder / RESULT, _sealed({**content, "files": files}))
+    write_json(folder / RESULT, sealed({**content, "files": files}))
 
 
 def load_result(folder: Path) -> ExperimentResult | None:
@@ -128,7 +128,8 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Document:
     )
 
 
-def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON document with its checksum; numbers that are not finite become texts."""
     plain = jsonable({key: value for key, value in content.items() if key != "checksum"})
     return {**plain, "checksum": _checksum(plain)}
 

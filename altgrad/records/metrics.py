@@ -146,6 +146,26 @@ _ROWS = [
     ),
     _operand("nonfinite_frac", needs_grid=False, says="NaN and infinite elements", title="NaN or inf", tabled=True),
     _operand("scale", unit=NUMBER, over_layers=mean, says="the scale, where it is one number"),
+    _operand(
+        "blocks_saturated",
+        says="blocks whose largest element lies beyond the largest value at their scale",
+        drawn=True,
+        tabled=True,
+    ),
+    _operand("blocks_flushed", says="blocks that became zeros altogether", drawn=True, tabled=True),
+    _operand(
+        "block_scale_low", unit=NUMBER, over_layers=min, says="binade of the scale that 1 % of blocks do not exceed"
+    ),
+    _operand(
+        "block_scale_median",
+        unit=NUMBER,
+        over_layers=mean,
+        says="binade of the median block's scale, floor(log2 scale)",
+        title="Block scale, log2",
+        drawn=True,
+        tabled=True,
+    ),
+    _operand("block_scale_high", unit=NUMBER, says="binade of the scale that 99 % of blocks do not exceed"),
     _update(
         "stall",
         "stall",

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -31,3 +32,33 @@ class Terminal(Console):
 def ruled_table() -> Table:
     """A table without columns yet: a rule under its bold head, nothing else drawn."""
     return Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+
+
+class Bars:
+    """Bars on a terminal, a line for each stage elsewhere; as a context it gives the function to call."""
+
+    def __init__(self, console: Terminal) -> None:
+        self.console = console
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self):
+        self.bars.__enter__()
+        return self.told
+
+    def __exit__(self, *error: Any) -> None:
+        self.bars.__exit__(*error)
+
+    def told(self, what: str, done: int, of: int) -> None:
+        """Something was done."""
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=of)
+            if not self.console.is_terminal:
+                self.console.print(f"{what}: {of}", highlight=False, markup=False)
+        self.bars.update(self.tasks[what], completed=done, total=of)

@@ -13,18 +13,24 @@ from altgrad.errors import ConfigError, OptionError
 from altgrad.monitor import (
     GROUPS,
     Monitor,
+    Oscillation,
     RankLimits,
     Schedule,
     When,
     add_metric,
     effective_rank,
     make_schedule,
+    quantizers_of,
     remove_metric,
     singular_values,
     stable_rank,
 )
 from altgrad.monitor.failure_report import gather
 from altgrad.monitor.failure_rows import layer_rows, trends
+from altgrad.nn import quantize_model
+from altgrad.quantization import Cast, Want, get_format
+from altgrad.quantization.block_stats import measure_blocks
+from altgrad.quantization.codec import scale_values
 from altgrad.records.metrics import NUMBER, Metric, markdown_table, metrics
 from altgrad.report.pages.failure import render_failure
 from tests.monitor.test_monitor import quantized, train
@@ -265,3 +271,98 @@ def test_heads_and_output_projections_are_held_to_more(layer, strict):
     assert limits.collapsed(layer, 100.0, 60.0) is strict
     assert limits.collapsed(layer, 100.0, 49.0)
     assert not limits.collapsed(layer, 100.0, 71.0)
+
+
+# -- blocks -------------------------------------------------------------------------------------------------------------
+
+
+def counted(x: torch.Tensor, name: str, axis: int = -1) -> tuple[list[float], dict[int, float]]:
+    """[blocks, saturated, flushed] and how many blocks have a scale of 2^k, of a tensor in a block format."""
+    fmt = get_format(name)
+    cast = Cast(name, axis=axis, pad=True)
+    made = cast(x, want=Want.VALUES | Want.CODES)
+    scales = scale_values(made.scales, fmt, made.tensor_scale)
+    vector = measure_blocks(x, made.values, scales, fmt, axis).vector.tolist()
+    return vector[:3], {i - 127: n for i, n in enumerate(vector[3:]) if n}
+
+
+def test_blocks_are_counted_by_hand():
+    x = torch.zeros(6, 32)
+    x[0, 0], x[1, 0], x[2, 0] = 7.0, 6.99, 3.0  # floor: scale 1, 7 rounds beyond 6, 6.99 does not; scale 1/2
+    x[3, 5], x[4, 1] = torch.inf, torch.nan  # not counted, as the block of zeros is not
+    assert counted(x, "MXFP4") == ([3.0, 1.0, 0.0], {0: 2.0, -1: 1.0})
+    assert counted(x.T.contiguous(), "MXFP4", axis=0) == counted(x, "MXFP4")
+    assert counted(x[:, :20], "MXFP4") == counted(x, "MXFP4"), "short blocks"
+    assert counted(x, "MXFP4:ceil") == ([3.0, 0.0, 0.0], {1: 2.0, -1: 1.0})
+    fine = torch.tensor([[464.0, 0.0], [464.1, 0.0]])  # E4M3's tie goes to 448, which is even
+    assert counted(fine, "E4M3/2:E8M0:floor")[0] == [2.0, 1.0, 0.0]
+
+
+def test_small_blocks_of_nvfp4_are_flushed():
+    x = torch.zeros(1, 48)
+    x[0, 0], x[0, 16], x[0, 32] = 2688.0, 1.0, 2.0**-12  # scales 448, 1/6 (E4M3: 0.171875), 2^-9
+    found, scales = counted(x, "NVFP4")
+    assert found == [3.0, 0.0, 1.0]
+    assert scales == {8: 1.0, -3: 1.0, -9: 1.0}
+
+
+def test_tiles_are_blocks_too():
+    x = torch.zeros(32, 32)
+    x[0, 0], x[20, 3] = 6.0, 12.0
+    found, scales = counted(x, "E2M1/16x16:E8M0:ceil")
+    assert found == [2.0, 0.0, 0.0]
+    assert scales == {0: 1.0, 1: 1.0}
+    assert counted(torch.zeros(0, 32), "MXFP4") == ([0.0, 0.0, 0.0], {})
+
+
+@pytest.mark.parametrize("recipe", ["MXFP4", "NVFP4", "nvfp4_te", "quartet", "tetrajet_v2", "te_block"])
+def test_the_monitor_tells_of_each_operands_blocks(recipe):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    quantize_model(model, recipe)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor, found = Monitor(model, optimizer, sink=(records := []).extend), {}
+    for _ in range(2):
+        for _ in range(2):  # micro-batches
+            model(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+    monitor.close()
+    for record in records:
+        if "blocks_saturated" in record:
+            found[record["step"], record["layer"], record["role"]] = record
+    roles = ("input", "weight", "grad_output")
+    assert {(step, layer, role) for step in (1, 2) for layer in "02" for role in roles} <= set(found)
+    for record in found.values():
+        assert 0 <= record["blocks_saturated"] <= 1
+        assert 0 <= record["blocks_flushed"] <= 1
+        assert record["block_scale_low"] <= record["block_scale_median"] <= record["block_scale_high"] < 20
+    clipped = [r["blocks_saturated"] for r in found.values() if r["role"] == "weight"]
+    assert any(clipped) == (recipe in ("MXFP4", "quartet")), "by floor and by the deviation alone"
+    rows = layer_rows([r for r in records if r["step"] == 2])
+    assert any("block_scale_median" in row.values for row in rows)
+
+
+def test_oscillation_is_the_walk_of_quantized_weights_over_that_of_weights():
+    weight = torch.tensor([0.0, 0.26, 0.49])
+    counter = Oscillation({"w": (weight, torch.round)})
+    for sign in (1, -1) * 4:  # one element hovers about a middle, one moves within its cell, one stands still
+        weight += sign * torch.tensor([0.0, 0.1, 0.02])
+        counter.see()
+    assert math.isnan(counter.elements("w")[0])
+    torch.testing.assert_close(counter.elements("w")[1:], torch.tensor([0.0, 50.0]), atol=1e-2, rtol=1e-4)
+    assert counter.ratio() == pytest.approx(8 / 0.96, rel=1e-5) == counter.ratios()["w"]
+    counter.start()
+    for _ in range(300):  # a drift: grid steps add up to the same way
+        weight[2] += 0.01
+        counter.see()
+    assert counter.ratio() == pytest.approx(1.0, abs=0.02)
+
+
+def test_oscillation_reads_the_weights_of_quantized_layers_as_their_products_get_them():
+    model, optimizer, _ = quantized("master", "MXFP4")
+    counter = Oscillation(quantizers_of(model))
+    train(model, optimizer, 3)
+    counter.see()
+    assert counter.ratios().keys() == quantizers_of(model).keys()
+    assert all(ratio > 0 for ratio in counter.ratios().values())
+    with pytest.raises(OptionError, match="no weight to watch"):
+        Oscillation(quantizers_of(torch.nn.Linear(2, 2)))

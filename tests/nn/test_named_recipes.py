@@ -400,7 +400,11 @@ def test_reports_call_a_recipe_by_its_name():
         recipe("nvfp4_te").without("hadamard").with_(high="a.*").label == "nvfp4_te without hadamard; name='a.*': FP32"
     )
     assert Recipe.from_dict("E4M3").label == "E4M3"
-    for name in ("nvfp4_te without accumulator, tiles", "te_current without promotion"):
+    for name in (
+        "nvfp4_te without accumulator, tiles",
+        "te_current without promotion",
+        "te_current without accumulator",  # and not te_delayed without two things
+    ):
         assert Recipe.from_dict(name).label == name
         assert Recipe.from_dict(Recipe.from_dict(name).label) == Recipe.from_dict(name)
 

@@ -51,6 +51,31 @@ def test_adamw_with_bf16_second_moment_freezes_at_beta2_0999():
     assert held["nearest_even"] < 0.75 * truth
 
 
+def test_the_states_are_ms_amps_of_o2():
+    """m in E4M3 and v in FP16 under s = 2^floor(log2(max / amax)); the update takes the moments before they are rounded."""
+
+    def kept(x, fmt):
+        s = 2.0 ** torch.floor(torch.log2(torch.tensor(get_format(fmt).max) / x.abs().max()))
+        return quantize(x * s, fmt) / s, float(s)
+
+    g = torch.Generator().manual_seed(2)
+    w = Parameter(torch.randn(50, generator=g))
+    optimizer = SRAdamW([w], lr=0.01, weight_decay=0.0, rounding=None, moment_format=("E4M3", "FP16"))
+    weight, m, v = w.detach().clone(), torch.zeros(50), torch.zeros(50)
+    for step in (1, 2, 3):
+        w.grad = torch.randn(50, generator=g) * 10.0**-step
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * w.grad, 0.999 * v + 0.001 * w.grad**2
+        update = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        weight = weight - 0.01 * update
+        assert torch.allclose(w, weight, rtol=0, atol=1e-6)
+        (m, _), (v, _) = kept(m, "E4M3"), kept(v, "FP16")
+        for name, fmt, wanted in (("exp_avg", "E4M3", m), ("exp_avg_sq", "FP16", v)):
+            held = moments.read(optimizer.state[w], name, w, get_format(fmt))
+            assert torch.allclose(held, wanted, rtol=1e-6, atol=0)
+    assert kept(torch.tensor([3.0]), "E4M3")[1] == 128
+
+
 @pytest.mark.parametrize(
     ("fmt", "dtype"),
     [

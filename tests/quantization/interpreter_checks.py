@@ -25,6 +25,7 @@ from altgrad.quantization import Cast, Want, decode, encode, get_format, quantiz
 from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
+from altgrad.quantization.scaling import DelayedScaling, DelayedState
 
 KEY = (3, -9)
 BOTH = Want.VALUES | Want.CODES  # by the arithmetic for the casts of training, where that serves
@@ -216,6 +217,22 @@ def layer_results(fmt: str, recipe: dict, on_cores: bool, autocast: bool) -> lis
             return [y, x.grad, layer.weight.grad, layer.bias.grad, model(special)]
 
 
+def check_rolls() -> list[str]:
+    """Steps of delayed scales against the policy's own arithmetic."""
+    bad = []
+    for history, margin, power_of_two in ((1, 0, False), (3, 1, True), (16, -2, False)):
+        policy, fmt = DelayedScaling(history, margin, power_of_two), get_format("E5M2")
+        window, scale = torch.rand(history) * 100, torch.zeros(())
+        for seen in (0.0, 3e-42, 7.5, -1.0, 1e30):
+            pending = torch.tensor(seen)
+            wanted = policy.update(pending, DelayedState(window), fmt)[1].window if seen >= 0 else window.clone()
+            tensor_cores.roll(window, pending, scale, fmt.max, margin, power_of_two)
+            following = policy.update(pending, DelayedState(wanted), fmt)[0]
+            if not (same(window, wanted) and same(scale, following) and float(pending) == -1):
+                bad.append(f"roll {policy} {seen}")
+    return bad
+
+
 def check_layers() -> list[str]:
     """Layers on tensor cores against layers in float32: the same sums in another order."""
     bad = []
@@ -233,7 +250,7 @@ def check_layers() -> list[str]:
 
 
 if __name__ == "__main__":
-    found = check_layers() + check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
+    found = check_layers() + check_rolls() + check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
     found += check_blocks("cpu", ("MXFP8", "MXFP8_E5M2", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/16x32:FP32"))
     found += check_blocks("cpu", ("MXFP8",), (torch.bfloat16, torch.float16))
     print("\n".join(found))

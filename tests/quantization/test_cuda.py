@@ -11,10 +11,12 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton is made for Linux alone", allow_module_level=True)
 
+from altgrad.diagnostics.update import measure_update
 from altgrad.quantization import amax_scale, decode, encode, quantize
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
 from altgrad.quantization.kernels.cuda import operands
 from altgrad.quantization.kernels.cuda import scalar as cuda
+from benchmarks import bench_cuda
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
 from benchmarks.cuda_traffic import MOST_BYTES, MOST_OPERATIONS, counted, of_linear
 from benchmarks.cuda_traffic import ROWS as ROWS_OF_LAYERS
@@ -134,6 +136,15 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
     assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 28, "25 of the cast, 3 of the amax"
     ends = {"SCALES": True, "POWER_OF_TWO": True, "PARTIALS": operands.MOST_PARTIALS, "count": 1}
     assert compiled(operands._scale, {"partials": "*i32", "out": "*fp32", "divisor": "fp32"}, ends).asm["cubin"]
+    step = {"POWER_OF_TWO": True, "ENTRIES": 16, "history": 1}
+    assert (
+        "bar.sync"
+        in compiled(
+            operands._roll,
+            {**dict.fromkeys(("window", "pending", "scale"), "*fp32"), "divisor": "fp32", "headroom": "fp32"},
+            step,
+        ).asm["ptx"]
+    )
     search = {"ELEMENTS": operands.ELEMENTS, "size": 1}
     assert compiled(operands._largest, {"x": "*bf16", "partials": "*i32"}, search).asm["cubin"]
     sums = {"sums": "*fp32", "out": "*bf16", "a": "*fp32", "b": "*fp32", "bias": "*fp32"}
@@ -167,9 +178,35 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     found, state = of_linear(fmt, torch.bfloat16, **recipe)
     assert found.waits == []
     assert len(found.names) <= MOST_OPERATIONS, found.names
+    assert len(found.clock) <= 6, "a kernel for each history, or two writes for each key"
     assert found.bytes <= (MOST_BYTES if not state.x.block else 1.02 * MOST_BYTES), (
         "x, w and dy are rounded along both axes"
     )
+
+
+@pytest.mark.parametrize("name", ["E4M3", "FP32"])
+def test_an_update_is_measured_on_a_gpu_without_a_wait(name):
+    with counted() as traffic:
+        before, after, gradient = (torch.empty(64, 96, device="cuda") for _ in range(3))
+        for _ in range(2):  # the first puts the format's table there
+            traffic.names, traffic.waits = [], []
+            measure_update(before, after, gradient=gradient, attempted=after, format=name, scale=0.5)
+    assert traffic.waits == []
+    assert len(traffic.names) > 100
+
+
+def test_the_checks_of_the_benchmark_see_a_wrong_gradient(monkeypatch):
+    calls = []
+
+    def results(recipe, device):
+        calls.append(device)
+        wrong = 1.001 if len(calls) % 4 == 1 else 1.0  # every other recipe's on the GPU
+        return [torch.ones(3, 4), torch.ones(3, 4), torch.full((4, 4), wrong)]
+
+    monkeypatch.setattr(bench_cuda, "layer_results", results)
+    monkeypatch.setattr(bench_cuda, "quantize", lambda x, *_, **__: x)
+    found = [holds for name, holds, _ in bench_cuda.checks("cpu") if name.startswith("linear")]
+    assert found == [False, True] * (len(bench_cuda.RECIPES) // 2)
 
 
 def test_a_full_history_its_scale_and_the_key_stay_in_place_on_a_gpu():

@@ -357,6 +357,42 @@ def test_one_call_serves_formats_of_their_own_and_one_gradient(recipe, needs, mo
         agree(found)
 
 
+@pytest.mark.parametrize("shape", [(2, 33, 64), (2, 3, 11, 64), (1, 66, 64), (0, 5, 64)], ids=str)
+@pytest.mark.parametrize("fmt", ["E4M3", "MXFP8"])
+def test_leading_axes_count_rows_in_one_call(fmt, shape, monkeypatch):
+    x, w, bias = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        matrix((80, 64), 1, None),
+        torch.ones(80),
+    )
+    dy = torch.randn((*shape[:-1], 80), generator=torch.Generator().manual_seed(2))
+    found, runs = at_once_and_not(monkeypatch, layer_recipe(fmt), x, w, bias, dy)
+    assert runs == (x.numel() > 0)
+    agree(found)
+    flat, _ = at_once_and_not(monkeypatch, layer_recipe(fmt), x.reshape(-1, 64), w, bias, dy.reshape(-1, 80))
+    for one, two in zip(found[0], flat[0], strict=True):
+        assert torch.equal(one.reshape(two.shape), two)
+    strided = at_once_and_not(
+        monkeypatch, layer_recipe(fmt), x, w, bias, dy.transpose(0, 1).contiguous().transpose(0, 1)
+    )
+    agree([found[0], strided[0][0]])
+
+
+@pytest.mark.parametrize("fmt", ["E4M3", "MXFP8"])
+def test_a_backward_of_one_call_is_differentiated_through_leading_axes(fmt, monkeypatch):
+    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    monkeypatch.setattr(gemm, "CPU_CODES_MIN_PRODUCTS", 0)
+    found = []
+    for shape in ((2, 33, 64), (66, 64)):
+        x, w = (matrix((66, 64), 0, None).view(shape), matrix((80, 64), 1, None))
+        leaves = [x.requires_grad_(), w.requires_grad_()]
+        y = functional.linear(*leaves, recipe=layer_recipe(fmt))
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        again = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        found.append([t.detach().reshape(-1) for t in (*grads, *again)])
+    assert all(map(torch.equal, *found))
+
+
 HARD = {
     "inf": lambda t: t.index_fill(0, torch.tensor([1]), math.inf),
     "NaN": lambda t: t.index_fill(1, torch.tensor([2]), math.nan),

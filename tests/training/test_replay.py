@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from altgrad.errors import ConfigError, OptionError
-from altgrad.nn import uniform
+from altgrad.nn import recipe, uniform
 from altgrad.optim import OPTIMIZERS
 from altgrad.quantization import Rounding
 from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
@@ -31,6 +31,13 @@ CASES = {
     "shift": ["fp8_format=E7M0", "weight_storage=grid", "enable_emergency_shift=true", "shift.stall_patience=2"],
     "gpt2": [*GRID, "model.style=gpt2"],
     "block-format": ["fp8_format=MXFP8"],
+    **{
+        name: [f"formats={name}", "data.grad_accumulation=2"]
+        for name in ("te_delayed", "msamp_o2", "tetrajet_v2", "quartet")
+    },
+    "tetrajet_q_ema": [
+        "formats='" + recipe("tetrajet_q_ema").text.replace("start=10", "start=3").replace("'", "''") + "'"
+    ],
 }
 
 

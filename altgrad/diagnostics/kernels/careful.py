@@ -21,18 +21,17 @@ from altgrad.diagnostics.kernels.tiles import (
     WEIGHTS,
     F,
     grid_index,
-    inline,
     steps_between,
-    strict,
 )
 from altgrad.jit.machine import band, bits_of, float_of, low_word, shl, shr, sub
 from altgrad.jit.memory import load
 from altgrad.jit.storage import FLOAT32
+from altgrad.jit.template import called, inlined
 
 _W52, _W1173 = np.uint64(52), np.uint64(1173)
 
 
-@inline
+@inlined
 def _weight_and_gradient(p, w_size, g_size, near_zero, has_gradient, grid):
     """Sizes, stiffness and the pair of one weight and its gradient, given as magnitude bits."""
     w_fine, g_fine = w_size < INF, g_size < INF
@@ -74,7 +73,7 @@ def _weight_and_gradient(p, w_size, g_size, near_zero, has_gradient, grid):
         p[F.below] += y < s
 
 
-@inline
+@inlined
 def _ulps(w, z):
     """ULPs of the carrier between two finite numbers."""
     field = shr(band(bits_of(w), MAGNITUDE), U23)
@@ -83,7 +82,7 @@ def _ulps(w, z):
     return abs(np.float64(z) - np.float64(w)) * per_ulp
 
 
-@strict
+@called
 def tile_with_care(p, tensors, scales, scale, divides, near_zero, has_gradient, grid, n, histograms):
     """Measure n elements into the fields p and the histograms, all of them; arguments as of `tile`."""
     w, g, a, z = tensors

@@ -28,15 +28,13 @@ from altgrad.diagnostics.kernels.tiles import (
     WEIGHTS,
     F,
     Grid,
-    inline,
-    strict,
     tile,
 )
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.machine import bits_of, float_of, shl
 from altgrad.jit.memory import load, load_word, pointer, scratch, store
 from altgrad.jit.storage import FLOAT32
-from altgrad.jit.template import Plain, loop, table_reader
+from altgrad.jit.template import Plain, called, inlined, loop, table_reader
 from altgrad.jit.threads import run_table, threads_for
 
 CHUNK = 32768  # elements
@@ -90,7 +88,7 @@ def _word(i: int, name: str) -> str:
 _read_job = table_reader(Job, _word, load_word=load_word, np=np)
 
 
-@strict
+@called
 def _mark_used(g, position, count, columns, none_zero, used_rows, used_columns):
     """Mark the rows and columns that have a nonzero gradient among `count` elements from `position` on."""
     done = 0
@@ -104,7 +102,7 @@ def _mark_used(g, position, count, columns, none_zero, used_rows, used_columns):
         done += length
 
 
-@strict
+@called
 def _chunk(p, job, at, count, histograms, used_rows, used_columns):
     """`count` elements from element `at` on, into one row of partial results."""
     grid = Grid(
@@ -115,7 +113,7 @@ def _chunk(p, job, at, count, histograms, used_rows, used_columns):
         job.own != 0,
     )
     scale, near_zero, inner = np.float32(job.scale), bits_of(np.float32(job.near_zero)), job.inner
-    counts = job.magnitudes != 0, job.steps != 0, job.ulps != 0
+    counts = job.magnitudes != 0, job.magnitudes != 0, job.steps != 0, job.ulps != 0
     has_gradient = job.has_gradient != 0
     bins, tile_scales = scratch(_SCRATCH_BYTES), scratch(_SCALES_BYTES)
     # Multiplying by the reciprocal of a power of two is dividing.
@@ -138,7 +136,7 @@ def _chunk(p, job, at, count, histograms, used_rows, used_columns):
             _mark_used(job.g + here, start, n, job.columns, p[F.g_zero] == zeros, used_rows, used_columns)
 
 
-@inline
+@inlined
 def _arrays(job):
     """(partial, histograms, rows_used, columns_used) at their addresses."""
     chunks = (job.count + CHUNK - 1) // CHUNK
@@ -168,7 +166,7 @@ def _measure(table, x, out, codes, scales, scale, inner, channels, seed, stream,
     return np.int64(0)
 
 
-@strict
+@called
 def _count(histograms, kind, b):
     """What one bin of a histogram counted, over all threads and copies."""
     total = np.int64(0)
@@ -178,7 +176,7 @@ def _count(histograms, kind, b):
     return total
 
 
-@strict
+@called
 def _median(histograms, kind, counted, total, moved):
     """Lower edge of the bin that holds the lower median of `total` numbers, `moved` of them not zero.
 
@@ -214,21 +212,22 @@ def _merge(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
             else:
                 vector[f] += partial[c, f]
     moves = np.int64(vector[F.moves])
-    vector[F.steps_median] = _median(histograms, STEPS, job.steps != 0, moves, np.int64(vector[F.flips]))
-    vector[F.ulp_median] = _median(histograms, ULPS, job.ulps != 0, moves, np.int64(vector[F.moved]))
+    medians = (STEPS, job.steps, F.flips, F.steps_median), (ULPS, job.ulps, F.moved, F.ulp_median)
+    for kind, counted, moved, field in medians:
+        vector[field] = _median(histograms, kind, counted != 0, moves, np.int64(vector[moved]))
     vector[F.dead_rows] = vector[F.dead_columns] = np.nan
     if job.units:
         vector[F.dead_rows], vector[F.dead_columns] = _unused(rows_used), _unused(used)
     if job.magnitudes:
         kept = carray(pointer(job.kept), (2, BINS), np.int64)
-        for b in range(BINS):
-            kept[0, b] = _count(histograms, WEIGHTS, b)
-            kept[1, b] = _count(histograms, UPDATES, b)
+        for kind in (WEIGHTS, UPDATES):
+            for b in range(BINS):
+                kept[kind, b] = _count(histograms, kind, b)
     missing = vector[F.steps_median] < 0 or vector[F.ulp_median] < 0
     return np.int64(missing)
 
 
-@inline
+@inlined
 def _unused(used):
     """How many units no thread marked."""
     unused = 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import namedtuple
 
 import numpy as np
-from numba import njit
 
 from altgrad.diagnostics.fields import BINS, UPDATE_FIELDS
 from altgrad.jit.machine import (
@@ -35,6 +34,7 @@ from altgrad.jit.machine import (
 )
 from altgrad.jit.memory import load, reload_code, store_code
 from altgrad.jit.storage import FLOAT32
+from altgrad.jit.template import called, inlined
 
 TILE = 512
 WEIGHTS, UPDATES, STEPS, ULPS = range(4)  # histograms
@@ -45,9 +45,6 @@ ULP_SHIFT = 100  # ULPs moved are kept as multiples of 2^100, so that those of a
 
 F = namedtuple("F", UPDATE_FIELDS)(*range(len(UPDATE_FIELDS)))
 Grid = namedtuple("Grid", ["mantissa_bits", "emin_field", "largest", "stiffness_field", "own"])
-
-inline = njit(forceinline=True, error_model="numpy")
-strict = njit(error_model="numpy")
 
 U0, U1 = np.uint32(0), np.uint32(1)
 MAGNITUDE, INF = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -60,19 +57,19 @@ _LEAST, _MOST = np.float32(2.0**-115), np.float32(2.0**120)  # float32 squares t
 _MOST_WEIGHT = np.float32(2.0**43)  # up to here the factor of ULPs is a normal number
 
 
-@inline
+@inlined
 def larger(a, b):
     """The larger of two magnitudes' bits."""
     return pick(below(a, b), b, a)
 
 
-@inline
+@inlined
 def smaller(a, b):
     """The smaller of two magnitudes' bits."""
     return pick(below(a, b), a, b)
 
 
-@inline
+@inlined
 def grid_index(magnitude, grid):
     """(index, rounded value) of the magnitude bits of a finite y."""
     kept = smaller(magnitude, bits_of(grid.largest))
@@ -83,14 +80,14 @@ def grid_index(magnitude, grid):
     return pick(grid.own, magnitude, index), pick(grid.own, float_of(magnitude), raised - float_of(pivot_bits))
 
 
-@inline
+@inlined
 def steps_between(before, after, w_bits, z_bits):
     """Steps of the grid from index `before` with the sign of w to index `after` with the sign of z."""
     apart = pick(below(before, after), sub(after, before), sub(before, after))
     return pick(below(bxor(w_bits, z_bits), U0), add(before, after), apart)
 
 
-@strict
+@called
 def _sizes(w, g, near_zero, n):
     """Counts, largest magnitudes and sums of squares of weights and gradients."""
     w_zero, w_top, g_zero, g_near, g_top = U0, U0, U0, U0, U0
@@ -105,7 +102,7 @@ def _sizes(w, g, near_zero, n):
     return w_zero, w_top, ww, g_zero, g_near, g_top, gg
 
 
-@strict
+@called
 def _pairs(w, g, grid, n):
     """Sums over pairs of stiffness S and gradient |g|, where the weight has a stiffness."""
     count, under, s_top, g_top = U0, U0, U0, U0
@@ -130,7 +127,7 @@ def _pairs(w, g, grid, n):
     return count, under, s_low, s_top, g_low, g_top, s_sum, s_sq, g_sum, g_sq, gs, ratio
 
 
-@inline
+@inlined
 def _movement(w, z, scales, scale, reciprocal, divides, grid, n, w_bins, step_bins):
     """Alignment of w, steps from w to z; bins of |w / s| and of the steps (0: none) go to scratch."""
     on, e_top, flips, top, low, high, z_top = U0, U0, U0, U0, U0, U0, U0
@@ -157,7 +154,7 @@ def _movement(w, z, scales, scale, reciprocal, divides, grid, n, w_bins, step_bi
     return on, e_top, flips, top, low, high, z_top, e_sum, e_sq
 
 
-@inline
+@inlined
 def _updates(w, a, scales, reciprocal, divides, n, step_bins, u_bins):
     """Attempted updates a - w; bins of |update / s| go to scratch."""
     tried, stalled, top, sq = U0, U0, U0, _F0
@@ -173,20 +170,20 @@ def _updates(w, a, scales, reciprocal, divides, n, step_bins, u_bins):
     return tried, stalled, top, sq
 
 
-@strict
+@called
 def _by_product(w, a, z, scale, grid, n, w_bins, step_bins, u_bins):
     reciprocal = np.float32(1.0) / scale
     m = _movement(w, z, w, scale, reciprocal, False, grid, n, w_bins, step_bins)
     return m, _updates(w, a, w, reciprocal, False, n, step_bins, u_bins)
 
 
-@strict
+@called
 def _by_quotient(w, a, z, scales, grid, n, w_bins, step_bins, u_bins):
     m = _movement(w, z, scales, np.float32(1.0), np.float32(1.0), True, grid, n, w_bins, step_bins)
     return m, _updates(w, a, scales, np.float32(1.0), True, n, step_bins, u_bins)
 
 
-@strict
+@called
 def _ulps(w, z, n, bins):
     """ULPs of the carrier from w to z, as multiples of 2^ULP_SHIFT; their bins (0: none) go to scratch."""
     moved, top, total = U0, U0, _F0
@@ -203,20 +200,20 @@ def _ulps(w, z, n, bins):
     return moved, top, total
 
 
-@inline
+@inlined
 def _squares_hold(total, largest):
     """Whether a float32 sum of squares or products lost none that count; all zero if the largest is."""
     return (largest == _F0) | ((total >= _LEAST) & (total <= _MOST))
 
 
-@inline
+@inlined
 def _varies_enough(count, total, squares, largest):
     """Whether a variance can be told from float32 sums of numbers and squares."""
     n, t, q = np.float64(count), np.float64(total), np.float64(squares)
     return (largest == _F0) | (n * q - t * t > 2.0**-10 * n * q)
 
 
-@strict
+@called
 def tile(p, tensors, scales, scale, divides, near_zero, has_gradient, counts, grid, n, scratch, histograms):
     """Measure n elements into the fields p and the histograms; False: nothing done, it needs care.
 
@@ -224,7 +221,7 @@ def tile(p, tensors, scales, scale, divides, near_zero, has_gradient, counts, gr
         tensors: addresses of the weights before, gradients, attempted and stored weights.
         scales: address of a scale per element, if `divides`; else all are divided by `scale`, a power of two.
         near_zero: bits of the float32 number.
-        counts: which histograms are wanted: (those of weights and updates, that of steps, that of ULPs).
+        counts: which histograms are wanted.
         scratch: address of 4 rows of SCRATCH_ROW bytes: the bins for each histogram.
         histograms: int32 [COPIES, 4, HISTOGRAM]; the copies are to be added up.
     """
@@ -302,18 +299,13 @@ def tile(p, tensors, scales, scale, divides, near_zero, has_gradient, counts, gr
     p[F.moved] += moved
     p[F.ulp_sum] += np.float64(ulp_sum) * 2.0**ULP_SHIFT
     p[F.ulp_max] = max(p[F.ulp_max], np.float64(float_of(ulp_top)) * 2.0**ULP_SHIFT)
-    magnitudes, steps, ulps = counts
-    if magnitudes:
-        _count_bins(n, w_bins, WEIGHTS, histograms)
-        _count_bins(n, u_bins, UPDATES, histograms)
-    if steps:
-        _count_bins(n, step_bins, STEPS, histograms)
-    if ulps:
-        _count_bins(n, ulp_bins, ULPS, histograms)
+    for kind in range(4):  # no constants: each would have machine code of its own
+        if counts[kind]:
+            _count_bins(n, scratch + SCRATCH_ROW * kind, kind, histograms)
     return True
 
 
-@strict
+@called
 def _count_bins(n, bins, kind, histograms):
     """Count the bins at an address; neighbours in different copies, so that no counter is waited for."""
     for i in range(0, n - 3, 4):

@@ -8,6 +8,7 @@ remember, random bits, observers, masks, values without a code, tensors that are
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,24 +31,39 @@ PLANS_KEPT = 64  # of one layer; shapes that change must not grow it without end
 class Plan(NamedTuple):
     """A layer's programs for inputs of one shape.
 
-    x, w: where the forward leaves what the backward multiplies. outputs: columns of the result.
+    x, w: where the forward leaves what the backward multiplies. like: tensors without memory of the shapes of x, w, the
+    result and what is kept; to be like one costs half of a shape.
     """
 
     forward: Program
     backward: Program | None
     x: Coded | None
     w: Coded | None
-    outputs: int
+    like: Like
     follows_storage: bool
 
     def run(self, state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None) -> Made | None:
         """The forward; None where the general way must be taken."""
-        y = torch.empty((x.shape[0], self.outputs), dtype=torch.float32, device="cpu")
-        kept = torch.empty(self.forward.kept, dtype=torch.uint8, device="cpu")
+        y, kept = torch.empty_like(self.like.y), torch.empty_like(self.like.kept)
         given = (1.0, float(state.storage.scale_of(w))) if self.follows_storage else (1.0, 1.0)  # type: ignore[union-attr]
         places = (x.data_ptr(), w.data_ptr(), kept.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
         scales = self.forward(*places, given)
         return None if scales is None else Made(y, kept, Once(self, scales))
+
+
+class Like(NamedTuple):
+    """Tensors without memory."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    kept: Tensor
+
+
+def _without_memory(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    found = torch.empty(shape, dtype=dtype, device="cpu")
+    found.untyped_storage().resize_(0)
+    return found
 
 
 class Once(NamedTuple):
@@ -56,17 +72,15 @@ class Once(NamedTuple):
     plan: Plan
     scales: tuple[float, ...]
 
-    def backward(
-        self, dy: Tensor, kept: Tensor, shapes: tuple[torch.Size, torch.Size]
-    ) -> tuple[Tensor | None, Tensor | None] | None:
+    def backward(self, dy: Tensor, kept: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
         """The gradients (dx, dw) that were wanted; None where the general way must be taken."""
-        plan = self.plan
+        plan, like = self.plan, self.plan.like
         if plan.backward is None or dy.dtype is not torch.float32 or not at_hand(dy) or not dy.is_contiguous():
             return None
-        if dy.shape != (shapes[0][0], plan.outputs) or not at_hand(kept) or kept.shape != (plan.forward.kept,):
+        if dy.shape != like.y.shape or not at_hand(kept) or kept.shape != like.kept.shape:
             return None
-        dx = None if plan.w is None else torch.empty(shapes[0], dtype=torch.float32, device="cpu")
-        dw = None if plan.x is None else torch.empty(shapes[1], dtype=torch.float32, device="cpu")
+        dx = None if plan.w is None else torch.empty_like(like.x)
+        dw = None if plan.x is None else torch.empty_like(like.w)
         out, other = 0 if dx is None else dx.data_ptr(), 0 if dw is None else dw.data_ptr()
         done = plan.backward(dy.data_ptr(), 0, kept.data_ptr(), out, other, (self.scale(plan.x), self.scale(plan.w)))
         return None if done is None else (dx, dw)
@@ -94,7 +108,7 @@ class Made(NamedTuple):
 def plan_for(
     state: LayerState, products, x: Tensor, w: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
 ) -> Plan | None:
-    """The layer's plan for such tensors, or None.
+    """The layer's plan for such tensors, or None; all axes of x but the last one count rows.
 
     needs: whether x and w need gradients.
     """
@@ -103,7 +117,7 @@ def plan_for(
         plans.possible = _allows_programs(state)
     if not plans.possible or state.session.reduce_amax is not None or type(products) is not Matrices:
         return None
-    if x.dtype is not torch.float32 or w.dtype is not torch.float32 or x.ndim != 2 or w.ndim != 2:
+    if x.dtype is not torch.float32 or w.dtype is not torch.float32 or x.ndim < 2 or w.ndim != 2:
         return None
     for tensor in (x, w) if bias is None else (x, w, bias):
         if not at_hand(tensor) or not tensor.is_contiguous() or tensor.device.type != "cpu":
@@ -141,16 +155,17 @@ def _plan(
     from altgrad.quantization.products.program import FIRST, KEPT, NOTHING, OTHER, OUT, ROOM, SECOND, Program
 
     need_x, need_w = needs
-    outputs = products.sizes("forward", x.shape, w.shape)[1]
-    dy_shape = torch.Size((x.shape[0], outputs))
+    x_shape = torch.Size((math.prod(x.shape[:-1]), x.shape[-1]))
+    outputs = products.sizes("forward", x_shape, w.shape)[1]
+    dy_shape = torch.Size((x_shape[0], outputs))
 
     def unit(gemm: str, a: torch.Size, b: torch.Size) -> Unit | None:
         return state.route(gemm, products.sizes(gemm, a, b), x.device, torch.float32).unit
 
-    unit_forward = unit("forward", x.shape, w.shape)
+    unit_forward = unit("forward", x_shape, w.shape)
     unit_x = unit("input_grad", dy_shape, w.shape) if need_x else Unit.BF16
-    unit_w = unit("weight_grad", dy_shape, x.shape) if need_w else Unit.BF16
-    if unit_forward is None or unit_x is None or unit_w is None or x.shape[0] == 0:
+    unit_w = unit("weight_grad", dy_shape, x_shape) if need_w else Unit.BF16
+    if unit_forward is None or unit_x is None or unit_w is None or x_shape[0] == 0:
         return None
 
     def encoded(program: Program, operand: Operand, shape: torch.Size, address: int, where: int, scale: int) -> Coded:
@@ -160,9 +175,9 @@ def _plan(
 
     forward = Program()
     shares_x, shares_w = state.x_back is state.x, state.w_back is state.w
-    of_x = encoded(forward, state.x, x.shape, FIRST, KEPT if need_w and shares_x else ROOM, 0)
+    of_x = encoded(forward, state.x, x_shape, FIRST, KEPT if need_w and shares_x else ROOM, 0)
     of_w = encoded(forward, state.w, w.shape, SECOND, KEPT if need_x and shares_w else ROOM, 1)
-    back_x = None if not need_w else of_x if shares_x else encoded(forward, state.x_back, x.shape, FIRST, KEPT, 2)
+    back_x = None if not need_w else of_x if shares_x else encoded(forward, state.x_back, x_shape, FIRST, KEPT, 2)
     back_w = None if not need_x else of_w if shares_w else encoded(forward, state.w_back, w.shape, SECOND, KEPT, 3)
     if not shares_w and state.w_back.follows_storage:
         return None  # its scale would have to be given, too
@@ -182,4 +197,10 @@ def _plan(
         return None
     for program in programs:
         program.close()
-    return Plan(forward, backward, back_x, back_w, outputs, state.w.follows_storage)
+    like = Like(
+        _without_memory(x.shape),
+        _without_memory(w.shape),
+        _without_memory((*x.shape[:-1], outputs)),
+        _without_memory((forward.kept,), torch.uint8),
+    )
+    return Plan(forward, backward, back_x, back_w, like, state.w.follows_storage)

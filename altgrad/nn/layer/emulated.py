@@ -29,14 +29,23 @@ from altgrad.nn.layer.gemm import Route, mm
 from altgrad.nn.layer.operand import Operand, carrier
 from altgrad.nn.layer.state import LayerState
 from altgrad.nn.layer.uses import offset
-from altgrad.nn.recipe.scaling_choice import CurrentScaling, is_block, multiplies
+from altgrad.nn.recipe.scaling_choice import BlockScaling, CurrentScaling, is_block, multiplies
 from altgrad.nn.recipe.spec import GEMMS, REDUCED, OperandSpec, grid_of
 from altgrad.nn.session import as_key_tensor, recomputing
 from altgrad.quantization import Cast, Want, amax
 from altgrad.quantization.accumulation import Terms, accumulate_terms, group_terms, terms
+from altgrad.quantization.block_stats import measure_blocks
 from altgrad.quantization.codec import scale_values
 from altgrad.quantization.hadamard import Signs
-from altgrad.quantization.inverse_scaling import RegionScaling, RegionState, inverse_scale, largest_of, multiply_blocks
+from altgrad.quantization.inverse_scaling import (
+    RegionScaling,
+    RegionState,
+    inverse_scale,
+    largest_of,
+    multiply_blocks,
+    outer_blocks,
+)
+from altgrad.quantization.mxfp4 import between_neighbours, power_blocks
 from altgrad.quantization.stats import measure
 from altgrad.randomness import stream_base
 
@@ -47,13 +56,15 @@ class Laid(NamedTuple):
     """A quantized operand [rows, reduced].
 
     values: as they enter a plain product. payload: on the format's grid. factor: what dequantizes the payload after the
-    sum: 0-d or [rows, 1]. blocks: float32 scales [rows, blocks along the reduced axis] of a block format.
+    sum: 0-d or [rows, 1]. blocks: float32 scales [rows, blocks along the reduced axis] of a block format. inside: where an
+    element is not clipped, if its gradient asks.
     """
 
     values: Tensor
     payload: Tensor | None = None
     factor: Tensor | None = None
     blocks: Tensor | None = None
+    inside: Tensor | None = None
 
     def t(self, spec: OperandSpec) -> Laid:
         """The same quantization for a GEMM that reduces the other axis; of tensors and tiles only."""
@@ -130,7 +141,10 @@ class _Call(NamedTuple):
         if spec.hadamard is not None:
             x = spec.hadamard(x, self.signs(gemm, x.device))
         key = operand.options(self.use)
-        found = _blocks(spec, x, key) if operand.block else self._scaled(operand, x, turned, key)
+        if operand.block:
+            found = _blocks(spec, x, key, operand.move_average(x) if gemm == "forward" else None)
+        else:
+            found = self._scaled(operand, x, turned, key)
         if self.state.session.observer is not None and self._recorded(role):
             _publish(operand, x, found)
         return found
@@ -211,6 +225,22 @@ class _Call(NamedTuple):
                 operand.window, operand.pending = torch.cat([after.s.reshape(1), after.window]), None
 
 
+def forward_weight(state: LayerState, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(a weight as float32, mixed if the forward mixes it; what the forward's entry makes of it), of one new shape.
+
+    Nothing is recorded, and no random bits are taken.
+    """
+    operand = state.w
+    if not state.recipe.is_emulated:
+        values = operand.quantize(weight, operand.scale_of(weight, False), operand.options(0))
+        return carrier(weight).clone(), values
+    call = _Call(state, False, 0, torch.float32, state.transposed)
+    laid = carrier(weight.t() if state.transposed else weight)
+    mixed = operand.spec.hadamard
+    kept = laid.clone() if mixed is None else mixed(laid, call.signs("forward", laid.device))
+    return kept, call.laid("forward", "weight", laid).values
+
+
 class _Layer(torch.autograd.Function):
     """The fused call."""
 
@@ -228,10 +258,11 @@ class _Layer(torch.autograd.Function):
         call.close(("forward", "input"), ("forward", "weight"))
         ctx.call, ctx.shapes = call, (x.shape, weight.shape)
         ctx.dtypes = x.dtype, w.dtype, None if bias is None else bias.dtype
-        ctx.layout = [field is not None for laid in (back_x, back_w) for field in laid]
+        back = [field for laid in (back_x, back_w) for field in laid[:4]]  # all that a product takes
+        ctx.layout = [field is not None for field in back]
         masks = [_mask(state, role, t, q) for role, t, q in (("input", x, qx), ("weight", weight, qw))]
         ctx.masks = [mask is not None for mask in masks]
-        kept = [field for laid in (back_x, back_w) for field in laid if field is not None]
+        kept = [field for field in back if field is not None]
         ctx.save_for_backward(*kept, *(mask for mask in masks if mask is not None))
         return y.to(call.dtype)
 
@@ -247,14 +278,15 @@ class _Layer(torch.autograd.Function):
         state, dx, dw, db = call.state, None, None, None
         qdy = call.laid("input_grad", "grad_output", dy) if need_x else None
         if need_x:
-            dx = _unmixed(call, call.product("input_grad", qdy, back_w), "weight", "input_grad", ctx.shapes[0][1])  # type: ignore[arg-type]
+            dx = call.product("input_grad", qdy, back_w)  # type: ignore[arg-type]
             dx = dx if masks[0] is None else torch.where(masks[0], dx, 0)
-            dx = dx.to(ctx.dtypes[0])
+            dx = _unmixed(call, dx, "weight", "input_grad", ctx.shapes[0][1]).to(ctx.dtypes[0])
         if need_w:
             shared = qdy is not None and _shared(state, "grad_output", "input_grad", "weight_grad")
             left = qdy.t(state.dy.spec) if shared else call.laid("weight_grad", "grad_output", dy)  # type: ignore[union-attr]
-            dw = _unmixed(call, call.product("weight_grad", left, back_x), "input", "weight_grad", ctx.shapes[1][1])
+            dw = call.product("weight_grad", left, back_x)
             dw = dw if masks[1] is None else torch.where(masks[1], dw, 0)
+            dw = _unmixed(call, dw, "input", "weight_grad", ctx.shapes[1][1])
             dw = (dw.t() if call.transposed else dw).to(ctx.dtypes[1])
         call.close(("input_grad", "grad_output"), ("weight_grad", "grad_output"))
         if need_bias:
@@ -289,18 +321,27 @@ def _unmixed(call: _Call, grad: Tensor, role: str, gemm: str, length: int) -> Te
 
 
 def _mask(state: LayerState, role: str, x: Tensor, laid: Laid) -> Tensor | None:
-    """Where the straight-through gradient passes, if the forward's entry masks."""
+    """Where the straight-through gradient passes, if the forward's entry masks; of mixed elements where it mixed them."""
     operand = state.operands["forward", role]
     if not operand.spec.mask_saturated or laid.factor is None:
         return None
+    if operand.block:
+        return laid.inside
     return (carrier(x) / laid.factor).abs() <= operand.fmt.max
 
 
-def _blocks(spec: OperandSpec, x: Tensor, key: Tensor | None) -> Laid:
-    """An operand in a block format, the blocks along the last axis of x."""
-    fmt = spec.resolved
+def _blocks(spec: OperandSpec, x: Tensor, key: Tensor | None, average: Tensor | None = None) -> Laid:
+    """An operand in a block format, the blocks along the last axis of x; `average` decides between neighbours."""
+    fmt, policy = spec.resolved, spec.scaling
     down, rows = fmt.tile[0], len(x)
-    if multiplies(spec.scaling):
+    assert isinstance(policy, BlockScaling)
+    if policy.own_scales:
+        own = power_blocks(x, fmt, deviation=policy.deviation, gain=policy.gain, rounding=spec.rounding, key=key)
+        return Laid(own.values, own.payload, x.new_tensor(own.factor), own.scales, own.inside)
+    if policy.outer:
+        made = outer_blocks(x, fmt, policy.outer, rounding=spec.rounding, key=key)
+        return Laid(made.values, made.payload, None, made.scales)
+    if multiplies(policy):
         made = multiply_blocks(x, fmt, rounding=spec.rounding, key=key)
         return Laid(made.values, made.payload, made.tensor_scale, made.scales.repeat_interleave(down, 0)[:rows])
     cast = cast_along_rows(spec)
@@ -309,6 +350,10 @@ def _blocks(spec: OperandSpec, x: Tensor, key: Tensor | None) -> Laid:
     assert found.scales is not None
     payload = torch.where(x.isfinite(), _elements(spec).decode(found.codes), x)
     blocks = scale_values(found.scales, fmt, None)
+    if average is not None:
+        spread = blocks.repeat_interleave(down, 0)[:rows].repeat_interleave(fmt.tile[1], 1)[:, : x.shape[1]]
+        payload = between_neighbours(x / spread, average / spread, fmt.element)
+        found = found._replace(values=payload * spread)
     factor = torch.ones(()) if found.tensor_scale is None else found.tensor_scale
     return Laid(found.values, payload, factor, blocks.repeat_interleave(down, 0)[:rows])  # type: ignore[arg-type]
 
@@ -346,5 +391,10 @@ def _publish(operand: Operand, x: Tensor, laid: Laid) -> None:
     grid = grid_of(operand.spec.resolved)
     beyond = 1 + grid.ulp(grid.max) / 2 / grid.max
     over = (laid.payload.abs() == grid.max) & (x.abs() > laid.values.abs() * beyond) & x.isfinite()
+    stats = measure(x, laid.values, over)
+    if operand.block:
+        assert laid.blocks is not None
+        scales = laid.blocks[:: operand.fmt.tile[0]] * (1.0 if laid.factor is None else laid.factor)
+        stats = replace(stats, blocks=measure_blocks(x, laid.values, scales, operand.fmt))
     scale = 1.0 if operand.block or laid.factor is None else laid.factor
-    operand.publish(measure(x, laid.values, over), scale)
+    operand.publish(stats, scale)

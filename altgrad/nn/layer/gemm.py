@@ -180,7 +180,7 @@ def matmul_precision(device_type: str, precision: str):
         return
     older = _older_flags() if device_type == "cuda" else None
     if older is not None:
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.set_float32_matmul_precision("highest")
     backend.fp32_precision = precision
     try:
         yield

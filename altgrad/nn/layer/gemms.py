@@ -17,6 +17,7 @@ run on pieces of which each has a rule for each transform; a tensor mapped over 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from altgrad.nn.layer.at_once import Made, Once, plan_for
 from altgrad.nn.layer.contractions import Contraction
 from altgrad.nn.layer.gemm import Route, autocasts
 from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
-from altgrad.nn.layer.products import Ready, quantized, restored, saved_apart, stash, unstash
+from altgrad.nn.layer.products import Cast, Ready, quantized, restored, saved_apart, stash, unstash
 from altgrad.nn.layer.state import LayerState
 from altgrad.nn.spread import TENSOR_PARALLEL, is_spread
 from altgrad.quantization.checks import PLAIN_TYPES
@@ -64,12 +65,21 @@ class Call(NamedTuple):
 
 
 def multiply(
-    state: LayerState, products: Contraction, x: Tensor, w: Tensor, bias: Tensor | None, training: bool
+    state: LayerState,
+    products: Contraction,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    training: bool,
+    *,
+    rows: bool = False,
 ) -> Tensor:
     """The forward of a layer: the contraction of quantized x and w, plus the bias, with the gradients of the module's head.
 
     Under autocast the output has autocast's dtype, as the unquantized product's has; operands are quantized from the
     tensors as they arrive. Otherwise x and w must have the same dtype, which is the output's.
+
+    rows: all axes of x but the last one count rows of a matrix, and y has them, too.
 
     Raises:
         DtypeError: two dtypes without autocast. RecipeError: the weight is spread over processes.
@@ -78,31 +88,34 @@ def multiply(
     if type(w) not in PLAIN_TYPES and is_spread(w):
         raise RecipeError(f"layer {state.name!r}: {TENSOR_PARALLEL}")
     if state.recipe.is_emulated:
-        return emulated.multiply(state, products, x, w, bias, output_dtype(x, w), training)
+        y = emulated.multiply(state, products, as_matrix(x) if rows else x, w, bias, output_dtype(x, w), training)
+        return _with_axes(y, x if rows else None)
     record = state.records(training)
     call = Call(state, products, record, state.observed(record), output_dtype(x, w), state.use(training))
     if not state.whole_blocks:
-        return _multiply(call, x, w, bias)
+        return _multiply(call, x, w, bias, rows)
     try:
-        return _multiply(call, x, w, bias)
+        return _multiply(call, x, w, bias, rows)
     except BlockError as error:
         raise BlockError(f"layer {state.name!r}: {error}; or drop whole_blocks from the recipe") from None
 
 
-def _multiply(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    state, record = call.state, call.record
+def _multiply(call: Call, x: Tensor, w: Tensor, bias: Tensor | None, rows: bool) -> Tensor:
+    given, state, record = x, call.state, call.record
     if transformed():
-        return _in_pieces(call, x, w, bias)
-    made = _made_at_once(call, x, w, bias)
+        return _with_axes(_in_pieces(call, as_matrix(x) if rows else x, w, bias), given if rows else None)
+    made = _made_at_once(call, x, w, bias) if rows or x.ndim == 2 else None
     if made is not None:
-        call = call._replace(once=made.once)
+        call = Call(*call[:-1], made.once)
         # what `apply` does without a transform, less its look for wrappers of transforms that have ended
         found = super(torch.autograd.Function, _Products).apply(call, x, w, bias, None, None, None, None, made)  # type: ignore[misc]
-    else:
-        sx, sx_back = state.scale_pair(state.x, state.x_back, x, record)
-        sw, sw_back = state.scale_pair(state.w, state.w_back, w, record)
-        found = _Products.apply(call, x, w, bias, sx, sx_back, sw, sw_back)
-    return found if isinstance(found, Tensor) else found[0]
+        return found if isinstance(found, Tensor) else found[0]
+    if rows:
+        x = as_matrix(x)
+    sx, sx_back = state.scale_pair(state.x, state.x_back, x, record)
+    sw, sw_back = state.scale_pair(state.w, state.w_back, w, record)
+    found = _Products.apply(call, x, w, bias, sx, sx_back, sw, sw_back)
+    return _with_axes(found if isinstance(found, Tensor) else found[0], given if rows else None)
 
 
 def _made_at_once(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Made | None:
@@ -111,6 +124,21 @@ def _made_at_once(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Made
     grads = torch.is_grad_enabled()
     plan = plan_for(call.state, call.products, x, w, bias, (grads and x.requires_grad, grads and w.requires_grad))
     return None if plan is None else plan.run(call.state, x, w, bias)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., k] as a matrix [rows, k]."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 fails where k is 0
+
+
+def _with_axes(y: Tensor, x: Tensor | None) -> Tensor:
+    """A matrix with the leading axes of x for its rows.
+
+    No view in autograd's eyes, as nn.Linear's is none: what writes to it in place keeps hooks (FSDP2's).
+    """
+    if x is None or x.ndim == 2:
+        return y
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def output_dtype(x: Tensor, w: Tensor) -> torch.dtype:
@@ -186,7 +214,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx, call: Call, x, w, bias, sx, sx_back, sw, sw_back, made: Made | None = None):
         state = call.state
         need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        ctx.call, ctx.shapes = call, (x.shape, w.shape)
+        ctx.call, ctx.shapes = call, (x.shape, w.shape)  # a forward made at once takes matrices with more axes
         ctx.dtypes = (x.dtype, w.dtype, None if bias is None else bias.dtype)
         ctx.dy_options = (state.dy.options(call.use), state.dy_back.options(call.use))
         ctx.set_materialize_grads(False)
@@ -236,10 +264,14 @@ class _Products(torch.autograd.Function):
     def backward(ctx, dy, of_place=None):  # type: ignore[override]
         call: Call = ctx.call
         of_x, of_w = (None, None) if of_place is None else ctx.post.collect()
+        if of_x is not None:
+            of_x = of_x.reshape(ctx.shapes[0])
         if dy is None:  # only the backward's own gradient comes this way
             return None, *(None if g is None else g.to(d) for g, d in zip((of_x, of_w), ctx.dtypes)), *(None,) * 6
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the backward is part of a graph
-        found = None if call.once is None or again else call.once.backward(dy, ctx.saved_tensors[0], ctx.shapes)
+        found = None if call.once is None or again else call.once.backward(dy, ctx.saved_tensors[0])
+        if call.once is not None:
+            dy = as_matrix(dy)
         if found is None:
             found = _gradients(ctx, dy, again, of_x, of_w)
         elif of_place is not None:
@@ -255,40 +287,60 @@ class _Products(torch.autograd.Function):
 def _gradients(ctx, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor | None):
     """The gradients of x and w, of the dtypes of x and w; `of_x` and `of_w` are added to them."""
     call: Call = ctx.call
-    state, work = call.state, work_dtype(dy)
     kept = unstash(ctx) if call.once is None else call.once.unstashed(*ctx.saved_tensors)
-    need_x, need_w = ctx.needs_input_grad[1:3]
-    observed = call.record and state.session.observer is not None
-    dx = dw = qdy = made = None
-    if need_x:
-        route = call.backward_route("input_grad", dy, ctx.shapes[1], state.w_back, kept["w"], again)
-        scale = state.dy.scale_before(dy, call.record)
-        qdy = quantized(state.dy, dy, scale, ctx.dy_options[0], route, observed, keep=False)
-        route = Route.FLOAT32 if qdy.needs_float32 else route
-        a, b = qdy.ready(route), restored(state.w_back, kept["w"], kept["sw"], route, work)
-        made = (route, a) if state.dy_back is state.dy else None
-        if again:
-            a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 1)
-        wanted = ctx.dtypes[0] if of_x is None else None
-        dx = call.products.multiply("input_grad", a, b, route, ctx.shapes[0], None, wanted)
-        dx = _select(_sum(dx, of_x), kept["mask_x"]).to(ctx.dtypes[0])
-        del a, b
-    if need_w:
-        route = call.backward_route("weight_grad", dy, ctx.shapes[0], state.x_back, kept["x"], again)
-        if qdy is None or state.dy_back is not state.dy:
-            scale = state.dy_back.scale_before(dy, call.record)
-            qdy = quantized(state.dy_back, dy, scale, ctx.dy_options[1], route, observed, keep=False)
-        elif not qdy.saved and route is not Route.FLOAT32:  # the other product needed no codes
-            qdy = quantized(state.dy, dy, qdy.scale, ctx.dy_options[0], route, False, keep=False)
-        route = Route.FLOAT32 if qdy.needs_float32 else route
-        a = made[1] if made is not None and made[0] is route else qdy.ready(route)
-        b = restored(state.x_back, kept["x"], kept["sx"], route, work)
-        if again:
-            a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 0)
-        wanted = ctx.dtypes[1] if of_w is None else None
-        dw = call.products.multiply("weight_grad", a, b, route, ctx.shapes[1], None, wanted)
-        dw = _select(_sum(dw, of_w), kept["mask_w"]).to(ctx.dtypes[1])
-    return dx, dw
+    found, taken = [], None
+    for mine, added in enumerate((of_x, of_w)):
+        grad = None
+        if ctx.needs_input_grad[1 + mine]:
+            grad, taken = _gradient(ctx, mine, dy, kept, again, added, taken)
+        found.append(grad)
+    return tuple(found)
+
+
+class _Taken(NamedTuple):
+    """dy as the product of one gradient took it."""
+
+    cast: Cast
+    route: Route
+    ready: Ready
+
+
+def _gradient(
+    ctx, mine: int, dy: Tensor, kept: dict, again: bool, added: Tensor | None, before: _Taken | None
+) -> tuple[Tensor, _Taken]:
+    """The gradient of x (0) or w (1), and dy as it took it.
+
+    before: dy as the other gradient took it, to be shared where both have the same entry of the recipe.
+    """
+    call: Call = ctx.call
+    state = call.state
+    gemm, other, operand, of_dy = (
+        ("input_grad", "w", state.w_back, state.dy),
+        ("weight_grad", "x", state.x_back, state.dy_back),
+    )[mine]
+    route = call.backward_route(gemm, dy, ctx.shapes[1 - mine], operand, kept[other], again)
+    if before is not None and before.cast.operand is not of_dy:
+        before = None
+    if before is None:
+        observed = call.record and state.session.observer is not None
+        scale = of_dy.scale_before(dy, call.record)
+        cast = quantized(of_dy, dy, scale, ctx.dy_options[mine], route, observed, keep=False)
+    elif not before.cast.saved and route is not Route.FLOAT32:  # the other product needed no codes
+        cast = quantized(of_dy, dy, before.cast.scale, ctx.dy_options[mine], route, False, keep=False)
+    else:
+        cast = before.cast
+    route = Route.FLOAT32 if cast.needs_float32 else route
+    ready = before.ready if before is not None and before.route is route else cast.ready(route)
+    a, b = ready, restored(operand, kept[other], kept[f"s{other}"], route, work_dtype(dy))
+    if again:
+        a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 1 - mine)
+    dtype, shape = ctx.dtypes[mine], ctx.shapes[mine]
+    if call.once is None:
+        grad = call.products.multiply(gemm, a, b, route, shape, None, dtype if added is None else None)
+    else:
+        grad = call.products.multiply(gemm, a, b, route).reshape(shape)
+    mask = kept["mask_w" if mine else "mask_x"]
+    return _select(_sum(grad, added), mask).to(dtype), _Taken(cast, route, ready)
 
 
 def _standing_in(ctx, place: Tensor | None, ready: Ready, slot: int) -> Ready:

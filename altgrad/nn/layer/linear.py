@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,13 +20,8 @@ def linear_forward(state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None,
     """
     if state.is_plain(x, training):
         return F.linear(x, w.t() if state.transposed else w, bias)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be ambiguous where there are no features
     products = _TRANSPOSED if state.transposed else _PLAIN
     outputs = w.shape[1 if state.transposed else 0]
     apart = bias is not None and not torch.jit.is_tracing() and bias.shape != (outputs,)
-    y = multiply(state, products, rows, w, None if apart else bias, training)
-    if (
-        x.ndim != 2
-    ):  # no view in autograd's eyes, as nn.Linear's is none: what writes to it in place keeps hooks (FSDP2's)
-        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    y = multiply(state, products, x, w, None if apart else bias, training, rows=True)
     return y + bias.to(y.dtype) if bias is not None and apart else y

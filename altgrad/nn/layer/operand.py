@@ -7,6 +7,7 @@ seen: a maximum is idempotent, so a forward that activation checkpointing recomp
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,14 @@ from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, Sta
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor
 from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
+from altgrad.quantization.block_stats import measure_blocks
 from altgrad.quantization.checks import traced
+from altgrad.quantization.codec import scale_values
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes, fits_exponents
 from altgrad.quantization.scaling import DelayedState, host_scale
-from altgrad.quantization.tensor_cores import serve
+from altgrad.quantization.tensor_cores import roll, serve
 from altgrad.randomness import stream_base
 
 if TYPE_CHECKING:
@@ -63,6 +66,8 @@ class Operand:
         self.storage: GridStorage | None = None  # whose scale a stored weight has
         self.window: Tensor | None = None
         self.pending: Tensor | None = None
+        self.average: Tensor | None = None  # of the weight, where an average of it decides how it is rounded
+        self.averaged = (0, -1)  # how often it was moved, and in which step last
         self._scale: Tensor | None = None  # of a full history on a GPU, kept as long as that
         self._collects = False  # whether the next use of x raises `pending` while it is rounded
         self.key: Tensor | None = None
@@ -117,25 +122,23 @@ class Operand:
         if pending.device.type == "cpu" and pending.numel() == 1 and float(pending) < 0:
             self.pending = None
             return
-        fresh = policy.update(pending, DelayedState(self.window), self.fmt)[1].window
         if not self._stays:
-            self.window, self.pending = fresh, None
+            self.window, self.pending = policy.update(pending, DelayedState(self.window), self.fmt)[1].window, None
             return
         assert self.window is not None
-        assert fresh is not None
-        torch._foreach_copy_([self.window], [torch.where(pending >= 0, fresh, self.window)])
-        pending.fill_(UNSEEN)
-        if self._scale is not None:
-            torch._foreach_copy_([self._scale], [self._scale_of_window()])
+        if self._scale is None:
+            self._scale = torch.empty_like(pending)
+        roll(self.window, pending, self._scale, self.fmt.max, policy.margin, policy.power_of_two)
 
     @property
     def _stays(self) -> bool:
-        """Whether the history is full and on a GPU, of one amax."""
+        """Whether the history is full and on a GPU, of one float32 amax."""
         policy = self.spec.scaling
         return (
             isinstance(policy, DelayedScaling)
             and self.window is not None
             and self.window.shape == (policy.history,)
+            and self.window.dtype == torch.float32
             and self.pending is not None
             and self.pending.device == self.window.device
             and serve(self.window)
@@ -149,17 +152,36 @@ class Operand:
 
     def memory(self) -> dict[str, Tensor]:
         """What the next scale depends on, apart from the spec; never written in place afterwards."""
-        found = {"window": self.window, "pending": self.pending}
-        return {name: t.clone() if serve(t) else t for name, t in found.items() if t is not None}
+        found = {"window": self.window, "pending": self.pending, "average": self.average}
+        kept = {name: t.clone() if serve(t) else t for name, t in found.items() if t is not None}
+        return kept if self.average is None else {**kept, "averaged": torch.tensor(self.averaged)}
 
-    def recall(self, window: Tensor | None, pending: Tensor | None) -> None:
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Go on from what `memory` gave; into the tensors that are there, where they are kept."""
+        window, pending, self.average = (memory.get(name) for name in ("window", "pending", "average"))
+        moves, last = memory["averaged"].tolist() if "averaged" in memory else (0, -1)
+        self.averaged = (moves, last)
         self.window, self.pending = (
             old.copy_(new) if old is not None and new is not None and serve(old) and old.shape == new.shape else new
             for old, new in ((self.window, window), (self.pending, pending))
         )
         if self._scale is not None:
             self._scale = None if self.window is None else self._scale.copy_(self._scale_of_window())
+
+    def move_average(self, weight: Tensor) -> Tensor | None:
+        """The average of the weight after the steps so far, once it decides; None before that, or where none is kept.
+
+        The first call of a step sees what the last one left of the weight, and moves the average.
+        """
+        policy, now = self.spec.average, self.session.step
+        if policy is None:
+            return None
+        if self.average is None or self.average.shape != weight.shape:
+            self.average, self.averaged = weight.detach().clone(), (0, now)
+        elif now > self.averaged[1]:
+            self.average = policy.moved(self.average.to(weight.device), weight.detach())
+            self.averaged = (self.averaged[0] + 1, now)
+        return self.average if self.averaged[0] >= policy.start else None
 
     # -- scale ----------------------------------------------------------------------------------------------------
 
@@ -332,7 +354,17 @@ class Operand:
 
     def _found(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
         assert self.cast is not None
-        return self.cast(carrier(x), scale, key=key, want=want | Want.STATS if observed else want)
+        if not observed:
+            return self.cast(carrier(x), scale, key=key, want=want)
+        want |= Want.STATS | (Want.VALUES | Want.CODES if self.block else Want.STATS)
+        found = self.cast(carrier(x), scale, key=key, want=want)
+        if self.block and found.stats is not None and not traced(x):
+            assert found.values is not None
+            assert found.scales is not None
+            scales = scale_values(found.scales, self.fmt, found.tensor_scale)
+            blocks = measure_blocks(x, found.values, scales, self.fmt, self.block_axis)
+            found = found._replace(stats=replace(found.stats, blocks=blocks))
+        return found
 
     def _run(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
         found = self._found(x, scale, key, observed, want)
@@ -348,7 +380,7 @@ class Operand:
         assert self.cast is not None
         x = carrier(x)
         plan = self.cast.plan(x.dtype, x.device, Want.CODES)
-        found = load("cpu").encode_by_amax(plan, x, self.spec.scaling.power_of_two)
+        found = load("cpu").encode_by_amax(plan, x, self.spec.scaling.power_of_two, host_scale)
         return None if found is None or found[2] or not math.isfinite(found[1]) else ((found[0],), found[1])
 
     def coded(self, saved: Saved, scale: Tensor | float) -> tuple[Codes, Tensor | None]:

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 LARGE = (4096, 4096, 4096)  # rows, columns, reduced: of a GEMM that any rule calls large
 
 
+def _shown(routes: list[str]) -> str:
+    """One name, or one for each GEMM."""
+    return routes[0] if len(set(routes)) == 1 else ", ".join(map("{} {}".format, GEMMS, routes))
+
+
 class Plans(dict):
     """What a layer's calls came to, by shapes (`at_once`); they hold addresses, so copies of the layer make their own.
 
@@ -111,6 +116,7 @@ class LayerState:
         for place, operand in (*self.operands.items(), (("norm", "weight"), self.norm)):
             if operand.spec == before[place].spec and operand.window is None and operand.pending is None:
                 operand.window, operand.pending = before[place].window, before[place].pending
+                operand.average, operand.averaged = before[place].average, before[place].averaged
         if storage is not None and recipe.storage == storage.spec:
             self.set_storage(storage)
 
@@ -187,10 +193,12 @@ class LayerState:
         return choose_route(self._needed[gemm], shape, device.type, dtype=dtype, codes=codes)
 
     def routes(self, device_type: str) -> str:
-        """Which unit multiplies each GEMM where it is large: one name, or one for each GEMM."""
-        found = {gemm: choose_route(self._needed[gemm], LARGE, device_type).value for gemm in GEMMS}
-        names = set(found.values())
-        return names.pop() if len(names) == 1 else ", ".join(f"{gemm} {name}" for gemm, name in found.items())
+        """Which unit multiplies each GEMM where it is large, and where torch.compile compiles it: one name, or one for each."""
+        eager, traced = (
+            [choose_route(self._needed[gemm], LARGE, device_type, codes=codes).value for gemm in GEMMS]
+            for codes in (True, False)
+        )
+        return _shown(eager) + ("" if traced == eager else f"; compiled {_shown(traced)}")
 
     # -- the present call -----------------------------------------------------------------------------------------
 

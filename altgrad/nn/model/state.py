@@ -21,8 +21,8 @@ def quant_state(model: nn.Module) -> dict:
 
     Returns:
         {"recipes": [...], "clocks": [{"seed", "step", "micro_batch"}], "operands": {layer: {"role.gemm": {"window":
-        tensor, "pending": tensor}}}, "storage": {parameter: {"scale": tensor, "steps": int}}}: tensors, and values that
-        JSON holds. The grid codes are not in it, as they follow from the parameters and the scale.
+        tensor, "pending": tensor, "average": tensor, "averaged": tensor}}}, "storage": {parameter: {"scale": tensor,
+        "steps": int}}}: tensors, and values that JSON holds. The grid codes are not in it, as they follow from the parameters and the scale.
 
     Raises:
         RecipeError: the model has no quantized layer.
@@ -73,8 +73,7 @@ def load_quant_state(model: nn.Module, state: dict) -> None:
     for name, layer, weight in layers:
         memories = state["operands"].get(name, {})
         for operand in layer.distinct():
-            memory = memories.get(f"{operand.role}.{operand.gemm}", {})
-            operand.recall(memory.get("window"), memory.get("pending"))
+            operand.recall(memories.get(f"{operand.role}.{operand.gemm}", {}))
         storage = layer.storage_of(weight)
         if storage is not None:
             kept = state["storage"].get(storage.name)

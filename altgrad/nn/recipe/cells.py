@@ -138,6 +138,11 @@ def changed_layer(layer: LayerRecipe | None, changes: Mapping[Cell, object]) -> 
             if again is not None:  # it then starts from the tensor itself
                 one = getattr(result, again)
                 made[again] = replace(one, **{cell.role: replace(getattr(one, cell.role), requantize=False)})
+            if (cell.gemm, cell.role) in (
+                ("input_grad", "weight"),
+                ("weight_grad", "input"),
+            ) and operand.format is None:
+                made["forward"] = _unmasked(result.forward)  # the gradient is then one of unmixed elements
             result = replace(result, **made)
     return result if result.quantizes_products or result.norm_weight.format is not None else None
 
@@ -148,6 +153,12 @@ def _with_operand(one: GemmRecipe, role: str, operand: OperandSpec) -> GemmRecip
         return replace(one, **{role: operand})
     others = {name: replace(spec, hadamard=None) for name, spec in one.named() if name != role}
     return replace(one, **others, **{role: operand}, accumulator=None)
+
+
+def _unmasked(forward: GemmRecipe) -> GemmRecipe:
+    """A forward without masks of mixed elements."""
+    specs = {role: replace(spec, mask_saturated=False) for role, spec in forward.named() if spec.hadamard is not None}
+    return replace(forward, **specs)
 
 
 _AGAIN = {"weight": "input_grad", "input": "weight_grad"}  # where the forward's operands can be quantized once more

@@ -60,7 +60,7 @@ def _rows(spec: OperandSpec) -> OperandSpec:
 def _dividing(spec: OperandSpec) -> OperandSpec:
     policy = spec.scaling
     if isinstance(policy, BlockScaling):
-        return replace(spec, scaling=BlockScaling())
+        return replace(spec, scaling=replace(policy, arithmetic=Arithmetic.DIVIDE, outer=0))
     if isinstance(policy, CurrentScaling) and policy.arithmetic is Arithmetic.MULTIPLY:
         return replace(spec, scaling=CurrentScaling(policy.axis, policy.power_of_two))
     return spec
@@ -73,6 +73,23 @@ def _current(spec: OperandSpec) -> OperandSpec:
     if isinstance(policy, DelayedScaling):
         return replace(spec, scaling=CurrentScaling(policy.axis, policy.power_of_two))
     return spec
+
+
+def _of_blocks(**changes: Any) -> Callable[[OperandSpec], OperandSpec]:
+    """An operand whose block scales are those of the format in some respect; a mask that they made goes with them."""
+
+    def changed(spec: OperandSpec) -> OperandSpec:
+        if not isinstance(spec.scaling, BlockScaling):
+            return spec
+        policy = replace(spec.scaling, **changes)
+        return replace(spec, scaling=policy, mask_saturated=spec.mask_saturated and bool(policy.deviation))
+
+    return changed
+
+
+def _once(spec: OperandSpec) -> OperandSpec:
+    """Made of the tensor itself; a mask of mixed elements means nothing then."""
+    return replace(spec, requantize=False, mask_saturated=spec.mask_saturated and spec.hadamard is None)
 
 
 def _unpromoted(one: GemmRecipe) -> GemmRecipe:
@@ -90,7 +107,17 @@ INGREDIENTS: dict[str, Ingredient] = {
     "tiles": Ingredient("square blocks, shared by both products of a tensor", operand=_rows),
     "requantization": Ingredient(
         "backward operands made of the forward's quantized ones",
-        operand=lambda spec: replace(spec, requantize=False),
+        operand=_once,
+    ),
+    "ema": Ingredient(
+        "an average of the master that decides how a weight is rounded",
+        operand=lambda spec: replace(spec, average=None),
+    ),
+    "outer_scales": Ingredient("scales of 128 elements above those of blocks", operand=_of_blocks(outer=0)),
+    "deviation_scales": Ingredient("scales by the standard deviation of a block", operand=_of_blocks(deviation=0.0)),
+    "gain": Ingredient("elements shrunk before they are scaled, so that none is clipped", operand=_of_blocks(gain=1.0)),
+    "clip_mask": Ingredient(
+        "no gradient where an element is clipped", operand=lambda spec: replace(spec, mask_saturated=False)
     ),
     "inverse_scales": Ingredient("x multiplied by fl(max / amax) instead of divided by a scale", operand=_dividing),
     "delayed_scales": Ingredient("scales from amaxes of the past", operand=_current),

@@ -9,7 +9,7 @@ from enum import Enum
 from altgrad.errors import RecipeError
 from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.scaling_choice import default_scaling, scaling_to_config
-from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec, StorageSpec, hadamard_fields
+from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec, StorageSpec, fields_of
 from altgrad.nn.recipe.text import parse_layer
 from altgrad.quantization import get_format
 
@@ -33,9 +33,10 @@ def operand_to_dict(spec: OperandSpec) -> str | dict:
     """A format name, or a mapping where options differ from their defaults."""
     if spec.format is None:
         return "FP32"
-    data = plain_fields(spec, skip=("scaling", "hadamard"))
-    if spec.hadamard is not None:
-        data["hadamard"] = hadamard_fields(spec.hadamard)
+    data = plain_fields(spec, skip=("scaling", "hadamard", "average"))
+    for name in ("hadamard", "average"):
+        if (value := getattr(spec, name)) is not None:
+            data[name] = fields_of(value)
     assert spec.scaling is not None
     if spec.scaling != default_scaling(get_format(spec.format)):
         data["scaling"] = scaling_to_config(spec.scaling)

@@ -8,7 +8,7 @@ from functools import cached_property
 from altgrad.errors import OptionError, RecipeError
 from altgrad.formats.accumulator import Accumulator
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.nn.recipe.scaling_choice import DelayedScaling, StorageScaling, is_block, multiplies
+from altgrad.nn.recipe.scaling_choice import DelayedScaling, StorageScaling, is_block, is_foreign
 from altgrad.nn.recipe.spec import GEMMS, REDUCED, GemmRecipe, OperandSpec, StorageSpec, grid_of
 from altgrad.quantization import FloatFormat, get_format
 from altgrad.quantization.accumulation import check_accumulator
@@ -63,6 +63,10 @@ class LayerRecipe:
                 )
             if spec.requantize and getattr(self.forward, role).format is None:
                 raise RecipeError(f"{gemm}.{role} is requantized, but forward.{role} has no format; drop requantize")
+            if spec.average is not None and (gemm, role) != ("forward", "weight"):
+                raise RecipeError(f"{gemm}.{role}: an average of the master is the forward weight's; drop ema here")
+        if self.norm_weight.average is not None:
+            raise RecipeError("norm_weight: an average of the master is the forward weight's; drop ema here")
         for gemm in GEMMS:
             self._check_gemm(gemm)
 
@@ -74,8 +78,18 @@ class LayerRecipe:
             raise RecipeError(
                 f"{gemm}: {left} is mixed by {a.hadamard}, {right} by {b.hadamard}; both operands need the same transform"
             )
-        if a.hadamard is not None and gemm == "forward" and (a.mask_saturated or b.mask_saturated):
-            raise RecipeError("forward: a mask of saturated elements means nothing in mixed ones; drop one of them")
+        again = self.weight_grad.input, self.input_grad.weight
+        masked = a.mask_saturated or b.mask_saturated
+        if (
+            a.hadamard is not None
+            and gemm == "forward"
+            and masked
+            and not all(spec and spec.requantize for spec in again)
+        ):
+            raise RecipeError(
+                "forward: a mask of saturated elements means nothing in mixed ones, unless both gradients are made of those "
+                "(requantized); drop one of them"
+            )
         if one.accumulator is None:
             return
         for role, spec in ((left, a), (right, b)):
@@ -116,7 +130,9 @@ class LayerRecipe:
             self.storage is not None
             or self.mixes_at_random
             or any(
-                spec.rounding is Rounding.STOCHASTIC or isinstance(spec.scaling, DelayedScaling | RegionScaling)
+                spec.rounding is Rounding.STOCHASTIC
+                or isinstance(spec.scaling, DelayedScaling | RegionScaling)
+                or spec.average is not None
                 for spec in specs
             )
         )
@@ -135,7 +151,8 @@ class LayerRecipe:
     def is_emulated(self) -> bool:
         """Whether it asks for the arithmetic of a library or a unit that is not a GEMM of quantized operands in float32."""
         return any(one.accumulator is not None for one in self.gemms.values()) or any(
-            spec.hadamard is not None or spec.requantize or multiplies(spec.scaling) for _, _, spec in self.entries()
+            spec.hadamard is not None or spec.requantize or spec.average is not None or is_foreign(spec.scaling)
+            for _, _, spec in self.entries()
         )
 
     def __str__(self) -> str:
@@ -167,6 +184,8 @@ def _check_sum(gemm: str, role: str, spec: OperandSpec, accumulator: Accumulator
             raise RecipeError(f"{where}: it has no blocks, whose scales that accumulator multiplies; use another one")
         return
     across = fmt.tile[1]
+    if getattr(spec.scaling, "outer", 0):
+        raise RecipeError(f"{where}: sums under scales of {spec.scaling.outer} elements are float32's only; drop sum:")  # type: ignore[union-attr]
     if accumulator.group > 1 and across % accumulator.group:
         raise RecipeError(f"{where}: blocks of {across} are no groups of {accumulator.group}")
     if accumulator.scaled_promotion and across != accumulator.promote_every:

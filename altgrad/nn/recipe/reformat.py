@@ -42,7 +42,8 @@ def reformat_layer(recipe: LayerRecipe, successor: Successor) -> LayerRecipe:
         if fmt.name == "FP32":
             return OperandSpec()
         keep = not is_block(fmt) and not isinstance(spec.scaling, BlockScaling) and spec.scaling != default_scaling(was)
-        return replace(spec, format=fmt.name, scaling=spec.scaling if keep else default_scaling(fmt))
+        kept = spec if keep else replace(spec, mask_saturated=spec.mask_saturated and not is_block(was), average=None)
+        return replace(kept, format=fmt.name, scaling=spec.scaling if keep else default_scaling(fmt))
 
     def gemm(one: GemmRecipe) -> GemmRecipe:
         made = replace(one, **{role: operand(spec) for role, spec in one.named()}, accumulator=None)

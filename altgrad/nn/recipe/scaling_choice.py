@@ -19,16 +19,61 @@ class StorageScaling:
 
 @dataclass(frozen=True)
 class BlockScaling:
-    """The scales that a block format (such as MXFP8) finds for each block by itself.
+    """The scales that a block format (such as MXFP8) finds for each block by itself, and how others find them for it.
 
     Args:
         arithmetic: of formats with a tensor scale (NVFP4): divide, or multiply as Transformer Engine does.
+        outer: of formats with a tensor scale, multiplied: the tensor's is one for every `outer` elements along the reduced
+            axis, as in TetraJet-v2; 0: one for the tensor.
+        deviation: of formats with E8M0 scales: a block's scale is 2^floor(log2(deviation * sigma + 1e-8)), sigma being its
+            standard deviation, and elements beyond the largest value are clipped; nearest rounding takes ties to the
+            smaller magnitude (Quartet's forward). 0: by the amax.
+        gain: of formats with E8M0 scales: what elements are multiplied by before they are scaled, and divided by after;
+            3/4 keeps `floor` from clipping (Quartet's backward).
     """
 
     arithmetic: Arithmetic = Arithmetic.DIVIDE
+    outer: int = 0
+    deviation: float = 0.0
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arithmetic", as_option(Arithmetic, self.arithmetic))
+        for name, low, high in (("deviation", 0.0, 64.0), ("gain", 2.0**-8, 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise OptionError(f"{name} {value!r} is outside {low:g}..{high:g}")
+            object.__setattr__(self, name, float(value))
+        if isinstance(self.outer, bool) or not isinstance(self.outer, int) or not 0 <= self.outer <= 2**20:
+            raise OptionError(f"outer {self.outer!r} is no number of elements; use 0 (one scale for the tensor) or 128")
+        if self.deviation and self.gain != 1:
+            raise OptionError(f"deviation {self.deviation:g} with gain {self.gain:g}: one of the two decides the scale")
+
+    @property
+    def own_scales(self) -> bool:
+        """Whether scales follow a rule that is not the format's."""
+        return bool(self.deviation) or self.gain != 1
+
+    def check(self, fmt) -> None:
+        """Refuse a format that this does not fit.
+
+        Raises:
+            RecipeError: with the reason.
+        """
+        if self.arithmetic is Arithmetic.MULTIPLY and not fmt.tensor_scale:
+            raise RecipeError(
+                f'{fmt.name}: arithmetic="multiply" is for formats with a scale of the tensor above those of blocks (NVFP4); '
+                "powers of two divide and multiply alike"
+            )
+        if self.outer and (self.arithmetic is not Arithmetic.MULTIPLY or fmt.is_tile or self.outer % fmt.tile[1]):
+            raise RecipeError(
+                f"{fmt.name} with outer={self.outer}: scales of {self.outer} elements stand above multiplied blocks along one "
+                "axis that divide them; use NVFP4(block(arithmetic='multiply',outer=128))"
+            )
+        if self.own_scales and (not fmt.power_of_two or fmt.is_tile):
+            raise RecipeError(
+                f"{fmt.name}: deviation and gain are for blocks along one axis under E8M0 scales, such as MXFP4"
+            )
 
 
 Scaling = CurrentScaling | DelayedScaling | RegionScaling | StaticScaling | NoScaling | StorageScaling | BlockScaling
@@ -78,12 +123,14 @@ def as_scaling(value, fmt) -> Scaling:
             f"{fmt.name} with {type(value).__name__}: block formats, and only those, find their own block scales; "
             "leave scaling out"
         )
-    if isinstance(value, BlockScaling) and value.arithmetic is Arithmetic.MULTIPLY and not fmt.tensor_scale:
-        raise RecipeError(
-            f'{fmt.name}: arithmetic="multiply" is for formats with a scale of the tensor above those of blocks (NVFP4); '
-            "powers of two divide and multiply alike"
-        )
+    if isinstance(value, BlockScaling):
+        value.check(fmt)
     return value
+
+
+def is_foreign(policy: Scaling | None) -> bool:
+    """Whether scales or their arithmetic are those of a library, and not the kernels' own."""
+    return multiplies(policy) or (isinstance(policy, BlockScaling) and policy.own_scales)
 
 
 def multiplies(policy: Scaling | None) -> bool:

@@ -12,15 +12,17 @@ frozen value: it compares, hashes, prints in short form, and its contradictions 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from altgrad.errors import AltGradError, OptionError, RecipeError
 from altgrad.formats.accumulator import Accumulator
 from altgrad.formats.rounding import Overflow, Rounding, as_option
 from altgrad.formats.scalar import LISTED_BITS
 from altgrad.nn.recipe.scaling_choice import (
+    BlockScaling,
     CurrentScaling,
     Scaling,
     as_scaling,
@@ -30,6 +32,7 @@ from altgrad.nn.recipe.scaling_choice import (
 )
 from altgrad.quantization import Cast, FloatFormat, get_format
 from altgrad.quantization.hadamard import Hadamard
+from altgrad.quantization.mxfp4 import EmaRounding
 
 
 def _format_or_none(value):
@@ -56,6 +59,8 @@ class OperandSpec:
             short, which is the same as padding with zeros.
         hadamard: a block Hadamard transform along the reduced axis before the tensor is quantized; a `Hadamard`, or a
             mapping of its fields. The GEMM's other operand has the same.
+        average: TetraJet's Q-EMA, for weights in the forward: an average of the master decides between the two neighbours on
+            the grid; an `EmaRounding`, or a mapping of its fields.
         requantize: quantize what the forward's entry of the same tensor made of it, not the tensor itself (weight of
             input_grad, input of weight_grad).
 
@@ -73,11 +78,13 @@ class OperandSpec:
     whole_blocks: bool = False
     hadamard: Hadamard | None = None
     requantize: bool = False
+    average: EmaRounding | None = None
 
     def __post_init__(self) -> None:
         fmt = _format_or_none(self.format)
         put = object.__setattr__
-        put(self, "hadamard", _as_hadamard(self.hadamard))
+        put(self, "hadamard", _as_value(Hadamard, self.hadamard, "hadamard", "{size: 16, signs: fixed}"))
+        put(self, "average", _as_value(EmaRounding, self.average, "average", "{decay: 0.9983, start: 10}"))
         put(self, "format", None if fmt is None else fmt.name)
         put(self, "rounding", as_option(Rounding, self.rounding))
         put(self, "overflow", as_option(Overflow, self.overflow))
@@ -89,6 +96,7 @@ class OperandSpec:
             or self.mask_saturated
             or self.rounding is not Rounding.NEAREST_EVEN
             or self.hadamard is not None
+            or self.average is not None
             or self.requantize
         ):
             raise RecipeError("an operand without a format has nothing to round, scale or mask: name a format")
@@ -107,8 +115,19 @@ class OperandSpec:
             or not 1 <= self.random_bits <= 32
         ):
             raise RecipeError(f"random_bits {self.random_bits!r} is outside 1..32")
+        if self.average is not None and not (
+            is_block(fmt)
+            and fmt.power_of_two
+            and self.scaling == BlockScaling()
+            and self.hadamard is None
+            and self.rounding is not Rounding.STOCHASTIC
+        ):
+            raise RecipeError(
+                f"{fmt.name} with {_call_text('ema', self.average)}: an average decides between the neighbours of weights in "
+                "blocks under E8M0 scales of their own, rounded to nearest and not mixed, as in MXFP4:ceil(ema(decay=0.9983))"
+            )
         if is_block(fmt):
-            if self.mask_saturated:
+            if self.mask_saturated and not (isinstance(self.scaling, BlockScaling) and self.scaling.deviation):
                 raise RecipeError(
                     f"{fmt.name}: block scales follow each block's amax, so no element is masked; drop mask_saturated"
                 )
@@ -162,32 +181,37 @@ class OperandSpec:
             (self.mask_saturated, "masked"),
             (self.random_bits != OperandSpec.random_bits, f"bits={self.random_bits}"),
             (self.whole_blocks, "whole blocks"),
-            (self.hadamard is not None, _hadamard_text(self.hadamard)),
+            (self.hadamard is not None, _call_text("hadamard", self.hadamard)),
+            (self.average is not None, _call_text("ema", self.average)),
             (self.requantize, "requantized"),
         ]
         shown = ",".join(text for there, text in notes if there)
         return f"{self.format}({shown})" if shown else self.format
 
 
-def hadamard_fields(value: Hadamard) -> dict[str, Any]:
-    """A transform as a mapping that `OperandSpec` takes."""
-    return {"size": value.size, "signs": value.signs.value, "bfloat16": value.bfloat16}
+def fields_of(value: Hadamard | EmaRounding) -> dict[str, Any]:
+    """A transform or an averaged weight as a mapping that `OperandSpec` takes."""
+    given = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: one.value if isinstance(one, Enum) else one for name, one in given.items()}
 
 
-def _hadamard_text(value: Hadamard | None) -> str:
+def _call_text(name: str, value: Hadamard | EmaRounding | None) -> str:
     """Such as hadamard(size=16,signs='fixed',bfloat16=True)."""
-    return "" if value is None else f"hadamard({','.join(f'{k}={v!r}' for k, v in hadamard_fields(value).items())})"
+    return "" if value is None else f"{name}({','.join(f'{k}={v!r}' for k, v in fields_of(value).items())})"
 
 
-def _as_hadamard(value: Any) -> Hadamard | None:
-    if value is None or isinstance(value, Hadamard):
+_Value = TypeVar("_Value")
+
+
+def _as_value(kind: type[_Value], value: Any, name: str, example: str) -> _Value | None:
+    if value is None or isinstance(value, kind):
         return value
     if not isinstance(value, dict):
-        raise RecipeError(f"hadamard is {value!r}; write a mapping such as {{size: 16, signs: fixed}}, or leave it out")
+        raise RecipeError(f"{name} is {value!r}; write a mapping such as {example}, or leave it out")
     try:
-        return Hadamard(**value)
+        return kind(**value)
     except (TypeError, OptionError) as error:
-        raise RecipeError(f"hadamard {value!r}: {error}") from None
+        raise RecipeError(f"{name} {value!r}: {error}") from None
 
 
 def grid_of(fmt) -> FloatFormat:

@@ -169,7 +169,8 @@ def _option(note: str, where: str) -> tuple[str, object]:
     if any(not equals for _, equals, _ in pairs):
         raise RecipeError(f"{where}: {note!r} has an argument without a name; write {name}(key=value)")
     given = {key: _literal(value, where) for key, _, value in pairs}
-    return ("hadamard", given) if name == "hadamard" else ("scaling", {"policy": name, **given})
+    field = {"hadamard": "hadamard", "ema": "average"}.get(name)
+    return (field, given) if field else ("scaling", {"policy": name, **given})
 
 
 def _call(text: str, where: str) -> tuple[str, list[str]]:

@@ -22,7 +22,7 @@ from altgrad.jit.element import Arithmetic, rounding_of
 from altgrad.jit.grid_rounding import key_words, read_grid, scaled_grid
 from altgrad.jit.grid_table import DRAWING
 from altgrad.jit.machine import low_word
-from altgrad.jit.memory import load, load_word, scratch, store_double
+from altgrad.jit.memory import load, load_word, scratch, store_word
 from altgrad.jit.storage import FLOAT32, FLOAT64
 from altgrad.jit.template import loop, part
 from altgrad.optim.kernels import parts, rules, self_rounding
@@ -104,7 +104,7 @@ def _step(table, w, g, m, scales, scale, inner, channels, seed, stream, partials
             slot = 0
             for number in found:
                 held = 0.0 if fresh else load(row, slot, FLOAT64)
-                store_double(row, slot, held + np.float64(number))
+                store_word(row, slot, held + np.float64(number))
                 slot += 1
         position += count
     return 0

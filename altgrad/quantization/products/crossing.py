@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from altgrad.jit.memory import load_word, scratch, store_double
+from altgrad.jit.memory import load_word, scratch, store_word
 from altgrad.jit.template import Plain, function, part, table_reader
 from altgrad.jit.threads import call_loop
 from altgrad.quantization.kernels.cpu import blocks, loops
 from altgrad.quantization.products.loops import blocks_fit, multiply_here
-from altgrad.quantization.products.tiles import store_long
 
 FIRST, SECOND, KEPT, ROOM, OUT, OTHER = range(6)
 NOTHING = -1
@@ -92,16 +91,16 @@ def _parts() -> dict:
 def run(rows, encodings, multiplications, first, second, kept, room, out, other, scale_0, scale_1):
     """(whether it went through, scales that it found): `encodings` rows, then `multiplications` rows."""
     places, scales = scratch(48), scratch(32)
-    store_long(places, 0, first)
-    store_long(places, 1, second)
-    store_long(places, 2, kept)
-    store_long(places, 3, room)
-    store_long(places, 4, out)
-    store_long(places, 5, other)
-    store_double(scales, 0, scale_0)
-    store_double(scales, 1, scale_1)
-    store_double(scales, 2, 1.0)
-    store_double(scales, 3, 1.0)
+    store_word(places, 0, first)
+    store_word(places, 1, second)
+    store_word(places, 2, kept)
+    store_word(places, 3, room)
+    store_word(places, 4, out)
+    store_word(places, 5, other)
+    store_word(scales, 0, scale_0)
+    store_word(scales, 1, scale_1)
+    store_word(scales, 2, 1.0)
+    store_word(scales, 3, 1.0)
     fits = np.int64(1)
     for i in range(encodings):
         e = _read_encoding(0, rows + i * _ROW)
@@ -134,7 +133,7 @@ def run(rows, encodings, multiplications, first, second, kept, room, out, other,
             fits = np.int64(np.isfinite(scale))
         if problems != 0 or fits == 0:
             return np.int64(0), 0.0, 0.0, 0.0, 0.0
-        store_double(scales, e.scale, scale)
+        store_word(scales, e.scale, scale)
     for i in range(encodings, encodings + multiplications):
         m = _read_multiplication(0, rows + i * _ROW)
         a = np.int64(load_word(np.uint64(0), places, m.a))

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from altgrad.jit.memory import load, load_code, load_word, scratch, store_double
+from altgrad.jit.memory import load, load_code, load_word, scratch, store_word
 from altgrad.jit.storage import FLOAT32
 from altgrad.jit.template import function, loop, part, table_reader
 from altgrad.jit.threads import call_loop
 from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS, Packing
-from altgrad.quantization.products.tiles import PANEL_ROWS, TILE_ROWS, put_word, store_long, tile, word_at
+from altgrad.quantization.products.tiles import PANEL_ROWS, TILE_ROWS, put_word, tile, word_at
 
 
 class Variant(NamedTuple):
@@ -143,19 +143,19 @@ def multiply_here(
     """Pack both operands and multiply on this thread: the tables are those at `template` with the addresses given."""
     table = scratch(_TABLE_BYTES)
     for i in range(_TABLE_WORDS):
-        store_long(table, i, np.int64(load_word(np.uint64(0), template, i)))
-    store_long(table, _CODES, a)
-    store_long(table, _SCALES, a_scales)
-    store_long(table, _PACKED, left)
-    store_long(table + _RIGHT, _CODES, b)
-    store_long(table + _RIGHT, _SCALES, b_scales)
-    store_long(table + _RIGHT, _PACKED, right)
+        store_word(table, i, np.int64(load_word(np.uint64(0), template, i)))
+    store_word(table, _CODES, a)
+    store_word(table, _SCALES, a_scales)
+    store_word(table, _PACKED, left)
+    store_word(table + _RIGHT, _CODES, b)
+    store_word(table + _RIGHT, _SCALES, b_scales)
+    store_word(table + _RIGHT, _PACKED, right)
     product = table + _PRODUCT
-    store_long(product, 0, left)
-    store_long(product, 1, right)
-    store_long(product, 2, out)
-    store_long(product, 3, bias)
-    store_double(product, 11, factor)
+    store_word(product, 0, left)
+    store_word(product, 1, right)
+    store_word(product, 2, out)
+    store_word(product, 3, bias)
+    store_word(product, 11, factor)
     call_loop(pack_left, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, m))
     call_loop(pack_right, (table + _RIGHT, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, n))
     call_loop(multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))

@@ -270,16 +270,3 @@ def word_at(typing_context, address, index):
         return builder.load(builder.bitcast(_at(builder, *args), _I32.as_pointer()), align=4)
 
     return types.uint32(types.int64, types.int64), generate
-
-
-@intrinsic
-def store_long(typing_context, address, index, value):
-    """Write a 64-bit word of a table."""
-
-    def generate(context, builder, signature, args):
-        address, index, value = args
-        place = builder.add(address, builder.shl(index, ir.Constant(_I64, 3)))
-        builder.store(value, builder.inttoptr(place, _I64.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate

@@ -89,8 +89,8 @@ def _tiles(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
         for row in range(height):
             position = corner + row * p.columns
             if PLAIN and p.plain != 0 and amax < np.uint32(0x7F800000):
-                x, out = p.x + position * ITEM, p.out + position * ITEM
-                plain_span(grid, x, out, BLOCK if BLOCK else width, s, reciprocal, 0, 0)
+                x, out, codes = p.x + position * ITEM, p.out + position * ITEM, p.codes + position * CODE_BYTES
+                plain_span(grid, x, out, codes, BLOCK if BLOCK else width, s, reciprocal, 0, 0)
                 continue
             done = 0
             while done < width:
@@ -182,8 +182,8 @@ def _strips(table, x, out, codes, scales, scale, inner, channels, seed, stream, 
         for row in range(height):
             position = corner + row * p.columns
             if PLAIN and p.plain != 0 and not specials:
-                x, out = p.x + position * ITEM, p.out + position * ITEM
-                plain_span(grid, x, out, count, one, one, multipliers, reciprocals)
+                x, out, codes = p.x + position * ITEM, p.out + position * ITEM, p.codes + position * CODE_BYTES
+                plain_span(grid, x, out, codes, count, one, one, multipliers, reciprocals)
                 continue
             done = 0
             while done < count:
@@ -222,7 +222,7 @@ def _settle(x, values, out, lanes, count):
 @cache
 def compiled(variant: Variant, strips: bool) -> int:
     """Address of the loop of one variant."""
-    simple = variant.FAMILY == Family.BY_ADDITION and variant.VALUES and not variant.CODE_BYTES and not variant.STATS
+    simple = variant.FAMILY == Family.BY_ADDITION and not variant.STATS
     constants = {"ITEM": ITEM_BYTES[variant.KIND], "PLAIN": simple, "EACH": strips, "CHANCE": variant.FAMILY in DRAWING}
     element = part(_element, variant, inline=True)
     parts = {

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from altgrad.jit.grid_rounding import by_chance, by_rule, by_short_chance, code_of, nearest_even, random_word, settled
 from altgrad.jit.grid_table import Family
-from altgrad.jit.machine import add, band, bits_of, bor, bxor, float_of, low_word, widened
-from altgrad.jit.memory import load, load_word, store, store_code, store_double, stored
+from altgrad.jit.machine import add, band, below, bits_of, bor, bxor, float_of, low_word, shr, widened
+from altgrad.jit.memory import load, load_word, store, store_code, store_word, stored
 from altgrad.jit.storage import FLOAT32, from_storage
-from altgrad.jit.template import table_reader
+from altgrad.jit.template import called, inlined, table_reader
 
 BY_ADDITION, BY_RULE, BY_SHORT_CHANCE = int(Family.BY_ADDITION), int(Family.BY_RULE), int(Family.BY_SHORT_CHANCE)
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = 0, 1, 2  # kinds of scale
@@ -45,8 +45,6 @@ PARAMETERS = (
 Parameters = NamedTuple("Parameters", [(name, int) for name in PARAMETERS])
 _FLOATS = ("element_max", "upper")
 
-_inline = njit(forceinline=True, error_model="numpy")
-
 
 def parameter_reader(row: type) -> Any:
     """A compiled function (like, table) -> `row`, of a table of integers, addresses and the floats among them."""
@@ -58,18 +56,6 @@ def parameter_reader(row: type) -> Any:
 
 
 read_parameters = parameter_reader(Parameters)
-
-
-@intrinsic
-def put_word(typing_context, address, index, word):
-    """Write entry `index` of a table of 8-byte words, an int64 or a float64."""
-
-    def generate(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], args[2].type.as_pointer())
-        builder.store(args[2], builder.gep(pointer, [args[1]], inbounds=True))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, word), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -122,7 +108,7 @@ def poke(typing_context, address, index, value):
 # -- scales -----------------------------------------------------------------------------------------------------------
 
 
-@_inline
+@inlined
 def power_of_two(exponent):
     """2^exponent as float32, for -149 <= exponent <= 127."""
     if exponent >= -126:
@@ -213,8 +199,8 @@ def _span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals, i
     return problems, overflows, underflows, nonfinites
 
 
-def _plain_span(grid, x, out, count, s, reciprocal, multipliers, reciprocals):
-    """Values alone, nearest even, of finite elements that saturate and keep the sign of zero."""
+def _plain_span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals):
+    """As `_span`, nearest even, of finite elements that saturate and keep the sign of zero: all have codes."""
     for i in range(count):
         v = load(x, i, KIND)
         if EACH:
@@ -224,9 +210,13 @@ def _plain_span(grid, x, out, count, s, reciprocal, multipliers, reciprocals):
         sign = band(bits, grid.sign_mask)
         magnitude = bxor(bits, sign)
         magnitude = magnitude if magnitude < grid.clamp_bits else grid.clamp_bits
-        rounded, _ = nearest_even(magnitude, grid)
-        rounded = rounded if rounded < grid.max_bits else grid.max_bits
-        store(out, i, float_of(bor(rounded, sign)) * s, KIND)
+        rounded, code = nearest_even(magnitude, grid)
+        if VALUES:
+            rounded = rounded if rounded < grid.max_bits else grid.max_bits
+            store(out, i, float_of(bor(rounded, sign)) * s, KIND)
+        if CODE_BYTES:
+            code = grid.max_code if below(grid.max_code, code) else code
+            store_code(codes, i, bor(code, shr(sign, grid.code_sign_shift)), CODE_BYTES)
 
 
 def _row_amax(x, count):
@@ -255,12 +245,12 @@ def _row_amax(x, count):
     return largest, finite
 
 
-@njit(error_model="numpy")
+@called
 def record(place, largest, overflows, underflows, nonfinites, sums):
     """Store the statistics of one group of tiles (`kernels.cpu.loops.total` adds them in order)."""
-    store_double(place, 0, widened(float_of(largest), True))
-    store_double(place, 1, float(overflows))
-    store_double(place, 2, float(underflows))
-    store_double(place, 3, float(nonfinites))
-    store_double(place, 4, sums[0])
-    store_double(place, 5, sums[1])
+    store_word(place, 0, widened(float_of(largest), True))
+    store_word(place, 1, float(overflows))
+    store_word(place, 2, float(underflows))
+    store_word(place, 3, float(nonfinites))
+    store_word(place, 4, sums[0])
+    store_word(place, 5, sums[1])

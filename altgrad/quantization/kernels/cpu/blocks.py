@@ -14,7 +14,7 @@ from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.code_table import Decoding, code_table, decoding_of
 from altgrad.jit.grid_table import GRID_FIELDS, INF_PROBLEM, family_of, grid_table
-from altgrad.jit.memory import load_word, scratch
+from altgrad.jit.memory import load_word, scratch, store_word
 from altgrad.jit.storage import KINDS
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.jit.template import function
@@ -31,7 +31,6 @@ from altgrad.quantization.kernels.cpu.block_parts import (
     PLAIN_FLOAT,
     POWER_OF_TWO,
     ROUNDED,
-    put_word,
 )
 from altgrad.quantization.kernels.cpu.loops import total
 from altgrad.quantization.plan import Plan
@@ -52,15 +51,15 @@ def blocks_here(loop, template, x, out, codes, scales, partials, seed, stream, u
     """All units on this thread; the table of parameters is that at `template` with the addresses and words of this call."""
     table = scratch(_TABLE_BYTES)
     for i in range(_GIVEN, _WORDS):
-        put_word(table, i, np.int64(load_word(np.uint64(0), template, i)))
-    put_word(table, 0, x)
-    put_word(table, 1, out)
-    put_word(table, 2, codes)
-    put_word(table, 3, scales)
-    put_word(table, 4, partials)
-    put_word(table, 5, seed)
-    put_word(table, 6, stream)
-    put_word(table, 7, upper)
+        store_word(table, i, np.int64(load_word(np.uint64(0), template, i)))
+    store_word(table, 0, x)
+    store_word(table, 1, out)
+    store_word(table, 2, codes)
+    store_word(table, 3, scales)
+    store_word(table, 4, partials)
+    store_word(table, 5, seed)
+    store_word(table, 6, stream)
+    store_word(table, 7, upper)
     return call_loop(loop, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
 
 

@@ -36,7 +36,7 @@ from altgrad.jit.machine import (
     sub,
     widened,
 )
-from altgrad.jit.memory import compute_zero, load, load_code, reload, scratch, store, store_code, store_double, stored
+from altgrad.jit.memory import compute_zero, load, load_code, reload, scratch, store, store_code, store_word, stored
 from altgrad.jit.storage import FLOAT32, FLOAT64, ITEM_BYTES
 from altgrad.jit.template import function, loop, part
 from altgrad.jit.threads import CHUNK, call_loop, run_range
@@ -60,7 +60,7 @@ class Variant(NamedTuple):
     KIND: int  # storage of x and of the values written
     FAMILY: int = int(Family.BY_ADDITION)
     WIDE: bool = False  # round on float64's bits
-    VALUES: bool = True  # write quantized values
+    VALUES: bool = True  # write quantized values; with statistics only where the call has a place for them
     CODE_BYTES: int = 0  # write codes: 0 none, 1 uint8, 4 int32
     STATS: bool = False  # accumulate statistics
     PLAIN: bool = False  # what lies beyond max becomes max before it is rounded, and -0 stays (no statistics then)
@@ -79,7 +79,7 @@ def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, 
         word = random_word(add(index, low_word(index, i)), before, between) if DRAWS else index
         payload, over, code, problem = rounded(v, y, word, grid)
         value = narrowed(s, float_of(payload)) * s
-        if VALUES or STATS:
+        if VALUES:
             store(out, i, value, KIND)
         if CODE_BYTES:
             problems = bor(problems, problem)
@@ -167,7 +167,7 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
             before, between = key_words(np.uint64(seed), np.uint64(stream), np.uint64(position >> 32))
         index = low_word(np.uint32(0), position)
         x_here = x + position * ITEM
-        in_place = STATS and (out == x or not VALUES)
+        in_place = STATS and (out == x or out == 0)
         out_here = values if in_place else out + position * ITEM
         codes_here = codes + position * CODE_BYTES
         power_of_two = band(bits_of(s), low_word(bits_of(s), np.uint64(FRACTION_MASK))) == 0
@@ -195,7 +195,7 @@ def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
                 add_squares(lanes, x_here, out_here, count, KIND, True)
                 errors, squares = lane_sums(lanes, KIND, True)
             record(partials, position, largest, float(overflows), float(underflows), nonfinites, errors, squares)
-            if VALUES and in_place:
+            if in_place and out != 0:
                 for i in range(count):
                     store(out + position * ITEM, i, reload(values, i, KIND), KIND)
         position += count
@@ -249,7 +249,7 @@ def _amax(table, x, out, codes, scales, scale, inner, channels, seed, stream, pa
             v = band(bits_of(load(x_here, i, KIND)), mask)
             v = v if below(v, inf) else zero
             largest = v if below(largest, v) else largest
-        store_double(partials, position // STATS_TILE, widened(float_of(largest), True))
+        store_word(partials, position // STATS_TILE, widened(float_of(largest), True))
         position += count
     return np.int64(0)
 
@@ -260,7 +260,7 @@ def _record(partials, position, largest, overflows, underflows, nonfinites, erro
     fresh = position % STATS_TILE == 0
     for slot, value in enumerate((largest, overflows, underflows, nonfinites, errors, squares)):
         held = 0.0 if fresh else load(place, slot, FLOAT64)
-        store_double(place, slot, max(held, value) if slot == 0 else held + value)
+        store_word(place, slot, max(held, value) if slot == 0 else held + value)
 
 
 def _total(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
@@ -275,7 +275,7 @@ def _total(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
         errors += load(place, 4, FLOAT64)
         squares += load(place, 5, FLOAT64)
     for slot, value in enumerate((largest, scale, overflows, underflows, nonfinites, errors, squares)):
-        store_double(out, slot, value)
+        store_word(out, slot, value)
     return np.int64(0)
 
 

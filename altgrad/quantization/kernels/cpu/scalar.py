@@ -7,6 +7,7 @@ Numba and are loaded on first use.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -48,7 +49,7 @@ def prepare(plan: Plan) -> tuple:
     code_bytes = code_dtype(fmt).itemsize if plan.codes else 0
     alike = plain and family in SETTLED_ALIKE
     loop = loops.compiled(
-        loops.Variant(KINDS[plan.dtype], int(family), wide, plan.values, code_bytes, plan.stats, alike)
+        loops.Variant(KINDS[plan.dtype], int(family), wide, plan.values or plan.stats, code_bytes, plan.stats, alike)
     )
     table = grid_table(fmt, rounding, overflow, plan.clamp, plan.random_bits, wide)
     plan.prepared = (loop, table.ctypes.data, code_dtype(fmt), run_here)
@@ -144,18 +145,26 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
     return _tuple(Quantized, (target, coded, None, stats, None, problems))
 
 
-def encode_by_amax(plan: Plan, x: Tensor, power_of_two: bool) -> tuple[Tensor, float, int] | None:
-    """(codes, scale, problems) under `scaling.host_scale` of x's amax, in one call; None for tensors on many threads.
+def encode_by_amax(
+    plan: Plan, x: Tensor, power_of_two: bool, scale_of: Callable[[float, float, bool], float]
+) -> tuple[Tensor, float, int] | None:
+    """(codes, scale, problems) of x by its amax; None for an empty one. In one call where one thread does the work.
 
-    plan: wants codes alone, and draws nothing.
+    Args:
+        plan: wants codes alone, and draws nothing.
+        scale_of: `scaling.host_scale`.
     """
-    loops, _, _ = _machinery()
+    loops, run_on_threads, _ = _machinery()
     count = x.numel()
-    if not 0 < count < loops.MOST_AT_ONCE:
+    if not count:
         return None
     loop, table, code_kind, _ = plan.prepared or prepare(plan)
     source = x if x.is_contiguous() or is_dense(x) else x.contiguous()
     codes = torch.empty_like(source, dtype=code_kind)
+    if count >= loops.MOST_AT_ONCE:
+        scale = scale_of(float(_amaxes(source).max()), plan.grid.max, power_of_two)
+        given = (table, source.data_ptr(), 0, codes.data_ptr(), 0, scale, count, 1, 0, 0, 0)
+        return codes, scale, run_on_threads(loop, count, *given)
     scale, problems = loops.encode_by_amax()(
         loops.compiled_amax(KINDS[plan.dtype]),
         loop,
@@ -225,15 +234,20 @@ _tables: list = []  # decoding tables live as long as the process: loops hold th
 
 def amax(x: Tensor) -> Tensor:
     """Largest finite magnitude of a whole tensor, 0-d, float32 (float64 for float64); 0 if there is none."""
-    loops, run_on_threads, _ = _machinery()
     source = x if x.is_contiguous() or is_dense(x) else x.contiguous()
-    count = source.numel()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not count:
+    if not source.numel():
         return torch.zeros((), dtype=dtype, device="cpu")
-    partials = torch.empty(-(-count // loops.STATS_TILE), dtype=torch.float64, device="cpu")
-    kind, result = KINDS[x.dtype], torch.empty((), dtype=dtype, device="cpu")
-    loop = loops.compiled_amax(kind)
-    run_on_threads(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
-    loops.largest(partials.data_ptr(), len(partials), kind, result.data_ptr())
+    partials, result = _amaxes(source), torch.empty((), dtype=dtype, device="cpu")
+    _machinery()[0].largest(partials.data_ptr(), len(partials), KINDS[x.dtype], result.data_ptr())
     return result
+
+
+def _amaxes(source: Tensor) -> Tensor:
+    """Largest finite magnitude of each STATS_TILE of a dense tensor's elements, as float64."""
+    loops, run_on_threads, _ = _machinery()
+    count = source.numel()
+    partials = torch.empty(-(-count // loops.STATS_TILE), dtype=torch.float64, device="cpu")
+    loop = loops.compiled_amax(KINDS[source.dtype])
+    run_on_threads(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
+    return partials

@@ -186,6 +186,13 @@ def round_magnitude(magnitude, negative, word, random_bits, grid, MODE: tl.const
 
 
 @triton.jit
+def finite_bits(v):
+    """Magnitude bits (uint32) of float32 numbers, 0 for inf and NaN: compared as integers, their maximum is in any order."""
+    bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(bits < 0x7F800000, bits, bits * 0)
+
+
+@triton.jit
 def settle(rounded, x_bits, sign, grid, WIDE: tl.constexpr):
     """(payload bits, overflowed): overflow policy, sign of zero, NaN and inf put in place."""
     INF: tl.constexpr = 0x7FF0000000000000 if WIDE else 0x7F800000

@@ -21,6 +21,7 @@ from altgrad.quantization.kernels.cuda.bits import (
     STOCHASTIC,
     code_of,
     count,
+    finite_bits,
     float_of,
     key_words,
     lean_code,
@@ -179,8 +180,7 @@ def emit(
 @triton.jit
 def amaxes(v, AXIS: tl.constexpr):
     """(largest magnitude bits, largest finite magnitude bits) of a patch along an axis; masked elements are 0."""
-    bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(bits, AXIS), tl.max(tl.where(bits < 0x7F800000, bits, bits * 0), AXIS)
+    return tl.max(v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, AXIS), tl.max(finite_bits(v), AXIS)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Operands and results of tensor cores in Triton: a tensor's scale, its payload in bf16, and the sums of a product.
 
     largest       one pass and one small program: the amax of a tensor, or the scale that follows from it
+    roll          one small program: a step's amax into the history of a delayed scale, and the next scale, all in place
     payload       one pass: x rounded to the grid, as payload * 2^p in bf16; nothing in float32 is written or read again
     finished      one pass over a product's float32 sums: times both operands' factors, plus the bias, in the output's dtype
 
@@ -21,6 +22,7 @@ from altgrad.formats.rounding import Overflow
 from altgrad.quantization.kernels.cuda.bits import (
     STOCHASTIC,
     divisor_of,
+    finite_bits,
     float_of,
     key_words,
     lean_finite,
@@ -35,7 +37,7 @@ from altgrad.quantization.kernels.cuda.bits import (
 )
 from altgrad.quantization.kernels.cuda.launch import device_table, is_lean, key_tensor, mode_of, on_device
 from altgrad.quantization.plan import Plan
-from altgrad.quantization.powers import significand
+from altgrad.quantization.powers import factor_of
 
 ELEMENTS = 4096  # per program
 MOST_PARTIALS = 1024  # programs of `largest`: the small program that ends it reads as many numbers
@@ -50,26 +52,28 @@ def _largest(x, partials, size, stride, ELEMENTS: tl.constexpr):
     found = tl.zeros((ELEMENTS,), tl.uint32)
     for start in range(program.to(tl.int64) * ELEMENTS, size, tl.cast(stride, tl.int64)):
         v = widen(tl.load(x + start + offset, mask=start + offset < size, other=0.0))
-        bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-        found = tl.maximum(found, tl.where(bits < 0x7F800000, bits, bits * 0))
+        found = tl.maximum(found, finite_bits(v))
     tl.store(partials + program, tl.max(found).to(tl.int32, bitcast=True))
 
 
 @triton.jit
+def _scale_of(amax, divisor, POWER_OF_TWO: tl.constexpr):
+    """As `scaling.scale_from_amax`, for formats whose max is `divisor`."""
+    scale = tl.math.div_rn(tl.where(amax > 0, amax, 1.0), divisor + amax * 0.0)
+    scale = tl.maximum(scale, 1.1754943508222875e-38)
+    if POWER_OF_TWO:
+        up = (scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = tl.minimum(up, 0x7F000000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
 def _scale(partials, out, count, divisor, SCALES: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTIALS: tl.constexpr):
-    """The largest of the partials, or as `scaling.scale_from_amax` the scale for formats whose max is `divisor`."""
+    """The largest of the partials, or the scale that follows from it."""
     index = tl.arange(0, PARTIALS)
     bits = tl.load(partials + index, mask=index < count, other=0).to(tl.uint32, bitcast=True)
     amax = tl.max(bits).to(tl.float32, bitcast=True)
-    if SCALES:
-        scale = tl.math.div_rn(tl.where(amax > 0, amax, 1.0), divisor + amax * 0.0)
-        scale = tl.maximum(scale, 1.1754943508222875e-38)
-        if POWER_OF_TWO:
-            up = (scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-            scale = tl.minimum(up, 0x7F000000).to(tl.float32, bitcast=True)
-        tl.store(out, scale)
-    else:
-        tl.store(out, amax)
+    tl.store(out, _scale_of(amax, divisor, POWER_OF_TWO) if SCALES else amax)
 
 
 def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False) -> Tensor:
@@ -93,6 +97,42 @@ def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False)
             enable_fp_fusion=False,
         )
     return out
+
+
+@triton.jit
+def _roll(window, pending, scale, history, divisor, headroom, POWER_OF_TWO: tl.constexpr, ENTRIES: tl.constexpr):
+    """`pending`, unless it is negative, in front of the window, the scale of the largest there times `headroom`."""
+    entry = tl.arange(0, ENTRIES)
+    valid = entry < history
+    seen = tl.load(pending)
+    before = tl.load(window + entry, mask=valid, other=0.0)
+    rolled = tl.where(entry == 0, seen, tl.load(window + entry - 1, mask=valid & (entry > 0), other=0.0))
+    rolled = tl.where(seen >= 0, rolled, before)
+    tl.debug_barrier()  # all have read what is written now
+    tl.store(window + entry, rolled, mask=valid)
+    tl.store(pending, seen * 0.0 - 1.0)
+    tl.store(scale, _scale_of(tl.max(tl.where(valid, rolled, 0.0)) * headroom, divisor, POWER_OF_TWO))
+
+
+def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin: int, power_of_two: bool) -> None:
+    """Close a step of a delayed scale in place: `pending` enters the history if it is an amax, and becomes -1.
+
+    Args:
+        window: float32 [history], newest first, full. pending, scale: 0-d float32; the scale is that of the next step.
+        margin: binary digits of headroom.
+    """
+    with on_device(window):
+        _roll[(1,)](
+            window,
+            pending,
+            scale,
+            len(window),
+            float(fmt_max),
+            2.0**margin,
+            POWER_OF_TWO=power_of_two,
+            ENTRIES=triton.next_power_of_2(len(window)),
+            enable_fp_fusion=False,
+        )
 
 
 @triton.jit
@@ -145,9 +185,7 @@ def _payload(
         result = float_of(payload, False) * up
     tl.store(out + start + offset, narrow(result, out.dtype.element_ty), mask=valid)
     if COLLECTS:
-        bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-        found = tl.max(tl.where(bits < 0x7F800000, bits, bits * 0))
-        tl.atomic_max(amax, found.to(tl.int32, bitcast=True))
+        tl.atomic_max(amax, tl.max(finite_bits(v)).to(tl.int32, bitcast=True))
 
 
 class Payload(NamedTuple):
@@ -182,10 +220,10 @@ def payload(
     source, size = x.contiguous(), x.numel()
     out = torch.empty_like(source, dtype=torch.bfloat16)
     on_host = not isinstance(scale, Tensor)
-    factor = None if on_host else torch.empty((), dtype=torch.float32, device=x.device)
     if on_host:
-        m = significand(scale, *powers)
-        factor = None if m == 1 else torch.full((), m, dtype=torch.float32, device=x.device)
+        factor = factor_of(scale, powers, x.device)
+    else:
+        factor = torch.empty((), dtype=torch.float32, device=x.device)
     lean = is_lean(fmt, rounding, overflow, plan.random_bits, False)
     if size:
         with on_device(source):

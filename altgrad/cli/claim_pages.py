@@ -1,0 +1,117 @@
+"""What `altgrad reproduce` prints and writes: the list of claims, progress, a verdict with its intervals, and a page."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from altgrad.records.files import write_text
+from altgrad.report.console import Bars, Terminal, ruled_table
+from altgrad.report.numbers import number
+from altgrad.report.pages.claim import OUTCOMES, bounds, headline, interval, render_claim, sentence
+from altgrad.reproduce import CLAIMS, Claim, Record, find_claim, reproduce
+from altgrad.reproduce.run import QUICK, last_record
+
+PAGE = "report.html"
+ALL = "all"
+
+
+def print_claims(out: Path) -> None:
+    """Every claim with its last verdict: one's own in `out`, else the one that comes with AltGrad."""
+    table = ruled_table()
+    for head in ("claim", "paper", "verdict", "minutes", "statement"):
+        table.add_column(head, justify="right" if head == "minutes" else "left", no_wrap=head in ("claim", "paper"))
+    for claim in CLAIMS:
+        record = last_record(claim, out)
+        minutes = record.seconds / 60 if record.trials else claim.minutes
+        kind = record.verdict.kind + (" (criteria moved)" if record.moved else "")
+        table.add_row(claim.name, claim.paper.split(",")[0], kind, number(minutes, 2), Text(claim.statement))
+    console = Terminal()
+    console.print(table)
+    console.print(
+        "altgrad reproduce NAME tries one, altgrad reproduce all every one that can be tried; minutes of one core",
+        highlight=False,
+    )
+
+
+def try_claims(name: str, out: Path, *, seeds: int | None, jobs: int, quick: bool) -> None:
+    """Try one claim, or all that can be tried, cheapest first."""
+    chosen = [find_claim(name)] if name != ALL else sorted((c for c in CLAIMS if c.protocol), key=lambda c: c.minutes)
+    console = Terminal()
+    for claim in chosen:
+        console.print(f"{claim.name} ({claim.paper}): {claim.statement}", style="bold", highlight=False)
+        if claim.protocol is not None:
+            console.print(claim.protocol.says, highlight=False)
+        with Bars(console) as told:
+            record = reproduce(claim, out, seeds=seeds, jobs=jobs, quick=quick, tell=told)
+        _print(console, record)
+        page = out / f"{claim.name}{QUICK if quick else ''}" / PAGE
+        write_text(page, render_claim(data_of(record, _command(claim, out, seeds, quick))))
+        console.print(f"page: {page}", highlight=False, soft_wrap=True)
+
+
+def _command(claim: Claim, out: Path, seeds: int | None, quick: bool) -> str:
+    options = [*(["--seeds", str(seeds)] if seeds else []), *(["--quick"] if quick else []), "--out", str(out)]
+    return shlex.join(["altgrad", "reproduce", claim.name, *options])
+
+
+def _print(console: Terminal, record: Record) -> None:
+    data = data_of(record)
+    console.print(headline(data), style="bold", highlight=False)
+    table = ruled_table()
+    for head in ("", "measured", "must be", ""):
+        table.add_column(head)
+    for finding in data["findings"]:
+        table.add_row(finding["says"], interval(finding), bounds(finding), OUTCOMES[finding["outcome"]])
+    console.print(table)
+    console.print(sentence(data), highlight=False)
+
+
+def data_of(record: Record, command: str = "") -> dict[str, Any]:
+    """The record as plain data, for pages and tables."""
+    claim, verdict = record.claim, record.verdict
+    findings = [
+        {
+            "quantity": finding.criterion.quantity,
+            "says": finding.criterion.says,
+            "low": _finite(finding.criterion.low),
+            "high": _finite(finding.criterion.high),
+            "outcome": finding.outcome,
+            "needed": finding.needed,
+            "nonfinite": finding.nonfinite,
+            "mean": finding.estimate.mean if finding.estimate else None,
+            "interval": [finding.estimate.low, finding.estimate.high] if finding.estimate else [None, None],
+            "n": finding.estimate.n if finding.estimate else 0,
+            "values": [values.get(finding.criterion.quantity) for values in record.by_seed.values()],
+        }
+        for finding in verdict.findings
+    ]
+    return {
+        "name": claim.name,
+        "number": claim.number,
+        "paper": claim.paper,
+        "url": claim.url,
+        "statement": claim.statement,
+        "secondary": claim.secondary,
+        "watch": claim.watch,
+        "needs": claim.needs,
+        "protocol": claim.protocol.says if claim.protocol else "",
+        "seeds": list(record.by_seed),
+        "verdict": verdict.kind,
+        "quick": record.quick,
+        "moved": record.moved,
+        "seconds": record.seconds if record.trials else 60 * claim.minutes,
+        "rates": dict(record.rates),
+        "findings": findings,
+        "trials": [{"arm": t.arm, "seed": t.seed, "rate": t.rate, "values": dict(t.values)} for t in record.trials],
+        "environment": dict(record.environment),
+        "command": command,
+    }
+
+
+def _finite(bound: float) -> float | None:
+    return bound if math.isfinite(bound) else None

@@ -1,0 +1,82 @@
+"""What the blocks of one quantization look like: how their scales are distributed, how many are saturated or flushed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from altgrad.formats.block import BlockFormat
+from altgrad.quantization.block_layout import block_layout
+
+BINADES = 256
+"""One bin for each exponent of float32: bin e holds scales in [2^(e - 127), 2^(e - 126)), bin 0 all below 2^-126."""
+COLUMNS = 3 + BINADES
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """Counts of blocks in one float64 tensor of shape [3 + 256] on the tensor's device; nothing is synced.
+
+    Counted are blocks that hold a number other than 0 and no NaN or inf. saturated: blocks whose largest element lies beyond
+    the largest value at their scale, after rounding to nearest. flushed: blocks that became zeros altogether. Then the
+    blocks by the binade of their scale (the tensor's scale included), in the order of `BINADES`; a scale of 0 is in none.
+    """
+
+    vector: Tensor
+
+    @property
+    def blocks(self) -> Tensor:
+        """Number of blocks counted."""
+        return self.vector[0]
+
+    @property
+    def saturated(self) -> Tensor:
+        """Number of saturated blocks."""
+        return self.vector[1]
+
+    @property
+    def flushed(self) -> Tensor:
+        """Number of flushed blocks."""
+        return self.vector[2]
+
+    @property
+    def scales(self) -> Tensor:
+        """Number of blocks for each binade of the scale."""
+        return self.vector[3:]
+
+
+@torch.no_grad()
+def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, axis: int = -1) -> BlockStats:
+    """The statistics of x in a block format: one reduction of x and one of its quantized values.
+
+    Args:
+        x: the tensor that was quantized. values: the result, of its shape.
+        scales: what dequantizes each block, as numbers, in the layout of `QuantizedTensor.scales`.
+        axis: the axis that blocks run along.
+    """
+    layout = block_layout(x.shape, fmt, axis, pad=True)
+    _, rows, columns = layout.grid
+    filled = (0, columns * layout.tile_columns - layout.columns, 0, rows * layout.tile_rows - layout.rows)
+
+    def largest(t: Tensor) -> Tensor:
+        view = t.detach().reshape(layout.outer, layout.rows, layout.columns)
+        view = pad(view, filled) if any(filled) else view
+        tiles = view.view(layout.outer, rows, layout.tile_rows, columns, layout.tile_columns)
+        return torch.linalg.vector_norm(tiles, torch.inf, (2, 4)).flatten()
+
+    if not x.numel():
+        return BlockStats(torch.zeros(COLUMNS, dtype=torch.float64, device=x.device))
+    size, kept, scale = largest(x).float(), largest(values), scales.float().flatten()
+    counted = (size > 0) & size.isfinite()
+    element = fmt.element
+    step = element.ulp(element.max)
+    limit = scale.double() * (element.max + step / 2)
+    odd = (element.max / step) % 2 == 1  # a tie goes beyond then
+    beyond = size.double() >= limit if odd else size.double() > limit
+    exponents = (scale.view(torch.int32) >> 23).clamp(0, BINADES - 1)[counted & (scale > 0)]
+    bins = torch.bincount(exponents, minlength=BINADES)
+    counts = torch.stack([counted.sum(), (beyond & counted).sum(), ((kept == 0) & counted).sum()])
+    return BlockStats(torch.cat([counts, bins]).double())

@@ -1,0 +1,28 @@
+"""Published claims, one command each: the smallest honest protocol, criteria from before the run, a verdict with intervals.
+
+    record = reproduce("few_random_bits", "runs/claims")
+    record.verdict.kind            # "reproduced", "not reproduced" or "unresolved"
+
+A claim is a row (`claim`): paper, statement, a protocol with its arms as data, and criteria on measured quantities. The
+rows stand beside what they measure: `tensors` and `simulations` (seconds), `training` (minutes). `verdict` turns the values
+of paired seeds into a verdict, `run` makes and keeps the trials.
+"""
+
+from altgrad.reproduce.claim import Claim, Criterion, Protocol
+from altgrad.reproduce.rows import CLAIMS, find_claim
+from altgrad.reproduce.run import Record, committed_records, reproduce
+from altgrad.reproduce.verdict import Finding, Verdict, judge
+
+__all__ = [
+    "CLAIMS",
+    "Claim",
+    "Criterion",
+    "Finding",
+    "Protocol",
+    "Record",
+    "Verdict",
+    "committed_records",
+    "find_claim",
+    "judge",
+    "reproduce",
+]

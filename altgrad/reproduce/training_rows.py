@@ -1,0 +1,392 @@
+"""The rows of claims that a small GPT's training decides, in the order of their numbers; what they measure is in `training`."""
+
+from __future__ import annotations
+
+from altgrad.reproduce.claim import Claim, Criterion, Protocol
+from altgrad.reproduce.training import (
+    COARSE,
+    NARROWED,
+    RATES,
+    STORED,
+    WIDE_RATES,
+    closed,
+    compensated,
+    compensation,
+    damage_of_subsets,
+    eco,
+    falling,
+    final_loss,
+    freezing,
+    gradient_formats,
+    layouts,
+    oscillating,
+    predicted_freeze,
+    rounded_after,
+    stable,
+    stored,
+    tolerance,
+    unchanged_copies,
+)
+
+_TUNED = [1e-3, 3e-3, 1e-2]
+_MADAM = {"optimizer.options": {"format": None, "off_grid_lr": 1e-3, "rounding": None}, "optimizer.name": "madam"}
+
+TRAINING: tuple[Claim, ...] = (
+    Claim(
+        "freezing_is_predictable",
+        "1",
+        "2607.09800 v1",
+        "Freezing of stored weights under nearest rounding follows from a float32 trace alone: a weight stays where its update is "
+        "below half a grid step. Stochastic rounding removes it.",
+        (
+            Criterion("error", "mean error of predicted stall over layers and steps, worst format", high=0.02),
+            Criterion(
+                "date", "error of the step from which fewer than 1% move, as a share of it, worst format", high=0.05
+            ),
+            Criterion(
+                "moved_stochastic", "share of weights that move where E8M3 nearest is frozen, E8M3 stochastic", low=0.01
+            ),
+            Criterion("moved_nearest", "the same, E8M3 nearest"),
+            *(Criterion(f"error_{fmt}", f"mean error of predicted stall, {fmt}") for fmt in STORED),
+            *(Criterion(f"froze_{fmt}", f"step from which {fmt} is frozen; 301: never") for fmt in STORED),
+            *(Criterion(f"foretold_{fmt}", f"the same as predicted, {fmt}") for fmt in STORED),
+        ),
+        8,
+        Protocol(
+            "0.13M, 300 steps at 1e-3 with cosine decay to 0, weights of the linear layers stored to nearest in E8M7, E8M5, E8M4, E8M3 and E4M3, "
+            "operands in float32; a float32 run from the same start on the same batches predicts, coordinate by coordinate.",
+            predicted_freeze,
+            quantities=freezing,
+            seeds=3,
+        ),
+        watch="Frozen means that fewer than 1% of the coordinates move from there to the end. The paper's 124M model is not tried.",
+    ),
+    Claim(
+        "bf16_copies_stay",
+        "2",
+        "2602.03839",
+        "About 99% of the bf16 weights are bit for bit the same after a step at a rate of 3e-6.",
+        (
+            Criterion("same_3e-06", "share of weights with the same bf16 copy, rate 3e-6", low=0.98),
+            Criterion("falls", "least fall of the share from 3e-6 to 3e-5 and on to 3e-4", low=0.0),
+            Criterion("same_3e-05", "the same share, rate 3e-5"),
+            Criterion("same_0.0003", "the same share, rate 3e-4"),
+            Criterion("median", "median |w| (0.019 in the paper)"),
+            Criterion("above", "share of weights with |w| / 256 above 3e-6"),
+        ),
+        3,
+        Protocol(
+            "0.85M trained for 300 float32 steps at 1e-3, then 5 steps at each small rate from there; float32 masters, the bf16 "
+            "copies are compared.",
+            unchanged_copies,
+            quantities=falling,
+            seeds=3,
+        ),
+        secondary=True,
+    ),
+    Claim(
+        "nearest_fails_kahan_fixes",
+        "3",
+        "2010.06192",
+        "With bf16-like weights nearest updates fail, stochastic rounding and Kahan compensation fix them; rounding of activations "
+        "explains little.",
+        (
+            Criterion("nearest_stochastic", "loss, nearest minus stochastic, E8M3", low=0.0),
+            Criterion("stochastic_kahan", "loss, stochastic minus Kahan, E8M3", low=0.0),
+            Criterion("kahan_float32", "loss, Kahan minus float32, E8M3", -0.02, 0.02),
+            Criterion("activations", "share of nearest's gap that E8M3 activations alone have", high=0.1),
+            Criterion("stochastic_kahan_e8m2", "loss, stochastic minus Kahan, E8M2"),
+            Criterion("gap", "loss, nearest minus float32, E8M3"),
+        ),
+        8,
+        Protocol(
+            "0.13M, 300 steps at 3e-3, weights stored in E8M3 (and E8M2) with nearest, stochastic and Kahan-compensated updates; "
+            "float32; float32 weights with E8M3 activations.",
+            final_loss,
+            {
+                "float32": {},
+                "nearest": {"config": stored(COARSE, "nearest_even")},
+                "stochastic": {"config": stored(COARSE, "stochastic")},
+                "kahan": {"config": compensated("kahan_adamw", COARSE)},
+                "stochastic E8M2": {"config": stored("E8M2_IEEE", "stochastic")},
+                "kahan E8M2": {"config": compensated("kahan_adamw", "E8M2_IEEE")},
+                "activations": {"config": {"formats": f"x:{COARSE} w:FP32 dy:FP32"}},
+            },
+            compensation,
+        ),
+        watch="On coarse grids our own study has Kahan worse than stochastic rounding (docs/findings/manifold.md).",
+    ),
+    Claim(
+        "bf16_stochastic_takes_higher_rates",
+        "4",
+        "2502.20566",
+        "BF16 weights with stochastic rounding take 2 to 4 times the learning rate of mixed precision.",
+        (
+            Criterion("ratio", "best rate, stochastic over master, in octaves", low=1.0),
+            Criterion("gap", "best loss, stochastic minus master"),
+            Criterion("at_most", "loss at the largest rate, stochastic minus master"),
+        ),
+        7,
+        Protocol(
+            "0.13M, 300 steps at six rates from 1e-3 to 3.2e-2, an octave apart: bf16 weights stored stochastically, and float32 "
+            "masters used in bf16; each seed's best rate by a parabola.",
+            final_loss,
+            {
+                f"{kind} at {rate:g}": {"config": config, "lr": rate}
+                for kind, config in (
+                    ("stochastic", stored("E8M7", "stochastic")),
+                    ("master", {"formats": "x:FP32 w:E8M7 dy:FP32"}),
+                )
+                for rate in RATES
+            },
+            tolerance,
+            seeds=3,
+        ),
+        watch="The paper's gap in perplexity (0.06) cannot be resolved at this size.",
+    ),
+    Claim(
+        "eco_in_fp8",
+        "5b",
+        "2601.22101",
+        "With the rounding error fed into the momentum (ECO), training on FP8 weights without masters is near lossless.",
+        (
+            Criterion("nearest_eco", "loss, nearest without ECO minus ECO", low=0.0),
+            Criterion("eco_master", "loss, ECO minus float32 masters", high=0.05),
+            Criterion("stochastic_eco", "loss, stochastic rounding minus ECO"),
+        ),
+        8,
+        Protocol(
+            "0.13M, 300 steps, weights in E4M3; every arm at the best of three rates.",
+            final_loss,
+            {
+                "nearest": {"config": stored("E4M3", "nearest_even"), "rates": _TUNED},
+                "stochastic": {"config": stored("E4M3", "stochastic"), "rates": _TUNED},
+                "eco": {"config": compensated("eco", "E4M3"), "rates": _TUNED},
+                "master": {"config": {"formats": "x:FP32 w:E4M3 dy:FP32"}, "rates": _TUNED},
+            },
+            eco,
+            tuned_by="loss",
+        ),
+    ),
+    Claim(
+        "best_layouts",
+        "7",
+        "2501.02423",
+        "The best layouts for 4, 8 and 16 bits are E2M1, E4M3 and E8M7.",
+        (
+            Criterion("E7M0 - E6M1", "loss, E7M0 minus E6M1", low=0.0),
+            Criterion("E6M1 - E4M3", "loss, E6M1 minus E4M3", low=0.0),
+            Criterion("E1M2 - E2M1", "loss, E1M2 minus E2M1", low=0.0),
+            Criterion("E3M0 - E2M1", "loss, E3M0 minus E2M1", low=0.0),
+            Criterion("E5M2 - E4M3", "loss, E5M2 minus E4M3"),
+            Criterion("E2M5 - E4M3", "loss, E2M5 minus E4M3"),
+        ),
+        10,
+        Protocol(
+            "0.13M, 300 steps at 3e-3, float32 masters; the format on weights, inputs and output gradients of every linear layer "
+            "under current amax scaling per tensor.",
+            final_loss,
+            {
+                fmt: {"config": {"formats": fmt}}
+                for fmt in ("E7M0", "E6M1", "E5M2", "E4M3", "E2M5", "E3M0", "E2M1", "E1M2")
+            },
+            layouts,
+        ),
+        secondary=True,
+        watch="E4M3 against E5M2 is unresolved by design. By signal to noise on normal numbers the best of eight bits is E2M5. "
+        "16 bits are not tried: these seeds could not tell them apart.",
+    ),
+    Claim(
+        "exponent_bits_matter_more",
+        "8",
+        "2405.18710",
+        "Fewer exponent bits destabilise training more than fewer mantissa bits.",
+        (
+            Criterion("exponents", "octaves of stable rates lost from E8M7 to E3M7", low=0.0),
+            Criterion("more_than_mantissa", "octaves of stable rates, E8M1 more than E3M7", low=0.0),
+            Criterion("loss_exponents", "best loss, E3M7 minus E8M7"),
+            Criterion("loss_mantissa", "best loss, E8M1 minus E8M7"),
+        ),
+        16,
+        Protocol(
+            "0.13M, 300 steps at four rates from 1e-3 to 6.4e-2; the format on all operands of every linear layer, unscaled; a rate "
+            "is stable if its loss is within 0.3 nats of the arm's best.",
+            final_loss,
+            {
+                f"{fmt} at {rate:g}": {"config": {"fp8_format": fmt, "scaling": "none"}, "lr": rate}
+                for fmt in NARROWED
+                for rate in WIDE_RATES
+            },
+            stable,
+            seeds=3,
+        ),
+        secondary=True,
+        watch="That 10% of runs diverge in BF16 cannot be tried here.",
+    ),
+    Claim(
+        "mx_norm_weights_diverge",
+        "9b",
+        "2506.20752",
+        "MX training of a student-teacher proxy diverges through its clamped LayerNorm weights.",
+        (Criterion("clamped - bf16", "loss, norm weights in MX minus norm weights in BF16", low=0.0),),
+        30,
+        None,
+        watch="Two sources name different steps of divergence (5,090 and 14,000): none is promised.",
+        needs="the student-teacher proxy (width 128, 4 layers, batch 512, 5,000 steps, four switches told apart), about 5 minutes "
+        "an arm and seed",
+    ),
+    Claim(
+        "noise_knee_of_a_model",
+        "11b",
+        "2505.19115",
+        "On a model, too, progress has a knee where the gradient's norm meets the quantization noise.",
+        (Criterion("knee", "ratio of norm to noise at the knee", 0.5, 5.0),),
+        15,
+        None,
+        needs="training under gradient noise of a set size, at ten sizes",
+    ),
+    Claim(
+        "mxfp4_weights_oscillate",
+        "13a",
+        "2502.20853",
+        "MXFP4 weights oscillate more as the learning rate decays.",
+        (
+            Criterion("rises", "R over the last 30 steps, over R of the 30 steps behind the warmup", low=1.0),
+            Criterion("first", "R behind the warmup"),
+            Criterion("last", "R over the last 30 steps"),
+        ),
+        3,
+        Protocol(
+            "0.13M, 300 steps at 3e-3 with cosine decay to a tenth, float32 masters, MXFP4 operands (output gradients rounded "
+            "stochastically); R = sum |dW_Q| / sum |dW| over 30 steps, all weights together.",
+            oscillating,
+            {"MXFP4": {"formats": "x:MXFP4 w:MXFP4 dy:MXFP4(stochastic)"}},
+            lambda arms: {**arms["MXFP4"], "rises": arms["MXFP4"]["last"] / arms["MXFP4"]["first"]},
+            seeds=3,
+        ),
+    ),
+    Claim(
+        "q_ema_halves_oscillation",
+        "13b",
+        "2502.20853",
+        "An average that decides between the two neighbouring grid values (Q-EMA) halves the oscillation of MXFP4 weights.",
+        (Criterion("halved", "R over the last 30 steps, with Q-EMA over without", high=0.5),),
+        5,
+        None,
+        needs="Q-EMA in recipes",
+    ),
+    Claim(
+        "flips_by_bits",
+        "14",
+        "2412.04787",
+        "Under stochastic rounding about 0.04% of ternary weights flip in a step, and up to 8% of 8-bit ones.",
+        (
+            Criterion("ratio", "flips of 8-bit weights over flips of ternary ones", low=50.0),
+            Criterion("ternary", "share of ternary weights that flip in a step"),
+            Criterion("eight", "share of 8-bit weights that flip in a step"),
+        ),
+        2,
+        Protocol(
+            "0.13M, 150 steps at 3e-3, weights stored stochastically as -1, 0, 1 (E0M1) and in 8 bits (E0M7) under power-of-two "
+            "amax scales, operands in float32; mean over steps.",
+            final_loss,
+            {
+                "ternary": {"config": {"max_steps": 150, **stored("E0M1", "stochastic")}},
+                "eight": {"config": {"max_steps": 150, **stored("E0M7", "stochastic")}},
+            },
+            lambda arms: {
+                "ternary": arms["ternary"]["flips"],
+                "eight": arms["eight"]["flips"],
+                "ratio": arms["eight"]["flips"] / arms["ternary"]["flips"],
+            },
+            seeds=3,
+        ),
+        secondary=True,
+    ),
+    Claim(
+        "powers_of_two_by_training",
+        "15",
+        "2506.00315",
+        "Training with powers of two as weights closes most of the gap that rounding to them after training has.",
+        (
+            Criterion("left", "gap to float32, trained with E7M0 over rounded to it after training", high=1 / 3),
+            Criterion("gap_after", "loss above float32, rounded after training"),
+            Criterion("gap_from_start", "loss above float32, trained with it"),
+        ),
+        5,
+        Protocol(
+            "0.13M, 300 steps at 3e-3; weights of every linear layer in E7M0, float32 masters, other operands in float32.",
+            rounded_after,
+            {"E7M0": {"formats": "x:FP32 w:E7M0 dy:FP32"}},
+            closed,
+        ),
+        watch="The paper's figures on image models are out of reach.",
+    ),
+    Claim(
+        "multiplicative_updates",
+        "17",
+        "2106.13914 and 2506.17768",
+        "Multiplicative updates train in low precision: LNS-Madam in 8 bits is as good as float32, and LMD beats Madam.",
+        (Criterion("madam - adamw", "loss, Madam minus AdamW, weights in E4M3", high=0.05),),
+        6,
+        Protocol(
+            "0.13M, 300 steps, weights stored stochastically in E4M3, operands in float32: Madam and AdamW, each at the best of "
+            "three rates.",
+            final_loss,
+            {
+                "madam": {"config": {**stored("E4M3", "stochastic"), **_MADAM}, "rates": [0.03, 0.1, 0.3]},
+                "adamw": {"config": stored("E4M3", "stochastic"), "rates": _TUNED},
+            },
+            lambda arms: {"madam - adamw": arms["madam"]["loss"] - arms["adamw"]["loss"]},
+            tuned_by="loss",
+        ),
+        watch="E4M3 has 8 steps an octave like the paper's format, evenly spaced in each instead of by factors. LMD is not tried.",
+    ),
+    Claim(
+        "damage_adds_up",
+        "21",
+        "2607.12266",
+        "Damage by quantized layers is 85 to 93% first-order: a sum over single layers.",
+        (
+            Criterion(
+                "explained", "variance of the damage over all 256 subsets that one number per layer explains", low=0.85
+            ),
+            Criterion("all_low", "damage with all layers low, nats"),
+            Criterion("sum_alone", "sum of the damage of each layer alone"),
+        ),
+        3,
+        Protocol(
+            "0.13M after 300 float32 steps; the weights of its 8 inner linear layers rounded to MXFP4 or not, all 256 subsets, "
+            "validation loss on 4 batches.",
+            damage_of_subsets,
+            {"MXFP4": {"format": "MXFP4"}},
+            seeds=3,
+        ),
+        watch="Rounding after training, as in the paper. The same for the outcome of training (256 runs) is open.",
+    ),
+    Claim(
+        "e5m2_gradients_lose",
+        "22",
+        "Megatron-Bridge pull request 638",
+        "Under MXFP8, gradients in E5M2 diverge at 8B where E4M3 does not.",
+        (
+            Criterion("loss", "loss, gradients in E5M2 minus E4M3", low=0.0),
+            Criterion("sqnr", "signal to noise of gradients, E4M3 minus E5M2, dB", low=0.0),
+        ),
+        6,
+        Protocol(
+            "0.85M, 200 steps at 1e-3, MXFP8 operands, gradients in E4M3 or E5M2 elements.",
+            gradient_formats,
+            {
+                "E4M3": {"formats": "x:MXFP8 w:MXFP8 dy:MXFP8"},
+                "E5M2": {"formats": "x:MXFP8 w:MXFP8 dy:MXFP8_E5M2"},
+            },
+            lambda arms: {
+                "loss": arms["E5M2"]["loss"] - arms["E4M3"]["loss"],
+                "sqnr": arms["E4M3"]["sqnr"] - arms["E5M2"]["sqnr"],
+            },
+            seeds=3,
+        ),
+        watch="Divergence at 8B cannot be seen here: what is tried is the order.",
+    ),
+)
