@@ -1,18 +1,30 @@
-# `make demo` and `make test` make the virtual environment themselves; everything else uses the same one.
+# Everything runs in one virtual environment, which the targets make and fill: `make demo` with what a demo needs,
+# `make docs` with what the site needs, the others with all of it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUNS := $(VENV)/.runs
+SITE := $(VENV)/.site
 READY := $(VENV)/.installed
+LOWEST := $(VENV)-lowest
 
-.PHONY: demo test test-slow test-cpus check format bench exhaustive clean
+.PHONY: demo test test-slow test-lowest test-wheel test-cpus check docs format bench exhaustive clean
 
-$(READY): pyproject.toml constraints.txt
+$(RUNS): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt -e .
+	touch $(RUNS)
+
+$(SITE): $(RUNS)
+	$(PIP) -c constraints.txt -e ".[docs]"
+	touch $(SITE)
+
+$(READY): $(RUNS)
+	$(PIP) -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-demo: $(READY)
+demo: $(RUNS)
 	$(BIN)/altgrad demo
 
 test: $(READY)
@@ -20,6 +32,18 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The tests on the lowest versions that pyproject.toml allows, in an environment of their own. Warnings are no errors there: old
+# packages use what new ones deprecate.
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m tests.lowest > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/lowest.txt -e ".[dev]"
+	$(LOWEST)/bin/python -m pytest -n 2 -W default
+
+# The wheel, in an environment and an empty folder of its own: the commands of the README, as written.
+test-wheel: $(READY)
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 # The numeric tests under three classes of CPU, emulated, and with each route of the matrix products forced.
 test-cpus: $(READY)
@@ -31,6 +55,10 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2
+
+# build/site: tutorials, guides, findings and the reference of the public API; a dead link is an error.
+docs: $(SITE)
+	$(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -57,4 +85,4 @@ exhaustive: $(READY)
 	$(BIN)/python -m benchmarks.exhaustive
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build .pytest_cache .ruff_cache .hypothesis

@@ -106,6 +106,12 @@ def test_formats_of_one_config_are_compared_over_seeds_in_one_report(config, tmp
     assert "6 done before" in invoke(*given, "--seeds", "2").output
 
 
+def test_advice_takes_a_shipped_config_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["model.n_layer=1", "model.n_embd=16", "data.max_bytes=20000", "max_steps=5"]
+    assert "5 float32 steps" in invoke("advise", "fp32_baseline", *small, "--dry-run").output
+
+
 def test_first_files_say_every_key_and_run_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "altgrad run experiment.yaml" in invoke("init").output

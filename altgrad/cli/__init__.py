@@ -222,7 +222,7 @@ def replay(
 @app.command()
 def advise(
     source: Annotated[
-        Path, typer.Argument(help="A config's YAML, a .safetensors or .pth file, or a Hugging Face folder.")
+        Path, typer.Argument(help="A config's YAML or name, a .safetensors or .pth file, or a Hugging Face folder.")
     ],
     overrides: _Overrides = None,
     steps: Annotated[int, typer.Option("--steps", help="Of the float32 trace of a config.")] = 60,

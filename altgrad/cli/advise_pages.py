@@ -20,6 +20,7 @@ from altgrad.records.files import write_json, write_text
 from altgrad.report.console import Bars, Terminal, ruled_table
 from altgrad.report.numbers import duration, percent, plural
 from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence, whole_line
+from altgrad.training.config.shipped import shipped_file
 
 _SHOWN = 40  # rows of the table on a terminal
 
@@ -53,7 +54,8 @@ def advise(
     folder = out or Path(f"advice-{source.stem or 'model'}")
     console = Terminal()
     command = shlex.join(["altgrad", "advise", str(source), *overrides])
-    if source.suffix.lower() in (".yaml", ".yml"):
+    by_name = not source.exists() and shipped_file(source, "configs") is not None
+    if by_name or source.suffix.lower() in (".yaml", ".yml"):
         found, config = _from_config(console, source, overrides, budget, steps, verify, sensitivity, device, dry_run)
         if found is None:
             return

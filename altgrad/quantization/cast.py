@@ -147,8 +147,8 @@ class Cast:
         """Refuse what no tensor of that dtype and device can give; returns the kernel that runs.
 
         Raises:
-            DtypeError, FormatError, CodeError: with value, limit and remedy. KernelError, OptionError: no such kernel, or
-            it does not cover the case.
+            DtypeError, FormatError, CodeError: with value, limit and remedy.
+            KernelError, OptionError: no such kernel, or it does not cover the case.
         """
         check_kernel(kernel)
         if self.is_block:
@@ -168,8 +168,7 @@ class Cast:
     def plan(self, dtype: torch.dtype, device: torch.device, want: Want = VALUES, kernel: str | None = None) -> Plan:
         """The cast resolved; `want` 0 is for decoding to `dtype`.
 
-        Raises:
-            as `check`.
+        It raises what `check` raises.
         """
         found = self._plans.get((dtype, device, want, kernel)) if isinstance(kernel, str | None) else None
         if found is None:

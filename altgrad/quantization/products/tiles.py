@@ -14,6 +14,7 @@ rounded once, for bytes in integers. `vpdpbusd` takes its left bytes as unsigned
 from __future__ import annotations
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -26,7 +27,6 @@ VECTORS = PANEL_ROWS // LANES  # of a tile's row
 
 _I8, _I32, _I64, _F32, _F64 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 _WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
-_BYTES = ir.VectorType(_I8, 4 * LANES)
 
 
 class _BFloat(ir.Type):
@@ -42,7 +42,9 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+_LLVM = llvm_version_info[0]
+_PAIRS = ir.VectorType(_BFloat(), 2 * LANES) if _LLVM >= 16 else _WORDS  # as the two instructions declare their words
+_FOURS = ir.VectorType(_I8, 4 * LANES) if _LLVM >= 22 else _WORDS
 
 
 def _words(number: int):
@@ -64,9 +66,9 @@ def _spread(builder, word):
 
 
 def _dot_bf16(builder, total, left, right):
-    kind = ir.FunctionType(_FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
     instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-    return builder.call(instruction, [total, builder.bitcast(left, _BFLOATS), builder.bitcast(right, _BFLOATS)])
+    return builder.call(instruction, [total, builder.bitcast(left, _PAIRS), builder.bitcast(right, _PAIRS)])
 
 
 def _dot_bf16_emulated(builder, total, left, right):
@@ -82,9 +84,9 @@ def _dot_bf16_emulated(builder, total, left, right):
 
 
 def _dot_int8(builder, total, left, right):
-    kind = ir.FunctionType(_WORDS, [_WORDS, _BYTES, _BYTES])
+    kind = ir.FunctionType(_WORDS, [_WORDS, _FOURS, _FOURS])
     instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-    return builder.call(instruction, [total, builder.bitcast(left, _BYTES), builder.bitcast(right, _BYTES)])
+    return builder.call(instruction, [total, builder.bitcast(left, _FOURS), builder.bitcast(right, _FOURS)])
 
 
 def _dot_int8_emulated(builder, total, left, right):
