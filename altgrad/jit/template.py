@@ -85,12 +85,12 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def loop(template: Callable, variant: NamedTuple, **bound: Any) -> int:
-    """Address of `template` as a C function of signature `LOOP`, compiled or loaded from disk now.
+def loop(template: Callable, variant: NamedTuple, signature: Any = LOOP, **bound: Any) -> int:
+    """Address of `template` as a C function, compiled or loaded from disk now.
 
     What is bound beside the variant must follow from it and the sources: only those tell kept machine code apart.
     """
-    compiled = _kept_on_disk(lambda keep: cfunc(LOOP, cache=keep, **_OPTIONS)(bind(template, variant, **bound)))
+    compiled = _kept_on_disk(lambda keep: cfunc(signature, cache=keep, **_OPTIONS)(bind(template, variant, **bound)))
     _kept.append(compiled)
     return compiled.address
 
@@ -165,6 +165,7 @@ def _read(name: str) -> tuple[str, list[str]]:
 # -- the cache on disk ------------------------------------------------------------------------------------------------
 
 _cache_refused = False
+_compile_said = False
 
 
 @contextmanager
@@ -185,7 +186,9 @@ def _kept_on_disk(compile_: Callable[[bool], Any]) -> Any:
     global _cache_refused
     if not _cache_refused:
         try:
-            return compile_(True)
+            made = compile_(True)
+            _say_if_compiled(made)
+            return made
         except OSError as error:
             reason = str(error)
         except RuntimeError as error:
@@ -199,6 +202,17 @@ def _kept_on_disk(compile_: Callable[[bool], Any]) -> Any:
             reason,
         )
     return compile_(False)
+
+
+def _say_if_compiled(made: Any) -> None:
+    """Log, at the first loop that was not found on disk, that this process compiles."""
+    global _compile_said
+    hits = made.stats.cache_hits if hasattr(made, "stats") else made.cache_hits
+    if not _compile_said and not (sum(hits.values()) if isinstance(hits, dict) else hits):
+        _compile_said = True
+        logging.getLogger(PACKAGE).info(
+            "compiling loops for this processor; they are kept, so only a first use waits for them"
+        )
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """No result depends on the processor's flags, its class, its threads or who calls: the same bits, counts and sums."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import numba
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from altgrad.jit import threads as own_threads
 from altgrad.jit.threads import threads_for
 from altgrad.quantization import (
     amax,
@@ -91,11 +94,48 @@ def _tensor() -> torch.Tensor:
 def test_threads_follow_torchs_setting():
     assert threads_for(LARGE) == 1
     torch.set_num_threads(2)
-    assert threads_for(LARGE) == min(2, numba.config.NUMBA_NUM_THREADS)
+    assert threads_for(LARGE) == 2
     assert threads_for(1000) == 1
 
 
-def test_callers_numba_setting_is_left_as_found():
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="torch has GNU OpenMP on Linux alone; elsewhere Numba's threads work"
+)
+def test_loops_run_on_torchs_own_threads():
+    script = """
+import os, torch
+torch.set_num_threads(2)
+from altgrad.quantization import quantize
+x = torch.randn(300_000)
+quantize(x[:1000], "E4M3", 0.1)
+(x + x).exp()
+before = len(os.listdir("/proc/self/task"))
+quantize(x, "E4M3", 0.1)
+assert len(os.listdir("/proc/self/task")) == before, "a second pool of threads"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def numbas_threads(monkeypatch):
+    """Loops run as where torch has no GNU OpenMP."""
+    own_threads._on_threads.cache_clear()
+    monkeypatch.setattr(own_threads, "_torchs_openmp", lambda: None)
+    yield
+    own_threads._on_threads.cache_clear()
+
+
+def test_both_kinds_of_threads_give_the_same_bits(numbas_threads):
+    torch.set_num_threads(2)
+    found = [quantize(_tensor(), "E4M3", 0.1), quantize(_tensor(), "MXFP8")]
+    own_threads._on_threads.cache_clear()
+    torch.set_num_threads(1)
+    expected = [quantize(_tensor(), "E4M3", 0.1), quantize(_tensor(), "MXFP8")]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_callers_numba_setting_is_left_as_found(numbas_threads):
     torch.set_num_threads(2)
     before = numba.get_num_threads()
     try:
