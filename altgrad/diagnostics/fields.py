@@ -135,13 +135,43 @@ def predict_stall(
     Returns:
         float64 [...] in [0, 1]; NaN where either histogram is empty.
     """
-    fmt = get_format(format)
     chances = stall_chances(update_histogram, rounding)
-    counts = weight_histogram.double()
-    per_binade = counts.view(*counts.shape[:-1], BINS // 4, 4).sum(-1)
-    exponent = torch.arange(BINS // 4, device=counts.device) - 127
-    spacing = exponent.clamp(min=fmt.emin) - fmt.mantissa_bits
-    if fmt.bias is None:
-        spacing = torch.full_like(spacing, -fmt.mantissa_bits)
-    at_weight = chances[..., (spacing - int(_OCTAVES[0])).clamp(0, len(_OCTAVES) - 1)]
+    per_binade = _per_binade(weight_histogram)
+    at_weight = chances[..., (_spacings(get_format(format), per_binade) - int(_OCTAVES[0])).clamp(0, len(_OCTAVES) - 1)]
     return (per_binade * at_weight).sum(-1) / per_binade.sum(-1)
+
+
+def half_steps(weight_histogram: Tensor, update_histogram: Tensor, format: FloatFormat | str) -> Tensor:
+    """The median update over half the grid's spacing at the median weight: below 1, rounding to nearest loses most updates.
+
+    Args:
+        weight_histogram, update_histogram, format: as for `predict_stall`.
+
+    Returns:
+        float64 [...], of the lower edge of the median's bin, which is at most a quarter of a binade low; NaN where either
+        histogram is empty.
+    """
+    update = bin_edges(update_histogram.device).double()[_median(update_histogram)]
+    per_binade = _per_binade(weight_histogram)
+    spacing = torch.exp2(_spacings(get_format(format), per_binade).double())[_median(per_binade)]
+    known = (weight_histogram.sum(-1) > 0) & (update_histogram.sum(-1) > 0)
+    return torch.where(known, update / (spacing / 2), torch.nan)
+
+
+def _median(counts: Tensor) -> Tensor:
+    """Index of the bin that holds the median."""
+    below = counts.double().cumsum(-1)
+    return torch.searchsorted(below, below[..., -1:] / 2).squeeze(-1).clamp(max=counts.shape[-1] - 1)
+
+
+def _per_binade(histogram: Tensor) -> Tensor:
+    counts = histogram.double()
+    return counts.view(*counts.shape[:-1], BINS // 4, 4).sum(-1)
+
+
+def _spacings(fmt: FloatFormat, per_binade: Tensor) -> Tensor:
+    """log2 of the grid's spacing in each binade."""
+    exponent = torch.arange(per_binade.shape[-1], device=per_binade.device) - 127
+    if fmt.bias is None:
+        return torch.full_like(exponent, -fmt.mantissa_bits)
+    return exponent.clamp(min=fmt.emin) - fmt.mantissa_bits

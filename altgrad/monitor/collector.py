@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from altgrad.diagnostics.fields import FIELD, predict_stall
+from altgrad.diagnostics.fields import FIELD, half_steps, predict_stall
 from altgrad.diagnostics.update import measure_update
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
@@ -90,7 +90,7 @@ class Collector:
         if self._measured:
             step.watched = [entry.watched for entry in self._measured]
             step.vectors = torch.stack([entry.vector for entry in self._measured])
-            step.predicted = self._predictions(step.vectors)
+            step.of_histograms = self._from_histograms(step.vectors)
         self._operands, self._measured, self.extra = [], [], []
         return step if step.watched or step.slots or step.extra else None
 
@@ -256,22 +256,27 @@ class Collector:
         known = {keys[name]: histogram for name, histogram in histograms.items() if name in keys}
         self._last_updates = {key: h.to(self.parameters[key].device, copy=True) for key, h in known.items()}
 
-    def _predictions(self, vectors: Tensor) -> Tensor:
-        """Predicted stall of each measured parameter: weights before this step against the last measured update."""
-        predicted = vectors.new_full((len(vectors),), torch.nan)
+    def _from_histograms(self, vectors: Tensor) -> Tensor:
+        """Of each measured parameter: the stall predicted from its weights before this step and its last measured update,
+        and this update's `half_steps`."""
+        found = vectors.new_full((len(vectors), 2), torch.nan)
         alike: dict[tuple[str | None, Rounding], list[int]] = {}
         for i, entry in enumerate(self._measured):
-            if entry.histograms is not None and entry.key in self._last_updates:
+            if entry.histograms is not None:
                 alike.setdefault((entry.watched.format, entry.rounding), []).append(i)
         for (fmt, rounding), rows in alike.items():
-            histograms = torch.stack([self._measured[i].histograms[0] for i in rows])
-            updates = torch.stack([self._last_updates[self._measured[i].key] for i in rows])
             assert fmt is not None
-            predicted[rows] = predict_stall(histograms, updates, fmt, rounding)
+            now = torch.stack([self._measured[i].histograms for i in rows])
+            found[rows, 1] = half_steps(now[:, 0], now[:, 1], fmt).to(found)
+            known = [(i, k) for k, i in enumerate(rows) if self._measured[i].key in self._last_updates]
+            if known:
+                updates = torch.stack([self._last_updates[self._measured[i].key] for i, _ in known])
+                predicted = predict_stall(now[[k for _, k in known], 0], updates, fmt, rounding)
+                found[[i for i, _ in known], 0] = predicted.to(found)
         for entry in self._measured:
             if entry.histograms is not None:
                 self._last_updates[entry.key] = entry.histograms[1]
-        return predicted
+        return found
 
 
 def _gathered(step: StepTensors) -> StepTensors:

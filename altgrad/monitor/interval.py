@@ -36,7 +36,7 @@ class Step:
         self.blocks: Tensor | None = None  # float64 [in_blocks, BLOCK_COLUMNS]
         self.watched: list[Watched] = []
         self.vectors: Tensor | None = None  # float64 [parameters, len(UPDATE_FIELDS) + added]
-        self.predicted: Tensor | None = None  # float64 [parameters]
+        self.of_histograms: Tensor | None = None  # float64 [parameters, 2]
 
     def take_operands(self, entries: list[Published]) -> None:
         """Sum the micro-batches of each operand."""
@@ -71,7 +71,7 @@ def _scales(scales: list[Any], like: Tensor) -> Tensor:
 
 def to_records(steps: Sequence[Step]) -> list[Record]:
     """Everything of the interval in one copy to the host, cut up again into each step's records."""
-    parts = [t.flatten() for s in steps for t in (s.operands, s.blocks, s.vectors, s.predicted) if t is not None]
+    parts = [t.flatten() for s in steps for t in (s.operands, s.blocks, s.vectors, s.of_histograms) if t is not None]
     host = torch.cat(parts).cpu().numpy() if parts else None
     records: list[Record] = []
     at = 0
@@ -85,7 +85,8 @@ def to_records(steps: Sequence[Step]) -> list[Record]:
         if s.vectors is not None and host is not None:
             size, n = s.vectors.numel(), len(s.watched)
             raw = host[at : at + size].reshape(n, len(UPDATE_FIELDS) + len(s.added))
-            records += update_records(s.step, s.watched, raw, host[at + size : at + size + n], s.added)
-            at += size + n
+            of_histograms = host[at + size : at + size + 2 * n].reshape(n, 2)
+            records += update_records(s.step, s.watched, raw, of_histograms, s.added)
+            at += size + 2 * n
         records += s.extra
     return records

@@ -20,12 +20,12 @@ from altgrad.records.metrics import Metric, metrics
 Record = dict[str, Any]
 
 
-def update_statistics(raw: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+def update_statistics(raw: np.ndarray, of_histograms: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
     """Named metrics of measured parameters; their rows are in `altgrad.records.metrics`.
 
     Args:
         raw: float64 [parameters, len(UPDATE_FIELDS)].
-        predicted: predicted stall of each, NaN where unknown.
+        of_histograms: [parameters, 2], the predicted stall and the half steps of each, NaN where unknown.
 
     Returns:
         role -> name -> values [parameters].
@@ -75,7 +75,8 @@ def update_statistics(raw: np.ndarray, predicted: np.ndarray) -> dict[str, dict[
                 "flips": v["flips"],
                 "flip_rate": v["flips"] / v["moves"],
                 "stall": v["stalled"] / v["attempted"],
-                "predicted_stall": predicted,
+                "predicted_stall": of_histograms[:, 0],
+                "half_steps": of_histograms[:, 1],
                 "ulp_mean": v["ulp_sum"] / v["moves"],
                 "ulp_median": v["ulp_median"],
                 "ulp_max": np.where(v["moves"] > 0, v["ulp_max"], np.nan),
@@ -108,14 +109,14 @@ class Watched:
 
 
 def update_records(
-    step: int, watched: Sequence[Watched], raw: np.ndarray, predicted: np.ndarray, added: Sequence[Metric] = ()
+    step: int, watched: Sequence[Watched], raw: np.ndarray, of_histograms: np.ndarray, added: Sequence[Metric] = ()
 ) -> list[Record]:
-    """One record per parameter and role of what was due; `raw` and `predicted` as for `update_statistics`.
+    """One record per parameter and role of what was due; `raw` and `of_histograms` as for `update_statistics`.
 
     `added`: rows of metrics whose values stand in further columns of `raw`.
     """
     rows_by_key = {(role, row.name): row for row in metrics() if not row.of_operands for role in row.roles}
-    named = update_statistics(raw, predicted)
+    named = update_statistics(raw, of_histograms)
     for i, row in enumerate(added):
         rows_by_key |= {(role, row.name): row for role in row.roles}
         for role in row.roles:

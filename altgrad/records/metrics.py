@@ -184,6 +184,13 @@ _ROWS = [
         heads={"update": "pred."},
     ),
     _update(
+        "half_steps",
+        "stall",
+        unit=NUMBER,
+        over_layers=mean,
+        says="the median update over half the grid's spacing at the median weight; below 1 rounding to nearest loses most",
+    ),
+    _update(
         "code_unchanged",
         "stall",
         over_layers=mean,

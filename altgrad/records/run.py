@@ -123,6 +123,12 @@ class Run:
         return _text(self.result.get("rounding", known))
 
     @property
+    def storage_rounding(self) -> str | None:
+        """Of the write back to the grid, where it differs from the operands' rounding; else None."""
+        own = _text(self.config.get("storage_rounding"))
+        return own if own != self.rounding else None
+
+    @property
     def recipe(self) -> str | None:
         """The text of the recipe of a run whose formats were not given by the short keys."""
         return _text(self._format_facts.get("recipe")) if self.config.get("formats") is not None else None

@@ -292,6 +292,7 @@ def test_schedule_by_group_window_and_layer():
         "flips",
         "flip_rate",
         "stall",
+        "half_steps",
     }
     with pytest.raises(ConfigError, match="unknown group"):
         Monitor(model, optimizer, schedule={"stalls": 1})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from altgrad.diagnostics.fields import UPDATE_FIELDS, bin_edges, predict_stall, stall_chances
+from altgrad.diagnostics.fields import UPDATE_FIELDS, bin_edges, half_steps, predict_stall, stall_chances
 from altgrad.diagnostics.kernels.cpu import supports
 from altgrad.diagnostics.update import UpdateMeasurement, measure_update
 from altgrad.errors import KernelError, OptionError
@@ -258,6 +258,20 @@ def test_stall_chances_by_hand():
     chance = stall_chances(updates, "stochastic")
     assert [float(chance[t[e]]) for e in (0, 1, 2)] == pytest.approx([0, 1 - 1.125 / 2, 1 - 1.125 / 4])
     assert torch.isnan(stall_chances(torch.zeros(1024, dtype=torch.int64))).all()
+
+
+@pytest.mark.parametrize(("fmt", "weight", "spacing"), [("E4M3", 1.0, 0.125), ("E7M0", 3.0, 2.0), ("E0M7", 0.9, 2**-7),
+                                                        ("E1M6", 0.25, 2**-5), ("E4M3", 2.0**-8, 2.0**-9)])  # fmt: skip
+def test_half_steps_are_updates_in_halves_of_the_spacing_at_the_weight(fmt, weight, spacing):
+    scale, updates = 0.5, torch.full((999,), spacing / 4)
+    m = measure_update(
+        torch.full((999,), weight * scale), torch.full((999,), weight * scale), attempted=weight * scale + scale * updates,
+        format=fmt, scale=scale,
+    )  # fmt: skip
+    found = float(half_steps(m.weight_histogram, m.update_histogram, fmt))
+    assert 0.5 / 1.25 <= found <= 0.5  # a quarter of a spacing, as the lower edge of its bin
+    empty = torch.zeros_like(m.update_histogram)
+    assert math.isnan(float(half_steps(m.weight_histogram, empty, fmt)))
 
 
 def test_predictions_batch():
