@@ -49,7 +49,7 @@ def test_run_prints_its_result_and_is_not_repeated(config, tmp_path):
     first = invoke("run", config, "fp8_format=E3M4", "weight_storage=grid")
     assert first.exit_code == 0
     assert "E3M4" in first.output
-    assert "no collapse" in first.output
+    assert "completed" in first.output
     (folder,) = (tmp_path / "runs").iterdir()
     assert f"report: {folder}/report.html" in first.output
     assert "<html" in (folder / "report.html").read_text()
@@ -135,18 +135,38 @@ def test_the_version_is_said():
     assert invoke("--version").output == f"altgrad {altgrad_package.__version__}\n"
 
 
-def test_the_demo_trains_six_formats(tmp_path, monkeypatch):
+def test_the_demo_trains_six_formats_saves_the_worst_and_says_why(tmp_path, monkeypatch):
     from altgrad.training.run import demo
 
     monkeypatch.setitem(demo.DEMO_SIZE, "model", {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 16})
     monkeypatch.setitem(demo.DEMO_SIZE, "data", {"batch_size": 2, "max_bytes": 20_000})
-    result = invoke("demo", "--runs-dir", tmp_path / "demo", "--steps", "3")
+    monkeypatch.setitem(demo.DEMO_SIZE, "optimizer", {"lr": 5e-3, "warmup_steps": 2})
+    given = ["demo", "--runs-dir", tmp_path / "demo", "--steps", "30", "--minutes", "0"]
+    result = invoke(*given)
     assert result.exit_code == 0
     for fmt in demo.DEMO_FORMATS:
         assert fmt in result.output
-    assert (tmp_path / "demo" / "report.html").exists()
-    assert len([p for p in (tmp_path / "demo").iterdir() if p.is_dir()]) == 6
-    assert "finished before" not in result.output
+    assert len([p for p in (tmp_path / "demo").iterdir() if p.is_dir()]) == 7
+    assert "E7M0 barely learned" in " ".join(result.output.split())
+    assert "E7M0 stochastic storage" in " ".join(result.output.split())
+    saved = re.search(
+        r"saved .* nats: (altgrad run .*/e7m0-s42-\w+/config.yaml storage_rounding=stochastic)", result.output
+    )
+    assert saved, result.output
+    again = invoke(*saved[1].split()[1:])  # the command is the arm's: it is looked up
+    assert "finished before" in again.output
+    assert f"altgrad autopsy {tmp_path / 'demo'}" in result.output
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for words in ("Update over half a grid step", "Learning rate", "Where numbers were lost first", "What saves it."):
+        assert words in page
+
+
+def test_two_rows_of_one_experiment_are_refused(config, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(config.read_text().replace('"tiny"', '"other"'))
+    with pytest.raises(ConfigError, match="are the same experiment"):
+        invoke("compare", config, other)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +182,7 @@ def test_the_demo_trains_six_formats(tmp_path, monkeypatch):
         (["compare", E3M4], "at least two"),
         (["report", "/nowhere"], "/nowhere"),
         (["run", "e3m4_unifrom"], "did you mean e3m4_uniform?"),
-        (["sweep", "nowhere"], "give a file, or one of formats"),
+        (["sweep", "nowhere"], "give a file, or one of"),
         (["run", E3M4, "learning_rate=3e-4"], "did you mean 'optimizer.lr'"),
         (["run", E3M4, "data.bs=3"], "did you mean 'data.batch_size'"),
         (["compare", E3M4, "--formats", "E4M3"], "give two or more"),

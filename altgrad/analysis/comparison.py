@@ -13,7 +13,7 @@ from altgrad.records.run import Run, read_run
 from altgrad.report.numbers import count, difference, listing, loss, percent
 from altgrad.report.tables import Column, Table, table_markdown
 from altgrad.report.text import for_markdown
-from altgrad.report.verdicts import past_tense
+from altgrad.report.verdicts import BARELY_LEARNED, BEHIND, ON_PAR, past_tense
 
 IGNORED_KEYS = frozenset({"name", "runs_dir", "checkpoint_dir", "trackers", "device", "threads"})
 """Configuration keys that do not change what is computed."""
@@ -22,10 +22,10 @@ IGNORED_KEYS = frozenset({"name", "runs_dir", "checkpoint_dir", "trackers", "dev
 def comparison_table(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """One row per run, in the order given: who it is, how it ended, its losses, and its distance from the baseline."""
     outcomes = label_runs([read_run(path) for path in run_dirs])
-    return [table_row(outcome, baseline_of(outcome, outcomes)) for outcome in outcomes]
+    return [table_row(outcome) for outcome in outcomes]
 
 
-def table_row(outcome: Outcome, baseline: Outcome | None) -> dict[str, Any]:
+def table_row(outcome: Outcome) -> dict[str, Any]:
     run = outcome.run
     return {
         "run_id": run.run_id,
@@ -44,7 +44,7 @@ def table_row(outcome: Outcome, baseline: Outcome | None) -> dict[str, Any]:
         "best_step": run.number("best_step"),
         "final_val_loss": outcome.final("val_loss"),
         "best_val_loss": outcome.best("val_loss"),
-        "against_baseline": against(outcome, baseline),
+        "against_baseline": outcome.gap,
         "steps": outcome.steps,
         "max_steps": run.max_steps,
         "stall_rate": run.number("stall_rate"),
@@ -53,59 +53,13 @@ def table_row(outcome: Outcome, baseline: Outcome | None) -> dict[str, Any]:
     }
 
 
-def baseline_of(outcome: Outcome, outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The unquantized run to compare with: of the same seed if there is one, else the only one there is."""
-    if outcome.run.is_baseline:
-        return None
-    baselines = [other for other in outcomes if other.run.is_baseline]
-    same_seed = [other for other in baselines if other.run.seed == outcome.run.seed]
-    same = [other for other in same_seed if other.run.optimizer == outcome.run.optimizer]
-    return (same or same_seed or (baselines if len(baselines) == 1 else [None]))[0]
-
-
-def against(outcome: Outcome, baseline: Outcome | None) -> float | None:
-    """Final validation loss minus the baseline's; of the training loss if either has no validation."""
-    if baseline is None:
-        return None
-    for kind in ("val_loss", "loss"):
-        mine, theirs = outcome.final(kind), baseline.final(kind)
-        if mine is not None and theirs is not None:
-            return mine - theirs
-    return None
-
-
 def headline(outcomes: Sequence[Outcome]) -> str:
-    """One sentence that says how it came out."""
+    """One sentence that says how it came out: who was on par with FP32, who fell behind and how far, what collapsed."""
     if len(outcomes) == 1:
         return _headline_of_one(outcomes[0])
-    parts = []
-    standing = [o for o in outcomes if not o.collapsed and not o.run.is_baseline and o.run.finished]
-    compared = [
-        (gap, o) for o in standing if (gap := against(o, baseline_of(o, outcomes))) is not None and np.isfinite(gap)
-    ]
-    if compared:
-        gap, best = min(compared, key=lambda pair: abs(pair[0]))
-        base = baseline_of(best, outcomes)
-        kind = (
-            "val_loss" if best.final("val_loss") is not None and base and base.final("val_loss") is not None else "loss"
-        )
-        what = "validation loss" if kind == "val_loss" else "training loss"
-        if gap == 0:
-            parts.append(f"{best.label} ended exactly at FP32's {what} of {loss(best.final(kind))}")
-        elif len(compared) == 1:
-            parts.append(f"{best.label} ended {difference(gap)} from FP32 in {what}")
-        else:
-            parts.append(f"{best.label} ended closest to FP32, {difference(gap)} in {what}")
-    elif len(standing) > 1:
-        kind = "val_loss" if all(o.final("val_loss") is not None for o in standing) else "loss"
-        known = [(value, o) for o in standing if (value := o.final(kind)) is not None and np.isfinite(value)]
-        if known:
-            value, best = min(known, key=lambda pair: pair[0])
-            parts.append(
-                f"{best.label} ended lowest, at {'validation' if kind == 'val_loss' else 'training'} loss {loss(value)}"
-            )
-    if not parts and (clause := _closest_of_the_collapsed(outcomes)):
+    if clause := _closest_of_the_collapsed(outcomes):
         return clause
+    parts = _graded(outcomes) or _lowest(outcomes)
     parts += _collapse_clauses(outcomes)
     unfinished = [o.label for o in outcomes if not o.run.finished]
     if unfinished:
@@ -113,6 +67,46 @@ def headline(outcomes: Sequence[Outcome]) -> str:
     if not parts:
         parts.append(f"{count(len(outcomes))} runs, none of which collapsed")
     return "; ".join(parts) + "."
+
+
+_AS_GRADED = {
+    ON_PAR: "ended on par with FP32",
+    BEHIND: "ended behind",
+    BARELY_LEARNED: "barely learned",
+    None: "ended",
+}
+_MOST_NAMED = 4
+
+
+def _graded(outcomes: Sequence[Outcome]) -> list[str]:
+    """ "E3M4 ended on par with FP32 (+0.094); E5M2 and E1M6 ended behind (+0.230 to +0.654)", one clause per grade."""
+    groups: dict[str | None, list[tuple[float, Outcome]]] = {}
+    for o in outcomes:
+        if not o.collapsed and o.run.finished and o.gap is not None and np.isfinite(o.gap):
+            groups.setdefault(o.grade, []).append((o.gap, o))
+    clauses = []
+    for graded, verb in _AS_GRADED.items():
+        found = sorted(groups.get(graded, ()), key=lambda pair: pair[0])
+        if not found:
+            continue
+        names = [o.label for _, o in found]
+        who = listing(names) if len(names) <= _MOST_NAMED else f"{len(names)} runs"
+        away = dict.fromkeys(difference(gap) for gap in (found[0][0], found[-1][0]))
+        unit = "" if clauses else " nats" if found[0][1].judged_on == "val_loss" else " nats of training loss"
+        from_it = "" if graded else " from FP32"
+        clauses.append(f"{who} {verb} ({' to '.join(away)}{unit}{from_it})")
+    return clauses
+
+
+def _lowest(outcomes: Sequence[Outcome]) -> list[str]:
+    """Without a baseline: which ended lowest."""
+    standing = [o for o in outcomes if not o.collapsed and not o.run.is_baseline and o.run.finished]
+    kind = "val_loss" if all(o.final("val_loss") is not None for o in standing) else "loss"
+    known = [(value, o) for o in standing if (value := o.final(kind)) is not None and np.isfinite(value)]
+    if len(standing) < 2 or not known:
+        return []
+    value, best = min(known, key=lambda pair: pair[0])
+    return [f"{best.label} ended lowest, at {'validation' if kind == 'val_loss' else 'training'} loss {loss(value)}"]
 
 
 def _headline_of_one(outcome: Outcome) -> str:
@@ -126,9 +120,10 @@ def _headline_of_one(outcome: Outcome) -> str:
 
 def _closest_of_the_collapsed(outcomes: Sequence[Outcome]) -> str | None:
     """When every quantized run collapsed: which came closest to the baseline all the same."""
-    fallen = [o for o in outcomes if o.collapsed and not o.run.is_baseline]
-    known = [(g, o) for o in fallen if (g := against(o, baseline_of(o, outcomes))) is not None and np.isfinite(g)]
-    if len(fallen) < 2 or not known:
+    quantized = [o for o in outcomes if not o.run.is_baseline]
+    fallen = [o for o in quantized if o.collapsed]
+    known = [(g, o) for o in fallen if (g := o.gap) is not None and np.isfinite(g)]
+    if len(fallen) < max(2, len(quantized)) or not known:
         return None
     gap, best = min(known, key=lambda pair: pair[0])
     verbs = {past_tense(o.kind) for o in fallen}
@@ -148,7 +143,10 @@ def _collapse_clauses(outcomes: Sequence[Outcome]) -> list[str]:
         verb = past_tense(kind)
         if len(group) <= 3:
             named = [f"{o.label} at step {count(o.onset)}" if o.onset is not None else o.label for o in group]
-            if len(group) == 1 and group[0].onset is not None:
+            onsets = {o.onset for o in group}
+            if len(group) > 1 and len(onsets) == 1 and None not in onsets:
+                clauses.append(f"{listing([o.label for o in group])} {verb} at step {count(onsets.pop())}")
+            elif len(group) == 1 and group[0].onset is not None:
                 shifted = f", shifted to {group[0].shifted_to}," if group[0].shifted_to else ""
                 clauses.append(f"{group[0].label}{shifted} {verb} at step {count(group[0].onset)}")
             else:
@@ -211,7 +209,7 @@ def record_table(runs: Sequence[Path], root: Path, title: str) -> str:
     rows = []
     for path in sorted(runs):
         run = Run(path)
-        row = table_row(Outcome(run, run.format), None)
+        row = table_row(Outcome(run, run.format))
         losses = [loss(row[name]) for name in ("final_val_loss", "best_val_loss")]
         facts = [run.format, run.storage or "-", run.optimizer or "-", count(row["steps"])]
         seed = "-" if run.seed is None else str(run.seed)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from altgrad.analysis.comparison import baseline_of
 from altgrad.analysis.outcome import Outcome
 from altgrad.records.run import Curve, as_number
 from altgrad.report.charts.axes import Axis
@@ -71,7 +70,7 @@ def gap_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup |
     series: list[Series] = []
     per_bucket = 1
     for outcome, style in zip(outcomes, styles, strict=True):
-        baseline = baseline_of(outcome, outcomes)
+        baseline = outcome.baseline
         if baseline is None:
             continue
         validation = _gap(outcome.metrics.validation, baseline.metrics.validation)

@@ -11,9 +11,12 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from altgrad.analysis.comparability import circumstances, require_comparable
-from altgrad.analysis.comparison import IGNORED_KEYS, baseline_of, headline, split_facts, table_row, twins
+from altgrad.analysis.comparison import IGNORED_KEYS, headline, split_facts, table_row, twins
 from altgrad.analysis.comparison_figures import gap_figure, loss_figure, rug_figure, stall_figure
 from altgrad.analysis.outcome import Outcome, label_runs
+from altgrad.analysis.remedies import cause_of, is_damaged, remedy_of
+from altgrad.analysis.trouble_figures import section as under_the_loss
+from altgrad.analysis.trouble_figures import trouble_figures
 from altgrad.errors import ReportError
 from altgrad.records.files import write_text
 from altgrad.records.run import read_run
@@ -23,6 +26,7 @@ from altgrad.report.numbers import count, difference, duration, listing, loss, p
 from altgrad.report.pages.page import render_markdown, render_page
 from altgrad.report.tables import Column, Table, TableCell
 from altgrad.report.theme import Style, styles_for
+from altgrad.report.verdicts import GRADES
 
 MOST_COLUMNS = 8
 """With more runs than this, differing facts are listed by value instead of one column per run."""
@@ -73,12 +77,14 @@ def report_content(outcomes: Sequence[Outcome], folder: Path, *, title: str | No
         "warnings": warnings,
         "remarks": circumstances(runs) + _damage(outcomes),
         "loss_figure": loss_figure(outcomes, styles, same),
+        "under_the_loss": under_the_loss(outcomes, styles),
         "gap_figure": gap_figure(outcomes, styles),
+        "troubles": trouble_figures(outcomes, same),
         "stall_figure": stall_figure(outcomes, styles),
         "rug_figure": rug_figure(outcomes, styles),
         "results": results_table(outcomes, styles),
         "result_notes": _result_notes(outcomes),
-        "verdicts": [_verdict(o, s, folder) for o, s in zip(outcomes, styles, strict=True)],
+        "verdicts": [_verdict(o, s, folder, outcomes) for o, s in zip(outcomes, styles, strict=True)],
         "differences": _differences_table(outcomes, differing) if differing else None,
         "shared": _shared_table(shared),
         "shared_summary": f"The {plural(len(shared), 'setting')} {'of this run' if len(runs) == 1 else 'that all runs share'}",
@@ -90,17 +96,17 @@ def report_content(outcomes: Sequence[Outcome], folder: Path, *, title: str | No
 def results_table(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Table:
     columns = [
         Column("Run"),
+        Column("Verdict"),
+        Column("vs FP32", True, "final validation loss minus that of the unquantized run of the same seed"),
+        Column("Stall", True, "share of attempted weight updates that changed no code"),
         Column("Validation loss", True, "at the last evaluation; the best one below it"),
         Column("Training loss", True, "of the last step; the best one below it"),
-        Column("Against FP32", True, "final validation loss minus that of the unquantized run of the same seed"),
         Column("Steps", True),
-        Column("Verdict"),
-        Column("Stall rate", True, "share of attempted weight updates that changed no code"),
         Column("Time", True),
     ]
     rows = []
     for outcome, style in zip(outcomes, styles, strict=True):
-        row = table_row(outcome, baseline_of(outcome, outcomes))
+        row = table_row(outcome)
         name = el(
             "span",
             line_sample(style),
@@ -112,14 +118,14 @@ def results_table(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Table
         rows.append(
             [
                 TableCell(outcome.label, name, outcome.label),
-                _loss_cell(row["final_val_loss"], row["best_val_loss"]),
-                _loss_cell(row["final_loss"], row["best_loss"]),
+                TableCell(row["verdict"], tone="bad" if outcome.collapsed else ""),
                 TableCell("baseline", tone="quiet")
                 if outcome.run.is_baseline
                 else TableCell(difference(gap), sort=_key(gap)),
-                TableCell(_steps(row["steps"], row["max_steps"]), sort=_key(row["steps"])),
-                TableCell(row["verdict"], tone="bad" if outcome.collapsed else ""),
                 TableCell(percent(row["stall_rate"]), sort=_key(row["stall_rate"])),
+                _loss_cell(row["final_val_loss"], row["best_val_loss"]),
+                _loss_cell(row["final_loss"], row["best_loss"]),
+                TableCell(_steps(row["steps"], row["max_steps"]), sort=_key(row["steps"])),
                 TableCell(duration(row["wall_s"]), sort=_key(row["wall_s"])),
             ]
         )
@@ -185,21 +191,31 @@ def _lede(outcomes: Sequence[Outcome], same: Mapping[str, str]) -> list[str]:
 
 def _result_notes(outcomes: Sequence[Outcome]) -> list[str]:
     notes = []
-    if any(baseline_of(o, outcomes) for o in outcomes):
+    if any(o.grade for o in outcomes):
+        notes.append(GRADES)
+    if any(o.baseline for o in outcomes):
         notes.append(
-            "Against FP32: final validation loss minus that of the unquantized run of the same seed (training loss where there is no validation)."
+            "vs FP32: final validation loss minus that of the unquantized run of the same seed (training loss where there is no validation)."
         )
     storages = {o.run.storage for o in outcomes if not o.run.is_baseline}
     if any(o.run.number("stall_rate") is not None for o in outcomes):
         where = f" Weight storage: {listing(sorted(str(s) for s in storages if s))}." if storages - {None} else ""
         notes.append(
-            f"Stall rate: share of attempted, nonzero weight updates after which the stored code was unchanged.{where}"
+            f"Stall: share of attempted, nonzero weight updates after which the stored code was unchanged.{where}"
         )
     return notes
 
 
-def _verdict(outcome: Outcome, style: Style, folder: Path) -> dict[str, Any]:
+def _verdict(outcome: Outcome, style: Style, folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    cause, remedy = cause_of(outcome.run), remedy_of(outcome, outcomes)
+    damaged = is_damaged(outcome)
     return {
+        "damaged": damaged,
+        "cause": cause,
+        "cause_page": relative_link(cause.page, folder) if cause and cause.page.is_file() else None,
+        "find_cause": f"altgrad autopsy {outcome.run.path}" if damaged and cause is None else None,
+        "remedy": remedy,
+        "remedy_gap": None if remedy is None else difference(remedy.saved.gap),
         "label": outcome.label,
         "css": style.css,
         "sample": line_sample(style),

@@ -1,10 +1,10 @@
-"""How a run ended, in numbers and in words; and short names that tell the runs of one report apart."""
+"""How a run ended, in numbers and in words, by itself and beside its baseline; and short names that tell runs apart."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,19 +12,23 @@ import numpy as np
 
 from altgrad.records.run import Metrics, Run, as_number
 from altgrad.report.numbers import count, duration, loss, number, percent
-from altgrad.report.verdicts import ending, past_tense, remarks_in_words
+from altgrad.report.verdicts import BEHIND, ON_PAR, ending, grade, past_tense, remarks_beside, remarks_in_words
+
+MONITORED_STEPS = 48
+"""Monitored steps of a run that its report reads, evenly thinned."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run, its label in this report, and its records (monitor lines left out)."""
+    """A run, its label in this report, its records, and the unquantized run to compare it with."""
 
     run: Run
     label: str
+    baseline: Outcome | None = None
 
     @cached_property
     def metrics(self) -> Metrics:
-        return self.run.metrics()
+        return self.run.metrics(monitor_steps=MONITORED_STEPS)
 
     @property
     def collapsed(self) -> bool:
@@ -75,9 +79,34 @@ class Outcome:
         return float(finite.min()) if len(finite) else None
 
     @property
+    def judged_on(self) -> str:
+        """ "val_loss", or "loss" where this run or its baseline has no validation: what they are compared by."""
+        known = (self, self.baseline) if self.baseline else (self,)
+        return "val_loss" if all(one.final("val_loss") is not None for one in known) else "loss"
+
+    @property
+    def gap(self) -> float | None:
+        """Final loss minus the baseline's; None without a baseline or without losses."""
+        if self.baseline is None:
+            return None
+        mine, theirs = self.final(self.judged_on), self.baseline.final(self.judged_on)
+        return None if mine is None or theirs is None else mine - theirs
+
+    @property
+    def grade(self) -> str | None:
+        """How a completed run did beside its baseline (`altgrad.report.verdicts.grade`); None where that is not known."""
+        if self.collapsed or self.run.status != "completed" or self.baseline is None or self.gap is None:
+            return None
+        metrics = self.baseline.metrics
+        curve = metrics.validation if self.judged_on == "val_loss" else metrics.train
+        theirs = self.baseline.final(self.judged_on)
+        return None if theirs is None or not len(curve) else grade(self.gap, float(curve.values[0]) - theirs)
+
+    @property
     def short_verdict(self) -> str:
         """The verdict for a table cell."""
-        return ending("collapsed" if self.collapsed else self.run.status, self.run.verdict, self.run.remarks)
+        status = "collapsed" if self.collapsed else self.run.status
+        return ending(status, self.run.verdict, self.run.remarks, self.grade)
 
     @property
     def said(self) -> str:
@@ -91,8 +120,12 @@ class Outcome:
             seen = f"; detected at step {count(detected)}" if detected is not None and detected != self.onset else ""
             return f"{verb[:1].upper()}{verb[1:]}{at}{seen}."
         if self.run.status == "completed":
-            but = f"; {remarks_in_words(self.run.remarks)}" if self.run.remarks else ""
-            return f"Completed {count(self.steps)} steps without a collapse{but}."
+            how = {None: "", ON_PAR: f", {ON_PAR} with FP32", BEHIND: f", {BEHIND} FP32"}.get(
+                self.grade, f", {self.grade}"
+            )
+            remarks = remarks_beside(self.run.remarks, self.grade)
+            but = f"; {remarks_in_words(remarks)}" if remarks else ""
+            return f"Completed {count(self.steps)} steps{how}{but}."
         if self.run.status == "interrupted":
             return f"Interrupted at step {count(self.steps)}{of}; the same command goes on from there."
         if self.run.status == "failed":
@@ -163,6 +196,7 @@ def words(detail: Any) -> str:
 
 _DISTINCTIONS: Sequence[Callable[[Run], str]] = (
     lambda run: run.storage or "",
+    lambda run: f"{own.replace('_', ' ')} storage" if (own := run.storage_rounding) else "",
     lambda run: run.optimizer or "",
     lambda run: (run.rounding or "").replace("_", " "),
     lambda run: (
@@ -191,4 +225,15 @@ def label_runs(runs: Sequence[Run]) -> list[Outcome]:
         labels = [
             f"{label} {more}" if more and varied[label] else label for label, more in zip(labels, extra, strict=True)
         ]
-    return [Outcome(run, label) for run, label in zip(runs, labels, strict=True)]
+    alone = [Outcome(run, label) for run, label in zip(runs, labels, strict=True)]
+    return [one if (baseline := baseline_of(one, alone)) is None else replace(one, baseline=baseline) for one in alone]
+
+
+def baseline_of(outcome: Outcome, outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The unquantized run to compare with: of the same seed if there is one, else the only one there is."""
+    if outcome.run.is_baseline:
+        return None
+    baselines = [other for other in outcomes if other.run.is_baseline]
+    same_seed = [other for other in baselines if other.run.seed == outcome.run.seed]
+    same = [other for other in same_seed if other.run.optimizer == outcome.run.optimizer]
+    return (same or same_seed or (baselines if len(baselines) == 1 else [None]))[0]

@@ -171,7 +171,7 @@ def summarize(run: Run, max_steps: int) -> RunSummary:
     return RunSummary(
         path=run.path,
         seed=run.seed,
-        row=table_row(outcome, None),
+        row=table_row(outcome),
         collapsed=outcome.collapsed,
         kind=outcome.kind,
         onset=outcome.onset if outcome.collapsed else None,

@@ -223,7 +223,7 @@ def heat_figures(study: Study, ranked: Sequence[Ranked]) -> list[Markup]:
             [f"{a.rsplit('.', 1)[-1].replace('_', ' ')} {v}" for a, v in zip(further, combination, strict=True)]
         )
         what = "final loss minus FP32's of the same seed" if against else "final loss"
-        caption = f"{what[:1].upper()}{what[1:]}, mean over seeds{f'; {named}' if named else ''}. The darker, the worse its place among the cells; in red: how many runs collapsed."
+        caption = f"{what[:1].upper()}{what[1:]}, mean over seeds{f'; {named}' if named else ''}. The darker, the more settings are better than it beyond chance, so that what the seeds cannot tell apart looks alike; in red: how many runs collapsed."
         figures.append(heat_table(rows, [_axis_value(c) for c in columns], cells, caption=caption, corner="format"))
     return figures
 
@@ -241,9 +241,7 @@ def _heat_cell(setting: Setting | None, ranked: Mapping[str, Ranked]) -> Cell:
     spread = (
         f"± {number((found.high - found.low) / 2, 2)}, " if found.low is not None and found.high is not None else ""
     )
-    return Cell(
-        found.mean, difference(found.mean) if r.against_baseline else loss(found.mean), f"{spread}n = {found.n}"
-    )
+    return Cell(r.best, difference(found.mean) if r.against_baseline else loss(found.mean), f"{spread}n = {found.n}")
 
 
 def _axis_value(value: object) -> str:

@@ -112,6 +112,7 @@ def _corrected_together(compared: Mapping[str, Ranked]) -> dict[str, float]:
 def study_headline(study: Study, ranked: Sequence[Ranked]) -> str:
     """What the study says, as far as its seeds can tell."""
     standing = [r for r in ranked if r.best is not None]
+    standing = [r for r in standing if r.estimate and r.estimate.n > 1] or standing  # one seed ranks nothing
     parts = []
     if standing:
         first = standing[0]
@@ -121,7 +122,8 @@ def study_headline(study: Study, ranked: Sequence[Ranked]) -> str:
         if first.estimate and first.estimate.n < 2:
             parts.append(f"{first.name} ended lowest{away}, with one seed, which ranks nothing")
         elif len(standing) == 1:
-            parts.append(f"{first.name} {'alone did not collapse' if len(ranked) > 1 else 'did not collapse'}{away}")
+            alone = len(ranked) > 1 and all(r.best is None for r in ranked if r is not first)
+            parts.append(f"{first.name} {'alone did not collapse' if alone else 'did not collapse'}{away}")
         elif not tied:
             parts.append(f"{first.name} is best{away}")
         elif len(tied) < 4:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -91,6 +92,14 @@ def init(
     study_pages.write_first_file(file, matrix=matrix)
 
 
+def _load_torch() -> None:
+    """Before the modules of a command that computes: seconds, which a terminal shows."""
+    from altgrad.report.console import waiting
+
+    with waiting("loading PyTorch"):
+        import torch  # noqa: F401
+
+
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as optimizer.lr=3e-4 seed=7.")]
 _Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")]
 _FailOnCollapse = Annotated[bool, typer.Option("--fail-on-collapse", help="Exit with 1 if a run collapsed.")]
@@ -106,6 +115,7 @@ def run(
     fail_on_collapse: _FailOnCollapse = False,
 ) -> None:
     """Run one experiment; a finished one is looked up, an interrupted one continued."""
+    _load_torch()
     from altgrad.cli import run_pages
 
     result = run_pages.train(config, overrides or [], device, dry_run=dry_run, print_config=print_config)
@@ -128,6 +138,7 @@ def compare(
     fail_on_collapse: _FailOnCollapse = False,
 ) -> None:
     """Set several experiments, or several formats of one with error bars, side by side in one report."""
+    _load_torch()
     if formats is not None:
         from altgrad.cli import study_pages
 
@@ -146,11 +157,14 @@ def demo(
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="Where the run folders go.")] = "runs/demo",
     steps: Annotated[int | None, typer.Option("--steps", help="Fewer or more training steps.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")] = "cpu",
+    minutes: Annotated[float, typer.Option("--minutes", min=0, help="Autopsies are made while so many last.")] = 3.0,
 ) -> None:
-    """Train the FP32 baseline and five 8-bit formats side by side on real text: three minutes on two cores."""
-    from altgrad.cli import run_pages
+    """Train the FP32 baseline and five 8-bit formats on real text, save the worst, and say why: three minutes."""
+    _load_torch()
+    from altgrad.cli import demo_pages, run_pages
 
-    raise typer.Exit(run_pages.exit_code(run_pages.demo(runs_dir, steps, device), fail_on_collapse=False))
+    results = demo_pages.demo(runs_dir, steps, device, minutes)
+    raise typer.Exit(run_pages.exit_code(results, fail_on_collapse=False))
 
 
 @app.command()
@@ -162,9 +176,9 @@ def report(
     ] = False,
 ) -> None:
     """Write one self-contained HTML report on existing runs."""
-    from altgrad.cli import run_pages
+    from altgrad.cli import record_pages
 
-    run_pages.report(runs, out, force)
+    record_pages.report(runs, out, force)
 
 
 @app.command()
@@ -173,9 +187,9 @@ def watch(
     port: Annotated[int, typer.Option("--port", help="Of this machine; 0 takes a free one.")] = 0,
 ) -> None:
     """Show the report of runs while they go on, on a page of this machine alone; Ctrl-C ends it."""
-    from altgrad.cli import run_pages
+    from altgrad.cli import record_pages
 
-    run_pages.watch(runs, port)
+    record_pages.watch(runs, port)
 
 
 _Run = Annotated[Path, typer.Argument(help="A run's folder, such as runs/e7m0-s42-1a2b3c4d.")]
@@ -198,6 +212,7 @@ def autopsy(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
 ) -> None:
     """Find out by replay why a run went wrong: which cells, since when, by what mechanism, what would have saved it."""
+    _load_torch()
     from altgrad.cli import autopsy_pages
 
     places = autopsy_pages.Places(jobs, executor, address)
@@ -214,6 +229,7 @@ def replay(
     ] = None,
 ) -> None:
     """Fork a run at a step with some cells in float32, and set its losses beside the run's own."""
+    _load_torch()
     from altgrad.cli import autopsy_pages
 
     autopsy_pages.replay(run, step, steps, rescue or [])
@@ -254,6 +270,7 @@ def advise(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it takes, and stop.")] = False,
 ) -> None:
     """Say which format each tensor of a model should have, from a short float32 trace or from weights alone."""
+    _load_torch()
     from altgrad.cli import advise_pages
 
     budget = advise_pages.make_budget(bits, high_layers, formats, hardware, high, storage)
@@ -349,6 +366,7 @@ def sweep(
     fail_on_collapse: _FailOnCollapse = False,
 ) -> None:
     """Run every experiment of a matrix that is not done yet, in parallel processes or on a cluster."""
+    _load_torch()
     from altgrad.cli import study_pages
 
     raise typer.Exit(
@@ -372,6 +390,8 @@ def main() -> None:
     from altgrad.errors import AltGradError
 
     warnings.showwarning = _warn
+    _show_log()
+    _wait_briefly()
     try:
         try:
             app()
@@ -393,6 +413,31 @@ def main() -> None:
         _fail("there is not enough memory for that; make the model, the batch or the context smaller, or free some")
     except KeyboardInterrupt:
         _fail("stopped", 130)
+
+
+def _show_log() -> None:
+    """What the package logs goes to stderr, as one line each: a first compilation, a cache that cannot be written."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with contextlib.suppress(OSError):
+                print(f"altgrad: {record.getMessage().removeprefix('altgrad: ')}", file=sys.stderr)
+
+    log = logging.getLogger("altgrad")
+    log.handlers, log.propagate = [Lines()], False
+    log.setLevel(logging.INFO)
+
+
+SPINS = "1000"
+"""Looks of a waiting OpenMP thread, some 10 microseconds, before it sleeps: as long as Python takes from one parallel
+region of a step to the next."""
+
+
+def _wait_briefly() -> None:
+    """Before torch is loaded: GNU OpenMP's threads spin for milliseconds by default, which beside busy programs costs
+    several times the work itself; whoever has said how they are to wait is left to it."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def _is_out_of_memory(error: Exception) -> bool:

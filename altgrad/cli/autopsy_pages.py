@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console
 from rich.table import Table
 
 from altgrad.autopsy.folder import threads_of
@@ -19,7 +21,7 @@ from altgrad.autopsy.run import fork_run, plan
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
 from altgrad.autopsy.workers import check_jobs
 from altgrad.errors import ConfigError
-from altgrad.report.console import Terminal
+from altgrad.report.console import Bars, Terminal, waiting
 from altgrad.report.numbers import duration, plural
 from altgrad.report.pages.autopsy import share_text
 
@@ -60,38 +62,33 @@ def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dr
     """`altgrad autopsy`: exit code 0 for any verdict, 3 where it is inconclusive."""
     console = Terminal()
     with places.open(run_dir) as (jobs, executor):
-        planned = plan(run_dir, budget, jobs=jobs)
+        with waiting("timing a few steps"):
+            planned = plan(run_dir, budget, jobs=jobs)
         console.print(f"{planned}", highlight=False, soft_wrap=True)
         if dry_run:
             return 0
-        verdict = _followed(console, run_dir, budget=budget, twin=twin, jobs=jobs, executor=executor)
+        verdict = followed(console, run_dir, budget=budget, twin=twin, jobs=jobs, executor=executor)
     _print(console, verdict)
     console.print(f"page: {run_dir / 'autopsy' / 'autopsy.html'}", highlight=False, soft_wrap=True)
     return 3 if verdict.kind == INCONCLUSIVE else 0
 
 
-def _followed(console: Terminal, run_dir: Path, **options: Any) -> Verdict:
-    """The autopsy, with its progress on the console."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, int] = {}
+class TimeIsUp(Exception):
+    """An autopsy was not through when it had to end; the same autopsy goes on from its forks."""
 
-        def moved(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
-                if not console.is_terminal:
-                    console.print(what, highlight=False)
-            bars.update(tasks[what], completed=done, total=of)  # type: ignore[arg-type]
+
+def followed(console: Console, run_dir: Path, *, until: float = math.inf, **options: Any) -> Verdict:
+    """The autopsy, with its progress on the console.
+
+    Raises:
+        TimeIsUp: it is not through at `until`, a time of `time.monotonic`.
+    """
+    with Bars(console) as moved:
 
         def told(one: Told) -> None:
-            moved(f"forks: {one.stage}", one.done, one.done + one.left)
-            task = tasks[f"forks: {one.stage}"]
-            bars.update(task, description=f"forks: {one.stage}, {duration(one.left_s)} left")  # type: ignore[arg-type]
+            if time.monotonic() > until:
+                raise TimeIsUp
+            moved(f"forks: {one.stage}", one.done, one.done + one.left, f", {duration(one.left_s)} left")
 
         return run_autopsy(run_dir, tell=moved, told=told, **options)
 

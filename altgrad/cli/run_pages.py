@@ -1,4 +1,4 @@
-"""What `run`, `compare`, `demo` and `report` do and print: live progress, tables, where the report is, exit codes."""
+"""What `run` and `compare` do and print: live progress, tables, where the report is, exit codes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from rich.progress import (
 )
 
 from altgrad.analysis import write_report
+from altgrad.analysis.comparison import headline, table_row
+from altgrad.analysis.outcome import label_runs
 from altgrad.errors import ConfigError, os_error_text
-from altgrad.records.folders import page_path
+from altgrad.records.run import read_run
 from altgrad.records.schema import ExperimentResult, StepRecord
-from altgrad.report.console import Terminal, ruled_table
-from altgrad.report.verdicts import ending
+from altgrad.report.console import Terminal, ruled_table, waiting
+from altgrad.report.numbers import difference, loss, percent
+from altgrad.report.verdicts import GRADES
 from altgrad.training.config.experiment import ExperimentConfig
-from altgrad.training.config.identity import is_twin
+from altgrad.training.config.identity import identity, is_twin
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
 from altgrad.training.run.folder import RunPlan
@@ -102,7 +105,7 @@ def train(
     config: Path, overrides: list[str], device: str | None, *, dry_run: bool, print_config: bool
 ) -> ExperimentResult | None:
     """`altgrad run`: one experiment, its result and its report; None if nothing was to run."""
-    console = _console()
+    console = terminal()
     loaded = load_config(config, [*overrides, *([f"device={device}"] if device else [])])
     if print_config:
         console.print(dump_config(loaded), end="", highlight=False, markup=False, soft_wrap=True)
@@ -110,59 +113,34 @@ def train(
     if dry_run:
         _print_plan(console, loaded)
         return None
-    result = _run_all(console, [loaded], commands=[shlex.join(["altgrad", "run", str(config), *overrides])])[0]
+    result = run_all(console, [loaded], commands=[shlex.join(["altgrad", "run", str(config), *overrides])])[0]
     _print_result(console, result)
     return result
 
 
 def compare(arguments: Sequence[str], device: str | None) -> list[ExperimentResult]:
     """`altgrad compare`: run (or look up) several experiments and set them side by side."""
-    console = _console()
+    console = terminal()
     files = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a] + ([f"device={device}"] if device else [])
     if len(files) < 2:
         raise ConfigError(f"compare needs at least two configs, {len(files)} given; use: altgrad compare A.yaml B.yaml")
     configs = [load_config(file, overrides) for file in files]
-    results = _run_all(console, configs, [shlex.join(["altgrad", "run", f, *overrides]) for f in files])
-    _print_comparison(console, results, Path(configs[0].runs_dir) / "comparison.html")
+    _refuse_equal_rows(files, configs)
+    results = run_all(console, configs, [shlex.join(["altgrad", "run", f, *overrides]) for f in files])
+    print_comparison(console, results, Path(configs[0].runs_dir) / "comparison.html")
     return results
 
 
-def demo(runs_dir: str, steps: int | None, device: str) -> list[ExperimentResult]:
-    """`altgrad demo`: the baseline and five formats, the table, and the report."""
-    from altgrad.training.run.demo import demo_configs
-
-    console = _console()
-    configs = demo_configs(runs_dir, steps, device)
-    results = _run_all(console, configs, [None] * len(configs))
-    _print_comparison(console, results, Path(runs_dir) / "report.html")
-    return results
-
-
-def report(runs: Sequence[Path], out: Path | None, force: bool) -> None:
-    """`altgrad report`: one HTML file over existing run folders."""
-    from altgrad.analysis import find_runs, is_study, write_study
-
-    console = _console()
-    folders = [found for run in runs for found in find_runs(run)]
-    if not folders:
-        raise ConfigError(f"no run folders in {', '.join(map(str, runs))}; give folders that hold a config.yaml")
-    target = out or page_path(folders[0] if len(folders) == 1 else folders[0].parent, "report.html")
-    write = write_study if is_study(folders) else write_report
-    console.print(f"report: {write(folders, target, force=force)}", highlight=False, soft_wrap=True)
-
-
-def watch(runs: Sequence[Path], port: int) -> None:
-    """`altgrad watch`: serve the runs' report until Ctrl-C."""
-    from altgrad.analysis.live import LOOPBACK, LivePage, live_server
-
-    page = LivePage(runs)
-    server = live_server(page, port)
-    _console().print(f"http://{LOOPBACK}:{server.server_port}/ (Ctrl-C ends it)", highlight=False, soft_wrap=True)
-    try:
-        server.serve_forever()
-    finally:
-        server.server_close()
+def _refuse_equal_rows(files: Sequence[str], configs: Sequence[ExperimentConfig]) -> None:
+    """Raise ConfigError for two configs that say the same: they are one run, whose two rows would differ in nothing."""
+    told = [identity(config) | {"name": ""} for config in configs]
+    for i, own in enumerate(told):
+        if own in told[:i]:
+            raise ConfigError(
+                f"{files[told.index(own)]} and {files[i]} are the same experiment under these settings; leave one out, or "
+                "change a setting of one of them"
+            )
 
 
 def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: bool) -> int:
@@ -174,19 +152,29 @@ def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: b
     return 1 if collapsed and fail_on_collapse else 0
 
 
-def _console() -> Console:
+def terminal() -> Console:
     """Standard output; of several processes under torchrun only the first talks and writes reports."""
     return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
-def _run_all(
-    console: Console, configs: Sequence[ExperimentConfig], commands: Sequence[str | None]
+def run_all(
+    console: Console,
+    configs: Sequence[ExperimentConfig],
+    commands: Sequence[str | None] | None = None,
+    made: Sequence[tuple[ExperimentConfig, ExperimentResult]] = (),
 ) -> list[ExperimentResult]:
+    """Run (or look up) experiments one after another, up to the first that is interrupted.
+
+    Args:
+        commands: what repeats each, for its failure report.
+        made: runs of before, among which a float32 twin may be.
+    """
     results: list[ExperimentResult] = []
     progress = LiveProgress(console, configs)
     with progress.bars:
-        for config, command in zip(configs, commands, strict=True):
-            twin = next((r.run_dir for r, c in zip(results, configs, strict=False) if is_twin(c, config)), None)
+        for config, command in zip(configs, commands or [None] * len(configs), strict=True):
+            known = [*made, *zip(configs, results, strict=False)]
+            twin = next((r.run_dir for c, r in known if is_twin(c, config)), None)
             result = FormatExperimentRunner(config, listener=progress, command=command, twin=twin).run()
             if result.already_finished:
                 progress.over(result)
@@ -222,7 +210,7 @@ def _print_result(console: Console, result: ExperimentResult) -> None:
         _write_report(console, [result], result.run_dir / "report.html")
 
 
-def _print_comparison(console: Console, results: list[ExperimentResult], target: Path) -> None:
+def print_comparison(console: Console, results: list[ExperimentResult], target: Path) -> None:
     if console.quiet:
         return
     _print_table(console, results)
@@ -233,7 +221,8 @@ def _print_comparison(console: Console, results: list[ExperimentResult], target:
 def _write_report(console: Console, results: Sequence[ExperimentResult], target: Path) -> None:
     """Write the report; runs that were only looked up are told also where nothing can be written."""
     try:
-        written = write_report([result.run_dir for result in results], target)
+        with waiting("writing the report"):
+            written = write_report([result.run_dir for result in results], target)
     except OSError as error:
         if not all(result.already_finished for result in results):
             raise
@@ -243,28 +232,36 @@ def _write_report(console: Console, results: Sequence[ExperimentResult], target:
 
 
 def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
-    """One row per run; losses are validation losses in nats per token."""
-    baseline = next((r.final_val_loss for r in results if r.format == "FP32"), None)
+    """One row per run, in the words of the report; losses are validation losses in nats per token."""
+    outcomes = label_runs([read_run(result.run_dir) for result in results])
+    columns = ("run", "final", "best", "vs FP32", "steps", "verdict", "stall", "time")
     table = ruled_table()
-    for heading in ("format", "final", "best", "vs FP32", "steps", "verdict", "stall", "time"):
+    for heading in columns:
         table.add_column(
-            heading, justify="left" if heading in ("format", "verdict") else "right", no_wrap=heading != "verdict"
+            heading,
+            justify="left" if heading in ("run", "verdict") else "right",
+            no_wrap=heading not in ("run", "verdict"),
         )
-    for r in results:
-        against = "" if baseline is None or r.format == "FP32" else f"{r.final_val_loss - baseline:+.3f}"
-        stall = "" if r.stall_rate is None else f"{r.stall_rate:.1%}"
-        cells = [r.format, f"{r.final_val_loss:.3f}", f"{r.best_val_loss:.3f}", against, f"{r.steps}/{r.max_steps}"]
-        how = ending("collapsed" if r.verdict else r.status, r.verdict, r.remarks)
-        table.add_row(*cells, how, stall, f"{r.wall_s:.0f} s")
+    for outcome, result in zip(outcomes, results, strict=True):
+        row = table_row(outcome)
+        losses = [loss(row["final_val_loss"]), loss(row["best_val_loss"])]
+        away = "" if outcome.gap is None else difference(outcome.gap)
+        stall = "" if result.stall_rate is None else percent(result.stall_rate)
+        steps = f"{result.steps}/{result.max_steps}"
+        table.add_row(outcome.label, *losses, away, steps, row["verdict"], stall, f"{result.wall_s:.0f} s")
+    if len(outcomes) > 1:
+        console.print(f"\n{headline(outcomes)}", style="bold", highlight=False)
     console.print(table)
     console.print(
         "validation losses, nats per token; verdict with its first step; stall: updates lost to rounding", style="dim"
     )
-    for r in results:
-        for said in (r.verdict, *r.remarks):
+    if any(outcome.grade for outcome in outcomes):
+        console.print(GRADES, style="dim")
+    for outcome, result in zip(outcomes, results, strict=True):
+        for said in (result.verdict, *result.remarks):
             if said:
-                console.print(f"{r.format}: {said['reason']}", highlight=False, soft_wrap=True)
-        if "failure_report" in r.details:
-            console.print(f"  failure report: {r.details['failure_report']}", highlight=False, soft_wrap=True)
-    if any(r.status == "interrupted" for r in results):
+                console.print(f"{outcome.label}: {said['reason']}", highlight=False, soft_wrap=True)
+        if "failure_report" in result.details:
+            console.print(f"  failure report: {result.details['failure_report']}", highlight=False, soft_wrap=True)
+    if any(result.status == "interrupted" for result in results):
         console.print("interrupted; the same command continues", highlight=False)

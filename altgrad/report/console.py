@@ -1,7 +1,10 @@
-"""The one terminal that commands print to: foreign text shows as it is, without markup and without control characters."""
+"""The one terminal that commands print to, with its tables and its progress: foreign text shows as it is, without markup
+and without control characters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
@@ -37,7 +40,7 @@ def ruled_table() -> Table:
 class Bars:
     """Bars on a terminal, a line for each stage elsewhere; as a context it gives the function to call."""
 
-    def __init__(self, console: Terminal) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -55,10 +58,21 @@ class Bars:
     def __exit__(self, *error: Any) -> None:
         self.bars.__exit__(*error)
 
-    def told(self, what: str, done: int, of: int) -> None:
-        """Something was done."""
+    def told(self, what: str, done: int, of: int, more: str = "") -> None:
+        """So much of a stage is done; `more` is said beside its name on a terminal."""
         if what not in self.tasks:
             self.tasks[what] = self.bars.add_task(what, total=of)
             if not self.console.is_terminal:
                 self.console.print(f"{what}: {of}", highlight=False, markup=False)
-        self.bars.update(self.tasks[what], completed=done, total=of)
+        self.bars.update(self.tasks[what], completed=done, total=of, description=f"{what}{more}")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """On a terminal, a spinner beside what is waited for until the block ends."""
+    console = Terminal(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield

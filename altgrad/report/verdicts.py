@@ -16,8 +16,26 @@ PAST_TENSE = {
     "stalled": "stalled",
     "far_above": "ended far above its FP32 twin",
 }
-COMPLETED = "no collapse"
+COMPLETED = "completed"
+ON_PAR, BEHIND, BARELY_LEARNED = "on par", "behind", "barely learned"
+PAR, BARELY = 0.05, 0.5
+"""Parts of what FP32 gained, from its first evaluation to its last: so close to it is on par; so far below it is barely learned."""
+GRADES = (
+    f"On par: within {PAR:.0%} of what FP32 gained. Behind: further below it. Barely learned: less than "
+    f"{1 - BARELY:.0%} of what FP32 gained."
+)
 _IN_A_CELL = {"far_above": "far above FP32"}
+
+
+def grade(gap: float, gained: float) -> str | None:
+    """How a completed run did beside its FP32 twin; None where the twin gained nothing to be compared with.
+
+    Args:
+        gap: its final loss minus the twin's. gained: by how much the twin's loss fell.
+    """
+    if not (math.isfinite(gap) and gained > 0):
+        return None
+    return ON_PAR if gap <= PAR * gained else BEHIND if gap <= BARELY * gained else BARELY_LEARNED
 
 
 def past_tense(kind: str | None) -> str:
@@ -30,16 +48,28 @@ def remarks_in_words(remarks: Sequence[Mapping[str, Any]]) -> str:
     return listing([past_tense(r.get("kind")) + _step(r.get("onset_step"), " (from step {})") for r in remarks])
 
 
-def ending(status: str, verdict: Mapping[str, Any] | None, remarks: Sequence[Mapping[str, Any]] = ()) -> str:
-    """A table's cell: "froze, step 81"; "no collapse"; "stalled, step 12; far above FP32, step 30"; else the status.
+def ending(
+    status: str,
+    verdict: Mapping[str, Any] | None,
+    remarks: Sequence[Mapping[str, Any]] = (),
+    graded: str | None = None,
+) -> str:
+    """A table's cell: "froze, step 81"; "on par"; "behind; stalled, step 12"; "completed" without a twin; else the status.
 
     Args:
         status: as in a result. verdict: of a collapse. remarks: what is no collapse but should be known.
+        graded: of a completed run (`grade`), which says what a remark on its distance from FP32 would say again.
     """
-    if status == "completed" and not remarks:
-        return COMPLETED
-    told = [verdict or {}] if status == "collapsed" else remarks if status == "completed" else ()
-    return "; ".join(_in_a_cell(item) for item in told) or status
+    if status == "collapsed":
+        return _in_a_cell(verdict or {})
+    if status != "completed":
+        return status
+    return "; ".join([graded or COMPLETED, *map(_in_a_cell, remarks_beside(remarks, graded))])
+
+
+def remarks_beside(remarks: Sequence[Mapping[str, Any]], graded: str | None) -> list[Mapping[str, Any]]:
+    """The remarks that a grade leaves to be said: the distance from FP32 it has said."""
+    return [r for r in remarks if not (graded and r.get("kind") == "far_above")]
 
 
 def _in_a_cell(verdict: Mapping[str, Any]) -> str:

@@ -11,8 +11,10 @@ from altgrad.analysis import comparison_table, read_run, write_report
 from altgrad.analysis.comparability import circumstances, require_comparable
 from altgrad.analysis.comparison import flatten, headline, split_facts, twins
 from altgrad.analysis.outcome import label_runs
+from altgrad.analysis.remedies import cause_of, remedy_of
 from altgrad.errors import ReportError
 from altgrad.records.run import Curve, as_number, find_runs
+from altgrad.report.verdicts import ending, grade
 from tests.run_folders import demo_runs, make_run
 
 
@@ -54,7 +56,7 @@ def test_without_validation_the_training_loss_is_compared(tmp_path):
     base, row = comparison_table(runs)
     assert row["final_val_loss"] is None
     assert row["against_baseline"] == row["final_loss"] - base["final_loss"]
-    assert "in training loss" in headline(outcomes_of(runs))
+    assert "nats of training loss" in headline(outcomes_of(runs))
 
 
 def test_unfinished_runs_are_shown_for_what_they_are(tmp_path):
@@ -100,9 +102,60 @@ def test_a_collapse_after_a_shift_names_the_format_in_force(tmp_path):
     assert ("Intervention", "shift at step 30: E7M0 to E5M2, because of stall") in outcome.evidence()
 
 
-def test_headline_names_the_closest_and_every_collapse(tmp_path):
+def test_headline_grades_every_run_and_names_every_collapse(tmp_path):
     said = headline(outcomes_of(demo_runs(tmp_path, steps=200)))
-    assert re.fullmatch(r"E3M4 ended closest to FP32, \+0\.0\d\d in validation loss; E7M0 froze at step 60\.", said)
+    graded = r"E3M4 ended on par with FP32 \(\+0\.0\d\d nats\); E5M2, E\dM\d and E\dM\d ended behind \(\+0\.0\d\d to \+0\.1\d\d\); "
+    assert re.match(graded, said), said
+    assert said.endswith("; E7M0 froze at step 60.")
+
+
+@pytest.mark.parametrize(
+    ("gap", "gained", "graded"),
+    [(-1.0, 2.0, "on par"), (0.1, 2.0, "on par"), (0.11, 2.0, "behind"), (1.0, 2.0, "behind"), (1.01, 2.0, "barely learned"),
+     (0.1, 0.0, None), (math.nan, 2.0, None)],
+)  # fmt: skip
+def test_a_grade_is_the_part_of_what_fp32_gained_that_a_run_lacks(gap, gained, graded):
+    assert grade(gap, gained) == graded
+
+
+def test_a_grade_takes_the_place_of_the_remark_on_the_distance():
+    far = {"kind": "far_above", "onset_step": 25}
+    stalled = {"kind": "stalled", "onset_step": 12}
+    assert ending("completed", None, [stalled, far], "behind") == "behind; stalled, step 12"
+    assert ending("completed", None, [far]) == "completed; far above FP32, step 25"
+
+
+def test_a_run_of_one_more_setting_shows_what_saves_another(tmp_path):
+    settings = {"storage_rounding": "stochastic"}
+    runs = [
+        make_run(tmp_path, "FP32", steps=100),
+        make_run(tmp_path, "E7M0", steps=100, excess=2.5),
+        make_run(tmp_path, "E7M0", steps=100, excess=0.1, name="saved", config=settings),
+        make_run(tmp_path, "E5M2", steps=100, excess=0.8),
+    ]
+    _, damaged, saved, alone = outcomes = outcomes_of(runs)
+    assert (damaged.label, saved.label) == ("E7M0", "E7M0 stochastic storage")
+    remedy = remedy_of(damaged, outcomes)
+    assert remedy.saved is saved
+    assert remedy.command == f"altgrad run {runs[1].resolve()}/config.yaml storage_rounding=stochastic"
+    assert remedy_of(saved, outcomes) is None  # nothing is wrong with it
+    assert remedy_of(alone, outcomes) is None
+    assert cause_of(damaged.run) is None
+    (runs[1] / "autopsy").mkdir()
+    (runs[1] / "autopsy" / "verdict.json").write_text(
+        json.dumps({"sentence": "head.storage caused it.", "kind": "cause"})
+    )
+    assert cause_of(damaged.run).sentence == "head.storage caused it."
+    write_report(runs, tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text()
+    assert "Why: head.storage caused it." in text
+    assert "storage_rounding=stochastic" in text
+
+
+def test_runs_that_collapsed_at_one_step_are_named_together(tmp_path):
+    runs = [make_run(tmp_path, fmt, steps=200) for fmt in ("FP32", "E5M2")]
+    runs += [make_run(tmp_path, fmt, steps=200, collapse="freeze", onset=90) for fmt in ("E1M6", "E0M7")]
+    assert headline(outcomes_of(runs)).endswith("; E1M6 and E0M7 froze at step 90.")
 
 
 def test_headline_when_every_format_collapsed(tmp_path):
@@ -124,8 +177,8 @@ def test_headline_without_a_baseline_names_the_lowest(tmp_path):
 
 def test_a_run_that_is_merely_worse_is_not_called_a_collapse(tmp_path):
     outcomes = outcomes_of([make_run(tmp_path, "FP32", steps=80), make_run(tmp_path, "E7M0", steps=80)])
-    assert outcomes[1].said == "Completed 80 steps without a collapse."
-    assert "ended +" in headline(outcomes)
+    assert outcomes[1].said == "Completed 80 steps, barely learned."
+    assert headline(outcomes).startswith("E7M0 barely learned (+")
 
 
 def test_labels_say_what_differs_and_no_more(tmp_path):

@@ -119,6 +119,17 @@ def test_values_above_the_top_are_pointed_at_with_their_size():
     assert "E5M2 leaves the chart, up to 100000" in markup
     ticks = [float(t) for t in re.findall(r'class="tick" x="0"[^>]*>([\d.]+)<', markup)]
     assert max(ticks) <= 6
+    outside = re.search(r'class="off-scale[^>]* y="(-?[\d.]+)"', markup)
+    assert outside
+    assert float(outside[1]) < 0  # above the plot, below no curve's label
+
+
+def test_charts_below_one_another_share_their_steps_and_their_margin():
+    own = chart(Series("a", STEPS, STEPS, STYLE))
+    below = chart(Series("a", STEPS[3:5], STEPS[3:5], STYLE), x_span=(STEPS[0], STEPS[-1]), beside=["a longer name"])
+    assert re.search(r'data-x="[^"]*"', own)[0] == re.search(r'data-x="[^"]*"', below)[0]
+    assert own.split("--wide-right:")[1][:6] != below.split("--wide-right:")[1][:6]
+    assert 'class="reference"' in chart(Series("a", STEPS, STEPS, STYLE), y_line=3.0)
 
 
 def test_a_curve_that_ends_early_is_named_where_it_ends():

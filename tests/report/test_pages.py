@@ -40,14 +40,14 @@ def test_everything_issue_asks_for_is_in_both_forms():
             "|g| &lt; 1e-8" if document is not markdown else "|g| < 1e-8",
             "blocks.0.mlp.down",
             "98.0%",
-            "flip_rate",
+            "flip rate",
             "gradient norm 2.1 to 0.5",
             "checkpoints/step000400",
             "altgrad run experiments/configs/e7m0_uniform.yaml seed=42",
             "2.13.0",
         ):
             assert said in document, said
-    assert html.count('class="spark') == 4
+    assert html.count('class="spark') == 3  # of four trends one stood still
     assert "▁" in markdown
     assert "█" in markdown
 
@@ -86,6 +86,15 @@ def test_markup_in_names_is_escaped():
     assert "<script>alert" not in html
     assert "<b>id" not in html
     assert "A &lt; b &amp; c." in html
+
+
+def test_trends_carry_their_range_and_those_of_one_value_are_summed_up():
+    html, markdown = render_failure(frozen_run())
+    assert "0.6 to 0.985" in markdown
+    assert "Of one value in all these steps: underflow of grad output 0.1." in html
+    rows = html.partition("The last steps")[2].partition("</table>")[0]
+    assert "stall rate" in rows
+    assert "underflow" not in rows
 
 
 @pytest.mark.parametrize(

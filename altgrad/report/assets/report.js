@@ -19,6 +19,10 @@
     return Math.abs(xs[a] - x) <= Math.abs(xs[b] - x) ? a : b;
   };
 
+  let closed = [];
+  addEventListener("beforeprint", () => { closed = $$("details:not([open])"); for (const d of closed) d.open = true; });
+  addEventListener("afterprint", () => { for (const d of closed) d.open = false; });
+
   for (const figure of $$(".line-figure")) {
     const data = JSON.parse(figure.querySelector(".figure-data").textContent);
     const stage = figure.querySelector(".stage"), readout = figure.querySelector(".readout");

@@ -25,13 +25,17 @@ def line_figure(
     height: int = 380,
     y_top: float | None = None,
     y_axis: Axis | None = None,
+    y_line: float | None = None,
     y_scales: Sequence[str] = ("linear", "log"),
+    x_span: tuple[float, float] | None = None,
+    beside: Sequence[str] = (),
+    legend: bool = True,
     group_notes: dict[str, str] | None = None,
     formats: dict[str, str] | None = None,
 ) -> Markup:
     """A line chart with everything around it. The first of `y_scales` is shown; a switch offers the others.
 
-    Roles ("train", "validation") found in the series get a switch of their own. `formats` maps a group to the format
+    `y_line` is a value that is drawn across. Roles ("train", "validation") found in the series get a switch of their own. `formats` maps a group to the format
     whose bits the legend draws; `group_notes` adds words to a legend entry.
     """
     charts = [
@@ -48,6 +52,9 @@ def line_figure(
                 height=height,
                 y_top=y_top,
                 y_axis=y_axis,
+                y_line=y_line,
+                x_span=x_span,
+                beside=beside,
             ),
             class_="scale",
             data_scale=scale,
@@ -67,7 +74,7 @@ def line_figure(
     return el(
         "figure",
         head,
-        _legend(series, group_notes or {}, formats or {}),
+        _legend(series, group_notes or {}, formats or {}) if legend else None,
         heading,
         el(
             "div",

@@ -35,7 +35,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a heat table; `value` None is an empty cell with `text` (such as a verdict) in it."""
+    """One cell of a heat table: what it is shaded by, and what it says; without a value it is not shaded."""
 
     value: float | None
     text: str
@@ -59,8 +59,9 @@ def heat_table(
             note = el("small", cell.note) if cell.note else None
             tds.append(el("td", el("span", cell.text), note, class_=f"cell {kind}"))
         body.append(el("tr", el("th", name, scope="row"), *tds))
-    table = el("table", el("caption", caption), el("thead", head), el("tbody", *body), class_="heat-table")
-    return el("div", table, class_="table-scroll", tabindex="0", role="region", aria_label=caption)
+    table = el("table", el("thead", head), el("tbody", *body), class_="heat-table", aria_label=caption)
+    scroll = el("div", table, class_="table-scroll", tabindex="0", role="region", aria_label=caption)
+    return el("div", el("p", caption, class_="note"), scroll)
 
 
 def _rank_level(value: float | None, ascending: np.ndarray) -> int:

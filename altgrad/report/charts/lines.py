@@ -98,16 +98,26 @@ def line_chart(
     height: int = 380,
     y_top: float | None = None,
     y_axis: Axis | None = None,
+    y_line: float | None = None,
+    x_span: tuple[float, float] | None = None,
+    beside: Sequence[str] = (),
 ) -> Markup:
-    """The chart as one `<svg>`. Values above `y_top` (linear axes) leave the picture and are pointed at with their size."""
-    x_axis = axis_over([s.x for s in series] + [np.array([m.x for m in marks])], log=log_x, label=x_label, margin=0.0)
+    """The chart as one `<svg>`. Values above `y_top` (linear axes) leave the picture: a line above it says whose and how far.
+
+    `x_span` and `beside` (names that need room at the right) align a chart with one above it.
+    """
+    xs = [np.array(x_span)] if x_span else [s.x for s in series] + [np.array([m.x for m in marks])]
+    x_axis = axis_over(xs, log=log_x, label=x_label, margin=0.0)
+    names = [*beside, *(s.group for s in series if s.end_label)]
     if y_axis is None:
         shown = [s.y if y_top is None or log_y else np.where(s.y <= y_top, s.y, np.nan) for s in series]
         bands = [b for s in series if s.show_band for b in (s.low, s.high) if b is not None]
         bands = bands if y_top is None or log_y else [np.minimum(b, y_top) for b in bands]
         y_axis = axis_over([*shown, *bands], log=log_y, label=y_label)
     rows = _rows_of(marks, x_axis)
-    top = 14 + MARK_ROW * (max(rows, default=-1) + 1)
+    marked = max(rows, default=-1) + 1
+    leaving = _off_scale(series, x_axis, y_axis, marked)
+    top = 14 + MARK_ROW * (marked + len(leaving))
     plot_height = height - top - 42
     return el(
         "svg",
@@ -115,10 +125,10 @@ def line_chart(
         el("desc", description),
         el(
             "g",
-            *_grid(x_axis, y_axis),
+            *_grid(x_axis, y_axis, y_line),
             stretched(*(_curve(s, x_axis, y_axis) for s in _back_to_front(series)), class_="curves"),
             *(_mark(m, row, x_axis, y_axis) for m, row in zip(marks, rows, strict=True)),
-            *_off_scale(series, x_axis, y_axis),
+            *leaving,
             *_end_labels(series, x_axis, y_axis, plot_height),
             el("line", class_="cursor", y1="0", y2="100%", x1="0", x2="0"),
             el("rect", class_="hit", width="100%", height="100%"),
@@ -129,16 +139,17 @@ def line_chart(
         class_="chart line-chart",
         role="img",
         aria_label=f"{title}. {description}",
-        style=framing(top, plot_height, right=34 + min(170, text_width(s.group for s in series if s.end_label))),
+        style=framing(top, plot_height, right=34 + min(170, text_width(names))),
         data_scale="log" if log_y else "linear",
     )
 
 
-def _grid(x_axis: Axis, y_axis: Axis) -> list[Markup]:
+def _grid(x_axis: Axis, y_axis: Axis, y_line: float | None) -> list[Markup]:
     parts = []
-    if not y_axis.log and y_axis.lo < 0 < y_axis.hi:
-        zero = f"{100 * (1 - float(y_axis.at(0.0))):.3f}%"
-        parts.append(el("line", class_="reference", x1="0", x2="100%", y1=zero, y2=zero))
+    across = 0.0 if y_line is None and not y_axis.log else y_line
+    if across is not None and y_axis.lo < across < y_axis.hi:
+        at = f"{100 * (1 - float(y_axis.at(across))):.3f}%"
+        parts.append(el("line", class_="reference", x1="0", x2="100%", y1=at, y2=at))
     for position, label in y_axis.ticks(5):
         y = f"{100 * (1 - position):.3f}%"
         parts.append(el("line", class_="grid", x1="0", x2="100%", y1=y, y2=y))
@@ -214,7 +225,8 @@ def _mark(mark: Mark, row: int, x_axis: Axis, y_axis: Axis) -> Markup:
     return el("g", *parts, class_="mark calm" if mark.calm else "mark", data_group=mark.group or None)
 
 
-def _off_scale(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> list[Markup]:
+def _off_scale(series: Sequence[Series], x_axis: Axis, y_axis: Axis, marked: int) -> list[Markup]:
+    """One line of text above the plot and its `marked` lines of marks for each group that leaves it."""
     parts: list[Markup] = []
     told = set()
     for s in series:
@@ -223,20 +235,19 @@ def _off_scale(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> list[Mar
         if len(above) and s.group not in told:
             told.add(s.group)
             at = float(x_axis.at(s.x[above[0]]))
-            text = f"▲ {s.group} leaves the chart, up to {number(float(finite.max()), 3)}"
-            left = at > 0.5
-            parts.append(
-                el(
-                    "text",
-                    text,
-                    class_=f"off-scale {s.style.css}",
-                    x=f"{100 * at:.2f}%",
-                    y=12 + 14 * len(parts),
-                    dx="-8" if left else "8",
-                    text_anchor="end" if left else "start",
-                    data_group=s.group,
-                )
+            left = _label_left(at)
+            text = el(
+                "text",
+                f"▲ {s.group} leaves the chart, up to {number(float(finite.max()), 3)}",
+                class_=f"off-scale {s.style.css}",
+                x=f"{100 * at:.2f}%",
+                y=-8 - MARK_ROW * (marked + len(parts)),
+                dx="6" if left else "-6",
+                dy="3",
+                text_anchor="end" if left else "start",
+                data_group=s.group,
             )
+            parts.append(text)
     return parts
 
 

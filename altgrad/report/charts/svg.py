@@ -62,7 +62,7 @@ def framing(top: int, plot_height: int, bottom: int = 42, **room: float) -> str:
 
 def text_width(texts: Iterable[str], font_px: float = 12.5) -> float:
     """About how wide the longest of `texts` is in a bold sans serif, in px."""
-    return max((0.6 * font_px * len(text) for text in texts), default=0.0)
+    return max((0.64 * font_px * len(text) for text in texts), default=0.0)
 
 
 def path_data(x: np.ndarray, y: np.ndarray) -> str:

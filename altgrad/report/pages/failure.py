@@ -51,6 +51,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 def render_failure(data: FailureData) -> tuple[str, str]:
     """(html, markdown): one self-contained page that opens offline, and the same content as Markdown."""
+    moved, still = _parted(data.trends or ())
     content = {
         "title": f"AltGrad: {headline(data)}",
         "kind": "failure report",
@@ -65,7 +66,9 @@ def render_failure(data: FailureData) -> tuple[str, str]:
         "zero_update_layers": list(data.zero_update_layers or ()),
         "layers": _layer_table(data.layers, data.layer_columns) if data.layers else None,
         "layers_step": data.layers_step,
-        "trends": _trend_table(data.trends) if data.trends else None,
+        "trends": _trend_table(moved) if moved else None,
+        "trends_known": bool(data.trends),
+        "still": _still(still),
         "interventions": _intervention_table(data.interventions) if data.interventions else None,
         "interventions_known": data.interventions is not None,
         "checkpoints": _checkpoints(data),
@@ -169,7 +172,7 @@ def _layer_table(rows: Sequence[LayerRow], metrics: Sequence[LayerColumn]) -> Ta
     body = []
     for row in rows:
         cells = [_metric_cell(metric, row.values.get(metric.name)) for metric in metrics]
-        body.append([TableCell(row.layer, sort=row.layer), row.role, *cells])
+        body.append([TableCell(row.layer, sort=row.layer), _words(row.role), *cells])
     return Table(columns, body)
 
 
@@ -179,8 +182,34 @@ def _metric_cell(metric: LayerColumn, value: float | None) -> TableCell:
     return TableCell(text, sort=_key(value), tone="bad" if alarming else "")
 
 
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def _key(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
+
+
+def _parted(trends: Sequence[Trend]) -> tuple[list[Trend], list[Trend]]:
+    """Trends that moved, and those of one value throughout; empty ones are left out."""
+    parted: tuple[list[Trend], list[Trend]] = [], []
+    for trend in trends:
+        if len(trend.values):
+            parted[len(set(map(float, trend.values))) == 1].append(trend)
+    return parted
+
+
+def _still(trends: Sequence[Trend]) -> str:
+    """What stood still, with its value: "overflow of weight 0 (12 layers)"; "" for nothing."""
+    found: dict[tuple[str, str, str], int] = {}
+    for trend in trends:
+        key = trend.name, trend.role or "", number(float(trend.values[0]), 3)
+        found[key] = found.get(key, 0) + 1
+    said = [
+        f"{_words(name)}{f' of {_words(role)}' if role else ''} {value}" + (f" ({plural(n, 'row')})" if n > 1 else "")
+        for (name, role, value), n in found.items()
+    ]
+    return f"Of one value in all these steps: {', '.join(said)}." if said else ""
 
 
 def _trend_table(trends: Sequence[Trend]) -> Table:
@@ -191,22 +220,24 @@ def _trend_table(trends: Sequence[Trend]) -> Table:
         Column("First", True),
         Column("Trend"),
         Column("Last", True),
+        Column("Lowest to highest"),
         Column("Steps"),
     ]
     rows = []
     for trend in trends:
         values = np.asarray(trend.values, dtype=np.float64)
         steps = np.asarray(trend.steps, dtype=np.float64)
-        if not len(values):
-            continue
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (np.nan, np.nan)
         rows.append(
             [
-                trend.name,
+                _words(trend.name),
                 trend.layer or "whole model",
-                trend.role or "–",
+                _words(trend.role or "–"),
                 TableCell(number(float(values[0]), 3), sort=_key(float(values[0]))),
                 TableCell(bars(values), sparkline(steps, values)),
                 TableCell(number(float(values[-1]), 3), sort=_key(float(values[-1]))),
+                TableCell(f"{number(low, 3)} to {number(high, 3)}", tone="nowrap"),
                 f"{count(steps[0])} to {count(steps[-1])}",
             ]
         )

@@ -1,0 +1,95 @@
+"""What `demo` does and prints: six runs, the arm that saves the worst, autopsies while the time lasts, and the story."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from altgrad.analysis.outcome import Outcome, label_runs
+from altgrad.analysis.remedies import cause_of, is_damaged, remedy_of
+from altgrad.cli.run_pages import print_comparison, run_all, terminal
+from altgrad.errors import AltGradError
+from altgrad.records.run import read_run
+from altgrad.records.schema import ExperimentResult
+from altgrad.report.console import waiting
+from altgrad.report.numbers import difference, duration
+from altgrad.sweep.local import available_cores
+from altgrad.training.run.demo import demo_configs, saving_arm
+
+MOST_JOBS = 4
+"""Forks of an autopsy at a time."""
+
+
+def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[ExperimentResult]:
+    """`altgrad demo`: the baseline and five formats, what saves the worst of them, causes, the table and the report.
+
+    Args:
+        minutes: that all of it may take; autopsies are made while they last.
+    """
+    ends = time.monotonic() + 60 * minutes
+    console = terminal()
+    configs = demo_configs(runs_dir, steps, device)
+    results = run_all(console, configs)
+    if all(result.finished for result in results):
+        worst = _damaged(results)[:1]
+        arms = [
+            saving_arm(c) for c, r in zip(configs, results, strict=True) if worst and r.run_dir == worst[0].run.path
+        ]
+        results += run_all(console, arms, made=list(zip(configs, results, strict=True)))
+    if all(result.finished for result in results):
+        _explain(console, _damaged(results), ends)
+    print_comparison(console, results, Path(runs_dir) / "report.html")
+    if not console.quiet and all(result.finished for result in results):
+        _print_story(console, label_runs([read_run(r.run_dir) for r in results]))
+    return results
+
+
+def _damaged(results: Sequence[ExperimentResult]) -> list[Outcome]:
+    """The damaged runs, the worst first."""
+    found = [o for o in label_runs([read_run(r.run_dir) for r in results]) if is_damaged(o)]
+    return sorted(found, key=lambda o: -(o.gap or 0.0))
+
+
+def _explain(console: Console, damaged: Sequence[Outcome], ends: float) -> None:
+    """Make the autopsies that fit into the time that is left, of the worst run first."""
+    from altgrad.autopsy.run import plan
+    from altgrad.cli.autopsy_pages import TimeIsUp, followed
+
+    jobs = min(MOST_JOBS, available_cores())
+    for outcome in damaged:
+        left = ends - time.monotonic()
+        if cause_of(outcome.run) is not None or left < 10:
+            continue
+        try:
+            with waiting(f"timing an autopsy of {outcome.label}"):
+                planned = plan(outcome.run.path, jobs=jobs)
+            left = ends - time.monotonic()
+            if planned.seconds > left:
+                said = f"takes {duration(planned.seconds)}, {duration(max(0.0, left))} are left"
+                console.print(f"autopsy of {outcome.label}: {said}", highlight=False)
+                return
+            console.print(f"autopsy of {outcome.label}: about {duration(planned.seconds)}", highlight=False)
+            followed(console, outcome.run.path, until=ends, jobs=jobs)
+        except TimeIsUp:
+            console.print(f"the time is up; this goes on: altgrad autopsy {outcome.run.path}", highlight=False)
+            return
+        except AltGradError as error:  # what it cannot explain it still shows
+            console.print(f"autopsy of {outcome.label}: {error}", highlight=False, soft_wrap=True)
+
+
+def _print_story(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Per damaged run its cause, or what finds it; and what saves it, or the command to try."""
+    for outcome in outcomes:
+        if not is_damaged(outcome):
+            continue
+        cause, remedy = cause_of(outcome.run), remedy_of(outcome, outcomes)
+        away = "" if outcome.gap is None else f" ({difference(outcome.gap)} nats)"
+        console.print(f"\n{outcome.label}{away}", style="bold", highlight=False)
+        why = cause.sentence if cause else f"altgrad autopsy {outcome.run.path}"
+        console.print(f"  {'why ' if cause else 'why?'}    {why}", highlight=False, soft_wrap=True)
+        if remedy is not None:
+            gap = difference(remedy.saved.gap)
+            console.print(f"  saved   {gap} nats: {remedy.command}", highlight=False, soft_wrap=True)
