@@ -177,6 +177,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("E4M3, stochastic", "E4M3", {"rounding": "stochastic"}),
     ("E2M1, amax", "E2M1", {}),
     ("MXFP8", "MXFP8", {}),
+    ("NVFP4", "NVFP4", {}),
     ("BF16", "BF16", {}),
 ]
 

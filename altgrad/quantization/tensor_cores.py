@@ -70,14 +70,22 @@ def payload(
     return values, factor_of(scale, powers, x.device)
 
 
-def block_payload(x: Tensor, cast: Cast, key: Tensor | None = None) -> Tensor:
-    """Element * 2^e in bf16 of x under a cast to a block format whose scales are powers of two."""
+def block_payload(
+    x: Tensor, cast: Cast, powers: tuple[int, int], key: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(element * block's scale * 2^p in bf16, factor) of x under a cast to a block format without float scales of blocks.
+
+    powers: of a format with a scale of the whole tensor; without one p is 0 and there is no factor.
+    """
+    fmt = cast.format
     if traced(x):
-        return torch.ops.altgrad.block_payload(x, key, cast.spec)
+        if fmt.tensor_scale:
+            return torch.ops.altgrad.two_level_payload(x, key, cast.spec, list(powers))
+        return torch.ops.altgrad.block_payload(x, key, cast.spec), None
     plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
     source = _at_hand(x).contiguous()
-    out = torch.empty_like(source, dtype=torch.bfloat16)
-    return load("cuda", "blocks").run(plan, source, None, key, out).values
+    upper = largest(source, fmt.element.max * fmt.scale_format.max) if fmt.tensor_scale else None
+    return load("cuda", "blocks").payload(plan, source, upper, key, powers)
 
 
 def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -142,9 +150,23 @@ def _(x, scale, key, spec, powers):
     "altgrad::block_payload", mutates_args=(), schema="(Tensor x, Tensor? key, str spec) -> Tensor"
 )
 def _block_payload(x, key, spec):
-    return block_payload(x, Cast.parse(spec), key)
+    return block_payload(x, Cast.parse(spec), (0, 0), key)[0]
 
 
 @_block_payload.register_fake
 def _(x, key, spec):
     return x.new_empty(x.shape, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op(
+    "altgrad::two_level_payload",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? key, str spec, int[] powers) -> (Tensor, Tensor)",
+)
+def _two_level_payload(x, key, spec, powers):
+    return block_payload(x, Cast.parse(spec), tuple(powers), key)
+
+
+@_two_level_payload.register_fake
+def _(x, key, spec, powers):
+    return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty((), dtype=torch.float32)

@@ -20,6 +20,7 @@ import triton.language as tl
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.nn import quantize_model, set_step, uniform
 from altgrad.nn.layer import gemm
+from altgrad.nn.layer import tensor_cores as cores
 from altgrad.nn.session import STATE
 from altgrad.quantization import Cast, Want, decode, encode, get_format, quantize, tensor_cores
 from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
@@ -187,6 +188,8 @@ LAYERS = [
     ("E7M0", {}),
     ("INT8", {}),
     ("MXFP8", {}),
+    ("NVFP4", {}),
+    ("E2M1/16:E4M3", {}),
     ("BF16", {}),
     ("E4M3", {"rounding": "stochastic"}),
     ("E4M3", {"scaling": "none"}),
@@ -215,6 +218,21 @@ def layer_results(fmt: str, recipe: dict, on_cores: bool, autocast: bool) -> lis
             special = x.detach().clone()
             special[3, 5], special[7, 1] = nan, inf
             return [y, x.grad, layer.weight.grad, layer.bias.grad, model(special)]
+
+
+def check_two_levels() -> list[str]:
+    """Operands under a tensor scale, whatever it is: payload times factor is the value, to float32's rounding."""
+    cast, bad = Cast("NVFP4"), []
+    powers = cores.powers_of_blocks(cast.format)
+    for size in (1e-37, 1e-20, 1.0, 3e37):
+        x = torch.randn(8, 64) * size
+        values, factor = tensor_cores.block_payload(x, cast, powers)
+        wanted = cast(x, kernel="eager").values
+        if not torch.allclose(values.double() * factor.double(), wanted.double(), rtol=3e-7, atol=0):
+            bad.append(f"two levels {size}")
+        if size == 1.0 and not 1 <= float(factor) < 2:
+            bad.append(f"factor {float(factor)}")
+    return bad
 
 
 def check_rolls() -> list[str]:
@@ -250,7 +268,12 @@ def check_layers() -> list[str]:
 
 
 if __name__ == "__main__":
-    found = check_layers() + check_rolls() + check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
+    found = (
+        check_layers()
+        + check_rolls()
+        + check_two_levels()
+        + check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
+    )
     found += check_blocks("cpu", ("MXFP8", "MXFP8_E5M2", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/16x32:FP32"))
     found += check_blocks("cpu", ("MXFP8",), (torch.bfloat16, torch.float16))
     print("\n".join(found))

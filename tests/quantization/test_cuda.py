@@ -73,11 +73,18 @@ def test_public_calls_give_the_cpus_bits(name):
         assert same_bits(decode(encode(on_gpu, name)).cpu(), quantize(x, name))
 
 
-BLOCK_POINTERS = {**POINTERS, "scales": "*u8", "element_table": "*i64", "scale_table": "*i64", "upper": "*fp32"}
+BLOCK_POINTERS = {
+    **POINTERS,
+    "scales": "*u8",
+    "factor": "*fp32",
+    "element_table": "*i64",
+    "scale_table": "*i64",
+    "upper": "*fp32",
+}
 ONLY_VALUES = {"VALUES": True, "CODES": False, "STATS": False, "LACKS": False}
 EVERYTHING = {"VALUES": True, "CODES": True, "STATS": True, "LACKS": True}
 SCALAR = {"KEEPS_INF": True, "WIDE": False, "DOUBLE": False, "ONE_SCALE": True, "ELEMENTS": 2048}
-BLOCK = {"KEEPS_INF": True, "POISONS": False, "ONE_BLOCK": True, "CHUNKS": 1, "MODE": 0, "LEAN": True}
+BLOCK = {"PAYLOAD": False, "KEEPS_INF": True, "POISONS": False, "ONE_BLOCK": True, "CHUNKS": 1, "MODE": 0, "LEAN": True}
 TILES = {  # name: tiles per program and their shape
     "MXFP8": {"TILE_ROWS": 1, "TILE_COLUMNS": 32, "STRIPS": False, "TILES": 64, "ELEMENTS": 32, "SCALE": 0},
     "MXFP8 down": {"TILE_ROWS": 32, "TILE_COLUMNS": 1, "STRIPS": True, "TILES": 64, "ELEMENTS": 32, "SCALE": 0},
@@ -145,6 +152,8 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
             step,
         ).asm["ptx"]
     )
+    payload = {**of_tiles("NVFP4"), "PAYLOAD": True, "low": 1, "high": 1}
+    assert compiled(cuda_blocks._process, {**BLOCK_POINTERS, "out": "*bf16"}, payload).asm["cubin"]
     search = {"ELEMENTS": operands.ELEMENTS, "size": 1}
     assert compiled(operands._largest, {"x": "*bf16", "partials": "*i32"}, search).asm["cubin"]
     sums = {"sums": "*fp32", "out": "*bf16", "a": "*fp32", "b": "*fp32", "bias": "*fp32"}
@@ -177,11 +186,11 @@ def test_kernels_compile_with_every_integer_at_one():
 def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, recipe):
     found, state = of_linear(fmt, torch.bfloat16, **recipe)
     assert found.waits == []
-    assert len(found.names) <= MOST_OPERATIONS, found.names
+    two_levels = state.x.block and state.x.fmt.tensor_scale  # which looks for the amax of each tensor along both axes
+    assert len(found.names) <= (25 if two_levels else MOST_OPERATIONS), found.names
     assert len(found.clock) <= 6, "a kernel for each history, or two writes for each key"
-    assert found.bytes <= (MOST_BYTES if not state.x.block else 1.02 * MOST_BYTES), (
-        "x, w and dy are rounded along both axes"
-    )
+    most = 1.25 if two_levels else 1.02 if state.x.block else 1.0  # blocks are rounded along both axes
+    assert found.bytes <= most * MOST_BYTES
 
 
 @pytest.mark.parametrize("name", ["E4M3", "FP32"])
@@ -222,6 +231,19 @@ def test_a_full_history_its_scale_and_the_key_stay_in_place_on_a_gpu():
 
 
 ONES = dict.fromkeys(
-    ("random_bits", "emax", "up_from", "outer_tiles", "rows", "columns", "count", "tiles_down", "tiles_across", "last"),
+    (
+        "random_bits",
+        "emax",
+        "up_from",
+        "low",
+        "high",
+        "outer_tiles",
+        "rows",
+        "columns",
+        "count",
+        "tiles_down",
+        "tiles_across",
+        "last",
+    ),
     1,
 )

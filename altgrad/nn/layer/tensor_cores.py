@@ -12,13 +12,14 @@ import math
 import torch
 from torch import Tensor
 
+from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
 from altgrad.nn.layer.gemm import power_range
 from altgrad.nn.layer.operand import Operand, Saved
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, NoScaling
 from altgrad.quantization import Want
 from altgrad.quantization import tensor_cores as kernels
-from altgrad.quantization.products.units import SIGNIFICANT_BITS
+from altgrad.quantization.products.units import NORMAL_EMIN, SIGNIFICANT_BITS
 
 SMALLEST, LARGEST = -133, 127  # exponents of bf16, subnormals included
 ALL_POWERS = (-126, LARGEST)
@@ -36,6 +37,17 @@ def powers_of(operand: Operand) -> tuple[int, int] | None:
     return (0, 0) if held and isinstance(operand.spec.scaling, NoScaling) else None
 
 
+def powers_of_blocks(fmt: BlockFormat) -> tuple[int, int] | None:
+    """Lowest and highest p for which element * block's scale * 2^p are bf16 numbers, for scales that are short but no
+    powers of two (NVFP4); None where they are not."""
+    scale = fmt.scale_format
+    if fmt.has_float_scale or fmt.element.significant_bits + scale.significant_bits > SIGNIFICANT_BITS:
+        return None
+    smallest = sum(math.frexp(one.min_subnormal)[1] - 1 for one in (fmt.element, scale))
+    low, high = NORMAL_EMIN - smallest, LARGEST - fmt.element.emax - scale.emax - 1
+    return (low, high) if low <= high and (fmt.tensor_scale or low <= 0 <= high) else None
+
+
 def has_power_of_two(operand: Operand) -> bool:
     """Whether every scale of an operand is a power of two by its policy, so that nothing is left to multiply afterwards."""
     policy = operand.spec.scaling
@@ -43,7 +55,7 @@ def has_power_of_two(operand: Operand) -> bool:
 
 
 def take(operand: Operand, per_channel: bool) -> bool:
-    """Whether tensor cores multiply an operand of bf16 numbers: one scale, or blocks whose scales are powers of two.
+    """Whether tensor cores multiply an operand of bf16 numbers: one scale, or blocks whose scales are powers of two or short.
 
     Where scales are powers of two, values below 2^-126 are rounded to bf16's subnormals.
     """
@@ -51,7 +63,9 @@ def take(operand: Operand, per_channel: bool) -> bool:
         return False
     if operand.block:
         fmt = operand.fmt
-        return fmt.power_of_two and fmt.element.significant_bits <= SIGNIFICANT_BITS and fmt.element.emin >= -126
+        if not fmt.power_of_two:
+            return powers_of_blocks(fmt) is not None
+        return fmt.element.significant_bits <= SIGNIFICANT_BITS and fmt.element.emin >= -126
     return not per_channel and powers_of(operand) is not None
 
 
@@ -67,7 +81,9 @@ def quantized(
     operand.keep_key_on(x.device)
     key = None if key is None else key.to(x.device)
     if operand.block:
-        found: Saved = (kernels.block_payload(x, operand.cast, key),)
+        powers = powers_of_blocks(operand.fmt) or (0, 0)
+        values, factor = kernels.block_payload(x, operand.cast, powers, key)
+        found: Saved = (values,) if factor is None else (values, factor)
         scale = 1.0
     else:
         if scale is None:

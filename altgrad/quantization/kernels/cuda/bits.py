@@ -186,6 +186,15 @@ def round_magnitude(magnitude, negative, word, random_bits, grid, MODE: tl.const
 
 
 @triton.jit
+def pulled_apart(scale, low, high):
+    """(2^p, m) of a float32 scale m * 2^p: 1 <= m < 2 unless p is clamped to low .. high."""
+    exponent = ((scale.to(tl.uint32, bitcast=True) >> 23) & 0xFF).to(tl.int32) - 127
+    exponent = tl.minimum(tl.maximum(exponent, tl.cast(low, tl.int32)), tl.cast(high, tl.int32))
+    down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True), scale * down
+
+
+@triton.jit
 def finite_bits(v):
     """Magnitude bits (uint32) of float32 numbers, 0 for inf and NaN: compared as integers, their maximum is in any order."""
     bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF

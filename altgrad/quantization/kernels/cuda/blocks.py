@@ -29,6 +29,7 @@ from altgrad.quantization.kernels.cuda.bits import (
     lean_problem,
     lean_round,
     narrow,
+    pulled_apart,
     random_words,
     read_grid,
     round_element,
@@ -77,7 +78,10 @@ def scale_of(
     SCALE: tl.constexpr,
     TWO_LEVELS: tl.constexpr,
 ):
-    """(stored scale as uint32, multiplier, reciprocal where multiplying by it is exact) of amax bits (uint32)."""
+    """(stored scale as uint32, multiplier, reciprocal where multiplying by it is exact, the block's own scale) of amax bits.
+
+    Amax bits are uint32. The multiplier is the block's own scale times the tensor's.
+    """
     if SCALE == POWER_OF_TWO:
         subnormal = amax < 0x800000
         lifted = (amax.to(tl.float32, bitcast=True) * 4294967296.0).to(tl.uint32, bitcast=True)
@@ -88,14 +92,14 @@ def scale_of(
         exponent = tl.where(amax == 0, -127, exponent)
         raw = tl.where(poisoned, 255, exponent + 127).to(tl.uint32)
         multiplier = tl.where(poisoned, float("nan"), power_of_two(exponent))
-        return raw, multiplier, tl.where(poisoned, float("nan"), power_of_two(-exponent))
+        return raw, multiplier, tl.where(poisoned, float("nan"), power_of_two(-exponent)), multiplier
     largest = element_max + tl.zeros_like(amax.to(tl.float32, bitcast=True))
     if SCALE == PLAIN_FLOAT:
         found = tl.where(amax > 0, amax.to(tl.float32, bitcast=True), 1.0)
         multiplier = tl.math.div_rn(found, largest)
         multiplier = tl.where(multiplier < 1.1754943508222875e-38, 1.1754943508222875e-38, multiplier)
         multiplier = tl.where(poisoned, float("nan"), multiplier)
-        return multiplier.to(tl.uint32, bitcast=True), multiplier, multiplier
+        return multiplier.to(tl.uint32, bitcast=True), multiplier, multiplier, multiplier
     ideal = tl.math.div_rn(amax.to(tl.float32, bitcast=True), largest)
     level = largest * 0 + 1
     if TWO_LEVELS:
@@ -108,9 +112,10 @@ def scale_of(
     rounded = tl.where(rounded < grid.max_bits, rounded, grid.max_bits)
     least = tl.full((), smallest, tl.float32).to(tl.uint32, bitcast=True)
     rounded = tl.where(rounded > least, rounded, least)
-    multiplier = tl.where(poisoned, float("nan"), level * rounded.to(tl.float32, bitcast=True))
+    own = tl.where(poisoned, float("nan"), rounded.to(tl.float32, bitcast=True))
+    multiplier = level * own
     code, _ = code_of(rounded, grid, False)
-    return tl.where(poisoned, grid.nan_code, code), multiplier, multiplier
+    return tl.where(poisoned, grid.nan_code, code), multiplier, multiplier, own
 
 
 @triton.jit
@@ -120,6 +125,7 @@ def emit(
     valid,
     multiplier,
     reciprocal,
+    lift,
     out,
     codes,
     key,
@@ -137,7 +143,7 @@ def emit(
     STATS: tl.constexpr,
     STORED: tl.constexpr,
 ):
-    """Round and store a patch; (nonzero if an element had no code, the statistics of `count`)."""
+    """Round and store a patch, as payload * lift; (nonzero if an element had no code, the statistics of `count`)."""
     zeros = tl.zeros_like(v)
     word = index.to(tl.uint32)
     if MODE >= STOCHASTIC:
@@ -152,13 +158,13 @@ def emit(
         size = tl.abs(v)
         y = size * reciprocal if SCALE == POWER_OF_TWO else tl.math.div_rn(size, multiplier + zeros)
         magnitude, steps = lean_round(y, word, grid, MODE)
-        result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude, v), v) * multiplier
+        result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude, v), v) * lift
         if CODES:
             code = lean_code(steps, v, grid, KEEPS_INF)
     else:
         y = v * reciprocal if SCALE == POWER_OF_TWO else tl.math.div_rn(v, multiplier + zeros)
         payload, over = round_element(v, y, word, random_bits, grid, MODE, False)
-        result = float_of(payload, False) * multiplier
+        result = float_of(payload, False) * lift
         if CODES:
             code, problem = code_of(payload, grid, False)
         if STATS:
@@ -194,12 +200,15 @@ def _process(
     element_table,
     scale_table,
     upper,
+    factor,
     key,
     random_bits,
     emax,
     up_from,
     element_max,
     smallest,
+    low,
+    high,
     outer_tiles,
     rows,
     columns,
@@ -220,8 +229,12 @@ def _process(
     VALUES: tl.constexpr,
     CODES: tl.constexpr,
     STATS: tl.constexpr,
+    PAYLOAD: tl.constexpr,
 ):
     """One program: TILES tiles, each in CHUNKS patches of ELEMENTS elements.
+
+    PAYLOAD: values are those of the elements and their blocks' own scales; of the tensor's scale m * 2^p, with p within
+    low .. high, they take the 2^p, and m goes to `factor`.
 
     STRIPS: the tiles are TILE_ROWS x 1, neighbours along the columns, and axis 0 of a patch runs down a tile. Otherwise
     axis 1 of a patch runs through a tile in C order.
@@ -270,17 +283,24 @@ def _process(
         finite = tl.where(found_finite > finite, found_finite, finite)
 
     poisoned = largest > 0x7F800000 if POISONS else largest != largest
-    raw, multiplier, reciprocal = scale_of(
+    raw, multiplier, reciprocal, lift = scale_of(
         finite, poisoned, scale_table, upper, emax, up_from, element_max, smallest, SCALE, TWO_LEVELS
     )
     if SCALE == PLAIN_FLOAT:
         tl.store(scales + tile, multiplier, mask=tile_valid)
     else:
         tl.store(scales + tile, raw.to(scales.dtype.element_ty), mask=tile_valid)
+    if not PAYLOAD:
+        lift = multiplier
+    elif TWO_LEVELS:
+        power, significand = pulled_apart(tl.load(upper), low, high)
+        lift = lift * power
+        if program == 0:
+            tl.store(factor, significand)
     if STRIPS:
-        multiplier, reciprocal = multiplier[None, :], reciprocal[None, :]
+        multiplier, reciprocal, lift = multiplier[None, :], reciprocal[None, :], lift[None, :]
     else:
-        multiplier, reciprocal = multiplier[:, None], reciprocal[:, None]
+        multiplier, reciprocal, lift = multiplier[:, None], reciprocal[:, None], lift[:, None]
 
     grid = read_grid(element_table, False)
     problem = 0
@@ -303,6 +323,7 @@ def _process(
             valid,
             multiplier,
             reciprocal,
+            lift,
             out,
             codes,
             key,
@@ -349,6 +370,35 @@ def run(
     plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | Tensor | None, out: Tensor | None
 ) -> Quantized:
     """One pass, as `kernels.eager.blocks.run`, bit for bit."""
+    return _run(plan, x, scale, key, out, None, (0, 0))
+
+
+def payload(
+    plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | Tensor | None, powers: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """x rounded as the plan says, as an operand of a tensor core: (element * block's scale * 2^p in bf16, m).
+
+    Args:
+        scale: that of the whole tensor, m * 2^p, 0-d float32; None: there is none, nor an m.
+        powers: lowest and highest p for which these values are bf16 numbers.
+    """
+    factor = None if scale is None else torch.empty((), dtype=torch.float32, device=x.device)
+    if scale is not None and not x.numel():
+        factor = torch.ones((), dtype=torch.float32, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    return _run(plan, x, scale, key, out, factor, powers).values, factor
+
+
+def _run(
+    plan: Plan,
+    x: Tensor,
+    scale: Tensor | None,
+    key: tuple[int, int] | Tensor | None,
+    out: Tensor | None,
+    factor: Tensor | None,
+    powers: tuple[int, int],
+) -> Quantized:
+    """`run`, or with a factor to be found `payload`; block's scales that are powers of two are the same for both."""
     fmt, element, layout = plan.format, plan.grid, plan.layout(x.shape)
     x = x.contiguous()
     device = x.device
@@ -372,12 +422,14 @@ def run(
                 device_table(element, plan.rounding, plan.overflow, fmt.has_float_scale, False, native_inf, device),
                 device_table(scale_grid, Rounding.NEAREST_AWAY, Overflow.SATURATE, False, False, False, device),
                 scale,
+                factor,
                 key_tensor(key, device),
                 plan.random_bits,
                 fmt.element_emax,
                 fmt.round_up_from(23),
                 float(np.float32(fmt.element.max)),
                 fmt.scale_format.min_subnormal if rounded_scale else 0.0,
+                *powers,
                 outer * down,
                 layout.rows,
                 layout.columns,
@@ -400,6 +452,7 @@ def run(
                 VALUES=plan.values,
                 CODES=plan.codes,
                 STATS=plan.stats,
+                PAYLOAD=factor is not None,
                 enable_fp_fusion=False,
             )
     return collected(found, out, x.numel(), scales, scale)

@@ -29,6 +29,7 @@ from altgrad.quantization.kernels.cuda.bits import (
     lean_quotient,
     lean_round,
     narrow,
+    pulled_apart,
     random_words,
     read_grid,
     round_element,
@@ -166,12 +167,9 @@ def _payload(
     valid = start + offset < size
     grid = read_grid(table, False)
     s = tl.load(scale) if ON_DEVICE else tl.cast(number, tl.float32)
-    exponent = ((s.to(tl.uint32, bitcast=True) >> 23) & 0xFF).to(tl.int32) - 127
-    exponent = tl.minimum(tl.maximum(exponent, tl.cast(low, tl.int32)), tl.cast(high, tl.int32))
-    up = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    up, significand = pulled_apart(s, low, high)
     if ON_DEVICE and program == 0:
-        down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-        tl.store(factor, s * down)
+        tl.store(factor, significand)
     v = widen(tl.load(x + start + offset, mask=valid, other=0.0))
     word = offset.to(tl.uint32)
     if MODE >= STOCHASTIC:
