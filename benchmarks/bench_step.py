@@ -7,7 +7,8 @@ so that a drift of the machine's speed meets all of them. Peak memory is the lar
 allocator held during one step, parameters, optimizer state and the layers' room for packed operands included. Budgets are
 those of the design document for the class of CPU; misses are printed with their factor. `--without-units` measures the
 float32 route, as on CPUs that multiply nothing faster. `--recipes named` takes every recipe that has a name
-(`altgrad recipes`); those that emulate a library's arithmetic or a unit's sums have no budget.
+(`altgrad recipes`); those that emulate a library's arithmetic or a unit's sums have no budget. `--convolutions` measures why
+layers leave those to torch's own loops on values: the same product of codes, unfolded into a matrix.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from altgrad.nn import NAMED, Recipe, attach_optimizer, quantize_model, uniform
@@ -31,10 +34,11 @@ from altgrad.nn.layer import gemm
 from altgrad.nn.layer.classes import is_quantized
 from altgrad.nn.layer.gemm import Processor
 from altgrad.nn.recipe.scaling_choice import is_block
-from altgrad.quantization.products.multiply import leave_room, room_kept
+from altgrad.quantization import Cast, encode, get_format, quantize
+from altgrad.quantization.products.multiply import Codes, leave_room, multiply, room_kept
 from altgrad.quantization.products.units import Unit, unit_of
 from altgrad.training.model import GPT, GPTConfig
-from benchmarks._timing import keep_record
+from benchmarks._timing import interleaved, keep_record
 
 MODELS = {
     "10M": (GPTConfig(vocab_size=256, n_layer=6, n_head=6, n_embd=384, block_size=256, style="gpt2"), 8),
@@ -172,7 +176,6 @@ GROUPS = (
 def labelled():
     """Give the numerics' calls names in the profile."""
     from altgrad.nn.layer import operand
-    from altgrad.quantization import Cast
 
     found = {"__call__": Cast.__call__, "decode": Cast.decode}
 
@@ -270,6 +273,36 @@ def bench(name: str, recipes: list[str], rounds: int, device: str) -> dict:
     return {"model": name, "rows": rows, "profiles": tables}
 
 
+CONVOLUTIONS = ((8, 64, 32, 64), (8, 128, 16, 128), (8, 16, 32, 16), (8, 3, 32, 64))
+"""Images, channels, side, channels out: with kernels of 3 x 3."""
+
+
+def convolutions(rounds: int) -> list[dict]:
+    """Forward convolutions of E4M3 and E0M7: rounding and torch's loops, against encoding, unfolding and products of codes."""
+    rows = []
+    print(f"{'convolution':20} {'format':7} {'direct ms':>10} {'unfolded codes / direct':>24}")
+    for images, channels, side, outputs in CONVOLUTIONS:
+        x, w = torch.randn(images, channels, side, side), torch.randn(outputs, channels, 3, 3)
+        for name in ("E4M3", "E0M7"):
+            fmt = get_format(name)
+            unit = unit_of(fmt)
+            assert unit is not None
+            coded = Codes(encode(w, name, 0.05, overflow="saturate").reshape(outputs, -1), fmt, 0.05).t()
+
+            def unfolded(x=x, fmt=fmt, coded=coded, unit=unit) -> Tensor:
+                codes = F.pad(encode(x, fmt, 0.05, overflow="saturate"), (1, 1, 1, 1))
+                matrix = codes.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, len(coded.codes))
+                return multiply(Codes(matrix, fmt, 0.05), coded, unit)
+
+            calls = {"direct": lambda x=x, w=w, fmt=fmt: F.conv2d(quantize(x, fmt, 0.05), w, padding=1)}
+            found = interleaved(calls | {"unfolded": unfolded}, baseline="direct", rounds=rounds, budget_s=0)
+            ratio = 1 / found.ratios["unfolded"]
+            shape = f"{images} x {channels} x {side}^2 > {outputs}"
+            print(f"{shape:20} {name:7} {found.seconds['direct'] * 1e3:10.2f} {ratio:24.2f}")
+            rows.append({"shape": shape, "format": name, "direct_s": found.seconds["direct"], "ratio": ratio})
+    return rows
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -284,10 +317,16 @@ def main() -> None:
     parser.add_argument(
         "--without-units", action="store_true", help="take the float32 route, as a CPU without units does"
     )
+    parser.add_argument("--convolutions", action="store_true", help="measure convolutions alone")
     args = parser.parse_args()
     if args.without_units:
         gemm.PROCESSOR = gemm.Processor()
     torch.set_num_threads(args.threads)
+    if args.convolutions:
+        found = convolutions(args.rounds)
+        if args.json is not None:
+            keep_record(args.json, "convolutions", found)
+        return
     capability = f"{torch.backends.cpu.get_cpu_capability()}, multiplies {gemm.PROCESSOR}"
     print(f"torch {torch.__version__}, {args.threads} threads, {platform.machine()} {capability}")
     recipes = list(NAMED) if args.recipes == "named" else args.recipes.split(",")
