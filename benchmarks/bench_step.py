@@ -279,6 +279,12 @@ CONVOLUTIONS = ((8, 64, 32, 64), (8, 128, 16, 128), (8, 16, 32, 16), (8, 3, 32, 
 
 def convolutions(rounds: int) -> list[dict]:
     """Forward convolutions of E4M3 and E0M7: rounding and torch's loops, against encoding, unfolding and products of codes."""
+
+    def codes_of(tensor: Tensor, fmt) -> Tensor:
+        found = encode(tensor, fmt, 0.05, overflow="saturate")
+        assert isinstance(found, Tensor)
+        return found
+
     rows = []
     print(f"{'convolution':20} {'format':7} {'direct ms':>10} {'unfolded codes / direct':>24}")
     for images, channels, side, outputs in CONVOLUTIONS:
@@ -287,10 +293,10 @@ def convolutions(rounds: int) -> list[dict]:
             fmt = get_format(name)
             unit = unit_of(fmt)
             assert unit is not None
-            coded = Codes(encode(w, name, 0.05, overflow="saturate").reshape(outputs, -1), fmt, 0.05).t()
+            coded = Codes(codes_of(w, fmt).reshape(outputs, -1), fmt, 0.05).t()
 
             def unfolded(x=x, fmt=fmt, coded=coded, unit=unit) -> Tensor:
-                codes = F.pad(encode(x, fmt, 0.05, overflow="saturate"), (1, 1, 1, 1))
+                codes = F.pad(codes_of(x, fmt), (1, 1, 1, 1))
                 matrix = codes.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, len(coded.codes))
                 return multiply(Codes(matrix, fmt, 0.05), coded, unit)
 
