@@ -75,6 +75,13 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads} | set(own)
 
 
+def test_make_bench_runs_what_the_page_of_benchmarks_names():
+    made = re.search(r"^bench:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    named = re.findall(r"`python -m (benchmarks\.\w+)", (ROOT / "docs/benchmarks.md").read_text())
+    assert made is not None
+    assert not set(named) - set(re.findall(r"-m (benchmarks\.\w+)", made[1]))
+
+
 def test_the_tests_that_pages_name_exist():
     tests = "\n".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
     named = {(page, name) for page in PAGES for name in re.findall(r"`(test_\w+)`", (ROOT / page).read_text())}
