@@ -136,7 +136,8 @@ def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_l
         ("E7M0", "INT8", Route.BF16),
         ("MXFP8", "MXFP4", Route.BF16),
         ("BF16", "E4M3", Route.BF16),
-        ("NVFP4", "NVFP4", Route.FLOAT32),  # scales that are no powers of two
+        ("NVFP4", "MXFP8", Route.BF16),
+        ("E4M3/16:FP32", "E4M3", Route.FLOAT32),  # float scales of blocks
         ("E4M3", "FP16", Route.FLOAT32),  # 11 significant bits
         ("E4M3", "FP32", Route.FLOAT32),
     ],
