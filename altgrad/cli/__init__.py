@@ -428,9 +428,9 @@ def _show_log() -> None:
     log.setLevel(logging.INFO)
 
 
-SPINS = "1000"
-"""Looks of a waiting OpenMP thread, some 10 microseconds, before it sleeps: as long as Python takes from one parallel
-region of a step to the next."""
+SPINS = "300"
+"""Looks of a waiting OpenMP thread before it sleeps: a few microseconds. Of 300, 1,000, 5,000 and none, this cost least beside
+other programs without slowing a small step on idle cores (`benchmarks.bench_load` measures the two ends)."""
 
 
 def _wait_briefly() -> None:
