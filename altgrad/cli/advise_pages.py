@@ -17,7 +17,7 @@ from altgrad.advise.sensitivity import BATCHES
 from altgrad.advise.trace import layers_of
 from altgrad.errors import ConfigError
 from altgrad.records.files import write_json, write_text
-from altgrad.report.console import Bars, Terminal, ruled_table
+from altgrad.report.console import Bars, Terminal, ruled_table, waiting
 from altgrad.report.numbers import duration, percent, plural
 from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence, whole_line
 from altgrad.training.config.shipped import shipped_file
@@ -88,14 +88,15 @@ def _from_config(
     config = load_config(path, overrides)
     if device:
         config = config.model_copy(update={"device": device})
-    loop = ConfigLoop(config)
     steps = min(steps, config.max_steps)
-    begun = time.perf_counter()
-    state = loop.capture()
-    loop.advance()
-    loop.advance()
-    second = (time.perf_counter() - begun) / 2
-    loop.restore(state)
+    with waiting("timing two steps"):
+        loop = ConfigLoop(config)
+        begun = time.perf_counter()
+        state = loop.capture()
+        loop.advance()
+        loop.advance()
+        second = (time.perf_counter() - begun) / 2
+        loop.restore(state)
     operands = sum(len(one.roles) for one in layers_of(loop.model)[0].values())
     passes = len(budget.formats) * (operands + BATCHES) + BATCHES if sensitivity else 0
     forks = 3 * 5 * verify

@@ -129,7 +129,8 @@ def replay(run_dir: Path, step: int, steps: int, patterns: list[str]) -> None:
                 )
         return found
 
-    start, own, forked, rescued = fork_run(run_dir, step, steps, chosen)
+    with waiting("replaying"):
+        start, own, forked, rescued = fork_run(run_dir, step, steps, chosen)
     console.print(
         f"from the state after step {start}, {plural(len(rescued), 'cell')} in float32"
         + (f": {', '.join(sorted(map(str, rescued))[:4])}" if rescued else ""),

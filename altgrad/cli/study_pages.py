@@ -11,7 +11,8 @@ from altgrad.analysis import write_study
 from altgrad.errors import AltGradError, OptionError
 from altgrad.formats.catalog import get_format
 from altgrad.nn.recipe.named import NAMED
-from altgrad.report.console import Terminal
+from altgrad.report.console import Terminal, waiting
+from altgrad.report.numbers import plural
 from altgrad.sweep import (
     Plan,
     SweepOptions,
@@ -23,8 +24,9 @@ from altgrad.sweep import (
     plan_sweep,
     run_sweep,
 )
-from altgrad.sweep.estimate import calibrate
+from altgrad.sweep.estimate import Estimate, calibrate
 from altgrad.training.config.document import literal
+from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.loading import load_config
 from altgrad.training.config.shipped import FIRST_MATRIX, first_config, write_first
 
@@ -76,7 +78,8 @@ def compare_formats(
     code, finished = _study(plan, SweepOptions(jobs=jobs), dry_run, fail_on_collapse)
     if finished:
         folders = [run.folder for run in plan.runs]
-        target = write_study(folders, out / "report.html")
+        with waiting(f"reading {plural(len(folders), 'run')}"):
+            target = write_study(folders, out / "report.html")
         Terminal().print(f"report: {target}", highlight=False, soft_wrap=True)
     return code
 
@@ -116,11 +119,16 @@ def _study(
 ) -> tuple[int, bool]:
     """(exit code, whether every run is there)."""
     if dry_run:
-        describe_plan(plan, options, calibrate if estimate else None)
+        describe_plan(plan, options, _calibrated if estimate else None)
         return 0, False
     result = run_sweep(plan, options)
     describe_result(result)
     return _exit_code(result, fail_on_collapse), not (result.count("stopped") or result.count("failed"))
+
+
+def _calibrated(config: ExperimentConfig) -> Estimate:
+    with waiting("timing a few steps of a run"):
+        return calibrate(config)
 
 
 def _exit_code(result: SweepResult, fail_on_collapse: bool) -> int:
