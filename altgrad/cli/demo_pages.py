@@ -41,7 +41,7 @@ def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[
         results += run_all(console, arms, made=list(zip(configs, results, strict=True)))
     if all(result.finished for result in results):
         _explain(console, _damaged(results), ends)
-    print_comparison(console, results, Path(runs_dir) / "report.html")
+    print_comparison(console, results, Path(runs_dir) / "report.html", reasons=False)
     if not console.quiet and all(result.finished for result in results):
         _print_story(console, label_runs([read_run(r.run_dir) for r in results]))
     return results
@@ -81,15 +81,20 @@ def _explain(console: Console, damaged: Sequence[Outcome], ends: float) -> None:
 
 
 def _print_story(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Per damaged run its cause, or what finds it; and what saves it, or the command to try."""
+    """Per damaged run what it did, why (or what finds it), what saves it, and where its failure report is."""
     for outcome in outcomes:
         if not is_damaged(outcome):
             continue
         cause, remedy = cause_of(outcome.run), remedy_of(outcome, outcomes)
+        run = outcome.run
+        lines = [("what", str(said["reason"])) for said in (run.verdict, *run.remarks) if said and said.get("reason")][
+            :1
+        ]
+        lines.append(("why", cause.sentence) if cause else ("why?", f"altgrad autopsy {run.path}"))
+        if remedy is not None:
+            lines.append(("saved", f"{difference(remedy.saved.gap)} nats: {remedy.command}"))
+        lines += [("report", str(page)) for page in run.failure_reports[:1]]
         away = "" if outcome.gap is None else f" ({difference(outcome.gap)} nats)"
         console.print(f"\n{outcome.label}{away}", style="bold", highlight=False)
-        why = cause.sentence if cause else f"altgrad autopsy {outcome.run.path}"
-        console.print(f"  {'why ' if cause else 'why?'}    {why}", highlight=False, soft_wrap=True)
-        if remedy is not None:
-            gap = difference(remedy.saved.gap)
-            console.print(f"  saved   {gap} nats: {remedy.command}", highlight=False, soft_wrap=True)
+        for what, said in lines:
+            console.print(f"  {what:8}{said}", highlight=False, soft_wrap=True)

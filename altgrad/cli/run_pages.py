@@ -210,10 +210,11 @@ def _print_result(console: Console, result: ExperimentResult) -> None:
         _write_report(console, [result], result.run_dir / "report.html")
 
 
-def print_comparison(console: Console, results: list[ExperimentResult], target: Path) -> None:
+def print_comparison(console: Console, results: list[ExperimentResult], target: Path, *, reasons: bool = True) -> None:
+    """The table, what stands behind its verdicts (unless it is told otherwise), and the report of finished runs."""
     if console.quiet:
         return
-    _print_table(console, results)
+    _print_table(console, results, reasons=reasons)
     if all(result.finished for result in results):
         _write_report(console, results, target)
 
@@ -231,7 +232,7 @@ def _write_report(console: Console, results: Sequence[ExperimentResult], target:
         console.print(f"report: {written}", highlight=False, soft_wrap=True)
 
 
-def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
+def _print_table(console: Console, results: Sequence[ExperimentResult], *, reasons: bool = True) -> None:
     """One row per run, in the words of the report; losses are validation losses in nats per token."""
     outcomes = label_runs([read_run(result.run_dir) for result in results])
     columns = ("run", "final", "best", "vs FP32", "steps", "verdict", "stall", "time")
@@ -257,7 +258,7 @@ def _print_table(console: Console, results: Sequence[ExperimentResult]) -> None:
     )
     if any(outcome.grade for outcome in outcomes):
         console.print(GRADES, style="dim")
-    for outcome, result in zip(outcomes, results, strict=True):
+    for outcome, result in zip(outcomes, results, strict=True) if reasons else ():
         for said in (result.verdict, *result.remarks):
             if said:
                 console.print(f"{outcome.label}: {said['reason']}", highlight=False, soft_wrap=True)
