@@ -169,8 +169,9 @@ def _first(values: np.ndarray) -> int | None:
 
 
 def _name(metric: str, role: str, layer: str) -> str:
-    """ "blocks.0.mlp.up stall", "head underflow of grad output"."""
-    return f"{layer} {metric}" + ("" if role == "update" else f" of {role.replace('_', ' ')}")
+    """ "blocks.0.mlp.up stall", "head dy underflow": short, as a phone has little room beside a map."""
+    short = {"input": "x ", "weight": "w ", "grad_output": "dy "}.get(role, "")
+    return f"{layer} {short}{metric}"
 
 
 def section(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> list[Markup]:

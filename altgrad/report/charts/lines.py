@@ -189,7 +189,8 @@ def _rows_of(marks: Sequence[Mark], x_axis: Axis) -> list[int]:
     for mark in marks:
         at = float(x_axis.at(mark.x))
         width = PHONE_CHARACTER * (len(mark.label) + 2)
-        start, stop = (at - width, at) if _label_left(at) else (at, at + width)
+        start = {"start": at, "middle": at - width / 2, "end": at - width}[_anchor(at, mark.label)]
+        stop = start + width
         free = (i for i, line in enumerate(taken) if all(stop <= a or start >= b for a, b in line))
         row = next(free, len(taken))
         if row == len(taken):
@@ -199,14 +200,22 @@ def _rows_of(marks: Sequence[Mark], x_axis: Axis) -> list[int]:
     return rows
 
 
-def _label_left(at: float) -> bool:
-    return at > 0.5
+def _anchor(at: float, text: str) -> str:
+    """Which end of a text stands at a place: the one that keeps it on the page of a phone, else its middle."""
+    width = PHONE_CHARACTER * (len(text) + 2)
+    fits = {"start": at + width <= 1.05, "end": at - width >= -0.1}
+    nearer, other = ("end", "start") if at > 0.5 else ("start", "end")
+    return nearer if fits[nearer] else other if fits[other] else "middle"
+
+
+_BESIDE = {"start": "6", "middle": "0", "end": "-6"}
+"""px between a place and the text beside it."""
 
 
 def _mark(mark: Mark, row: int, x_axis: Axis, y_axis: Axis) -> Markup:
     at = float(x_axis.at(mark.x))
     x = f"{100 * at:.3f}%"
-    left = _label_left(at)
+    anchor = _anchor(at, mark.label)
     parts = [
         el("line", class_="mark-line", x1=x, x2=x, y1=-6 - MARK_ROW * row, y2="100%"),
         el(
@@ -214,9 +223,9 @@ def _mark(mark: Mark, row: int, x_axis: Axis, y_axis: Axis) -> Markup:
             mark.label,
             x=x,
             y=-8 - MARK_ROW * row,
-            dx="-6" if left else "6",
+            dx=_BESIDE[anchor],
             dy="3",
-            text_anchor="end" if left else "start",
+            text_anchor=anchor,
         ),
     ]
     if mark.y is not None and np.isfinite(height := float(y_axis.at(mark.y))) and 0 <= height <= 1:
@@ -235,16 +244,17 @@ def _off_scale(series: Sequence[Series], x_axis: Axis, y_axis: Axis, marked: int
         if len(above) and s.group not in told:
             told.add(s.group)
             at = float(x_axis.at(s.x[above[0]]))
-            left = _label_left(at)
+            said = f"▲ {s.group} leaves the chart, up to {number(float(finite.max()), 3)}"
+            anchor = _anchor(at, said)
             text = el(
                 "text",
-                f"▲ {s.group} leaves the chart, up to {number(float(finite.max()), 3)}",
+                said,
                 class_=f"off-scale {s.style.css}",
                 x=f"{100 * at:.2f}%",
                 y=-8 - MARK_ROW * (marked + len(parts)),
-                dx="6" if left else "-6",
+                dx={"start": "-6", "middle": "0", "end": "6"}[anchor],
                 dy="3",
-                text_anchor="end" if left else "start",
+                text_anchor=anchor,
                 data_group=s.group,
             )
             parts.append(text)
