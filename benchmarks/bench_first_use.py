@@ -3,7 +3,7 @@
     python -m benchmarks.bench_first_use [--json FILE]
 
 Each row is a process of its own. `three lines` quantizes two linear layers, E4M3 with E5M2 gradients, and takes two steps;
-`demo` runs `altgrad demo --steps 12`, which compiles all that the whole demo needs. Compilation is the time inside
+`demo` runs `altgrad demo --steps 12 --minutes 0`, which compiles all that the whole demo needs. Compilation is the time inside
 `jit.template`, where every loop is compiled or loaded; seconds of CPU, beside the wall time of the whole process.
 """
 
@@ -35,7 +35,7 @@ for _ in range(2):
 _DEMO = """
 import sys
 from altgrad.cli import main
-sys.argv = ["altgrad", "demo", "--steps", "12", "--runs-dir", FOLDER + "/runs"]
+sys.argv = ["altgrad", "demo", "--steps", "12", "--minutes", "0", "--runs-dir", FOLDER + "/runs"]
 try:
     main()
 except SystemExit as ended:
