@@ -3,7 +3,7 @@
     python -m benchmarks.bench_first_use [--json FILE]
 
 Each row is a process of its own. `three lines` quantizes two linear layers, E4M3 with E5M2 gradients, and takes two steps;
-`demo` runs `altgrad demo --steps 12 --minutes 0`, which compiles all that the whole demo needs. Compilation is the time inside
+`demo` runs `altgrad demo --steps 12 --minutes 0`, which compiles all that its runs need. Compilation is the time inside
 `jit.template`, where every loop is compiled or loaded; seconds of CPU, beside the wall time of the whole process.
 """
 
