@@ -24,6 +24,7 @@ from altgrad.records.metrics_log import Curve, Damage
 from altgrad.records.run import Run, find_runs, read_run
 from altgrad.records.schema import as_number
 from altgrad.report.numbers import plural
+from altgrad.report.verdicts import ending, grade
 
 CURVE_BUCKETS = 100
 MONITORED_STEPS = 24
@@ -55,6 +56,7 @@ class RunSummary:
     damage: Damage
     problems: tuple[str, ...]
     failure_reports: tuple[Path, ...]
+    remarks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -71,6 +73,15 @@ class RunSummary:
         value = self.row["final_val_loss"]
         value = self.row["final_loss"] if value is None else value
         return value if value is not None and np.isfinite(value) else None
+
+    def verdict_beside(self, baseline: RunSummary | None) -> str:
+        """The verdict for a table cell, graded beside the unquantized run of the same seed where both were evaluated."""
+        mine, theirs = self.row["final_val_loss"], baseline.row["final_val_loss"] if baseline else None
+        known = mine is not None and theirs is not None and baseline is not None and len(baseline.validation)
+        if self.row["status"] != "completed" or self.collapsed or not known:
+            return self.row["verdict"]
+        graded = grade(mine - theirs, float(baseline.validation.values[0]) - theirs)
+        return ending("completed", None, self.remarks, graded)
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,7 @@ def summarize(run: Run, max_steps: int) -> RunSummary:
         damage=metrics.damage,
         problems=tuple(run.problems),
         failure_reports=tuple(run.failure_reports),
+        remarks=tuple(run.remarks),
     )
 
 

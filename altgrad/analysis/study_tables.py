@@ -244,11 +244,15 @@ def runs_table(study: Study, folder: Path) -> Table:
         Column("Time", True),
         Column("Reports"),
     ]
-    rows = [_run_row(run, setting, folder) for setting in study.settings for run in setting.runs]
+    rows = []
+    for setting in study.settings:
+        baseline = None if setting.is_baseline else study.baseline_of(setting)
+        of_seed = {run.seed: run for run in baseline.runs} if baseline else {}
+        rows += [_run_row(run, setting, run.verdict_beside(of_seed.get(run.seed)), folder) for run in setting.runs]
     return Table(columns, rows, filterable=True)
 
 
-def _run_row(run: RunSummary, setting: Setting, folder: Path) -> list[TableCell | str]:
+def _run_row(run: RunSummary, setting: Setting, verdict: str, folder: Path) -> list[TableCell | str]:
     row = run.row
     own, packed = run.path / "report.html", pack_of(run.path)
     target = relative_link(packed[0] if packed else own if own.is_file() else run.path, folder)
@@ -267,7 +271,7 @@ def _run_row(run: RunSummary, setting: Setting, folder: Path) -> list[TableCell 
         TableCell(loss(row["final_val_loss"]), sort=_key(row["final_val_loss"])),
         TableCell(loss(row["final_loss"]), sort=_key(row["final_loss"])),
         TableCell(steps, sort=_key(row["steps"])),
-        TableCell(row["verdict"], tone="bad" if run.collapsed else "" if run.finished else "quiet"),
+        TableCell(verdict, tone="bad" if run.collapsed else "" if run.finished else "quiet"),
         TableCell(percent(row["stall_rate"]), sort=_key(row["stall_rate"])),
         TableCell(duration(row["wall_s"]), sort=_key(row["wall_s"])),
         TableCell(", ".join(text for _, text in links) or "–", html),

@@ -13,7 +13,7 @@ from altgrad.analysis.layers import BUCKETS, layer_history, layer_type, mean_his
 from altgrad.analysis.study import bucket_means, load_study
 from altgrad.analysis.study_figures import aligned_validation, seeds_short, seeds_text
 from altgrad.analysis.study_report import rank_study, study_headline
-from altgrad.analysis.study_tables import optimizer_table, sweet_spot_table
+from altgrad.analysis.study_tables import optimizer_table, runs_table, sweet_spot_table
 from altgrad.errors import ReportError
 from altgrad.records.run import Curve
 from tests.run_folders import EXCESS, make_run
@@ -59,6 +59,17 @@ def study(folder):
 @pytest.fixture(scope="module")
 def page(folder):
     return write_study(folder, folder / "out" / "study.html")
+
+
+def test_every_run_is_graded_beside_fp32_of_its_seed(study):
+    rows = [
+        [cell if isinstance(cell, str) else cell.text for cell in row] for row in runs_table(study, study.folder).rows
+    ]
+    assert {row[6] for row in rows if row[1].startswith("FP32")} == {"completed"}
+    assert {row[6] for row in rows if row[1].startswith("E3M4")} <= {"on par", "behind"}
+    assert all(row[6].startswith("froze, step") for row in rows if "collapsed" in row[6] or "froze" in row[6])
+    alone = study.quantized[0].runs[0]
+    assert alone.verdict_beside(None) == alone.row["verdict"]
 
 
 def test_settings_are_what_differs_besides_the_seed(study):
