@@ -19,9 +19,9 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[1]
-SHELL = re.compile(r"^altgrad .*$", re.M)
-COMMANDS = [line for block in re.findall(r"^```\n(.*?)```", (ROOT / "README.md").read_text(), re.M | re.S)
-            for line in SHELL.findall(block)]  # fmt: skip
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+BLOCKS = [text for language, text in FENCED.findall((ROOT / "README.md").read_text()) if not language]
+COMMANDS = [line for text in BLOCKS for line in text.splitlines() if line.startswith("altgrad ")]
 SHORTER = {
     "run": "max_steps=6",
     "compare": "max_steps=6",
