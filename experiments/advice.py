@@ -36,8 +36,10 @@ from altgrad.advise.advice import sqnr_error
 from altgrad.advise.sensitivity import attribute, everywhere
 from altgrad.advise.stall import Snapshot, exact_stall, freeze_step, moment_ratchet, stall_error, stall_over
 from altgrad.errors import AltGradError
+from altgrad.formats.spectrum import STORAGES
 from altgrad.nn import Recipe, attach_optimizer, quantize_model, uniform
 from altgrad.optim import make_optimizer
+from altgrad.records.metrics import OPERANDS
 from altgrad.training.config.experiment import DataSection, OptimizerSection
 from altgrad.training.data import load_corpus
 from altgrad.training.model import GPT, GPTConfig
@@ -47,7 +49,6 @@ RECORD = Path(__file__).parent / "results" / "advice.jsonl"
 STEPS, TRACED = 100, 25
 SEEDS = (0, 1, 2, 3, 4)
 DECAYS = ("constant", "cosine")
-STORAGES = ("nearest", "stochastic", "master")
 FORMATS = ("E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1")
 HELD_OUT = ("E3M3", "E4M2")
 """Formats that nothing was tuned on."""
@@ -203,9 +204,6 @@ def predicted(model: str, seed: int, decay: str) -> dict[str, Any]:
     }
 
 
-ROLES = ("input", "weight", "grad_output")
-
-
 def _mean_sqnr(trace: Trace, fmt: str, role: str | None = None) -> float:
     return float(np.mean([trace.predict(*cell, fmt, 3).sqnr_db for cell in trace.cells if role in (None, cell[1])]))
 
@@ -223,11 +221,11 @@ def predicted_choice(model: str, seed: int) -> dict[str, Any]:
             )
             for fmt in offered
         }
-        for role, offered in zip(ROLES, (X, W, DY), strict=True)
+        for role, offered in zip(OPERANDS, (X, W, DY), strict=True)
     }
     sqnr = {
         role: {fmt: _mean_sqnr(trace, fmt, role) for fmt in offered}
-        for role, offered in zip(ROLES, (X, W, DY), strict=True)
+        for role, offered in zip(OPERANDS, (X, W, DY), strict=True)
     }
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         curvature = hessian_traces(loop)

@@ -26,8 +26,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from altgrad.formats.catalog import get_format
+from altgrad.formats.spectrum import STORAGES
+from altgrad.records.metrics import OPERANDS
 from altgrad.report.tables import Column, Table, table_markdown
-from experiments.advice import DECAYS, DY, FORMATS, GPTS, HELD_OUT, HELD_OUT_MODEL, SEEDS, STEPS, STORAGES, W, X
+from experiments.advice import DECAYS, DY, FORMATS, GPTS, HELD_OUT, HELD_OUT_MODEL, SEEDS, STEPS, W, X
 
 Record = Mapping[str, Mapping[str, Any]]
 MODELS = (*GPTS, HELD_OUT_MODEL)
@@ -194,9 +196,9 @@ def regret_table(record: Record) -> Table | None:
         best = min(losses.values())
         mantissa = {f: get_format(f).mantissa_bits for f in (*X, *DY)}
         sqnr, damage = said["sqnr"], said["damage"]
-        by_sqnr = tuple(max(sqnr[role], key=sqnr[role].get) for role in ("input", "weight", "grad_output"))
+        by_sqnr = tuple(max(sqnr[role], key=sqnr[role].get) for role in OPERANDS)
         picks = {
-            "advice": tuple(min(damage[role], key=damage[role].get) for role in ("input", "weight", "grad_output")),
+            "advice": tuple(min(damage[role], key=damage[role].get) for role in OPERANDS),
             "more mantissa": tuple(max(offered, key=mantissa.get) for offered in (X, W, DY)),  # type: ignore[arg-type]
             "best SQNR": by_sqnr,
             "E2M3 everywhere": ("E2M3", "E2M3", "E2M3"),

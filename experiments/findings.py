@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from altgrad.analysis.statistics import estimate, noise_floor, paired
+from altgrad.records.metrics import OPERANDS
 from altgrad.records.run import Run, find_runs, read_run
 from altgrad.report.numbers import percent
 
@@ -109,10 +110,7 @@ def print_overflow() -> None:
         if "recipe" in run.name:
             rows = {r["layer"]: [r] for r in records}
         else:
-            rows = {
-                f"every {role}": [r for r in records if r["role"] == role]
-                for role in ("input", "weight", "grad_output")
-            }
+            rows = {f"every {role}": [r for r in records if r["role"] == role] for role in OPERANDS}
         for operand, found in rows.items():
             if found:
                 overflow, underflow, amax = (span(found, key) for key in ("overflow", "underflow", "amax"))
@@ -209,7 +207,7 @@ def monitored(run: Run) -> list[dict[str, Any]]:
     """The operand records of the last step that has any."""
     records = [r for r in run.records("monitor") if r.get("overflow") is not None]
     last = max((r["step"] for r in records), default=0)
-    return [r for r in records if r["step"] == last and r["role"] in ("input", "weight", "grad_output")]
+    return [r for r in records if r["step"] == last and r["role"] in OPERANDS]
 
 
 def span(records: list[dict[str, Any]], key: str) -> str:

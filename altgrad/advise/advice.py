@@ -16,7 +16,7 @@ from altgrad.advise.stall import freeze_step, stall_error, stall_over
 from altgrad.advise.trace import Tell, Trace
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
-from altgrad.formats.spectrum import Prediction
+from altgrad.formats.spectrum import STORAGES, Prediction
 from altgrad.monitor.sources import plain_name, watch_operands
 from altgrad.nn import Recipe, StorageSpec
 from altgrad.quantization import amax_scale, quantize_with_stats
@@ -216,7 +216,7 @@ def stall_rows(trace: Trace, formats: Sequence[str], threshold: float = 0.95) ->
         return []
     rows = []
     for fmt in formats:
-        for storage in ("nearest", "stochastic", "master"):
+        for storage in STORAGES:
             curve = stall_over(trace, list(trace.layers), fmt, storage)
             if np.isnan(curve).all():
                 continue

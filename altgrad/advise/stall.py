@@ -22,10 +22,10 @@ import torch
 from altgrad.advise.trace import Snapshot, Trace
 from altgrad.errors import ConfigError
 from altgrad.formats.rounding import Rounding
+from altgrad.formats.spectrum import STORAGES
 from altgrad.quantization import amax_scale, get_format, grid_index, quantize
 from altgrad.randomness import seed_of
 
-STORAGES = ("nearest", "stochastic", "master")
 _POINTS = 9  # beyond the trace at which stall is computed; between them it is interpolated
 _LAST = 2  # measured steps whose spectra are scaled
 

@@ -22,8 +22,8 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.spectrum import Block, Prediction, Spectrum
 from altgrad.monitor.spectra import SpectrumWatch
 from altgrad.nn import places
+from altgrad.records.metrics import OPERANDS
 
-ROLES = ("input", "weight", "grad_output")
 HOOKED = ("linear", "conv", "conv_transpose")
 STEPS, MEASURED = 60, 6
 """Steps of a trace, and how many of them are measured, where nothing is said."""
@@ -48,7 +48,7 @@ class Layer:
     @property
     def roles(self) -> tuple[str, ...]:
         """The operands that a recipe can quantize."""
-        return ROLES if self.kind in HOOKED else ("weight",)
+        return OPERANDS if self.kind in HOOKED else ("weight",)
 
 
 @dataclass(frozen=True)

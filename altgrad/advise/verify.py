@@ -12,9 +12,10 @@ from altgrad.advise.advice import Advice, expected_snr, gradient_snr
 from altgrad.advise.choose import bits_of
 from altgrad.advise.loop import Loop, quantized
 from altgrad.advise.sensitivity import recipe_from
-from altgrad.advise.trace import ROLES, Tell, Trace
+from altgrad.advise.trace import Tell, Trace
 from altgrad.errors import ConfigError
 from altgrad.nn import Recipe
+from altgrad.records.metrics import OPERANDS
 
 STARTS = 3
 """States that forks leave from, `steps` float32 steps apart: what differs from start to start is chance."""
@@ -88,7 +89,7 @@ def _neighbours(trace: Trace, advice: Advice) -> dict[str, tuple[Recipe, dict[tu
         if row.damage is not None:
             offered.setdefault((row.layer, row.role), []).append((row.damage, row.format))
     found = {}
-    for role in ROLES:
+    for role in OPERANDS:
         formats = dict(advice.choice.formats)
         for cell in formats:
             if cell[1] == role:

@@ -16,6 +16,7 @@ from altgrad.analysis.statistics import Comparison, estimate, holm, paired
 from altgrad.analysis.study import OPTIMIZER, RunSummary, Setting, Study
 from altgrad.analysis.study_figures import interval_words, seeds_short, styles_of
 from altgrad.records.folders import pack_of
+from altgrad.records.metrics import OPERANDS
 from altgrad.report.charts.glyphs import bit_strip, line_sample
 from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, duration, loss, number, percent, plural
@@ -130,9 +131,6 @@ def failure_modes_table(study: Study) -> Table | None:
     return Table(columns, rows, filterable=len(rows) > 12) if rows else None
 
 
-ROLES = ("weight", "input", "grad_output")
-
-
 def sweet_spot_table(study: Study) -> Table | None:
     """Per layer type and role: the format whose tensors have the highest signal-to-quantization-noise ratio."""
     scores: dict[tuple[str, str], dict[str, dict[Hashable, float]]] = {}
@@ -140,7 +138,7 @@ def sweet_spot_table(study: Study) -> Table | None:
         for run in setting.runs:
             if run.shifts:  # measured in more than one format
                 continue
-            for role in ROLES:
+            for role in OPERANDS:
                 for kind, value in sqnr_by_type(run.layers, role).items():
                     scores.setdefault((kind, role), {}).setdefault(setting.format, {})[run.path.name] = value
     rows: list[list[TableCell | str]] = []

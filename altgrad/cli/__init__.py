@@ -65,16 +65,21 @@ def recipes(
         bool, typer.Option("--error", help="What it, or any recipe's text, does to one layer's products.")
     ] = False,
     sizes: Annotated[str | None, typer.Option("--sizes", help="With --error: tokens x in x out, 512x1024x256.")] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", help="With --error: write a page with a figure, error over length of sums."),
+    ] = None,
 ) -> None:
     """Show the recipes that people know, or what one of them says of each operand, with its source and gaps."""
     from altgrad.cli import recipe_pages
 
     if error and name is None:
         raise OptionError("--error needs a recipe: a name, or its text")
-    if sizes is not None and not error:
-        raise OptionError(f"--sizes {sizes} needs --error")
+    for option, value in (("--sizes", sizes), ("--figure", figure)):
+        if value is not None and not error:
+            raise OptionError(f"{option} {value} needs --error")
     if error and name is not None:
-        recipe_pages.print_errors(name, sizes)
+        recipe_pages.print_errors(name, sizes, figure)
     elif name is None:
         recipe_pages.print_recipes()
     else:

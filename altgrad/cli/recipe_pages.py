@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import astuple
+from pathlib import Path
 
-from altgrad.errors import RecipeError
+from altgrad.errors import OptionError, RecipeError
 from altgrad.nn.recipe.ingredients import HIGH_LAYERS
 from altgrad.nn.recipe.named import NAMED, named
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.nn.recipe.scaling_choice import is_block, scaling_label
 from altgrad.nn.recipe.spec import OperandSpec
+from altgrad.records.files import write_text
 from altgrad.report.console import Terminal, ruled_table
+from altgrad.report.pages.products import render_products
+
+LENGTHS = (64, 256, 1024, 4096)
+"""Products in a sum, over which the figure draws the error of y."""
 
 _REDUCED = {"forward": "the input features", "input_grad": "the output features", "weight_grad": "the tokens"}
 _PRODUCTS = {"forward": "y = x w^T", "input_grad": "dx = dy w", "weight_grad": "dw = dy^T x"}
@@ -79,8 +86,10 @@ def print_recipe(name: str) -> None:
     console.print(f"As text: {recipe.text}", highlight=False, soft_wrap=True)
 
 
-def print_errors(name: str, sizes: str | None) -> None:
+def print_errors(name: str, sizes: str | None, figure: Path | None = None) -> None:
     """What the recipe does to one layer's products, and each of its ingredients: errors with it removed.
+
+    figure: a file for the same as a page, with the error of y over the length of its sums.
 
     Raises:
         RecipeError: there is no such recipe; OptionError: malformed sizes.
@@ -94,8 +103,9 @@ def print_errors(name: str, sizes: str | None) -> None:
         table.add_column(product, justify="right")
     rows = [(name, recipe)]
     rows += [(f"without {one}", recipe.without(one)) for one in recipe.ingredients if one != HIGH_LAYERS]
-    for label, one in rows:
-        table.add_row(label, *(f"{100 * error:.3f} %" for error in astuple(layer_error(one, given))))
+    errors = {label: astuple(layer_error(one, given)) for label, one in rows}
+    for label, found in errors.items():
+        table.add_row(label, *(f"{100 * error:.3f} %" for error in found))
     console = Terminal()
     console.print(
         f"One linear layer, {given.tokens} tokens, {given.inner} features to {given.outer}: relative error (root mean "
@@ -104,6 +114,25 @@ def print_errors(name: str, sizes: str | None) -> None:
     )
     console.print(table)
     console.print("Errors of single products are no verdict on training: altgrad sweep trains.", highlight=False)
+    if figure is None:
+        return
+    by_length = {
+        label: [layer_error(one, Sizes(64, length, 64)).y for length in LENGTHS]
+        for label, one in rows
+        if label == name or errors[label][0] != errors[name][0]  # what changes nothing of y is no curve of its own
+    }
+    named = f"{given.tokens} tokens, {given.inner} features to {given.outer}"
+    command = f"altgrad recipes {shlex.quote(name)} --error" + (f" --sizes {sizes}" if sizes else "")
+    page = render_products(
+        name, recipe.text, named, errors, LENGTHS, by_length, f"{command} --figure {shlex.quote(str(figure))}"
+    )
+    try:
+        write_text(figure, page)
+    except OSError as error:
+        raise OptionError(
+            f"{figure} cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from None
+    console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
 
 
 def _list(console: Terminal, title: str, items: list[str]) -> None:

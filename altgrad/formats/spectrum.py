@@ -31,6 +31,9 @@ from altgrad.formats.magnitudes import EDGES, FINITE, bin_means, mean_square_err
 from altgrad.formats.rounding import Rounding, as_option
 from altgrad.formats.scalar import FloatFormat
 
+STORAGES = ("nearest", "stochastic", "master")
+"""Where an update can be lost: a weight on the grid rounded to nearest or stochastically, or a float32 master's code."""
+
 Block = int | tuple[int, int]
 
 
@@ -287,8 +290,8 @@ class Spectrum:
             FormatError: a block format, or a scale format. OptionError: another storage, or a factor below 0.
         """
         fmt = _scalar(fmt)
-        if storage not in ("nearest", "stochastic", "master"):
-            raise OptionError(f"storage {storage!r} is not one of nearest, stochastic, master")
+        if storage not in STORAGES:
+            raise OptionError(f"storage {storage!r} is not one of {', '.join(STORAGES)}")
         if not 0 <= factor < math.inf:
             raise OptionError(f"factor {factor} is not a finite number >= 0")
         if scale is None:

@@ -433,12 +433,16 @@ def test_errors_of_one_layer_rank_formats_and_sums():
             Sizes.parse(wrong)
 
 
-def test_the_command_line_prints_errors_of_each_ablation(capsys):
+def test_the_command_line_prints_and_draws_errors_of_each_ablation(capsys, tmp_path):
     from altgrad.cli import recipe_pages
 
-    recipe_pages.print_errors("te_block", "32x128x16")
+    recipe_pages.print_errors("te_block", "32x128x16", tmp_path / "e.html")
     said = capsys.readouterr().out
-    assert all(word in said for word in ("te_block", "without tiles", "without accumulator", "%"))
+    assert all(word in said for word in ("te_block", "without tiles", "without accumulator", "%", "figure: "))
+    page = (tmp_path / "e.html").read_text()
+    assert all(word in page for word in ("<svg", "without tiles", "log2 K", "--sizes 32x128x16 --figure"))
+    with pytest.raises(AltGradError, match="folder that is there"):
+        recipe_pages.print_errors("E4M3", "8x8x8", tmp_path / "e.html" / "f.html")
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -18,6 +18,7 @@ from altgrad.nn.recipe.scaling_choice import BlockScaling, CurrentScaling, Delay
 from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec
 from altgrad.quantization.inverse_scaling import RegionScaling
 from altgrad.quantization.scaling import Arithmetic
+from altgrad.records.metrics import OPERANDS
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ def names_in(value: Any, key: str) -> tuple[str, ...]:
 
 
 def _rounded_by_chance(one: GemmRecipe, role: str) -> GemmRecipe:
-    if role not in ("input", "weight", "grad_output"):
-        raise RecipeError(f"{role!r} is no role; stochastic_rounding takes input, weight and grad_output")
+    if role not in OPERANDS:
+        raise RecipeError(f"{role!r} is no role; stochastic_rounding takes {', '.join(OPERANDS)}")
     spec = getattr(one, role)
     if spec is None or spec.format is None:
         return one

@@ -9,7 +9,7 @@ from enum import Enum
 from altgrad.errors import RecipeError
 from altgrad.nn.recipe.layer_recipe import LayerRecipe, layer_recipe
 from altgrad.nn.recipe.scaling_choice import default_scaling, scaling_to_config
-from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec, StorageSpec, fields_of
+from altgrad.nn.recipe.spec import GEMMS, GemmRecipe, OperandSpec, StorageSpec, fields_of
 from altgrad.nn.recipe.text import parse_layer
 from altgrad.quantization import get_format
 
@@ -89,7 +89,7 @@ def layer_from_dict(data, where: str = "layer recipe") -> LayerRecipe | None:
         return layer_recipe(data.pop("uniform"), **data)
     check_keys(data, ["uniform", *(f.name for f in fields(LayerRecipe))], where)
     gemms = {}
-    for gemm in ("forward", "input_grad", "weight_grad"):
+    for gemm in GEMMS:
         if gemm not in data:
             raise RecipeError(f"{where} lacks {gemm!r}; give forward, input_grad and weight_grad, or uniform: FORMAT")
         if not isinstance(data[gemm], dict):

@@ -33,6 +33,7 @@ from altgrad.nn.recipe.scaling_choice import (
 from altgrad.quantization import Cast, FloatFormat, get_format
 from altgrad.quantization.hadamard import Hadamard
 from altgrad.quantization.mxfp4 import EmaRounding
+from altgrad.records.metrics import OPERANDS
 
 
 def _format_or_none(value):
@@ -257,7 +258,7 @@ class GemmRecipe:
 
     def named(self) -> list[tuple[str, OperandSpec]]:
         """(role, spec) of the two operands."""
-        given = [(role, getattr(self, role)) for role in ("input", "weight", "grad_output")]
+        given = [(role, getattr(self, role)) for role in OPERANDS]
         return [(role, spec) for role, spec in given if spec is not None]
 
 

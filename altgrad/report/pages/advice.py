@@ -260,10 +260,10 @@ def own_errors(data: Data) -> list[str]:
         lines.append(
             f"Signal to noise against direct quantization of the next batch: off by {number(errors['sqnr_db'], 2)} dB on average."
         )
-    for storage in ("nearest", "stochastic", "master"):
+    for storage, where in _STORAGES.items():
         if (error := errors.get(f"stall_{storage}")) is not None:
             lines.append(
-                f"Stall ({_STORAGES[storage]}) from spectra against the exact one, coordinate by coordinate: off by {number(100 * error, 2)} points."
+                f"Stall ({where}) from spectra against the exact one, coordinate by coordinate: off by {number(100 * error, 2)} points."
             )
     if (whole := errors.get("completeness")) is not None:
         lines.append(
