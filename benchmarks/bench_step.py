@@ -338,7 +338,8 @@ def main() -> None:
     recipes = list(NAMED) if args.recipes == "named" else args.recipes.split(",")
     results = [bench(name, recipes, args.rounds, args.device) for name in args.models.split(",")]
     if args.json is not None:
-        keep_record(args.json, "step without units" if args.without_units else "step", results)
+        what = "step of named recipes" if args.recipes == "named" else "step"
+        keep_record(args.json, f"{what} without units" if args.without_units else what, results)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from altgrad.records.files import write_text
 from altgrad.report.console import Terminal, ruled_table
 from altgrad.report.pages.products import render_products
 
+LONGEST_LABEL = 28  # characters of a recipe's text that a table and a curve carry
 LENGTHS = (64, 256, 1024, 4096)
 """Products in a sum, over which the figure draws the error of y."""
 
@@ -101,12 +102,14 @@ def print_errors(name: str, sizes: str | None, figure: Path | None = None) -> No
     table.add_column("recipe")
     for product in ("y", "dx", "dw"):
         table.add_column(product, justify="right")
-    rows = [(name, recipe)]
+    whole = name if len(name) <= LONGEST_LABEL else "the recipe"
+    rows = [(whole, recipe)]
     rows += [(f"without {one}", recipe.without(one)) for one in recipe.ingredients if one != HIGH_LAYERS]
     errors = {label: astuple(layer_error(one, given)) for label, one in rows}
     for label, found in errors.items():
         table.add_row(label, *(f"{100 * error:.3f} %" for error in found))
     console = Terminal()
+    console.print(name, style="bold", highlight=False, soft_wrap=True)
     console.print(
         f"One linear layer, {given.tokens} tokens, {given.inner} features to {given.outer}: relative error (root mean "
         "square) of its products on drawn tensors, 1 % of the features 30 times as large",
@@ -119,7 +122,7 @@ def print_errors(name: str, sizes: str | None, figure: Path | None = None) -> No
     by_length = {
         label: [layer_error(one, Sizes(64, length, 64)).y for length in LENGTHS]
         for label, one in rows
-        if label == name or errors[label][0] != errors[name][0]  # what changes nothing of y is no curve of its own
+        if label == whole or errors[label][0] != errors[whole][0]  # what changes nothing of y is no curve of its own
     }
     named = f"{given.tokens} tokens, {given.inner} features to {given.outer}"
     command = f"altgrad recipes {shlex.quote(name)} --error" + (f" --sizes {sizes}" if sizes else "")

@@ -30,14 +30,16 @@ def render_products(
     """The page.
 
     Args:
-        errors: of the recipe, named first, and of it without each ingredient, at `sizes`.
+        name: the recipe's, or its text. errors: of the recipe, which comes first, and of it without each ingredient, at
+            `sizes`.
         by_length: label -> error of y where K, the number of products in a sum, is each of `lengths`.
     """
     return render_page(
         "products.html.j2",
         title=f"AltGrad: {name}, one layer's products",
         kind="one layer's products",
-        headline=f"{name}: errors of {', '.join(f'{what} {percent(error)}' for what, error in zip(('y', 'dx', 'dw'), errors[name]))}",
+        headline="Errors of "
+        + ", ".join(f"{what} {percent(error)}" for what, error in zip(("y", "dx", "dw"), next(iter(errors.values())))),
         lede=[
             "Relative errors (root mean square) against float64 of a linear layer's three products on drawn tensors, 1 % of "
             "the features 30 times as large. Errors of single products are no verdict on training: a sweep trains."
