@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 BLOCKS = [text for language, text in FENCED.findall((ROOT / "README.md").read_text()) if not language]
 COMMANDS = [line for text in BLOCKS for line in text.splitlines() if line.startswith("altgrad ")]
+ALONE = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 SHORTER = {
     "run": "max_steps=6",
     "compare": "max_steps=6",
@@ -52,10 +53,8 @@ def empty(tmp_path_factory) -> Path:
 
 def run(installed: Path, folder: Path, *arguments: str) -> str:
     """What the command printed; it ended well."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        [str(installed), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [str(installed), *arguments]
+    done = subprocess.run(command, cwd=folder, env=ALONE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"altgrad {shlex.join(arguments)}: {done.stdout}{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stdout
@@ -67,8 +66,8 @@ def test_the_readme_shows_its_commands():
 
 def test_the_wheel_holds_configs_matrices_templates_and_no_tests(installed, empty):
     code = "import altgrad, pathlib; print(*(p for p in pathlib.Path(altgrad.__file__).parent.rglob('*')), sep='\\n')"
-    python = installed.with_name("python")
-    found = subprocess.run([python, "-c", code], cwd=empty, capture_output=True, text=True, check=True).stdout
+    command = [str(installed.with_name("python")), "-c", code]
+    found = subprocess.run(command, cwd=empty, env=ALONE, capture_output=True, text=True, check=True).stdout
     assert "site-packages/altgrad/__init__.py" in found
     for name in ("configs/e3m4_uniform.yaml", "matrix/formats.yaml", "comparison.html.j2", "report.css", "py.typed"):
         assert name in found
@@ -88,7 +87,7 @@ def test_the_demo_the_formats_and_the_first_files(installed, empty):
 
 def test_every_command_of_the_readme(installed, empty):
     save = "import torch, safetensors.torch as s; s.save_file({'up.weight': torch.ones(8, 8)}, 'model.safetensors')"
-    subprocess.run([installed.with_name("python"), "-c", save], cwd=empty, check=True)
+    subprocess.run([installed.with_name("python"), "-c", save], cwd=empty, env=ALONE, check=True)
     for line in COMMANDS:
         _, verb, *arguments = shlex.split(line)
         if verb == "watch":
@@ -107,7 +106,9 @@ def _there(folder: Path, argument: str) -> str:
 
 def _look_on(installed: Path, folder: Path, arguments: list[str]) -> None:
     """`altgrad watch` answers with its page until Ctrl-C."""
-    watching = subprocess.Popen([str(installed), "watch", *arguments], cwd=folder, stdout=subprocess.PIPE, text=True)
+    watching = subprocess.Popen(
+        [str(installed), "watch", *arguments], cwd=folder, env=ALONE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert watching.stdout is not None
         until = time.monotonic() + 60
