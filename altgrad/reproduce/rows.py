@@ -9,6 +9,7 @@ from altgrad.errors import OptionError
 from altgrad.reproduce.claim import Claim
 from altgrad.reproduce.own import OWN
 from altgrad.reproduce.simulations import SIMULATIONS
+from altgrad.reproduce.student_teacher import PROXY
 from altgrad.reproduce.tensors import TENSORS
 from altgrad.reproduce.training_rows import TRAINING
 
@@ -18,7 +19,7 @@ def _place(claim: Claim) -> tuple[int, str]:
     return int(found.group()) if found else 1000, claim.number
 
 
-CLAIMS: tuple[Claim, ...] = tuple(sorted((*TENSORS, *SIMULATIONS, *TRAINING, *OWN), key=_place))
+CLAIMS: tuple[Claim, ...] = tuple(sorted((*TENSORS, *SIMULATIONS, *TRAINING, *PROXY, *OWN), key=_place))
 
 
 def find_claim(name: str) -> Claim:

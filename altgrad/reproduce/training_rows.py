@@ -224,18 +224,6 @@ TRAINING: tuple[Claim, ...] = (
         watch="That 10% of runs diverge in BF16 cannot be tried here.",
     ),
     Claim(
-        "mx_norm_weights_diverge",
-        "9b",
-        "2506.20752",
-        "MX training of a student-teacher proxy diverges through its clamped LayerNorm weights.",
-        (Criterion("clamped - bf16", "loss, norm weights in MX minus norm weights in BF16", low=0.0),),
-        30,
-        None,
-        watch="Two sources name different steps of divergence (5,090 and 14,000): none is promised.",
-        needs="the student-teacher proxy (width 128, 4 layers, batch 512, 5,000 steps, four switches told apart), about 5 minutes "
-        "an arm and seed",
-    ),
-    Claim(
         "noise_knee_of_a_model",
         "11b",
         "2505.19115",
