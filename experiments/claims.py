@@ -15,7 +15,7 @@ from altgrad.cli.claim_pages import data_of
 from altgrad.records.files import write_text
 from altgrad.records.folders import write_archive
 from altgrad.report.numbers import number
-from altgrad.report.pages.claim import Data, bounds, interval, power
+from altgrad.report.pages.claim import Data, bounds, interval, power, seeds_of
 from altgrad.report.text import for_markdown
 from altgrad.reproduce import CLAIMS, Record
 from altgrad.reproduce.run import RECORD, document_bytes, read_record
@@ -55,7 +55,7 @@ def verdict_table(rows: Sequence[Data]) -> str:
         name = f"[`{data['name']}`](#{data['name']})"
         minutes = number(data["seconds"] / 60, 2) + ("" if data["seeds"] else " (estimate)")
         cells = [data["number"], f"{name}: {for_markdown(data['statement'])}{second}", paper, verdict]
-        lines.append(_row([*cells, str(len(data["seeds"])), minutes]))
+        lines.append(_row([*cells, seeds_of(data), minutes]))
     return "\n".join(lines)
 
 

@@ -134,7 +134,7 @@ def print_gradients() -> None:
 
 def print_collapse_reports() -> None:
     """What the failure reports of c say of gradients, of layers that no longer move, and of the others' stall."""
-    print("\n### c: failure reports of the runs that froze\n")
+    print("\n### c: failure reports of the runs that were recorded as frozen\n")
     print(
         "| run | seed | exact zeros | NaN or infinite | no attempted update changed a code | lowest stall | overflow |"
     )
@@ -227,6 +227,8 @@ def print_identity() -> None:
             a, b = (losses_of(next(iter(runs[name].values()))) for name in (first, second))
             same = sum(a[step] == b.get(step) for step in a)
             print(f"{storage}: {same} of {len(a)} recorded losses (training and validation) are equal to the bit")
+            moves = [e["values"] for e in events(next(iter(runs[first].values()))) if e["event"] == "regrid"]
+            print(f"{storage}: {len(moves)} renewals of scales moved {sum(moves)} stored values of {first}")
 
 
 def losses_of(run: Run) -> dict[tuple[str, int], float]:

@@ -11,7 +11,7 @@ from altgrad.cli.claim_pages import data_of
 from altgrad.errors import OptionError, ReportError, RunBusyError
 from altgrad.records.folders import write_archive
 from altgrad.records.lock import RunLock
-from altgrad.report.pages.claim import render_claim, sentence
+from altgrad.report.pages.claim import headline, render_claim, sentence
 from altgrad.reproduce import CLAIMS, Claim, Criterion, Protocol, find_claim, judge, reproduce
 from altgrad.reproduce.run import RECORD, committed_records, last_record, read_record
 from altgrad.reproduce.verdict import NOT_REPRODUCED, NOT_RUN, QUICK, REPRODUCED, UNRESOLVED
@@ -90,6 +90,7 @@ def test_trials_go_on_where_they_stopped_and_rates_are_tuned_on_other_seeds(tmp_
     assert [rate for rate, seed, _ in calls if seed == 1001] == [0.1, 0.3, 1.0]
     assert first.rates == {"tuned": 0.3}
     assert list(first.by_seed) == [0]
+    assert headline(data_of(first)) == "Unresolved (1 of 3 seeds)."
     before = len(calls)
     whole = reproduce(claim, tmp_path)
     assert [seed for _, seed, _ in calls[before:]] == [1, 1, 2, 2]  # nothing twice, no tuning again

@@ -76,9 +76,10 @@ class RunSummary:
 
     def verdict_beside(self, baseline: RunSummary | None) -> str:
         """The verdict for a table cell, graded beside the unquantized run of the same seed where both were evaluated."""
-        mine, theirs = self.row["final_val_loss"], baseline.row["final_val_loss"] if baseline else None
-        known = mine is not None and theirs is not None and baseline is not None and len(baseline.validation)
-        if self.row["status"] != "completed" or self.collapsed or not known:
+        if baseline is None or self.row["status"] != "completed" or self.collapsed:
+            return self.row["verdict"]
+        mine, theirs = (as_number(run.row["final_val_loss"]) for run in (self, baseline))
+        if mine is None or theirs is None or not len(baseline.validation):
             return self.row["verdict"]
         graded = grade(mine - theirs, float(baseline.validation.values[0]) - theirs)
         return ending("completed", None, self.remarks, graded)

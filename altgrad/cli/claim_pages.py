@@ -101,6 +101,7 @@ def data_of(record: Record, command: str = "") -> dict[str, Any]:
         "needs": claim.needs,
         "protocol": claim.protocol.says if claim.protocol else "",
         "seeds": list(record.by_seed),
+        "planned": claim.protocol.seeds if claim.protocol else 0,
         "verdict": verdict.kind,
         "quick": record.quick,
         "moved": record.moved,

@@ -1,4 +1,4 @@
-"""The list of claims, in the order of the rows that they come from."""
+"""The list of claims, in the order of the rows that they come from; questions of our own last."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from difflib import get_close_matches
 
 from altgrad.errors import OptionError
 from altgrad.reproduce.claim import Claim
+from altgrad.reproduce.own import OWN
 from altgrad.reproduce.simulations import SIMULATIONS
+from altgrad.reproduce.student_teacher import PROXY
 from altgrad.reproduce.tensors import TENSORS
 from altgrad.reproduce.training_rows import TRAINING
 
 
 def _place(claim: Claim) -> tuple[int, str]:
     found = re.match(r"\d+", claim.number)
-    assert found is not None
-    return int(found.group()), claim.number
+    return int(found.group()) if found else 1000, claim.number
 
 
-CLAIMS: tuple[Claim, ...] = tuple(sorted((*TENSORS, *SIMULATIONS, *TRAINING), key=_place))
+CLAIMS: tuple[Claim, ...] = tuple(sorted((*TENSORS, *SIMULATIONS, *TRAINING, *PROXY, *OWN), key=_place))
 
 
 def find_claim(name: str) -> Claim:

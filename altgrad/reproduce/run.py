@@ -38,7 +38,7 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """One arm with one seed: named values, and how long they took."""
+    """One arm with one seed: named values, and the processor seconds that they took."""
 
     arm: str
     seed: int
@@ -211,13 +211,13 @@ def _answer(claim: Claim, task: _Task) -> Trial:
     facts: Facts = protocol.arms[task.arm]
     if task.rate is not None:
         facts = {**{key: value for key, value in facts.items() if key != "rates"}, "lr": task.rate}
-    before, begun = torch.get_num_threads(), time.perf_counter()
+    before, begun = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(1)
     try:
         values = {name: float(value) for name, value in protocol.measure(facts, task.seed, task.quick).items()}
     finally:
         torch.set_num_threads(before)
-    return Trial(task.arm, task.seed, values, time.perf_counter() - begun, task.rate)
+    return Trial(task.arm, task.seed, values, time.process_time() - begun, task.rate)
 
 
 def document_of(record: Record) -> dict[str, Any]:

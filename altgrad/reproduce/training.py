@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from altgrad.advise.stall import exact_stall
 from altgrad.advise.trace import Snapshot
-from altgrad.monitor import Oscillation, quantizers_of
-from altgrad.nn import quantize_model
+from altgrad.nn import Oscillation, quantize_model
 from altgrad.quantization import quantize
 from altgrad.records.schema import StepRecord
 from altgrad.reproduce.claim import Facts, Values
@@ -218,14 +217,15 @@ def oscillating(facts: Facts, seed: int, quick: bool) -> Values:
     trainer = trainer_of({"formats": facts["formats"]}, seed, quick)
     last, window = trainer.config.max_steps, 2 if quick else 30
     begin = trainer.config.optimizer.warmup_steps
-    counter, found = Oscillation(quantizers_of(trainer.model)), {}
+    counter, found = Oscillation(trainer.model), {}
     for number in range(1, last + 1):
         step(trainer)
         if begin < number <= begin + window or number > last - window:
-            counter.see()
-            found["first" if number <= begin + window else "last"] = counter.ratio()
+            counter.update()
+            found["first" if number <= begin + window else "last"] = counter.total
+            found["flips"] = counter.flip_rate
         if number in (begin, last - window):
-            counter.start()
+            counter.reset()
     return found
 
 

@@ -13,14 +13,12 @@ from altgrad.errors import ConfigError, OptionError
 from altgrad.monitor import (
     GROUPS,
     Monitor,
-    Oscillation,
     RankLimits,
     Schedule,
     When,
     add_metric,
     effective_rank,
     make_schedule,
-    quantizers_of,
     remove_metric,
     singular_values,
     stable_rank,
@@ -339,30 +337,3 @@ def test_the_monitor_tells_of_each_operands_blocks(recipe):
     assert any(clipped) == (recipe in ("MXFP4", "quartet")), "by floor and by the deviation alone"
     rows = layer_rows([r for r in records if r["step"] == 2])
     assert any("block_scale_median" in row.values for row in rows)
-
-
-def test_oscillation_is_the_walk_of_quantized_weights_over_that_of_weights():
-    weight = torch.tensor([0.0, 0.26, 0.49])
-    counter = Oscillation({"w": (weight, torch.round)})
-    for sign in (1, -1) * 4:  # one element hovers about a middle, one moves within its cell, one stands still
-        weight += sign * torch.tensor([0.0, 0.1, 0.02])
-        counter.see()
-    assert math.isnan(counter.elements("w")[0])
-    torch.testing.assert_close(counter.elements("w")[1:], torch.tensor([0.0, 50.0]), atol=1e-2, rtol=1e-4)
-    assert counter.ratio() == pytest.approx(8 / 0.96, rel=1e-5) == counter.ratios()["w"]
-    counter.start()
-    for _ in range(300):  # a drift: grid steps add up to the same way
-        weight[2] += 0.01
-        counter.see()
-    assert counter.ratio() == pytest.approx(1.0, abs=0.02)
-
-
-def test_oscillation_reads_the_weights_of_quantized_layers_as_their_products_get_them():
-    model, optimizer, _ = quantized("master", "MXFP4")
-    counter = Oscillation(quantizers_of(model))
-    train(model, optimizer, 3)
-    counter.see()
-    assert counter.ratios().keys() == quantizers_of(model).keys()
-    assert all(ratio > 0 for ratio in counter.ratios().values())
-    with pytest.raises(OptionError, match="no weight to watch"):
-        Oscillation(quantizers_of(torch.nn.Linear(2, 2)))

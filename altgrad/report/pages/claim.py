@@ -21,8 +21,15 @@ OUTCOMES = {"holds": "holds", "fails": "fails", "open": "open", "told": ""}
 
 def headline(data: Data) -> str:
     """The verdict in a line."""
-    seeds = plural(len(data["seeds"]), "seed")
-    return f"{data['verdict'].capitalize()}{f' ({seeds})' if data['seeds'] else ''}."
+    text = seeds_of(data)
+    seeds = f" ({text} seed{'' if text == '1' else 's'})" if data["seeds"] else ""
+    return f"{data['verdict'].capitalize()}{seeds}."
+
+
+def seeds_of(data: Data) -> str:
+    """How many seeds, and of how many where the protocol has more: the verdict of a trial that is not over."""
+    made, planned = len(data["seeds"]), data["planned"]
+    return f"{made} of {planned}" if 0 < made < planned and not data["quick"] else str(made)
 
 
 def sentence(data: Data) -> str:

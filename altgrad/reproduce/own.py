@@ -1,0 +1,258 @@
+"""Three questions of our own, asked like others' claims: criteria first, eight paired seeds, rates tuned on seeds that do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altgrad.quantization import E4M3, amax_scale, get_format, grid_spacing, quantize
+from altgrad.reproduce.claim import Claim, Criterion, Facts, Protocol, Values
+from altgrad.reproduce.small_gpt import DIVERGED, step, trained, trainer_of
+from altgrad.reproduce.tensors import drawing
+from altgrad.reproduce.training import final_loss, losses, stored
+from altgrad.training.trainer import Trainer
+
+Arms = Mapping[str, Values]
+
+
+def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.ndim == 2}
+
+
+# -- is stall harmful ---------------------------------------------------------------------------------------------
+
+
+class _Rounding:
+    """Rounds a float32 model's matrices to a format after each step, all but the coordinates that are free of it."""
+
+    def __init__(self, trainer: Trainer, fmt: str, refreshed: bool) -> None:
+        self.trainer, self.form, self.refreshed = trainer, get_format(fmt), refreshed
+        self.free: dict[str, Tensor] = {}
+        self.matrices = _matrices(trainer.model)
+        self.stalls = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
+        self.rescale()
+        self.round()
+
+    def rescale(self) -> None:
+        """Power-of-two scales of the present largest weights."""
+        self.scales = {
+            name: 1.0 if self.form.emax >= 127 else amax_scale(p.detach(), self.form, power_of_two=True)
+            for name, p in self.matrices.items()
+        }
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Put every weight that is not free on its grid, to nearest."""
+        for name, p in self.matrices.items():
+            low = quantize(p, self.form, self.scales[name], overflow="saturate")
+            p.copy_(torch.where(self.free[name], p, low) if name in self.free else low)
+
+    def step(self) -> None:
+        """A training step; counts the updates that rounding takes back."""
+        before = {name: p.detach().clone() for name, p in self.matrices.items()}
+        step(self.trainer)
+        tried = {name: p.detach() != before[name] for name, p in self.matrices.items()}
+        if self.refreshed and self.trainer.step % 10 == 0:
+            self.rescale()
+        self.round()
+        for name, p in self.matrices.items():
+            self.stalls[name] += tried[name] & (p.detach() == before[name])
+
+
+def freed(facts: Facts, seed: int, quick: bool) -> Values:
+    """Validation loss at the end with weights stored to nearest, and where half-way some coordinates are let go.
+
+    Forks from one state: nothing; those coordinates that stalled in at least half of the 20 steps before; as many others drawn at
+    random. What is let go moves in float32 from there on, its residual included.
+    """
+    changes = {"optimizer.lr": facts["lr"], "optimizer.decay": facts["decay"]}
+    trainer = trainer_of(changes, seed, quick)
+    rounding = _Rounding(trainer, facts["format"], facts["scale"] == "refreshed")
+    half, window = trainer.config.max_steps // 2, 2 if quick else 20
+    for number in range(1, half + 1):
+        if number == half - window + 1:
+            rounding.stalls = {name: torch.zeros_like(p) for name, p in rounding.matrices.items()}
+        rounding.step()
+    stalled = {name: count >= window / 2 for name, count in rounding.stalls.items()}
+    generator = drawing(seed, 5)
+    others = {
+        name: (torch.randperm(m.numel(), generator=generator) < int(m.sum())).view_as(m) for name, m in stalled.items()
+    }
+    state, scales, found = trainer.capture(), dict(rounding.scales), {}
+    for name, free in (("none", {}), ("stalled", stalled), ("random", others)):
+        trainer.restore(state)
+        rounding.free, rounding.scales = free, dict(scales)
+        for _ in range(trainer.config.max_steps - half):
+            rounding.step()
+        found[name] = min(trainer.evaluate(), DIVERGED)
+    share = sum(float(m.sum()) for m in stalled.values()) / sum(m.numel() for m in stalled.values())
+    return {**found, "loss": found["none"], "share": share}
+
+
+def _harm(arms: Arms) -> Values:
+    gains = {name: values["random"] - values["stalled"] for name, values in arms.items()}
+    told = {f"gain, {name}": values["none"] - values["stalled"] for name, values in arms.items()}
+    return {**{f"more, {name}": gain for name, gain in gains.items()}, **told}
+
+
+# -- the spacing before the moments -------------------------------------------------------------------------------
+
+
+def spacing_of(weight: Tensor) -> Tensor:
+    """The E4M3 grid's spacing at each weight under a power-of-two amax scale, over its mean in the tensor."""
+    spacing = grid_spacing(weight, E4M3, amax_scale(weight, E4M3, power_of_two=True)).float()
+    return spacing / spacing.mean()
+
+
+def _factors(kind: str, weights: Mapping[str, nn.Parameter], seed: int) -> Callable[[str], Tensor | None]:
+    start = {name: spacing_of(p.detach()) for name, p in weights.items()}
+    generator = drawing(seed, 11)
+    mixed = {name: torch.randperm(p.numel(), generator=generator) for name, p in weights.items()}
+    drawn = {name: torch.exp(s.log().std() * torch.randn(s.shape, generator=generator)) for name, s in start.items()}
+    made: Mapping[str, Callable[[str], Tensor | None]] = {
+        "none": lambda name: None,
+        "spacing": lambda name: spacing_of(weights[name].detach()),
+        "frozen": start.__getitem__,
+        "permuted": lambda name: spacing_of(weights[name].detach()).flatten()[mixed[name]].view_as(weights[name]),
+        "lognormal": drawn.__getitem__,
+    }
+    return made[kind]
+
+
+def factor_before_moments(facts: Facts, seed: int, quick: bool) -> Values:
+    """Validation loss of float32 AdamW whose gradients of matrices are multiplied by a factor before they enter the moments."""
+    changes = {"optimizer.lr": facts["lr"], "optimizer.betas": [0.9, facts["beta2"]], "optimizer.eps": 1e-12}
+    trainer = trainer_of(changes, seed, quick)
+    weights = _matrices(trainer.model)
+    factor = _factors(facts["factor"], weights, seed)
+
+    def before(*_: Any) -> None:
+        for name, p in weights.items():
+            if p.grad is not None and (chosen := factor(name)) is not None:
+                p.grad.mul_(chosen)
+
+    handle = trainer.optimizer.register_step_pre_hook(before)
+    try:
+        return {"loss": trained(trainer)}
+    finally:
+        handle.remove()
+
+
+_FACTORS = ("none", "spacing", "frozen", "permuted", "lognormal")
+_BETAS = (0.95, 0.999)
+
+
+def _by_factor(arms: Arms) -> Values:
+    found = losses(arms)
+    return {
+        f"{other} - spacing, {beta}": found[f"{other}, {beta}"] - found[f"spacing, {beta}"]
+        for beta in _BETAS
+        for other in _FACTORS
+        if other != "spacing"
+    }
+
+
+# -- what E7M0 costs ----------------------------------------------------------------------------------------------
+
+
+def _parts(arms: Arms) -> Values:
+    found = losses(arms)
+    parts = {
+        "representation": found["master"] - found["float32"],
+        "noise": found["stochastic"] - found["master"],
+        "stall": found["nearest"] - found["stochastic"],
+    }
+    return {**parts, "most": parts["stall"] - max(parts["representation"], parts["noise"])}
+
+
+_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
+_CELLS = {
+    f"{fmt}, {decay}, {scale}": {"format": fmt, "decay": decay, "scale": scale, "rates": [1e-3, 3e-3, 1e-2]}
+    for fmt in ("E4M3", "E7M0")
+    for decay in ("constant", "cosine")
+    for scale in ("fixed", "refreshed")
+}
+
+OWN: tuple[Claim, ...] = (
+    Claim(
+        "own_stall_is_harmful",
+        "own a",
+        "AltGrad",
+        "Stall itself costs loss: letting only stalled coordinates move gains more than letting as many random ones move.",
+        (
+            *(
+                Criterion(f"more, {name}", f"loss, random ones freed minus stalled ones freed, {name}", low=0.0)
+                for name in _CELLS
+            ),
+            *(Criterion(f"gain, {name}", f"loss, none freed minus stalled ones freed, {name}") for name in _CELLS),
+        ),
+        30,
+        Protocol(
+            "0.13M, matrices stored to nearest in E4M3 or E7M0, constant or cosine rate, scale fixed or renewed every 10 steps; three "
+            "forks at step 150 of 300, in which no, the stalled, or as many random coordinates go on in float32.",
+            freed,
+            _CELLS,
+            _harm,
+            seeds=8,
+            tuned_by="loss",
+        ),
+    ),
+    Claim(
+        "own_spacing_before_moments",
+        "own b",
+        "AltGrad",
+        "Multiplying gradients by the grid's spacing before Adam's moments helps without any low precision, because the spacing "
+        "follows the weight.",
+        (
+            *(
+                Criterion(f"none - spacing, {beta}", f"loss, plain minus spacing, beta2 {beta}", low=0.0)
+                for beta in _BETAS
+            ),
+            *(
+                Criterion(f"{other} - spacing, {beta}", f"loss, {other} minus spacing, beta2 {beta}", low=0.0)
+                for beta in _BETAS
+                for other in ("frozen", "permuted", "lognormal")
+            ),
+        ),
+        25,
+        Protocol(
+            "0.13M in float32, 300 steps: AdamW with gradients times the E4M3 spacing at each weight, times that of the start, times it "
+            "permuted within the tensor, times a lognormal factor of the same spread, or plain; beta2 0.95 and 0.999, each at the best "
+            "of four rates.",
+            factor_before_moments,
+            {f"{f}, {beta}": {"factor": f, "beta2": beta, "rates": _RATES} for f in _FACTORS for beta in _BETAS},
+            _by_factor,
+            seeds=8,
+            tuned_by="loss",
+        ),
+    ),
+    Claim(
+        "own_parts_of_e7m0",
+        "own c",
+        "AltGrad",
+        "Of what powers of two as stored weights cost, stall is the largest part, before representation and rounding noise.",
+        (
+            Criterion("most", "stall minus the larger of the two other parts, nats", low=0.0),
+            Criterion("representation", "loss, masters used in E7M0 minus float32"),
+            Criterion("noise", "loss, stored stochastically minus masters"),
+            Criterion("stall", "loss, stored to nearest minus stored stochastically"),
+        ),
+        12,
+        Protocol(
+            "0.13M, 300 steps, weights of linear layers in E7M0, other operands in float32, every arm at the best of its rates.",
+            final_loss,
+            {
+                "float32": {"rates": _RATES},
+                "master": {"config": {"formats": "x:FP32 w:E7M0 dy:FP32"}, "rates": _RATES},
+                "stochastic": {"config": stored("E7M0", "stochastic"), "rates": _RATES},
+                "nearest": {"config": stored("E7M0", "nearest_even"), "rates": [1e-2, 3e-2, 1e-1, 3e-1]},
+            },
+            _parts,
+            seeds=8,
+            tuned_by="loss",
+        ),
+    ),
+)
