@@ -115,7 +115,7 @@ def main() -> None:
         if path.exists():
             print_study(name, path)
         else:
-            print(f"\n### {name}\n\nno records at {path.name}")
+            print(f"\n### {name}\n\nno records: {path.name} is not there")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_records_are_read_from_packs_and_damage_is_said(tmp_path):
     with pytest.raises(ReportError, match="does not match its checksum"):
         reproduce(claim, tmp_path)
     file.write_text("{}")
-    with RunLock.acquire(tmp_path / claim.name), pytest.raises(RunBusyError):
+    with RunLock.acquire(tmp_path / claim.name), pytest.raises(RunBusyError, match="another folder with --out"):
         reproduce(claim, tmp_path)
 
 

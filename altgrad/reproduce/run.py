@@ -143,7 +143,7 @@ def reproduce(
     folder = Path(out) / f"{claim.name}{QUICK if quick else ''}"
     if Path(out).exists() and not Path(out).is_dir():
         raise OptionError(f"{out} is a file; choose a folder for the records with --out")
-    with RunLock.acquire(folder):
+    with RunLock.acquire(folder, "give another folder with --out"):
         record = read_record(claim, folder, quick=quick)
         for stage in ("tuning", "trials"):
             record = _make(record, list(_missing(record, stage, count)), folder, jobs, stage, tell)
