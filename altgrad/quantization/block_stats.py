@@ -27,26 +27,6 @@ class BlockStats:
 
     vector: Tensor
 
-    @property
-    def blocks(self) -> Tensor:
-        """Number of blocks counted."""
-        return self.vector[0]
-
-    @property
-    def saturated(self) -> Tensor:
-        """Number of saturated blocks."""
-        return self.vector[1]
-
-    @property
-    def flushed(self) -> Tensor:
-        """Number of flushed blocks."""
-        return self.vector[2]
-
-    @property
-    def scales(self) -> Tensor:
-        """Number of blocks for each binade of the scale."""
-        return self.vector[3:]
-
 
 @torch.no_grad()
 def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, axis: int = -1) -> BlockStats:
@@ -76,7 +56,10 @@ def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, 
     limit = scale.double() * (element.max + step / 2)
     odd = (element.max / step) % 2 == 1  # a tie goes beyond then
     beyond = size.double() >= limit if odd else size.double() > limit
-    exponents = (scale.view(torch.int32) >> 23).clamp(0, BINADES - 1)[counted & (scale > 0)]
-    bins = torch.bincount(exponents, minlength=BINADES)
+    exponents = (scale.view(torch.int32) >> 23).clamp(0, BINADES - 1).long()
+    bins = torch.zeros(BINADES, dtype=torch.float64, device=x.device)
+    bins.scatter_add_(
+        0, exponents, (counted & (scale > 0)).double()
+    )  # integers, so in any order; and no wait for the host
     counts = torch.stack([counted.sum(), (beyond & counted).sum(), ((kept == 0) & counted).sum()])
-    return BlockStats(torch.cat([counts, bins]).double())
+    return BlockStats(torch.cat([counts.double(), bins]))

@@ -158,7 +158,7 @@ TENSORS: tuple[Claim, ...] = (
             },
             lambda arms: {f"{arm} {name}": value for arm, values in arms.items() for name, value in values.items()},
         ),
-        watch="The mechanism alone; whether it makes training diverge is row 9.",
+        watch="The mechanism alone; whether it makes training diverge is row 9b.",
     ),
     Claim(
         "hadamard_flips_four_bits",

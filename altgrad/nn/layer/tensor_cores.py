@@ -38,8 +38,10 @@ def powers_of(operand: Operand) -> tuple[int, int] | None:
 
 
 def powers_of_blocks(fmt: BlockFormat) -> tuple[int, int] | None:
-    """Lowest and highest p for which element * block's scale * 2^p are bf16 numbers, for scales that are short but no
-    powers of two (NVFP4); None where they are not."""
+    """Lowest and highest p for which element * block's scale * 2^p are bf16 numbers; None where they are not.
+
+    For scales that are short but no powers of two (NVFP4).
+    """
     scale = fmt.scale_format
     if fmt.has_float_scale or fmt.element.significant_bits + scale.significant_bits > SIGNIFICANT_BITS:
         return None
