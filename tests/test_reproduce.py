@@ -1,4 +1,4 @@
-"""Published claims: verdicts follow from values, trials go on where they stopped, every row is whole and runs."""
+"""Published claims: verdicts follow from values, trials go on where they stopped, every row is whole, and cheap ones run."""
 
 import json
 import math

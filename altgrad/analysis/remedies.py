@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,10 @@ MOST_SETTINGS = 2
 
 @dataclass(frozen=True)
 class Cause:
-    """What an autopsy of a run concluded: its sentence, whether it names a cause, and its page."""
+    """What an autopsy of a run concluded: its sentence and its page."""
 
     sentence: str
-    kind: str
     page: Path
-
-    @property
-    def cells(self) -> bool:
-        return self.kind == "cause"
 
 
 @dataclass(frozen=True)
@@ -47,31 +43,42 @@ def is_damaged(outcome: Outcome) -> bool:
     return outcome.collapsed or outcome.grade in (BEHIND, BARELY_LEARNED)
 
 
+def damaged(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The damaged of these runs, the worst first; worst of all is one whose loss is NaN or not known."""
+    return sorted(filter(is_damaged, outcomes), key=lambda outcome: -_gap(outcome))
+
+
+def _gap(outcome: Outcome) -> float:
+    """Above FP32, inf where it is NaN or not known."""
+    return math.inf if outcome.gap is None or math.isnan(outcome.gap) else outcome.gap
+
+
 def cause_of(run: Run) -> Cause | None:
     """What `altgrad autopsy` wrote into the run's folder; None before there is one."""
     folder = run.path / "autopsy"
     found = read_json(folder / "verdict.json").content
-    sentence, kind = found.get("sentence"), found.get("kind")
-    if not (isinstance(sentence, str) and sentence and isinstance(kind, str)):
+    sentence = found.get("sentence")
+    if not (isinstance(sentence, str) and sentence):
         return None
-    return Cause(sentence, kind, folder / "autopsy.html")
+    return Cause(sentence, folder / "autopsy.html")
 
 
 def remedy_of(outcome: Outcome, outcomes: Sequence[Outcome]) -> Remedy | None:
     """Of the runs of the same format and seed that differ in a setting or two, the one that comes closest to FP32.
 
-    None for a run that is not damaged, and where no such run closes half of the gap.
+    None for a run that is not damaged or not above FP32, and where no such run closes half of the gap.
     """
-    if not is_damaged(outcome) or outcome.gap is None:
+    gap = _gap(outcome)
+    if not is_damaged(outcome) or gap <= 0:
         return None
     found = []
     for other in outcomes:
         same = other.run.format == outcome.run.format and other.run.seed == outcome.run.seed
-        if other is outcome or not same or other.collapsed or other.gap is None:
+        if other is outcome or not same or other.collapsed or math.isinf(_gap(other)):
             continue
         settings = _changes(outcome.run, other.run)
-        if 1 <= len(settings) <= MOST_SETTINGS and other.gap <= (1 - SAVES) * outcome.gap:
-            found.append((other.gap, Remedy(other, settings, _command(outcome.run, settings))))
+        if 1 <= len(settings) <= MOST_SETTINGS and _gap(other) <= (1 - SAVES) * gap:
+            found.append((_gap(other), Remedy(other, settings, _command(outcome.run, settings))))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from altgrad.analysis.layers import BUCKETS, LayerHistory, layer_history
 from altgrad.analysis.outcome import Outcome
-from altgrad.analysis.remedies import is_damaged
+from altgrad.analysis.remedies import damaged
 from altgrad.records.metrics import find_metric, metrics
 from altgrad.records.run import Curve, as_number
 from altgrad.report.charts.axes import axis_over
@@ -110,8 +110,8 @@ def trouble_figures(outcomes: Sequence[Outcome], same: Mapping[str, str]) -> lis
     Args:
         same: labels of runs that are another one to the last bit, which are left out.
     """
-    damaged = sorted((o for o in outcomes if is_damaged(o) and o.label not in same), key=lambda o: -(o.gap or 0.0))
-    drawn = [_trouble_figure(o) for o in damaged[:MOST_MAPS] if o.metrics.monitor and o.run.max_steps]
+    shown = damaged([outcome for outcome in outcomes if outcome.label not in same])
+    drawn = [_trouble_figure(o) for o in shown[:MOST_MAPS] if o.metrics.monitor and o.run.max_steps]
     return [one for one in drawn if one is not None]
 
 

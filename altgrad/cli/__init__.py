@@ -422,11 +422,12 @@ def main() -> None:
 
 def _show_log() -> None:
     """What the package logs goes to stderr, as one line each: a first compilation, a cache that cannot be written."""
+    from altgrad.report.text import for_terminal
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             with contextlib.suppress(OSError):
-                print(f"altgrad: {record.getMessage().removeprefix('altgrad: ')}", file=sys.stderr)
+                print(f"altgrad: {for_terminal(record.getMessage())}", file=sys.stderr)
 
     log = logging.getLogger("altgrad")
     log.handlers, log.propagate = [Lines()], False
@@ -434,8 +435,8 @@ def _show_log() -> None:
 
 
 SPINS = "300"
-"""Looks of a waiting OpenMP thread before it sleeps: a few microseconds. Of 300, 1,000, 5,000 and none, this cost least beside
-other programs without slowing a small step on idle cores (`benchmarks.bench_load` measures the two ends)."""
+"""Looks of a waiting OpenMP thread before it sleeps: a few microseconds. libgomp's own 300,000 are milliseconds; `python -m
+benchmarks.bench_load` compares the two."""
 
 
 def _wait_briefly() -> None:

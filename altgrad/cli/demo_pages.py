@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from altgrad.analysis.outcome import Outcome, label_runs
-from altgrad.analysis.remedies import cause_of, is_damaged, remedy_of
+from altgrad.analysis.remedies import cause_of, damaged, is_damaged, remedy_of
 from altgrad.cli.run_pages import print_comparison, run_all, terminal
 from altgrad.errors import AltGradError
 from altgrad.records.run import read_run
@@ -34,32 +34,26 @@ def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[
     configs = demo_configs(runs_dir, steps, device)
     results = run_all(console, configs)
     if all(result.finished for result in results):
-        worst = _damaged(results)[:1]
+        worst = damaged(label_runs([read_run(r.run_dir) for r in results]))[:1]
         arms = [
             saving_arm(c) for c, r in zip(configs, results, strict=True) if worst and r.run_dir == worst[0].run.path
         ]
         results += run_all(console, arms, made=list(zip(configs, results, strict=True)))
     if all(result.finished for result in results):
-        _explain(console, _damaged(results), ends)
+        _explain(console, damaged(label_runs([read_run(r.run_dir) for r in results])), ends)
     print_comparison(console, results, Path(runs_dir) / "report.html", reasons=False)
     if not console.quiet and all(result.finished for result in results):
         _print_story(console, label_runs([read_run(r.run_dir) for r in results]))
     return results
 
 
-def _damaged(results: Sequence[ExperimentResult]) -> list[Outcome]:
-    """The damaged runs, the worst first."""
-    found = [o for o in label_runs([read_run(r.run_dir) for r in results]) if is_damaged(o)]
-    return sorted(found, key=lambda o: -(o.gap or 0.0))
-
-
-def _explain(console: Console, damaged: Sequence[Outcome], ends: float) -> None:
+def _explain(console: Console, runs: Sequence[Outcome], ends: float) -> None:
     """Make the autopsies that fit into the time that is left, of the worst run first."""
     from altgrad.autopsy.run import plan
     from altgrad.cli.autopsy_pages import TimeIsUp, followed
 
     jobs = min(MOST_JOBS, available_cores())
-    for outcome in damaged:
+    for outcome in runs:
         left = ends - time.monotonic()
         if cause_of(outcome.run) is not None or left < 10:
             continue

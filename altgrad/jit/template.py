@@ -198,7 +198,7 @@ def _kept_on_disk(compile_: Callable[[bool], Any]) -> Any:
             reason = "no folder for it can be written"
         _cache_refused = True
         logging.getLogger(PACKAGE).warning(
-            "altgrad: compiled loops are not kept for the next process (%s); set NUMBA_CACHE_DIR to a writable folder",
+            "compiled loops are not kept for the next process (%s); set NUMBA_CACHE_DIR to a writable folder",
             reason,
         )
     return compile_(False)

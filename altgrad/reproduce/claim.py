@@ -15,6 +15,8 @@ Facts = Mapping[str, Any]
 Values = Mapping[str, float]
 TUNING_SEEDS = (1001,)
 """Seeds that learning rates are tuned on; they never count."""
+MOST_SEEDS = 1000
+"""That may be asked for, all below the seeds of tuning; a power analysis that asks for more says so."""
 
 
 def only(arms: Mapping[str, Values]) -> Values:

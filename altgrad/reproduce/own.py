@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from altgrad.quantization import E4M3, amax_scale, get_format, grid_spacing, quantize
 from altgrad.reproduce.claim import Claim, Criterion, Facts, Protocol, Values
-from altgrad.reproduce.small_gpt import DIVERGED, step, trained, trainer_of
+from altgrad.reproduce.small_gpt import step, trained, trainer_of, validation_loss
 from altgrad.reproduce.tensors import drawing
 from altgrad.reproduce.training import final_loss, losses, stored
 from altgrad.training.trainer import Trainer
@@ -87,7 +87,7 @@ def freed(facts: Facts, seed: int, quick: bool) -> Values:
         rounding.free, rounding.scales = free, dict(scales)
         for _ in range(trainer.config.max_steps - half):
             rounding.step()
-        found[name] = min(trainer.evaluate(), DIVERGED)
+        found[name] = validation_loss(trainer)
     share = sum(float(m.sum()) for m in stalled.values()) / sum(m.numel() for m in stalled.values())
     return {**found, "loss": found["none"], "share": share}
 

@@ -24,13 +24,13 @@ from altgrad.records.files import write_bytes
 from altgrad.records.lock import RunLock
 from altgrad.records.machine import MOST_THREADS, circumstances
 from altgrad.records.schema import as_number
-from altgrad.reproduce.claim import TUNING_SEEDS, Claim, Facts
+from altgrad.reproduce.claim import MOST_SEEDS, TUNING_SEEDS, Claim, Facts
+from altgrad.reproduce.rows import find_claim
 from altgrad.reproduce.verdict import Verdict, judge
 
 RECORD = "record.json"
 QUICK = "-quick"  # after a claim's name, of quick trials
 QUICK_SEEDS = 2
-MOST_SEEDS = 1000
 _PACKAGE = Path(__file__).parents[1]
 _PACK = Path("experiments", "results", "claims.tar.xz")
 Tell = Callable[[str, int, int], None]
@@ -88,7 +88,7 @@ class Record:
                 if trial.arm == arm and trial.seed in TUNING_SEEDS and trial.rate is not None:
                     tried.setdefault(trial.rate, []).append(trial.values[protocol.tuned_by])
             if all(len(tried.get(rate, ())) == len(TUNING_SEEDS) for rate in facts["rates"]):
-                found[arm] = min(facts["rates"], key=lambda rate: _worst_if_nan(sum(tried[rate])))
+                found[arm] = min(facts["rates"], key=lambda rate: sum(tried[rate]))
         return found
 
     @cached_property
@@ -199,8 +199,6 @@ def _trials(claim: Claim, tasks: Sequence[_Task], jobs: int) -> Iterator[Trial]:
 
 def _answer_by_name(name: str, task: _Task) -> Trial:
     """In a process of its own, to which functions of a row cannot be sent."""
-    from altgrad.reproduce.rows import find_claim
-
     return _answer(find_claim(name), task)
 
 
@@ -283,7 +281,3 @@ def last_record(claim: Claim, out: str | Path) -> Record:
     if record.trials or pack is None:
         return record
     return read_record(claim, pack / claim.name)
-
-
-def _worst_if_nan(value: float) -> float:
-    return value if value == value else float("inf")

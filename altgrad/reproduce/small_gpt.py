@@ -6,7 +6,6 @@ in docs/findings/manifold.md). Everything random is a function of the seed, so t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -62,8 +61,13 @@ def trained(trainer: Trainer, each: Callable[[StepRecord], None] = lambda record
     """Train to the config's last step; the validation loss, at most `DIVERGED`."""
     for _ in range(trainer.config.max_steps):
         each(step(trainer))
+    return validation_loss(trainer)
+
+
+def validation_loss(trainer: Trainer) -> float:
+    """At most `DIVERGED`, which stands for NaN as well."""
     loss = trainer.evaluate()
-    return loss if math.isfinite(loss) and loss < DIVERGED else DIVERGED
+    return loss if loss < DIVERGED else DIVERGED
 
 
 def operands(seed: int, steps: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from altgrad.advise.stall import exact_stall
+from altgrad.advise.stall import exact_stall, freeze_step
 from altgrad.advise.trace import Snapshot
 from altgrad.nn import Oscillation, quantize_model
 from altgrad.quantization import quantize
@@ -88,8 +88,8 @@ def predicted_freeze(facts: Facts, seed: int, quick: bool) -> Values:
     values = {f"error_{fmt}": sum(found) / len(found) for fmt, found in errors.items()}
     last = twin.config.max_steps + 1
     for fmt in STORED:
-        values[f"froze_{fmt}"] = float(_frozen_from(moved[fmt]) or last)
-        values[f"foretold_{fmt}"] = float(_frozen_from(foretold[fmt]) or last)
+        values[f"froze_{fmt}"] = float(freeze_step(np.asarray(moved[fmt]) < _FROZEN, 1) or last)
+        values[f"foretold_{fmt}"] = float(freeze_step(np.asarray(foretold[fmt]) < _FROZEN, 1) or last)
     then = min(int(values["froze_E8M3_IEEE"]), len(moved["stochastic"])) - 1
     return {**values, "moved_stochastic": moved["stochastic"][then], "moved_nearest": moved["E8M3_IEEE"][then]}
 
@@ -98,13 +98,6 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight.detach()
-
-
-def _frozen_from(moved: list[float]) -> int | None:
-    """The first step from which on fewer than 1% of the coordinates move to the end."""
-    alive = [number for number, share in enumerate(moved, 1) if share >= _FROZEN]
-    first = alive[-1] + 1 if alive else 1
-    return first if first <= len(moved) else None
 
 
 def freezing(arms: Arms) -> Values:
@@ -206,14 +199,14 @@ def gradient_formats(facts: Facts, seed: int, quick: bool) -> Values:
     loss = trained(trainer)
     trainer.measuring.close()
     seen = [r["sqnr_db"] for r in records if r.get("role") == "grad_output" and "sqnr_db" in r]
-    return {"loss": loss, "sqnr": sum(seen) / len(seen)} if seen else {"loss": loss}
+    return {"loss": loss, "sqnr": sum(seen) / len(seen)}
 
 
 # -- oscillation -------------------------------------------------------------------------------------------------
 
 
 def oscillating(facts: Facts, seed: int, quick: bool) -> Values:
-    """R of all weights together over 30 steps behind the warmup, and over the last 30."""
+    """R of all weights together over 30 steps behind the warmup, and over the last 30, and the share of quantized weights that change in a step."""
     trainer = trainer_of({"formats": facts["formats"]}, seed, quick)
     last, window = trainer.config.max_steps, 2 if quick else 30
     begin = trainer.config.optimizer.warmup_steps

@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from altgrad.analysis.statistics import CONFIDENCE, Estimate, estimate
-from altgrad.reproduce.claim import Claim, Criterion
+from altgrad.reproduce.claim import MOST_SEEDS, Claim, Criterion
 
 REPRODUCED, NOT_REPRODUCED, UNRESOLVED = "reproduced", "not reproduced", "unresolved"
 NOT_RUN, QUICK = "not run yet", "quick: proves nothing"
-MOST_SEEDS = 10_000
-"""A power analysis that asks for more says so."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def judge(claim: Claim, by_seed: Mapping[int, Mapping[str, float]], quick: bool 
 
 
 def _finding(criterion: Criterion, by_seed: Mapping[int, Mapping[str, float]], deciding: int) -> Finding:
-    known = {seed: values[criterion.quantity] for seed, values in by_seed.items() if criterion.quantity in values}
+    known = {seed: values[criterion.quantity] for seed, values in by_seed.items()}
     finite = {seed: value for seed, value in known.items() if math.isfinite(value)}
     lost = len(known) - len(finite)
     if not finite:
