@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from altgrad.cli.claim_pages import data_of
 from altgrad.records.files import write_text
 from altgrad.records.folders import write_archive
 from altgrad.report.numbers import number
 from altgrad.report.pages.claim import Data, bounds, interval, power, seeds_of
 from altgrad.report.text import for_markdown
 from altgrad.reproduce import CLAIMS, Record
+from altgrad.reproduce.data import data_of
 from altgrad.reproduce.run import RECORD, document_bytes, read_record
 
 COMMITTED = Path(__file__).parent / "results" / "claims.tar.xz"

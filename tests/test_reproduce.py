@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from altgrad.cli import app
-from altgrad.cli.claim_pages import data_of
 from altgrad.errors import OptionError, ReportError, RunBusyError
 from altgrad.records.folders import write_archive
 from altgrad.records.lock import RunLock
 from altgrad.report.pages.claim import headline, render_claim, sentence
 from altgrad.reproduce import CLAIMS, Claim, Criterion, Protocol, find_claim, judge, reproduce
+from altgrad.reproduce.data import data_of
 from altgrad.reproduce.run import RECORD, committed_records, last_record, read_record
 from altgrad.reproduce.verdict import NOT_REPRODUCED, NOT_RUN, QUICK, REPRODUCED, UNRESOLVED
 

@@ -11,7 +11,7 @@ from altgrad.analysis import comparison_table, read_run, write_report
 from altgrad.analysis.comparability import circumstances, require_comparable
 from altgrad.analysis.comparison import flatten, headline, split_facts, twins
 from altgrad.analysis.outcome import label_runs
-from altgrad.analysis.remedies import cause_of, remedy_of
+from altgrad.analysis.remedies import cause_of, damaged, remedy_of
 from altgrad.errors import ReportError
 from altgrad.records.run import Curve, as_number, find_runs
 from altgrad.report.verdicts import ending, grade
@@ -123,6 +123,18 @@ def test_a_grade_takes_the_place_of_the_remark_on_the_distance():
     stalled = {"kind": "stalled", "onset_step": 12}
     assert ending("completed", None, [stalled, far], "behind") == "behind; stalled, step 12"
     assert ending("completed", None, [far]) == "completed; far above FP32, step 25"
+
+
+def test_a_loss_of_nan_is_the_worst_and_is_saved_too(tmp_path):
+    runs = [
+        make_run(tmp_path, "FP32", steps=100),
+        make_run(tmp_path, "E5M2", steps=100, excess=2.5),
+        make_run(tmp_path, "E7M0", steps=100, collapse="nonfinite", onset=40),
+        make_run(tmp_path, "E7M0", steps=100, excess=0.1, name="saved", config={"storage_rounding": "stochastic"}),
+    ]
+    outcomes = outcomes_of(runs)
+    assert damaged(outcomes)[0] is outcomes[2]
+    assert remedy_of(outcomes[2], outcomes).saved is outcomes[3]
 
 
 def test_a_run_of_one_more_setting_shows_what_saves_another(tmp_path):

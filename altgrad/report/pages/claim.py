@@ -84,7 +84,7 @@ def bounds(finding: Data) -> str:
 
 
 def render_claim(data: Data) -> str:
-    """The page; `data` as `altgrad.cli.claim_pages.data_of` makes it."""
+    """The page; `data` as `altgrad.reproduce.data.data_of` makes it."""
     source = f"arXiv:{data['paper']}" if data["url"] else data["paper"]
     second = " Figures in it are from a reading of the paper by others." if data["secondary"] else ""
     return render_page(
