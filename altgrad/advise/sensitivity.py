@@ -77,7 +77,6 @@ class Attribution:
 
     cells: Mapping[tuple[str, str], Sensitivity]
     completeness: float
-    formats: tuple[str, ...] = REFERENCES
 
 
 def attribute(
@@ -114,7 +113,7 @@ def attribute(
     tried = [cell for cell in cells if middle in found[cell].measured]
     alone = sum(found[cell].measured[middle][1] for cell in tried)
     together = damage_of(loop, recipe_from(dict.fromkeys(tried, middle), trace), exact, size)
-    return Attribution(found, together / alone if alone > 0 else math.nan, tuple(formats))
+    return Attribution(found, together / alone if alone > 0 else math.nan)
 
 
 def everywhere(

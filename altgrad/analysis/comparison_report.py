@@ -15,8 +15,7 @@ from altgrad.analysis.comparison import IGNORED_KEYS, headline, split_facts, tab
 from altgrad.analysis.comparison_figures import gap_figure, loss_figure, rug_figure, stall_figure
 from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.analysis.remedies import cause_of, is_damaged, remedy_of
-from altgrad.analysis.trouble_figures import section as under_the_loss
-from altgrad.analysis.trouble_figures import trouble_figures
+from altgrad.analysis.trouble_figures import trouble_figures, under_the_loss
 from altgrad.errors import ReportError
 from altgrad.records.files import write_text
 from altgrad.records.run import read_run
@@ -210,7 +209,6 @@ def _verdict(outcome: Outcome, style: Style, folder: Path, outcomes: Sequence[Ou
     cause, remedy = cause_of(outcome.run), remedy_of(outcome, outcomes)
     damaged = is_damaged(outcome)
     return {
-        "damaged": damaged,
         "cause": cause,
         "cause_page": relative_link(cause.page, folder) if cause and cause.page.is_file() else None,
         "find_cause": f"altgrad autopsy {outcome.run.path}" if damaged and cause is None else None,

@@ -56,7 +56,7 @@ class RunSummary:
     damage: Damage
     problems: tuple[str, ...]
     failure_reports: tuple[Path, ...]
-    remarks: tuple[Mapping[str, Any], ...] = ()
+    remarks: tuple[Mapping[str, Any], ...]
 
     @property
     def finished(self) -> bool:

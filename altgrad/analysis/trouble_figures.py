@@ -116,20 +116,20 @@ def trouble_figures(outcomes: Sequence[Outcome], same: Mapping[str, str]) -> lis
 
 
 def _trouble_figure(outcome: Outcome) -> Markup | None:
-    steps = outcome.run.max_steps or 1
+    steps = outcome.run.max_steps
+    assert steps, "the caller draws no others"
     history = layer_history(outcome.metrics.monitor, steps)
     rows = order_of_trouble(history)
     if not rows:
         return None
     shown = rows[:MOST_ROWS]
     values = np.stack([history[key] for key in shown])
-    first = [_first(v) for v in values]
     names = [_name(*key) for key in shown]
     show = partial(in_unit, unit=find_metric("stall").unit)  # type: ignore[union-attr]
     width = steps / BUCKETS
-    began = next(
-        (f"; first {names[0]}, by step {count(round((i + 1) * width))}" for i in first[:1] if i is not None), ""
-    )
+    first = _first(values[0])
+    assert first is not None, "rows are those with a beginning"
+    began = f"; first {names[0]}, by step {count(round((first + 1) * width))}"
     strips = heat_strips(
         names,
         values,
@@ -174,6 +174,6 @@ def _name(metric: str, role: str, layer: str) -> str:
     return f"{layer} {short}{metric}"
 
 
-def section(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> list[Markup]:
+def under_the_loss(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> list[Markup]:
     """What stands under the loss: the learning rate, and updates against the grid."""
     return [one for one in (update_figure(outcomes, styles), rate_figure(outcomes, styles)) if one is not None]

@@ -14,7 +14,7 @@ from altgrad.nn.recipe.scaling_choice import is_block, scaling_label
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.records.files import write_text
 from altgrad.report.console import Terminal, ruled_table
-from altgrad.report.pages.products import render_products
+from altgrad.report.pages.products import DRAWN, NO_VERDICT, render_products
 
 LONGEST_LABEL = 28  # characters of a recipe's text that a table and a curve carry
 LENGTHS = (64, 256, 1024, 4096)
@@ -112,11 +112,11 @@ def print_errors(name: str, sizes: str | None, figure: Path | None = None) -> No
     console.print(name, style="bold", highlight=False, soft_wrap=True)
     console.print(
         f"One linear layer, {given.tokens} tokens, {given.inner} features to {given.outer}: relative error (root mean "
-        "square) of its products on drawn tensors, 1 % of the features 30 times as large",
+        f"square) of its products on {DRAWN}",
         highlight=False,
     )
     console.print(table)
-    console.print("Errors of single products are no verdict on training: altgrad sweep trains.", highlight=False)
+    console.print(NO_VERDICT, highlight=False)
     if figure is None:
         return
     by_length = {

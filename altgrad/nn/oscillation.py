@@ -46,12 +46,6 @@ class Ways:
         return float((self.ratio > above).double().mean()) if self.moved.numel() else 0.0
 
     @property
-    def total(self) -> float:
-        """The way of all quantized values over the way of all masters."""
-        moved = float(self.moved.double().sum())
-        return float(self.jumped.double().sum()) / moved if moved else 0.0
-
-    @property
     def flip_rate(self) -> float:
         """Share of the elements whose quantized value changes in a step."""
         return float(self.flips.double().mean()) / self.steps if self.steps and self.flips.numel() else 0.0

@@ -92,7 +92,6 @@ def line_chart(
     description: str,
     x_label: str = "step",
     y_label: str = "",
-    log_x: bool = False,
     log_y: bool = False,
     marks: Sequence[Mark] = (),
     height: int = 380,
@@ -107,7 +106,7 @@ def line_chart(
     `x_span` and `beside` (names that need room at the right) align a chart with one above it.
     """
     xs = [np.array(x_span)] if x_span else [s.x for s in series] + [np.array([m.x for m in marks])]
-    x_axis = axis_over(xs, log=log_x, label=x_label, margin=0.0)
+    x_axis = axis_over(xs, label=x_label, margin=0.0)
     names = [*beside, *(s.group for s in series if s.end_label)]
     if y_axis is None:
         shown = [s.y if y_top is None or log_y else np.where(s.y <= y_top, s.y, np.nan) for s in series]
