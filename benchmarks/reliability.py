@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from altgrad.records.machine import circumstances, processor_name
+from altgrad.records.machine import circumstances
 from benchmarks._timing import keep_record
 
 ROOT = Path(__file__).parent.parent
@@ -37,9 +37,9 @@ FUZZ = {
 
 
 def where() -> dict[str, Any]:
-    """The commit and the processor that a count is of."""
+    """The commit that a count is of."""
     commit = circumstances(torch.device("cpu"), 1)["commit"]
-    return {"commit": commit and commit[:12] + commit[40:], "cpu": processor_name()}
+    return {"commit": commit and commit[:12] + commit[40:]}
 
 
 def count_cases(

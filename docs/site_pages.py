@@ -57,7 +57,7 @@ def moved(text: str) -> str:
     """A page of the repository's root with its links as they are in the site."""
     for page, home in HOMES.items():
         text = text.replace(f"]({page}", f"]({home}")
-    return text.replace("](docs/", "](").replace(".ipynb)", ".md)")
+    return text.replace("](docs/", "](")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
