@@ -32,7 +32,8 @@ def print_claims(out: Path) -> None:
     console = Terminal()
     console.print(table)
     console.print(
-        "altgrad reproduce NAME tries one, altgrad reproduce all every one that can be tried; minutes of one core",
+        "altgrad reproduce NAME tries one, altgrad reproduce all every one that can be tried; minutes are of one core where "
+        "measured, else estimates for two",
         highlight=False,
     )
 
