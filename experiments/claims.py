@@ -53,7 +53,7 @@ def verdict_table(rows: Sequence[Data]) -> str:
         verdict = f"**{data['verdict']}**" + (" (criteria moved)" if data["moved"] else "")
         second = " (figures secondary)" if data["secondary"] else ""
         name = f"[`{data['name']}`](#{data['name']})"
-        minutes = number(data["seconds"] / 60, 2) + ("" if data["seeds"] else " (estimate)")
+        minutes = number(data["minutes"], 2) + ("" if data["measured"] else " (estimate)")
         cells = [data["number"], f"{name}: {for_markdown(data['statement'])}{second}", paper, verdict]
         lines.append(_row([*cells, seeds_of(data), minutes]))
     return "\n".join(lines)

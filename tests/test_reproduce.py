@@ -91,10 +91,12 @@ def test_trials_go_on_where_they_stopped_and_rates_are_tuned_on_other_seeds(tmp_
     assert first.rates == {"tuned": 0.3}
     assert list(first.by_seed) == [0]
     assert headline(data_of(first)) == "Unresolved (1 of 3 seeds)."
+    assert (first.measured, first.minutes) == (False, claim.minutes)
     before = len(calls)
     whole = reproduce(claim, tmp_path)
     assert [seed for _, seed, _ in calls[before:]] == [1, 1, 2, 2]  # nothing twice, no tuning again
     assert whole.verdict.kind == REPRODUCED
+    assert (whole.measured, whole.minutes) == (True, whole.seconds / 120)
     again = reproduce(claim, tmp_path)
     assert len(calls) == before + 4
     assert again.by_seed == whole.by_seed
@@ -172,9 +174,14 @@ def test_cheap_claims_give_what_their_criteria_ask_for(name, tmp_path):
 
 def test_the_command_lists_tries_and_writes_a_page(tmp_path):
     run = CliRunner()
-    listed = run.invoke(app, ["reproduce", "--out", str(tmp_path)], env={"COLUMNS": "200"})
-    assert listed.exit_code == 0
-    assert all(claim.name in listed.output for claim in CLAIMS)
+    for width in (80, 120):
+        listed = run.invoke(app, ["reproduce", "--out", str(tmp_path)], env={"COLUMNS": str(width)})
+        assert listed.exit_code == 0
+        lines = listed.output.splitlines()
+        assert max(map(len, lines)) <= width
+        assert {claim.number for claim in CLAIMS} <= {line.split("  ")[0] for line in lines}
+        words = " ".join(listed.output.split())
+        assert all(claim.name in words and claim.statement in words for claim in CLAIMS)
     tried = run.invoke(app, ["reproduce", "noise_knee", "--quick", "--out", str(tmp_path)])
     assert tried.exit_code == 0
     assert "proves nothing" in tried.output

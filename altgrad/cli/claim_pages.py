@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from rich.padding import Padding
 from rich.text import Text
 
 from altgrad.records.files import write_text
@@ -20,20 +21,23 @@ ALL = "all"
 
 
 def print_claims(out: Path) -> None:
-    """Every claim with its last verdict: one's own in `out`, else the one that comes with AltGrad."""
-    table = ruled_table()
-    for head in ("claim", "paper", "verdict", "minutes", "statement"):
-        table.add_column(head, justify="right" if head == "minutes" else "left", no_wrap=head in ("claim", "paper"))
-    for claim in CLAIMS:
-        record = last_record(claim, out)
-        minutes = record.seconds / 60 if record.trials else claim.minutes
-        kind = record.verdict.kind + (" (criteria moved)" if record.moved else "")
-        table.add_row(claim.name, claim.paper.split(",")[0], kind, number(minutes, 2), Text(claim.statement))
+    """Every claim with its last verdict, one's own in `out` or else the one that comes with AltGrad, and below it what is claimed."""
     console = Terminal()
-    console.print(table)
+    records = [last_record(claim, out) for claim in CLAIMS]
+    kinds = [record.verdict.kind + (", criteria moved" if record.moved else "") for record in records]
+    name, row, kind = (max(map(len, texts)) for texts in ([c.name for c in CLAIMS], [c.number for c in CLAIMS], kinds))
+    console.print(f"{'row':{row}}  {'claim':{name}}  {'verdict':{kind}}  minutes", style="bold", highlight=False)
+    for claim, record, verdict in zip(CLAIMS, records, kinds, strict=True):
+        minutes = ("" if record.measured else "~") + number(record.minutes, 2)
+        line = Text(f"{claim.number:{row}}  ")
+        line.append(f"{claim.name:{name}}  ", style="bold").append(f"{verdict:{kind}}  {minutes:>7}")
+        console.print(line, highlight=False, soft_wrap=True)
+        paper = claim.paper if claim.paper == "AltGrad" or not claim.url else f"arXiv:{claim.paper}"
+        told = Text(f"{claim.statement} ", style="dim").append(f"[{paper}]", style="dim")
+        console.print(Padding(told, (0, 0, 0, row + 2)), highlight=False)
     console.print(
-        "altgrad reproduce NAME tries one, altgrad reproduce all every one that can be tried; minutes are of one core where "
-        "measured, else estimates for two",
+        "\naltgrad reproduce NAME tries one, altgrad reproduce all every one that can be tried. Minutes are for two cores "
+        "(--jobs 2); ~ marks estimates.",
         highlight=False,
     )
 

@@ -79,7 +79,7 @@ class Claim:
         paper: arXiv number, or where else it stands.
         statement: what is claimed, in a sentence of our own.
         criteria: from before the run.
-        minutes: of two cores, estimated before the first run; a record has the measured ones.
+        minutes: on two cores, two trials at a time: an estimate, in whose place a whole record has the measured ones.
         secondary: figures of the statement are from a reading of the paper by others.
         watch: what a reader should know of the protocol's limits.
         protocol: None: not to be tried yet, for the reason in `needs`.

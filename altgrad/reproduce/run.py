@@ -31,6 +31,7 @@ from altgrad.reproduce.verdict import Verdict, judge
 RECORD = "record.json"
 QUICK = "-quick"  # after a claim's name, of quick trials
 QUICK_SEEDS = 2
+CORES = 2  # that minutes are told for
 _PACKAGE = Path(__file__).parents[1]
 _PACK = Path("experiments", "results", "claims.tar.xz")
 Tell = Callable[[str, int, int], None]
@@ -70,8 +71,18 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Of all trials together, one after another."""
+        """Of the processor, all trials together."""
         return sum(trial.seconds for trial in self.trials)
+
+    @property
+    def measured(self) -> bool:
+        """Whether all the seeds that the protocol asks for are there, so that its cost is known."""
+        return self.claim.protocol is not None and len(self.by_seed) >= self.claim.protocol.seeds
+
+    @property
+    def minutes(self) -> float:
+        """On two cores, two trials at a time: half of the processor's time where it was measured, else the estimate."""
+        return self.seconds / 60 / CORES if self.measured else self.claim.minutes
 
     @cached_property
     def rates(self) -> Mapping[str, float]:
