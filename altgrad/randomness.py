@@ -107,7 +107,8 @@ def philox_words(seed: int, stream: int, first: int, count: int) -> np.ndarray:
     return c0.astype(np.uint32)
 
 
-PURPOSES = ("weight", "exp_avg", "exp_avg_sq", "momentum")  # the order is part of the streams: append only
+# the order is part of the streams: append only
+PURPOSES = ("weight", "exp_avg", "exp_avg_sq", "momentum", "exp_avg_plus", "exp_avg_minus", "plus", "minus")
 
 
 def stream_base(*words: str) -> int:
@@ -139,7 +140,7 @@ def step_key(seed: int, parameter: int, step: int, purpose: str) -> tuple[int, i
     Args:
         parameter: the parameter's number in the optimizer's state_dict (counted over all groups).
         step: 1 for the parameter's first step.
-        purpose: which tensor is rounded, one of `PURPOSES`.
+        purpose: which tensor is rounded or drawn, one of `PURPOSES`.
     """
     stream = splitmix64(PURPOSES.index(purpose) << 32 ^ (parameter & MASK64))
     return seed, splitmix64(stream ^ (step & MASK64))

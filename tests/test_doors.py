@@ -37,7 +37,7 @@ FACES = {
         restore_model set_amax_reduction set_observer set_rank set_seed set_step uniform
     """,
     "altgrad.optim": """
-        COUNT_NAMES ECO GridOptim GridOptimizer KahanAdamW LNSMadam Lion Madam ManifoldAdamW Movement OPTIMIZERS
+        COUNT_NAMES ECO GridOptim GridOptimizer KahanAdamW LMD LNSMadam Lion Madam ManifoldAdamW Movement OPTIMIZERS
         OptimizerRow SRAdamW SignSGD find_optimizer make_optimizer position spacing state_bytes value_at
     """,
     "altgrad.monitor": """

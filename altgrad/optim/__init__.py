@@ -13,6 +13,7 @@ from altgrad.optim.base import COUNT_NAMES, GridOptimizer, state_bytes
 from altgrad.optim.compensated import ECO, KahanAdamW
 from altgrad.optim.grid import position, spacing, value_at
 from altgrad.optim.grid_optim import GridOptim
+from altgrad.optim.lmd import LMD
 from altgrad.optim.madam import LNSMadam, Madam
 from altgrad.optim.manifold_adamw import ManifoldAdamW, Movement, SRAdamW
 from altgrad.optim.registry import OPTIMIZERS, OptimizerRow, find_optimizer, make_optimizer
@@ -21,6 +22,7 @@ from altgrad.optim.sign_based import Lion, SignSGD
 __all__ = [
     "COUNT_NAMES",
     "ECO",
+    "LMD",
     "OPTIMIZERS",
     "GridOptim",
     "GridOptimizer",

@@ -17,6 +17,7 @@ from altgrad.errors import OptionError
 from altgrad.optim.base import COMMON_OPTIONS, GridOptimizer
 from altgrad.optim.compensated import ECO, KahanAdamW
 from altgrad.optim.grid_optim import GridOptim
+from altgrad.optim.lmd import LMD
 from altgrad.optim.madam import LNSMadam, Madam
 from altgrad.optim.manifold_adamw import ManifoldAdamW, SRAdamW
 from altgrad.optim.sign_based import Lion, SignSGD
@@ -98,6 +99,13 @@ _ROWS = (
         "Madam on whole exponents, for power-of-two grids",
         "Zhao et al. 2022, arXiv:2106.13914",
         lr_unit="grid steps",
+    ),
+    OptimizerRow(
+        "lmd",
+        LMD,
+        "log-normal multiplicative dynamics: two positive halves that move by factors",
+        "Nishida et al. 2025, arXiv:2506.17768",
+        lr_unit="log factor",
     ),
     OptimizerRow("lion", Lion, "sign of an interpolated momentum", "Chen et al. 2023, arXiv:2302.06675"),
     OptimizerRow("signsgd", SignSGD, "sign of the momentum (Signum)", "Bernstein et al. 2018, arXiv:1802.04434"),

@@ -187,6 +187,44 @@ def damage_of_subsets(facts: Facts, seed: int, quick: bool) -> Values:
     return {"explained": explained, "all_low": float(damage[-1]), "sum_alone": float(alone)}
 
 
+_HALF_OF = ((0, 1, 2), (0, 1, 3), (1, 2, 3, 4))  # factors 6 to 8 of a 2^(8-3) plan: products of these; resolution IV
+
+
+def plan_of_subsets() -> np.ndarray:
+    """32 subsets of 8 layers, 0 or 1 in [32, 8], in which no effect of a layer mixes with one of a pair of layers."""
+    base = np.array(list(itertools.product((-1, 1), repeat=5)))
+    more = np.column_stack([base[:, list(columns)].prod(axis=1) for columns in _HALF_OF])
+    return (np.column_stack([base, more]) + 1) // 2
+
+
+def outcome_of_subsets(facts: Facts, seed: int, quick: bool) -> Values:
+    """How much of the loss that training with subsets of 8 layers in a low format ends above float32, a sum over layers explains.
+
+    32 subsets of a plan; R^2 of one number for each layer and one for all, adjusted for their count.
+    """
+    steps = {"max_steps": facts["steps"]}
+    base = trainer_of(steps, seed, quick)
+    names = [n for n, m in base.model.named_modules() if isinstance(m, nn.Linear) and n != "head"]
+    plain, plan = trained(base), plan_of_subsets()
+    changes = [{**steps, **_low(names, chosen, facts["format"])} for chosen in plan]
+    damage = np.array([trained(trainer_of(change, seed, quick)) - plain for change in changes])
+    design = np.column_stack([np.ones(len(plan)), plan])
+    effects = np.linalg.lstsq(design, damage, rcond=None)[0]
+    left = np.square(damage - design @ effects).sum() / (len(plan) - design.shape[1])
+    return {
+        "explained": 1 - float(left / damage.var(ddof=1)),
+        "mean": float(damage.mean()),
+        "largest": float(damage.max()),
+        "sum": float(effects[1:].sum()),
+        "rest": float(np.sqrt(left)),
+    }
+
+
+def _low(names: list[str], chosen: np.ndarray, fmt: str) -> dict[str, Any]:
+    low = [name for name, is_low in zip(names, chosen, strict=True) if is_low]
+    return {"formats": fmt, "include": low} if low else {}
+
+
 # -- gradients in MXFP8 ------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ from altgrad.training.step.stepping import (
     build_optimizer,
     clip_to,
     deterministic,
+    evaluating,
     gradient_norm,
     gradients,
     lr_at,
@@ -194,7 +195,12 @@ class Trainer:
         self.model.eval()
         try:
             alike = self.ranks.evaluating(self.model)
-            with alike, self.measuring.paused(), seeded(self.device, seed_of(self.config.seed, "evaluation")):
+            with (
+                alike,
+                evaluating(self.optimizer),
+                self.measuring.paused(),
+                seeded(self.device, seed_of(self.config.seed, "evaluation")),
+            ):
                 for x, y in batches:
                     total += float(self.loss(self._forward, x.to(self.device), y.to(self.device)))
         finally:

@@ -107,6 +107,20 @@ def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.O
         raise ConfigError(f"optimizer.name {config.name!r}: {error}") from None
 
 
+@contextmanager
+def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block the weights are those that an optimizer with `eval()` and `train()` (as `LMD`) wants evaluated."""
+    there, back = getattr(optimizer, "eval", None), getattr(optimizer, "train", None)
+    if there is None or back is None:
+        yield
+        return
+    there()
+    try:
+        yield
+    finally:
+        back()
+
+
 def lr_at(step: int, max_steps: int, config: OptimizerSection) -> float:
     """Learning rate of step 1 .. max_steps: linear warmup, then a cosine from lr to min_lr_ratio * lr, or constant."""
     if step <= config.warmup_steps:
