@@ -290,22 +290,25 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("ratio", "flips of 8-bit weights over flips of ternary ones", low=50.0),
             Criterion("ternary", "share of ternary weights that flip in a step"),
             Criterion("eight", "share of 8-bit weights that flip in a step"),
+            Criterion("loss_ternary", "validation loss, ternary (chance is 5.545)"),
+            Criterion("loss_eight", "validation loss, 8 bits"),
         ),
-        2,
+        1,
         Protocol(
-            "0.13M, 150 steps at 3e-3, weights stored stochastically as -1, 0, 1 (E0M1) and in 8 bits (E0M7) under power-of-two "
-            "amax scales, operands in float32; mean over steps.",
+            "0.13M, 150 steps at 3e-3, weights stored stochastically as -1/32, 0, 1/32 (E0M1, a fixed scale) and in 8 bits (E0M7, "
+            "a power-of-two amax scale), operands in float32; mean over steps.",
             final_loss,
             {
-                "ternary": {"config": {"max_steps": 150, **stored("E0M1", "stochastic")}},
+                "ternary": {"config": {"max_steps": 150, **stored("E0M1", "stochastic,scale=0.0625")}},
                 "eight": {"config": {"max_steps": 150, **stored("E0M7", "stochastic")}},
             },
             lambda arms: {
                 "ternary": arms["ternary"]["flips"],
                 "eight": arms["eight"]["flips"],
                 "ratio": arms["eight"]["flips"] / arms["ternary"]["flips"],
+                **{f"loss_{name}": values["loss"] for name, values in arms.items()},
             },
-            seeds=3,
+            seeds=8,
         ),
         secondary=True,
     ),
