@@ -38,7 +38,7 @@ FACES = {
     """,
     "altgrad.optim": """
         COUNT_NAMES ECO GridOptim GridOptimizer KahanAdamW LMD LNSMadam Lion Madam ManifoldAdamW Movement OPTIMIZERS
-        OptimizerRow SRAdamW SignSGD find_optimizer make_optimizer position spacing state_bytes value_at
+        OptimizerRow SRAdamW SignSGD find_optimizer make_optimizer position reset_moments spacing state_bytes value_at
     """,
     "altgrad.monitor": """
         GROUPS Monitor RankLimits Schedule StepTensors When add_metric effective_rank make_schedule remove_metric

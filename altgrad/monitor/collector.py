@@ -59,7 +59,7 @@ class Collector:
                 self._aliases.setdefault(id(p), []).append(layer_name(name))
         self.names = {key: names[0] for key, names in self._aliases.items()}
         self.added = added_metrics()
-        self._parameter_groups = frozenset(schedule.groups) - {"operands", "rank", "reference"}
+        self._parameter_groups = frozenset(schedule.groups) - {"operands", "rank", "reference", "oscillation"}
         self._embeddings, self._own_counts = embeddings, own_counts
         self._plain_names: dict[str, str] = {}
         self._before: dict[int, Tensor] = {}

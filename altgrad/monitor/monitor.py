@@ -19,9 +19,10 @@ from altgrad.monitor.rank import RankLimits, RankWatch
 from altgrad.monitor.records import Record
 from altgrad.monitor.reference import against_reference
 from altgrad.monitor.schedule import Schedule, make_schedule
-from altgrad.monitor.sources import Sources, watch_steps
+from altgrad.monitor.sources import Sources, plain_name, watch_steps
 from altgrad.monitor.summary import summary_table
 from altgrad.nn.model.optimizer_hook import bare_optimizer
+from altgrad.nn.oscillation import Oscillation
 from altgrad.nn.spread import whole
 from altgrad.quantization import get_format
 
@@ -51,7 +52,7 @@ class Monitor:
         handle: the storage handle of `attach_optimizer`, if there is one; nothing depends on it.
         format: grid for the layers of a model that is not quantized, a scalar format; None and FP32: the dtype's own.
         schedule: see `altgrad.monitor.schedule.make_schedule`; None measures everything on every step but the rank
-            (every 250 steps) and the FP32 reference.
+            (every 250 steps), the FP32 reference and the ways of weights (`oscillation`).
         sink: called with a list of records once per interval; None keeps only the last ones, for the summary.
         flush_every: measured steps per interval: one copy to the host each.
         near_zero: gradients below this magnitude count as near zero (1e-8, the customary eps of Adam).
@@ -87,6 +88,7 @@ class Monitor:
         self._model, self._sink, self._by_loop = model, sink, False
         self._pending: list[Step] = []
         self._collector = collector = Collector(named, self.schedule, near_zero, embeddings_of(model), own_counts)
+        self._ways = self._counter()
         self._ranks = RankWatch(rank_limits or RankLimits())
         self.warnings = self._ranks.warnings  # sentences on what collapsed, oldest first
         self.observe, self.observe_update = collector.observe, collector.observe_update  # for the sources
@@ -158,6 +160,21 @@ class Monitor:
             if p.ndim >= 2 and p.numel():
                 self._collector.record(name, "weight", self._ranks.measure(self.step, name, whole(p.detach())))
 
+    def _counter(self) -> Oscillation | None:
+        """A count of the ways of weights from here on, where the schedule has its group."""
+        return Oscillation(self._model, or_none=True) if self.schedule.groups["oscillation"].every else None
+
+    def _count_ways(self, ways: Oscillation) -> None:
+        ways.update()
+        if "oscillation" not in self._collector.due:
+            return
+        covers = self.schedule.groups["oscillation"].covers
+        for name, way in ways.layers.items():
+            if covers(layer := plain_name(name)):
+                values = {"oscillation": way.total, "oscillating": way.share(), "code_flips": way.flip_rate}
+                self._collector.record(layer, "weight", values)
+        self._ways = self._counter()
+
     def flush(self) -> list[Record]:
         """Copy what is held on the device to the host, hand it to the sink, and return it."""
         records, self._pending = to_records(self._pending), []
@@ -172,12 +189,16 @@ class Monitor:
         return {
             "ranks": self._ranks.state(),
             "updates": self._collector.last_updates(),
+            "ways": {} if self._ways is None else self._ways.state(),
             "pending": [[step.step, to_records([step])] for step in self._pending],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`'s result, so that the records that follow are those that would have followed then."""
         self._ranks.load_state(state["ranks"])
+        self._ways = self._counter()
+        if self._ways is not None:
+            self._ways.load_state(state.get("ways", {}))
         self._collector.load_last_updates(state["updates"])
         self._pending = [Step(step, list(records)) for step, records in state["pending"]]
 
@@ -199,6 +220,8 @@ class Monitor:
     def _close_step(self) -> None:
         if "rank" in self._collector.due and not self._collector.paused:
             self.measure_ranks()
+        if self._ways is not None and not self._collector.paused:
+            self._count_ways(self._ways)
         if (step := self._collector.finish()) is not None:
             self._pending.append(step)
         if len(self._pending) >= self.flush_every:

@@ -10,6 +10,50 @@ from torch import Tensor, nn
 
 from altgrad.nn.spread import whole
 
+STALLS_BELOW = 3**0.5
+"""Gradient norm over quantization noise below which training stalls by arXiv:2505.19115: the inflection of 1 / (1 + s^2)."""
+
+
+class MicroBatches:
+    """What each micro-batch adds to the gradients of a backward pass: hooks on parameters until `close`."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._before: dict[nn.Parameter, Tensor] = {}
+        self._squares: dict[nn.Parameter, list[Tensor]] = {}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._added) for p in parameters if p.is_leaf]
+
+    @torch.no_grad()
+    def _added(self, p: nn.Parameter) -> None:
+        if p.grad is None or p.grad.is_sparse:
+            return
+        before = self._before.get(p)
+        added = whole(p.grad if before is None else p.grad - before).double()
+        self._squares.setdefault(p, []).append(added.square().sum())
+        self._before[p] = p.grad.clone()
+
+    def close(self) -> None:
+        """Let go of the parameters and of copies of gradients."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._before = {}
+
+    def noise_scale(self, p: nn.Parameter, total: Tensor) -> Tensor:
+        """float64, 0-d: variance of a micro-batch's gradient, summed over elements, over the squared norm of the mean gradient.
+
+        So many micro-batches' mean has as much noise as signal (McCandlish et al. 2018, arXiv:1812.06162, "simple"). NaN with fewer
+        than two, or where the mean cannot be told from noise.
+
+        Args:
+            total: the sum over micro-batches.
+        """
+        squares = self._squares.get(p, [])
+        n = len(squares)
+        if n < 2:
+            return torch.full((), torch.nan, dtype=torch.float64, device=total.device)
+        one, all_ = torch.stack(squares).mean(), whole(total).double().square().sum()
+        mean = (all_ - n * one) / (n * n - n)
+        return torch.where(mean > 0, (one - mean) / mean, torch.nan)
+
 
 def reference_gradients(
     model: nn.Module, parameters: Iterable[nn.Parameter], backward: Callable[[], object]
@@ -39,14 +83,14 @@ def reference_gradients(
 
 
 def compare(gradient: Tensor, reference: Tensor) -> Tensor:
-    """float64 [2]: signal-to-noise ratio 10 log10(|r|^2 / |g - r|^2) in dB, and the cosine of g and r.
+    """float64 [3]: signal-to-noise ratio 10 log10(|r|^2 / |g - r|^2) in dB, the cosine of g and r, and |r| / |g - r|.
 
-    The ratio is inf where both are equal; NaN for both where either is all zero or not finite.
+    The ratios are inf where both are equal; NaN for all where r is all zero, for the cosine where either is; NaN where not finite.
     """
     g, r = (t.detach().to_dense().double().flatten() for t in (gradient, reference))
     signal, noise = (r * r).sum(), ((g - r) ** 2).sum()
-    ratio = torch.where(signal > 0, 10 * torch.log10(signal / noise), torch.nan)
-    return torch.stack([ratio, (g * r).sum() / (g.norm() * r.norm())])
+    ratio = torch.where(signal > 0, signal / noise, torch.nan)
+    return torch.stack([10 * torch.log10(ratio), (g * r).sum() / (g.norm() * r.norm()), ratio.sqrt()])
 
 
 def against_reference(
@@ -58,16 +102,22 @@ def against_reference(
         parameters: key -> parameter, all that `backward` adds to.
     """
     started = time.perf_counter()
-    references = dict(zip(parameters, reference_gradients(model, parameters.values(), backward), strict=True))
+    parts = MicroBatches(parameters.values())
+    try:
+        references = dict(zip(parameters, reference_gradients(model, parameters.values(), backward), strict=True))
+    finally:
+        parts.close()
     rows: dict[int, Tensor] = {}
     for key, p in parameters.items():
         reference = references[key]
         if key in chosen and p.grad is not None and reference is not None:
-            rows[key] = compare(whole(p.grad), whole(reference))
+            compared = compare(whole(p.grad), whole(reference))
+            rows[key] = torch.cat([compared, parts.noise_scale(p, reference).to(compared).reshape(1)])
     values = torch.stack(list(rows.values())).tolist() if rows else []  # the one wait, so that the time is true
     seconds = time.perf_counter() - started
+    names = ("reference_snr_db", "reference_cosine", "noise_ratio", "batch_noise_scale")
     found = {
-        key: {"reference_snr_db": snr, "reference_cosine": cosine, "reference_seconds": seconds}
-        for key, (snr, cosine) in zip(rows, values, strict=True)
+        key: {**dict(zip(names, row, strict=True)), "reference_seconds": seconds}
+        for key, row in zip(rows, values, strict=True)
     }
     return found, seconds

@@ -1,8 +1,9 @@
 """What is measured, when, and on which layers: facts that a config or a person states.
 
 Metrics are scheduled in groups, since those of a group come out of one computation; which group a metric belongs to says
-its row (`altgrad.records.metrics`). Two groups cost more than a pass over the data: `rank` a singular value decomposition
-of every matrix, `reference` another backward pass. Both say their seconds in their records.
+its row (`altgrad.records.metrics`). Three groups cost more than a pass over the data: `rank` a singular value decomposition
+of every matrix, `reference` another backward pass, `oscillation` every weight's quantization on every step. The first two say their
+seconds in their records.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def make_schedule(plan: int | Mapping[str, Any] | Schedule | None = None) -> Sch
     """A schedule from what a person writes.
 
     Args:
-        plan: None: everything on every step, but rank every 250 steps and no reference. A number n: the same every n
+        plan: None: everything on every step, but rank every 250 steps, and neither reference nor oscillation. A number n: the same every n
             steps. A mapping: group (or "default") to a number of steps, or to any of {every, window: [first, last],
             layers: pattern}; groups that are not named follow "default".
 
@@ -95,6 +96,7 @@ def make_schedule(plan: int | Mapping[str, Any] | Schedule | None = None) -> Sch
     costly = {
         "rank": replace(default, every=RANK_EVERY if default.every else 0),
         "reference": replace(default, every=0),
+        "oscillation": replace(default, every=0),
     }
     return Schedule({name: given.get(name, costly.get(name, default)) for name in known})
 

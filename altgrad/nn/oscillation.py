@@ -9,7 +9,9 @@ Source: Chen et al., Oscillation-Reduced MXFP4 Training (arXiv 2502.20853), whic
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,12 @@ class Ways:
         return float((self.ratio > above).double().mean()) if self.moved.numel() else 0.0
 
     @property
+    def total(self) -> float:
+        """The way of all quantized values over that of all masters; 0 where no master moved."""
+        moved = float(self.moved.double().sum())
+        return float(self.jumped.double().sum()) / moved if moved else 0.0
+
+    @property
     def flip_rate(self) -> float:
         """Share of the elements whose quantized value changes in a step."""
         return float(self.flips.double().mean()) / self.steps if self.steps and self.flips.numel() else 0.0
@@ -62,13 +70,16 @@ class Oscillation:
         print(counter.total, counter.share())
 
     Weights that the forward does not quantize, or rounds stochastically, are left out. Each `update` quantizes every weight
-    once; nothing of the model changes.
+    once; nothing of the model changes. The monitor counts so, too, where its schedule names the group `oscillation`.
+
+    Args:
+        or_none: take a model without such a weight, of which there is nothing to count.
 
     Raises:
         RecipeError: the model has no such weight, or its parameters are spread over processes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, or_none: bool = False) -> None:
         self._places: dict[str, tuple[nn.Module, str, LayerState]] = {}
         for module in model.modules():
             for parameter, state in layers_in(module).items():
@@ -80,7 +91,7 @@ class Oscillation:
                         f"{state.name}: the ways of weights that are spread over processes are not counted"
                     )
                 self._places[place_name(state.name, parameter)] = (module, parameter, state)
-        if not self._places:
+        if not self._places and not or_none:
             raise RecipeError(
                 f"{type(model).__name__} has no weight that a forward quantizes to nearest; quantize_model it first"
             )
@@ -95,6 +106,23 @@ class Oscillation:
             self.layers[name] = Ways(
                 torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(q, dtype=torch.int32), 0
             )
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What was counted, for a checkpoint: layer -> the fields of its `Ways`, copied."""
+        return {
+            name: {**{k: v.clone() for k, v in vars(ways).items() if isinstance(v, Tensor)}, "steps": ways.steps}
+            for name, ways in self.layers.items()
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from `state`'s result, the model's weights being those of then."""
+        for name, ways in self.layers.items():
+            if name in state:
+                saved = {
+                    k: v.to(ways.moved.device, copy=True) if isinstance(v, Tensor) else v
+                    for k, v in state[name].items()
+                }
+                self.layers[name] = Ways(**saved)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -17,6 +17,7 @@ from altgrad.optim.lmd import LMD
 from altgrad.optim.madam import LNSMadam, Madam
 from altgrad.optim.manifold_adamw import ManifoldAdamW, Movement, SRAdamW
 from altgrad.optim.registry import OPTIMIZERS, OptimizerRow, find_optimizer, make_optimizer
+from altgrad.optim.resets import reset_moments
 from altgrad.optim.sign_based import Lion, SignSGD
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "find_optimizer",
     "make_optimizer",
     "position",
+    "reset_moments",
     "spacing",
     "state_bytes",
     "value_at",

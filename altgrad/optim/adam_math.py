@@ -78,13 +78,13 @@ def adam_attempt(
         keep_moments(group, slots, first, second)
 
     denominators = torch._foreach_sqrt(second)
-    torch._foreach_div_(denominators, [(1 - beta2**slot.step) ** 0.5 for slot in slots])
+    torch._foreach_div_(denominators, [(1 - beta2 ** slot.age("second")) ** 0.5 for slot in slots])
     torch._foreach_add_(denominators, torch._foreach_mul(steps, eps) if precondition == "both" else eps)
     if eps == 0 or precondition == "both":  # eps * S can underflow. No gradient yet: no direction, rather than 0 / 0
         for denominator in denominators:
             denominator.masked_fill_(denominator == 0, torch.inf)
     numerators = torch._foreach_mul(first, steps) if in_grid_steps(precondition) else first
-    sizes = [-lr / (1 - beta1**slot.step) for slot in slots]
+    sizes = [-lr / (1 - beta1 ** slot.age("first")) for slot in slots]
 
     rates = [_decay_rate(slot, lr * decay, precondition) for slot in slots]
     if bases is not None:
@@ -105,6 +105,7 @@ def fused_adam(
     (beta1, beta2), lr, kind = group["betas"], float(group["lr"]), landing["landing"]
     adam_state([slot], None)
     rate = _decay_rate(slot, lr * group["weight_decay"], precondition)
+    seen1, seen2 = 1 - beta1 ** slot.age("first"), 1 - beta2 ** slot.age("second")
     return fused.run(
         slot,
         slot.state["exp_avg"],
@@ -118,11 +119,11 @@ def fused_adam(
         keep=1 - beta1,
         beta2=beta2,
         rest2=1 - beta2,
-        root=(1 - beta2**slot.step) ** 0.5,
+        root=seen2**0.5,
         eps=group["eps"],
-        size=-lr / (1 - beta1**slot.step),
+        size=-lr / seen1,
         decayed=rate if kind == fused.KAHAN else 1 - rate,
-        share=(1 - beta1**slot.step) / lr * (1 - 1 / beta1) if kind == fused.ECO and lr > 0 else 0.0,
+        share=seen1 / lr * (1 - 1 / beta1) if kind == fused.ECO and lr > 0 else 0.0,
     )
 
 

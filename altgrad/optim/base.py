@@ -29,6 +29,7 @@ from altgrad.randomness import step_key
 
 ROUNDINGS = (None, "nearest_even", "stochastic")
 COUNT_NAMES = ("attempted", "flips", "stalled", "sign_flips", "clipped", "saturated")
+COUNTERS = ("step", "first_began", "second_began")  # numbers of steps, of every parameter's state
 COMMON_OPTIONS = {
     "format": None,
     "scale": 1.0,
@@ -60,6 +61,11 @@ class Slot:
     step: int
     off_grid: bool = False
     clipped: Tensor | None = None
+
+    def age(self, moment: str) -> int:
+        """How many gradients the "first" or "second" moment has seen with this one: `step`, or since it was reset."""
+        began = self.state.get(f"{moment}_began")
+        return self.step if began is None else self.step - int(began)
 
 
 class GridOptimizer(Optimizer):
@@ -338,9 +344,9 @@ class GridOptimizer(Optimizer):
             full = FLOAT_DTYPES if is_foreign else (torch.float32, torch.float64)
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    device = value.device if name == "step" else parameter.device
+                    device = value.device if name in COUNTERS else parameter.device
                     dtype = compute if value.shape == parameter.shape and value.dtype in full else value.dtype
-                    dtype = torch.float32 if name == "step" else dtype
+                    dtype = torch.float32 if name in COUNTERS else dtype
                     self.state[parameter][name] = value.detach().clone().to(device, dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -147,7 +147,7 @@ class ECO(_AdamWOnGrid):
         for slot, old, average, denominator in zip(slots, before, first, denominators):
             landed, aimed = self._land_in_range(group, slot, old, slot.weight)
             if lr > 0:
-                share = (1 - beta1**slot.step) / lr * (1 - 1 / beta1)
+                share = (1 - beta1 ** slot.age("first")) / lr * (1 - 1 / beta1)
                 finite = torch.where(torch.isinf(denominator), 0.0, denominator)
                 average.addcmul_(finite, aimed - landed, value=share)
             slot.weight.copy_(landed)

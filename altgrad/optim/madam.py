@@ -33,7 +33,7 @@ def _normalised(group: dict[str, Any], slots: list[Slot]) -> list[Tensor]:
     for slot, value in zip(slots, second):
         key = step_key(group["seed"], slot.index, slot.step, "exp_avg_sq")
         moments.write(slot.state, "exp_avg_sq", value, fmt, group["moment_rounding"], key)
-    sizes = torch._foreach_div(second, [1 - beta**slot.step for slot in slots])
+    sizes = torch._foreach_div(second, [1 - beta ** slot.age("second") for slot in slots])
     torch._foreach_sqrt_(sizes)
     for size in sizes:
         size.masked_fill_(size == 0, torch.inf)
@@ -95,7 +95,7 @@ class Madam(GridOptimizer):
             **self._fused_landing(group, slot),
             beta2=beta,
             rest2=1 - beta,
-            root=1 - beta**slot.step,
+            root=1 - beta ** slot.age("second"),
             size=-float(group["lr"]),
             clip=group["g_bound"],
             bound=float(bound),

@@ -20,6 +20,7 @@ from altgrad.optim.grid_optim import GridOptim
 from altgrad.optim.lmd import LMD
 from altgrad.optim.madam import LNSMadam, Madam
 from altgrad.optim.manifold_adamw import ManifoldAdamW, SRAdamW
+from altgrad.optim.resets import chosen_moments, one_count_for_both
 from altgrad.optim.sign_based import Lion, SignSGD
 
 
@@ -27,7 +28,8 @@ from altgrad.optim.sign_based import Lion, SignSGD
 class OptimizerRow:
     """One optimizer: its class, the defaults that differ from the class's own, what it does, and its paper.
 
-    lr_unit: "distance" (as AdamW), "grid steps", or "log factor".
+    lr_unit: "distance" (as AdamW), "grid steps", or "log factor". moments: which averages it keeps, "first" (of gradients) and
+    "second" (of their squares).
     """
 
     name: str
@@ -35,6 +37,7 @@ class OptimizerRow:
     summary: str
     source: str
     lr_unit: str = "distance"
+    moments: tuple[str, ...] = ("first", "second")
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -48,6 +51,18 @@ class OptimizerRow:
                 names.update(inspect.signature(cls.__init__).parameters)
         common = set(COMMON_OPTIONS) if issubclass(self.cls, GridOptimizer) else set()
         return frozenset((names | common) - {"self", "params", "options"})
+
+    def check_reset(self, moments: str) -> None:
+        """Refuse a reset of moments (`reset_moments`) that this optimizer cannot make.
+
+        Raises:
+            OptionError: it has no such moment, or counts both by one step.
+        """
+        chosen = chosen_moments(moments)
+        if not set(chosen) & set(self.moments):
+            raise OptionError(f"{self.name} keeps no {moments} moment; reset the {self.moments[0]}, or both")
+        if len(chosen) < len(self.moments) and not issubclass(self.cls, GridOptimizer):
+            raise one_count_for_both(self.name, moments)
 
 
 _ROWS = (
@@ -63,6 +78,7 @@ _ROWS = (
         torch.optim.SGD,
         "torch's SGD with momentum",
         "Sutskever et al. 2013",
+        moments=("first",),
         defaults={"momentum": 0.9},
     ),
     OptimizerRow(
@@ -74,6 +90,7 @@ _ROWS = (
         "momentum SGD in grid steps, rounded without bias to actual neighbours",
         "AltGrad",
         lr_unit="grid steps",
+        moments=("first",),
     ),
     OptimizerRow(
         "sr_adamw",
@@ -91,7 +108,12 @@ _ROWS = (
         "eco", ECO, "AdamW with the quantization error fed into its momentum", "Nikdan et al. 2026, arXiv:2601.22101"
     ),
     OptimizerRow(
-        "madam", Madam, "multiplicative Adam", "Bernstein et al. 2020, arXiv:2006.14560", lr_unit="log factor"
+        "madam",
+        Madam,
+        "multiplicative Adam",
+        "Bernstein et al. 2020, arXiv:2006.14560",
+        lr_unit="log factor",
+        moments=("second",),
     ),
     OptimizerRow(
         "lns_madam",
@@ -99,6 +121,7 @@ _ROWS = (
         "Madam on whole exponents, for power-of-two grids",
         "Zhao et al. 2022, arXiv:2106.13914",
         lr_unit="grid steps",
+        moments=("second",),
     ),
     OptimizerRow(
         "lmd",
@@ -106,9 +129,18 @@ _ROWS = (
         "log-normal multiplicative dynamics: two positive halves that move by factors",
         "Nishida et al. 2025, arXiv:2506.17768",
         lr_unit="log factor",
+        moments=("first",),
     ),
-    OptimizerRow("lion", Lion, "sign of an interpolated momentum", "Chen et al. 2023, arXiv:2302.06675"),
-    OptimizerRow("signsgd", SignSGD, "sign of the momentum (Signum)", "Bernstein et al. 2018, arXiv:1802.04434"),
+    OptimizerRow(
+        "lion", Lion, "sign of an interpolated momentum", "Chen et al. 2023, arXiv:2302.06675", moments=("first",)
+    ),
+    OptimizerRow(
+        "signsgd",
+        SignSGD,
+        "sign of the momentum (Signum)",
+        "Bernstein et al. 2018, arXiv:1802.04434",
+        moments=("first",),
+    ),
 )
 
 OPTIMIZERS: Mapping[str, OptimizerRow] = MappingProxyType({row.name: row for row in _ROWS})

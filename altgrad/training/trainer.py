@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altgrad.monitor.judge import Judge, StepFacts
+from altgrad.optim import reset_moments
 from altgrad.randomness import seed_of
 from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
@@ -134,6 +135,8 @@ class Trainer:
         `schedule` gives the learning rate of a step in place of the config's.
         """
         step, settings = self.step + 1, self.config.optimizer
+        if settings.reset_every and self.step and self.step % settings.reset_every == 0:
+            reset_moments(self.optimizer, settings.reset_moments)
         before = self.formats.snapshot()
         self.measuring.begin_step(step)
         loss = self._forward_backward(step, x, y)

@@ -1,10 +1,12 @@
 """What is measured and when: schedules, ranks, and a metric made of one function and one row."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from altgrad.analysis.study import load_study
 from altgrad.analysis.study_figures import layer_sections
@@ -25,7 +27,7 @@ from altgrad.monitor import (
 )
 from altgrad.monitor.failure_report import gather
 from altgrad.monitor.failure_rows import layer_rows, trends
-from altgrad.nn import quantize_model
+from altgrad.nn import Oscillation, quantize_model
 from altgrad.quantization import Cast, Want, get_format
 from altgrad.quantization.block_stats import measure_blocks
 from altgrad.quantization.codec import scale_values
@@ -178,8 +180,8 @@ def test_what_no_function_can_see_is_refused():
 
 def test_default_measures_everything_but_the_costly_groups():
     schedule = make_schedule()
-    assert schedule.due(1) == set(GROUPS) - {"reference"}
-    assert schedule.due(2) == set(GROUPS) - {"reference", "rank"}
+    assert schedule.due(1) == set(GROUPS) - {"reference", "oscillation"}
+    assert schedule.due(2) == set(GROUPS) - {"reference", "oscillation", "rank"}
 
 
 def test_a_number_spaces_all_groups():
@@ -337,3 +339,62 @@ def test_the_monitor_tells_of_each_operands_blocks(recipe):
     assert any(clipped) == (recipe in ("MXFP4", "quartet")), "by floor and by the deviation alone"
     rows = layer_rows([r for r in records if r["step"] == 2])
     assert any("block_scale_median" in row.values for row in rows)
+
+
+def test_the_ways_of_weights_are_counted_between_records_and_go_on_after_a_resume():
+    """R of a layer over the steps since the last record, as `Oscillation` counts it; a FP32 model has none."""
+
+    def made(records):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+        quantize_model(model, "x:MXFP4 w:MXFP4 dy:MXFP4")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        plan = {"default": 0, "oscillation": {"every": 4, "layers": "0"}}
+        return model, optimizer, Monitor(model, optimizer, schedule=plan, sink=records.extend)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+
+    whole: list = []
+    model, optimizer, monitor = made(whole)
+    train(model, optimizer, range(1, 2))
+    counter = Oscillation(model)
+    for step in range(2, 6):
+        train(model, optimizer, [step])
+        counter.update()
+    train(model, optimizer, range(6, 8))
+    state = monitor.state()
+    saved = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(8, 10))
+    monitor.close()
+    assert [(r["step"], r["layer"], r["role"]) for r in whole] == [
+        (1, "0", "weight"),
+        (5, "0", "weight"),
+        (9, "0", "weight"),
+    ]
+    ways = counter.layers["0"]
+    assert whole[1]["oscillation"] == ways.total > 0
+    assert whole[1]["oscillating"] == ways.share()
+    assert whole[1]["code_flips"] == ways.flip_rate
+
+    later: list = []
+    model, optimizer, monitor = made(later)
+    model.load_state_dict(saved)
+    monitor.load_state(state)
+    for step in (8, 9):
+        monitor.begin_step(step)
+        train(model, optimizer, [step])
+        monitor.end_step()
+    monitor.close()
+    assert later[-1] == whole[-1]
+    plain: list = []
+    model = nn.Sequential(nn.Linear(4, 4))
+    monitor = Monitor(model, schedule={"default": 0, "oscillation": 1}, sink=plain.extend)
+    monitor.begin_step(1)
+    monitor.end_step()
+    monitor.close()
+    assert plain == []

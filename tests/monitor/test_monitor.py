@@ -11,6 +11,7 @@ from torch import nn
 from altgrad import nn as qnn
 from altgrad.errors import ConfigError, OptionError
 from altgrad.monitor import Monitor, RankLimits
+from altgrad.monitor.reference import against_reference, compare
 from altgrad.quantization import (
     amax_scale,
     compute_stiffness_field,
@@ -361,6 +362,35 @@ def test_reference_gradients_are_those_of_the_unquantized_model():
     assert record["reference_snr_db"] == pytest.approx(float(20 * torch.log10(r.norm() / (g - r).norm())), abs=1e-3)
     assert record["reference_seconds"] == seconds > 0
     assert 0 < record["reference_snr_db"] < 30
+    assert record["noise_ratio"] == pytest.approx(float(r.norm() / (g - r).norm()), rel=1e-9)
+    assert "batch_noise_scale" not in record  # one micro-batch says nothing of batches
+    assert "g/noise" in monitor.summary()
+
+
+def test_the_noise_of_batches_is_that_of_drawn_gradients():
+    """A linear loss <a, w> in 8 micro-batches with a = 1 + 3 n in 4,000 elements: variance over squared mean is 9."""
+    weight = torch.nn.Parameter(torch.zeros(4000))
+    model = torch.nn.ParameterList([weight])
+    generator = torch.Generator().manual_seed(2)
+
+    def backward():
+        for _ in range(8):
+            ((1 + 3 * torch.randn(4000, generator=generator)) @ weight / 8).backward()
+
+    weight.grad = torch.ones(4000)
+    found, _ = against_reference(model, {7: weight}, {7}, backward)
+    assert found[7]["batch_noise_scale"] == pytest.approx(9, rel=0.05)
+    assert torch.equal(weight.grad, torch.ones(4000))
+    assert not weight._post_accumulate_grad_hooks
+    weight.grad = None
+    assert against_reference(model, {7: weight}, {7}, backward)[0] == {}
+
+
+def test_a_gradient_of_zeros_has_no_ratios_and_equal_ones_no_noise():
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    assert compare(ones, zeros).isnan().all()
+    assert compare(zeros, ones).tolist()[0] == 0.0
+    assert compare(ones, ones).tolist() == [float("inf"), pytest.approx(1.0), float("inf")]
 
 
 def test_reference_is_measured_only_when_due():

@@ -1,13 +1,27 @@
 """Moments kept in a format, and compensated sums: what nearest rounding would freeze."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
 
 from altgrad.errors import CodeError, FormatError, OptionError
-from altgrad.optim import ECO, KahanAdamW, ManifoldAdamW, SRAdamW, make_optimizer, moments, spacing, state_bytes
+from altgrad.optim import (
+    ECO,
+    OPTIMIZERS,
+    KahanAdamW,
+    ManifoldAdamW,
+    SRAdamW,
+    make_optimizer,
+    moments,
+    reset_moments,
+    spacing,
+    state_bytes,
+)
+from altgrad.optim.resets import KEPT_AS
 from altgrad.quantization import get_format, quantize
 from altgrad.quantization.parameter_grid import ParameterGrid
+from tests.optim.test_battery import FORMULAS, gradients, options_of, run, start
 
 
 def averaged(fmt, rounding, beta, steps, n=4000, start=1.0, goal=2.0):
@@ -185,3 +199,95 @@ def test_eco_skips_at_lr_zero_and_needs_momentum():
     assert torch.equal(w.detach(), torch.ones(4))
     with pytest.raises(OptionError, match="beta1"):
         ECO([w], "E4M3", betas=(0.0, 0.9))
+
+
+# -- resets ---------------------------------------------------------------------------------------------------------------
+
+# those whose rule rests on nothing but the weights and their moments (Madam's bound is set out of reach)
+BY_MOMENTS_ALONE = {
+    "adamw": {"lr": 0.01, "weight_decay": 0.1},
+    "sgd": {"lr": 0.01},
+    "sr_adamw": {"lr": 0.01, "weight_decay": 0.1, "rounding": None},
+    "manifold_adamw": {"lr": 0.3, "format": "E4M3", "precondition": "both"},
+    "grid_optim": {"lr": 0.2, "format": "E4M3", "rounding": None},
+    "eco": {"lr": 0.01, "format": "E4M3"},
+    "madam": {"lr": 0.05, "p_scale": 1e3},
+    "lns_madam": {"lr": 0.25, "format": "E7M0", "rounding": None, "p_scale": 1e3},
+    "lion": {"lr": 0.01, "weight_decay": 0.1},
+    "signsgd": {"lr": 0.01},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), BY_MOMENTS_ALONE.items(), ids=str)
+def test_after_a_reset_the_rule_begins_anew_from_the_present_weights(name, options):
+    w, grads = start(name, 60, torch.float64), gradients(60, 9, dtype=torch.float64)
+    optimizer = make_optimizer(name, [w], **options)
+    run(optimizer, [w], grads[:4])
+    expected = FORMULAS[name][0](w.detach().numpy().copy(), grads[4:].numpy(), **options)
+    reset_moments(optimizer)
+    run(optimizer, [w], grads[4:])
+    np.testing.assert_allclose(w.detach().numpy(), expected, rtol=1e-11, atol=1e-14)
+
+
+def test_one_moment_begins_anew_and_the_other_goes_on():
+    """AdamW by hand, with a count for each: fused and plain."""
+    grads, (beta1, beta2), lr = gradients(50, 8, dtype=torch.float64), (0.9, 0.99), 0.01
+    for which in ("first", "second"):
+        m, v, w, since = np.zeros(50), np.zeros(50), np.linspace(-1, 1, 50), {"first": 0, "second": 0}
+        for t, g in enumerate(grads.numpy()):
+            if t == 5:
+                m, v = (m * 0, v) if which == "first" else (m, v * 0)
+                since[which] = 5
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+            hats = m / (1 - beta1 ** (t + 1 - since["first"])), v / (1 - beta2 ** (t + 1 - since["second"]))
+            w = w - lr * hats[0] / (np.sqrt(hats[1]) + 1e-8)
+        for dtype, fused in ((torch.float64, None), (torch.float32, True), (torch.float32, False)):
+            p = Parameter(torch.linspace(-1, 1, 50, dtype=torch.float64).to(dtype))
+            more = {"betas": (beta1, beta2), "weight_decay": 0.0, "rounding": None, "fused": fused}
+            optimizer = make_optimizer("sr_adamw", [p], lr=lr, **more)
+            run(optimizer, [p], grads[:5])
+            reset_moments(optimizer, which)
+            resumed = make_optimizer("sr_adamw", [p], lr=lr, **more)
+            resumed.load_state_dict(optimizer.state_dict())  # the counts are part of the state
+            run(resumed, [p], grads[5:])
+            np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-11 if dtype == torch.float64 else 2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_say_which_moments_there_are(name):
+    w, row = start(name), OPTIMIZERS[name]
+    optimizer = make_optimizer(name, [w], **options_of(name))
+    run(optimizer, [w], gradients(200, 3))
+    state = optimizer.state[w]
+    assert {moment for moment, names in KEPT_AS.items() if any(n in state for n in names)} == set(row.moments)
+    row.check_reset("both")
+    reset_moments(optimizer)
+    assert all(not state[n].any() for names in KEPT_AS.values() for n in names if n in state)
+    if len(row.moments) == 1:
+        other = "second" if row.moments == ("first",) else "first"
+        with pytest.raises(OptionError, match=f"{name} keeps no {other} moment"):
+            row.check_reset(other)
+    elif name == "adamw":
+        for refused in (lambda: row.check_reset("second"), lambda: reset_moments(optimizer, "first")):
+            with pytest.raises(OptionError, match="take sr_adamw"):
+                refused()
+    with pytest.raises(OptionError, match="'third' are not one of both, first, second"):
+        reset_moments(optimizer, "third")
+
+
+def test_stalled_moments_move_again_after_a_reset():
+    """BF16 under nearest rounding holds v far above the truth for good; begun anew every 500 steps it is nearer."""
+    held = {}
+    for every in (0, 500):
+        w = Parameter(torch.zeros(500))
+        optimizer = make_optimizer(
+            "sr_adamw", [w], lr=1e-3, betas=(0.9, 0.999), rounding=None, moment_format=(None, "BF16")
+        )
+        for step, grad in enumerate(gradients(500, 2000)):
+            if every and step and step % every == 0:
+                reset_moments(optimizer, "second")
+            w.grad = grad
+            optimizer.step()
+        seen = every if every else 2000
+        held[every] = float(optimizer.state[w]["exp_avg_sq"].float().mean()) / (1 - 0.999**seen)
+    assert abs(held[500] - 1) < abs(held[0] - 1) / 2

@@ -29,6 +29,12 @@ CASES = {
     "accumulation": [*MASTER, "rounding=stochastic", "data.grad_accumulation=2"],
     "clipping": ["fp8_format=E5M2", "scaling=none", "enable_partition_clipping=true", "clipping.overflow_threshold=0"],
     "shift": ["fp8_format=E7M0", "weight_storage=grid", "enable_emergency_shift=true", "shift.stall_patience=2"],
+    "resets": ["optimizer.reset_every=3"],
+    "reset of second moments": [
+        *["optimizer.name=sr_adamw", "optimizer.reset_every=3", "optimizer.reset_moments=second"],
+        "optimizer.options={moment_format: BF16, moment_rounding: stochastic}",
+    ],
+    "noisy lmd": ["optimizer.name=lmd", "optimizer.options={noise: 0.1}"],
     "gpt2": [*GRID, "model.style=gpt2"],
     "block-format": ["fp8_format=MXFP8"],
     **{

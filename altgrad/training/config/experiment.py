@@ -113,6 +113,10 @@ class OptimizerSection(_Section):
     """The cosine ends at this fraction of lr (Hoffmann et al. 2022 use 0.1)."""
     grad_clip: NonNegativeFloat = 1.0
     """Largest L2 norm of all gradients together; 0 switches clipping off."""
+    reset_every: Annotated[int, Field(ge=0)] = 0
+    """Steps after which moments begin anew at zero, as averages kept in few bits need to (arXiv:2603.16731); 0 never."""
+    reset_moments: Literal["both", "first", "second"] = "both"
+    """Which: averages of gradients, of their squares, or all that the optimizer has."""
 
 
 class DataSection(_Section):

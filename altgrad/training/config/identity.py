@@ -12,6 +12,8 @@ from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE, identity_keys
 ADDED_LATER = (
     ("model", "factory"),
     ("model", "options"),
+    ("optimizer", "reset_every"),
+    ("optimizer", "reset_moments"),
     ("data", "token_dtype"),
     ("verdict", "divergence_smoothing"),
     ("verdict", "freeze_flip_rate"),

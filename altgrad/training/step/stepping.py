@@ -96,6 +96,8 @@ def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.O
     """
     try:
         row = find_optimizer(config.name)
+        if config.reset_every:
+            row.check_reset(config.reset_moments)
         settings: dict[str, Any] = {n: getattr(config, n) for n in ("lr", "weight_decay", "betas", "eps", "momentum")}
         settings = {name: value for name, value in settings.items() if value is not None and name in row.options}
         trained = [p for p in model.parameters() if p.requires_grad]
