@@ -153,7 +153,13 @@ def test_settings_that_came_later_leave_earlier_runs_their_names():
     assert digest == hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     for section, key in ADDED_LATER:
         value = getattr(getattr(config, section), key)
-        others = {"token_dtype": "int64", "factory": "some.package:make", "options": "{depth: 3}"}
+        others = {
+            "token_dtype": "int64",
+            "factory": "some.package:make",
+            "options": "{depth: 3}",
+            "reset_every": 5,
+            "reset_moments": "first",
+        }
         other = others.get(key) or (value * 2 if isinstance(value, int) else value / 2)
         changed = load_config(config, [f"{section}.{key}={other}"])
         assert experiment_hash(changed, "data", "1") != digest, key

@@ -282,3 +282,32 @@ def test_thresholds_come_from_the_config():
     monitor = monitor_of(near_zero=1e-6, rank_fraction=0.2, rank_fraction_projections=0.4)
     assert monitor._collector.near_zero == 1e-6
     assert (monitor._ranks.limits.limit("blocks.0.mlp.up"), monitor._ranks.limits.limit("head")) == (0.2, 0.4)
+
+
+def test_moments_begin_anew_at_their_period():
+    trainer = tiny_trainer("optimizer.reset_every=3")
+    counts = []
+    for _ in range(7):
+        train(trainer, 1)
+        counts.append({int(state["step"]) for state in trainer.optimizer.state.values()})
+    assert counts == [{1}, {2}, {3}, {1}, {2}, {3}, {1}]
+
+
+@pytest.mark.parametrize(
+    ("name", "moments", "words"), [("adamw", "second", "take sr_adamw"), ("lion", "second", "no second")]
+)
+def test_a_reset_that_an_optimizer_cannot_make_is_refused(name, moments, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny_trainer(f"optimizer.name={name}", "optimizer.reset_every=3", f"optimizer.reset_moments={moments}")
+
+
+def test_evaluation_is_of_an_optimizers_mean_weights():
+    trainer = tiny_trainer("optimizer.name=lmd", "optimizer.options={noise: 0.5}")
+    train(trainer, 2)
+    drawn, loss = trainer.capture()["model"], trainer.evaluate()
+    assert not differing(trainer.capture()["model"], drawn)
+    trainer.optimizer.eval()
+    assert trainer.evaluate() == loss
+    trainer.optimizer.train()
+    trainer.optimizer.param_groups[0]["noise"] = trainer.optimizer.param_groups[1]["noise"] = 0.0
+    assert trainer.evaluate() != loss
