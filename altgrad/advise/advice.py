@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from altgrad.advise.choose import TIE_DB, Budget, Choice, Option, bits_of, choose
-from altgrad.advise.loop import Loop, quantized
-from altgrad.advise.sensitivity import Attribution, attribute, everywhere, recipe_from
+from altgrad.advise.loop import Loop
+from altgrad.advise.sensitivity import Attribution, attribute, damage_of, everywhere, exact_gradient, recipe_from
 from altgrad.advise.stall import freeze_step, stall_error, stall_over
 from altgrad.advise.trace import Tell, Trace
 from altgrad.formats.block import BlockFormat
@@ -31,7 +31,7 @@ STALL_LIMIT = 0.5
 class Row:
     """What a format does to one operand.
 
-    damage: predicted relative squared gradient error with this operand alone low; None without sensitivity.
+    damage: predicted relative squared error across the gradient with this operand alone low; None without sensitivity.
     refused: why nothing is predicted.
     """
 
@@ -56,7 +56,7 @@ class Advice:
     recipe: for `quantize_model` and `altgrad run`. choice: formats by (layer, role), with ties.
     gradient_snr_db: predicted for the whole recipe at the trace's end; measured_snr_db: the same, measured on the next
     batch. errors: of the predictions, as measured. everywhere: by format, the relative squared
-    error of the mean gradient with that format for every operand (`sensitivity.everywhere`). stalls: by format, storage and layer ("" for all):
+    error across the mean gradient with that format for every operand (`sensitivity.everywhere`). stalls: by format, storage and layer ("" for all):
     predicted mean over the schedule, and the step from which 95% are lost. unknown: what the source cannot tell.
     """
 
@@ -241,12 +241,9 @@ def expected_snr(damage: float, completeness: float) -> float | None:
 
 
 def gradient_snr(loop: Loop, recipe: Recipe) -> float:
-    """10 log10(|g|^2 / |g(recipe) - g|^2) on the loop's next batch; inf where both are equal."""
-    exact = loop.gradient()[1].double()
-    with quantized(loop, recipe):
-        low = loop.gradient()[1].double()
-    error = float((low - exact).square().sum())
-    return math.inf if error == 0 else 10 * math.log10(float(exact.square().sum()) / error)
+    """-10 log10 of the recipe's damage (`sensitivity`) on the loop's next batch; inf where it does none."""
+    error = damage_of(loop, recipe, exact_gradient(loop))
+    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def sqnr_error(loop: Loop, trace: Trace, formats: Sequence[str]) -> float:

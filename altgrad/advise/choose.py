@@ -92,7 +92,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Option:
-    """A format for an operand. damage: predicted relative squared gradient error."""
+    """A format for an operand. damage: predicted relative squared error across the gradient."""
 
     format: str
     bits: float

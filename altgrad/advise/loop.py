@@ -37,7 +37,10 @@ class Loop(Protocol):
         ...
 
     def gradient(self, ahead: int = 0) -> tuple[float, Tensor]:
-        """Loss and all gradients (one vector) of the batch of the next step, or of the step `ahead` of it; none is taken."""
+        """Loss and all gradients of the batch of the next step, or of the step `ahead` of it; none is taken.
+
+        Gradients are one vector, in the order of the model's parameters, and stay in their `grad` besides.
+        """
         ...
 
     def capture(self) -> Any:

@@ -1,6 +1,10 @@
 """Which operands matter: one forward and backward each, with that operand alone in a low format.
 
-    damage(c, f) = |g(c in f) - g(float32)|^2 / |g(float32)|^2        over all parameters
+    damage(c, f) = sum over parameters |e|^2 / sum |g|^2,   g = g(float32), e = what g(c in f) has across g
+
+What it has along g, parameter by parameter, is left out: it makes a step longer or shorter, and optimizers that divide by the
+gradient's own magnitude (Adam and its kin) undo that. A format with one mantissa bit shortens the gradient by a tenth and
+turns it little; one that loses small values turns it (docs/findings/advice.md has what this changed).
 
 Every format that is offered is tried on every operand: two formats that put the same noise on a tensor may differ by ten
 times in what they do to the gradient (small values that become zero all err in one direction, and such errors add up in
@@ -58,7 +62,7 @@ class Sensitivity:
         return min(1.5, max(0.5, slope)), float(x.mean()), float(y.mean())
 
     def damage(self, fmt: str, noise: float) -> float:
-        """Relative squared gradient error in a format that puts this noise on the operand.
+        """Relative squared error across the gradient in a format that puts this noise on the operand.
 
         As measured where the format was tried; else by its noise, 0 without noise or where no format did damage. A tensor
         that is all error does no more than lose itself: noise counts up to 1.
@@ -90,10 +94,7 @@ def attribute(
     Raises:
         ConfigError: the gradient in float32 is zero or not finite.
     """
-    exact = loop.gradient()[1]
-    size = float(exact.double().square().sum())
-    if not 0 < size < math.inf:
-        raise ConfigError(f"the float32 gradient's squared norm is {size}; there is no damage to measure against it")
+    exact = exact_gradient(loop)
     found: dict[tuple[str, str], Sensitivity] = {}
     cells = trace.cells
     for i, (layer, role) in enumerate(cells):
@@ -101,7 +102,7 @@ def attribute(
             {
                 fmt: (
                     trace.predict(layer, role, fmt).noise,
-                    damage_of(loop, one_operand(layer, role, fmt), exact, size),
+                    damage_of(loop, one_operand(layer, role, fmt), exact),
                 )
                 for fmt in formats
                 if trace.refusal(layer, role, fmt) is None
@@ -112,7 +113,7 @@ def attribute(
     middle = formats[len(formats) // 2]
     tried = [cell for cell in cells if middle in found[cell].measured]
     alone = sum(found[cell].measured[middle][1] for cell in tried)
-    together = damage_of(loop, recipe_from(dict.fromkeys(tried, middle), trace), exact, size)
+    together = damage_of(loop, recipe_from(dict.fromkeys(tried, middle), trace), exact)
     return Attribution(found, together / alone if alone > 0 else math.nan)
 
 
@@ -121,38 +122,51 @@ def everywhere(
 ) -> dict[str, float]:
     """What one format for every operand that was traced does to the mean gradient of the next batches, by format.
 
-    |mean g(f) - mean g(float32)|^2 / |mean g(float32)|^2; 1e6 where it is not finite. The loop is left where it was.
+    Damage as above, of the mean gradients; 1e6 where it is not finite. The loop is left where it was.
 
     Raises:
         ConfigError: the mean gradient in float32 is zero or not finite.
     """
-
-    def mean() -> torch.Tensor:
-        total = loop.gradient()[1].double()
-        for ahead in range(1, batches):
-            total += loop.gradient(ahead)[1].double()
-        return total / batches
-
-    exact = mean()
-    size = float(exact.square().sum())
-    if not 0 < size < math.inf:
-        raise ConfigError(f"the float32 gradient's squared norm is {size}; there is no damage to measure against it")
+    exact = exact_gradient(loop, batches)
     found: dict[str, float] = {}
     for i, fmt in enumerate(formats):
-        with quantized(loop, recipe_from(dict.fromkeys(trace.cells, fmt), trace)):
-            error = float((mean() - exact).square().sum()) / size
-        found[fmt] = error if math.isfinite(error) else 1e6
+        found[fmt] = damage_of(loop, recipe_from(dict.fromkeys(trace.cells, fmt), trace), exact, batches)
         if tell is not None:
             tell("one format everywhere", i + 1, len(formats))
     return found
 
 
-def damage_of(loop: Loop, recipe: Recipe, exact: torch.Tensor, size: float) -> float:
-    """Relative squared error of the gradient under a recipe; 1e6 where it is not finite."""
+def exact_gradient(loop: Loop, batches: int = 1) -> torch.Tensor:
+    """Mean gradient of the next batches without low precision, float64.
+
+    Raises:
+        ConfigError: it is zero or not finite.
+    """
+    exact = _mean_gradient(loop, batches)
+    size = float(exact.square().sum())
+    if not 0 < size < math.inf:
+        raise ConfigError(f"the float32 gradient's squared norm is {size}; there is no damage to measure against it")
+    return exact
+
+
+def damage_of(loop: Loop, recipe: Recipe, exact: torch.Tensor, batches: int = 1) -> float:
+    """Relative squared error under a recipe across the exact mean gradient of the next batches; 1e6 where it is not finite."""
     with quantized(loop, recipe):
-        _, low = loop.gradient()
-    error = float((low - exact).double().square().sum()) / size
+        low = _mean_gradient(loop, batches)
+    sizes = [p.numel() for p in loop.model.parameters() if p.grad is not None]
+    error = 0.0
+    for one, true in zip(low.split(sizes), exact.split(sizes), strict=True):
+        along = float(one @ true) / size if (size := float(true @ true)) > 0 else 0.0
+        error += float((one - along * true).square().sum())
+    error /= float(exact.square().sum())
     return error if math.isfinite(error) else 1e6
+
+
+def _mean_gradient(loop: Loop, batches: int) -> torch.Tensor:
+    total = loop.gradient()[1].double()
+    for ahead in range(1, batches):
+        total += loop.gradient(ahead)[1].double()
+    return total / batches
 
 
 def one_operand(layer: str, role: str, fmt: str) -> Recipe:

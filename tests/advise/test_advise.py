@@ -17,12 +17,21 @@ from torch import nn
 from altgrad.advise import Budget, PlainLoop, advise, advise_loop, advise_trace, advise_weights, take_trace, verify
 from altgrad.advise.checkpoint import spectra_of
 from altgrad.advise.choose import Option, bits_of, choose
-from altgrad.advise.loop import quantized
-from altgrad.advise.sensitivity import Sensitivity, attribute, everywhere, one_operand, recipe_from
+from altgrad.advise.loop import flat_gradient, quantized
+from altgrad.advise.sensitivity import (
+    Sensitivity,
+    attribute,
+    damage_of,
+    everywhere,
+    exact_gradient,
+    one_operand,
+    recipe_from,
+)
 from altgrad.advise.stall import Snapshot, exact_stall, freeze_step, moment_ratchet, predicted_stall, stall_over
 from altgrad.cli.advise_pages import ConfigLoop
 from altgrad.errors import AltGradError, CheckpointError, ConfigError
 from altgrad.nn import Recipe, quantize_model, restore_model, uniform
+from altgrad.nn.layer.classes import is_quantized
 from altgrad.report.pages.advice import render_advice
 from altgrad.training.config.loading import load_config
 from tests.training.tiny import TINY, differing
@@ -95,6 +104,33 @@ def test_small_gradients_that_become_zero_count_for_more_than_their_noise():
     assert whole["E3M4"] < whole["E6M1"]
     assert whole["E3M4"] < whole["E1M6"] / 10
     assert not differing(one.capture(), state)
+
+
+def test_an_error_along_the_gradient_is_no_damage():
+    """A step made longer or shorter, parameter by parameter, is what Adam undoes; one that is turned is damage."""
+
+    class Changed(PlainLoop):
+        change = staticmethod(lambda g: g)
+
+        def gradient(self, ahead=0):
+            value, _ = super().gradient(ahead)
+            if any(is_quantized(m) for m in self.model.modules()):
+                for i, p in enumerate(self.model.parameters()):
+                    p.grad.copy_(self.change(exact[i]) * (0.5 + i))
+            return value, flat_gradient(self.model)
+
+    one = Changed(net(), batches, loss)
+    whole = exact_gradient(one)
+    exact = [p.grad.clone() for p in one.model.parameters()]
+    recipe = one_operand("0", "weight", "E2M1")
+    assert damage_of(one, recipe, whole) < 1e-12
+    one.change = lambda g: torch.where(torch.arange(g.numel()).view_as(g) % 2 == 0, g, 0)
+    expected = sum(
+        float((half - (half @ g) / (g @ g) * g).square().sum())
+        for i, g in enumerate(e.double().flatten() for e in exact)
+        for half in [torch.where(torch.arange(g.numel()) % 2 == 0, g, 0) * (0.5 + i)]
+    )
+    assert damage_of(one, recipe, whole) == pytest.approx(expected / float(whole @ whole), rel=1e-5)
 
 
 def test_more_bits_never_predict_more_damage(traced):
