@@ -7,7 +7,7 @@ scikit-learn (its digits; `pip install altgrad[studies]`).
 
     python -m experiments.advice --list                      # how many runs there are to make
     python -m experiments.advice                             # make them; appends to experiments/results/advice.jsonl
-    python -m experiments.advice --tell                      # the tables of docs/findings/advice.md
+    python -m experiments.advice --tell                      # the tables of docs/findings/advice.md; --seeds 2 3 4: of those
 
 `experiments/advice_scores.py` states the criteria, which were written before the first run.
 """
@@ -342,19 +342,26 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def seed_of(key: str) -> int:
+    """The seed of an entry; keys begin with a model, or with the kind of what is of one."""
+    parts = key.split("|")
+    return int(next(part for part in parts[1:] if part.isdecimal()))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make what is missing, list it, or tell what there is."""
     parser = argparse.ArgumentParser(prog="python -m experiments.advice", description="The study of advice.")
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--list", action="store_true", help="how many runs there are to make")
     parser.add_argument("--tell", action="store_true", help="the tables, as Markdown")
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="what --tell rests on")
     parser.add_argument("--only", default="", help="keys that hold this text")
     options = parser.parse_args(arguments)
     known = read_record(options.record)
     if options.tell:
         from experiments.advice_scores import tell
 
-        print(tell(known))
+        print(tell({key: entry for key, entry in known.items() if seed_of(key) in options.seeds}))
         return 0
     todo = [(key, make) for key, make in jobs() if key not in known and options.only in key]
     print(f"{len(todo)} to make, {len(known)} in {options.record}")

@@ -19,6 +19,7 @@ two baselines' regrets is no difference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -178,6 +179,24 @@ def _rank(values: Sequence[float], truth: Sequence[float]) -> float:
     return float(spearmanr(values, truth)[0]) if len(set(values)) > 1 and len(set(truth)) > 1 else 0.0  # type: ignore[arg-type]
 
 
+def gap_table(record: Record) -> Table:
+    """Mean loss of every format above float32, with the standard error over seeds and schedules."""
+    rows = []
+    for storage in STORAGES:
+        for model in MODELS:
+            found = [
+                [runs[f]["loss"] - base for f in ALL]
+                for where, runs, _, base in groups(record, storage)
+                if where.startswith(model + "|")
+            ]
+            if len(found) > 1:
+                gaps = np.array(found)
+                errors = gaps.std(0, ddof=1) / math.sqrt(len(gaps))
+                cells = [f"{mean:+.3f} ({error:.3f})" for mean, error in zip(gaps.mean(0), errors, strict=True)]
+                rows.append([storage, model, str(len(gaps)), *cells])
+    return Table([Column(h, i > 1) for i, h in enumerate(("storage", "model", "runs", *ALL))], rows, sortable=False)
+
+
 def regret_table(record: Record) -> Table | None:
     """Loss of each method's recipe above the best of all, by seed."""
     regrets: dict[str, list[float]] = {}
@@ -328,6 +347,7 @@ def tell(record: Record) -> str:
         "### SQNR\n\n" + table_markdown(sqnr_table(record)),
         "### Order of formats\n\n" + table_markdown(rank_table(record)),
     ]
+    parts += ["### Loss above float32, nats (standard error)\n\n" + table_markdown(gap_table(record))]
     regret = regret_table(record)
     parts += ["### Regret\n\n" + (table_markdown(regret) if regret else "No seed is complete.")]
     parts += [
