@@ -129,6 +129,11 @@ class Null:
         return max(self.low.sd, self.high.sd)
 
     @property
+    def step_noise(self) -> float:
+        """Deviation of one draw's mean, its scatter from step to step included, by which the mean of fewer steps is judged."""
+        return math.hypot(self.noise, self.wobble)
+
+    @property
     def z(self) -> float:
         """Damage in standard errors."""
         return self.damage / math.hypot(self.low.error, self.high.error)

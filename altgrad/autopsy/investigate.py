@@ -18,6 +18,7 @@ from altgrad.autopsy.damage import Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import BudgetSpent, Forks
 from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, too_fast, unwell
+from altgrad.autopsy.objections import CLEARLY, MOST, all_alone, too_weak
 from altgrad.autopsy.search import Found, Prior, Search, Settings, expected_forks, names
 from altgrad.autopsy.verdict import (
     CAUSE,
@@ -31,7 +32,6 @@ from altgrad.autopsy.verdict import (
     whole_roles,
 )
 from altgrad.autopsy.window import (
-    CLEAR,
     SHORTEST,
     Window,
     acts_from,
@@ -101,11 +101,11 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     if wrong and float(np.mean(gap[length // 2 :])) < max(0.5 * own_damage(twin, top), floor):
         return replace(so_far, kind=NOT_PRECISION, **not_precision(forks, wrong, top, settings.longest))
     quiet = rise <= floor and float(np.mean(gap[-max(5, length // 10) :])) < floor
-    if (quiet or change_point(gap, rise) is None) and _end_gap(forks, top) <= CLEARLY * floor:
+    ends = _end_gap(forks, top)
+    if (quiet or change_point(gap, rise) is None) and ends <= CLEARLY * floor:
         if (wrong := too_fast(forks, top, settings.longest)) is not None:
             return replace(so_far, kind=NOT_PRECISION, **wrong)
-        sentence = f"No damage in the window: the run ends {np.mean(gap[-5:]):+.3g} nats from its float32 twin."
-        return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence, damage=float(np.mean(gap[-5:])))
+        return _undamaged(replace(so_far, damage=ends), ends, floor, "")
     onset = onset_of(gap, rise)
     gates.append(f"float32 twin survives (loss {twin[-1]:.3f} at step {len(twin)})")
 
@@ -118,7 +118,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         forks.stage = "proof"
         over_run = over_the_run(forks, window, found.cells, top, settings.longest)
         so_far = search.so_far = replace(so_far, over_run=over_run)
-        if over_run is None or over_run.value >= 0.5 or found.spread:
+        if over_run is None or over_run.value >= MOST or found.spread:
             break
         least = len(low)  # these cells did damage first, and others in the end: look again over all that the proof saw
         so_far = replace(so_far, first=so_far.first or names(found.cells))
@@ -139,19 +139,19 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         structure=_structure(found, parts),
     )
     search.so_far = so_far
-    if found.spread or whole.rescue.value < HALF:
+    if found.spread or whole.rescue.value < MOST:
         sentence = (
             f"Inconclusive: {joined(so_far.cells)} close {whole.rescue} of the gap, and the other cells still do damage; "
             f"the damage is spread over more than {len(found.sets)} sets of cells."
         )
         return replace(so_far, sentence=sentence)
-    if whole.alone.value < HALF:
+    if whole.alone.value < MOST and not all_alone(search, found.cells):
         sentence = (
             f"Inconclusive: rescuing {joined(so_far.cells)} closes {whole.rescue} of the gap, but low alone they do only "
             f"{whole.alone} of the damage: others have a part in it."
         )
         return replace(so_far, sentence=sentence)
-    if (weak := _too_weak(search, so_far, floor)) is not None:
+    if (weak := too_weak(search, so_far, floor)) is not None:
         return replace(so_far, sentence=f"Inconclusive: {weak}; {joined(so_far.cells)} are the first to suspect.")
     interventions = search.mechanisms(found.cells)
     shares = {i.name: i.closed.value for i in interventions if i.closed is not None}
@@ -174,14 +174,32 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
     return replace(verdict, sentence=_sentence(verdict))
 
 
-def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[str]) -> tuple[Verdict, Found | None]:
-    """Null band, bounds, roles and layers in a window of at least `least` steps; without cells where it shows no damage."""
+def _undamaged(so_far: Verdict, ends: float, floor: float, seen: str) -> Verdict:
+    """No damage, where the run ends within the floor of its twin; unresolved between that and what counts as damage clearly."""
+    if ends <= floor:
+        sentence = f"No damage in the window: {seen}the run ends {ends:+.3g} nats from its float32 twin."
+        return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence)
+    sentence = (
+        f"Inconclusive: {seen}the run ends {ends:.3g} nats above its float32 twin, more than chance alone is trusted to do "
+        f"({floor:.2g}) and too little to look for a cause ({CLEARLY * floor:.2g})."
+    )
+    return replace(so_far, level="phenomenon", sentence=sentence)
+
+
+def _look(
+    search: Search, so_far: Verdict, onset: int, least: int, gates: list[str], begin: int | None = None
+) -> tuple[Verdict, Found | None]:
+    """Null band, bounds, roles and layers in a window of at least `least` steps; without cells where it shows no damage.
+
+    The window begins at the last state before `begin` (None: the onset), or before the state carries damage.
+    """
+    begin = onset if begin is None else begin
     forks, settings, top = search.forks, search.settings, search.ceiling
     forks.stage = "null band"
-    window = search.window = choose(forks, onset, top, settings.draws, settings.longest, least)
+    window = search.window = choose(forks, begin, top, settings.draws, settings.longest, least)
     ends = _end_gap(forks, top)
     if not _shows(window) and ends > CLEARLY * floor_of(top):
-        window = search.window = _before_it_shows(search, window, onset, least)
+        window = search.window = _before_it_shows(search, window, begin, least)
     null = window.null
     so_far = search.so_far = replace(
         so_far,
@@ -198,11 +216,11 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
         )
         return replace(so_far, level="phenomenon", sentence=sentence), None
     if not null.damaged:
-        sentence = (
-            f"No damage in the window: {null.damage:+.3g} nats over steps {window.start + 1} to "
-            f"{window.start + window.horizon}, where single draws scatter by {null.noise:.2g}."
+        seen = (
+            f"{null.damage:+.3g} nats over steps {window.start + 1} to {window.start + window.horizon}, where single draws "
+            f"scatter by {null.noise:.2g}; "
         )
-        return replace(so_far, kind=NO_DAMAGE, level="phenomenon", sentence=sentence), None
+        return _undamaged(so_far, ends, floor_of(top), seen), None
     again = f"low precision fails again: {null.damage:.3g} nats, {null.z:.0f} standard errors, {settings.draws} draws"
     forks.stage = "bounds"
     if so_far.level is None:
@@ -216,50 +234,16 @@ def _look(search: Search, so_far: Verdict, onset: int, least: int, gates: list[s
     so_far = search.so_far = replace(so_far, gates=(*gates, again))
     roles = search.screen()
     so_far = search.so_far = replace(so_far, roles=_corrected(roles), level="boundary")
-    found = search.split(roles)
-    return replace(so_far, prior={str(cell): value for cell, value in search.suspicion.items()}), found
-
-
-HALF = 0.5
-"""Share that a cause closes by its rescue, and does alone."""
-CLEARLY = 2
-"""Damage of so many floors at the run's end is damage, whether or not a window shows it."""
-
-
-INNOCENT = 0.5
-"""Share of the gap that innocent cells may seem to close (or to widen) before nothing can be told by such shares."""
-ALL = 0.9
-"""Share that the cells found close over the whole run, beside which innocent cells that merely delay the damage are no objection."""
-
-
-def _too_weak(search: Search, v: Verdict, floor: float) -> str | None:
-    """Why the evidence names no cause: too little damage, or innocent cells that matter as much; None where it does.
-
-    Where a run diverges any change delays it, and seems to close a part of the gap within the window: so innocent cells are
-    asked again over the whole run, to whose end a delay does nothing.
-    """
-    if v.damage is not None and v.damage < CLEARLY * floor:
-        return (
-            f"{v.damage:.3g} nats are too few to tell cells apart, whose rounding alone moves the loss by half as much"
+    back = max(0, onset - max(2 * (onset - begin), window.horizon))
+    if (found := search.split(roles)) is None:
+        if back < begin and onset - back <= settings.longest // 2:
+            return _look(search, so_far, onset, max(least, onset - back + SHORTEST), gates, back)
+        sentence = (
+            f"Inconclusive: the state after step {window.start} carries damage already, so that rescues from there cannot tell "
+            "cells apart, and no earlier one is in reach."
         )
-    if v.structure in ("interacting", "spread") and v.damage is not None and v.damage < CLEAR * floor:
-        return f"{v.damage:.3g} nats are too few to tell which cells do damage together, and none of them does it alone"
-    named = set(v.cells)
-    innocent = [e for e in (*v.placebos, *v.roles) if e.rescue is not None and not named & set(e.cells)]
-    innocent.sort(key=lambda e: -abs(e.rescue.value) if e.rescue else 0.0)
-    for one in innocent:
-        if one.rescue is not None and abs(one.rescue.value) >= INNOCENT and not _delays(search, v, one):
-            return f"{joined(one.cells, 2)}, which are none of the cells found, seem to close {one.rescue} of the gap"
-    return None
-
-
-def _delays(search: Search, v: Verdict, innocent: Effect) -> bool:
-    """Whether innocent cells close less than half of the gap over the whole run, and the cells found nearly all of it."""
-    if v.over_run is None or v.over_run.value < ALL:
-        return False
-    cells = frozenset(cell for cell in search.cells if str(cell) in innocent.cells)
-    over = over_the_run(search.forks, search.window, cells, search.ceiling, search.settings.longest)
-    return over is not None and abs(over.value) < INNOCENT
+        return replace(so_far, sentence=sentence), None
+    return replace(so_far, prior={str(cell): value for cell, value in search.suspicion.items()}), found
 
 
 def _end_gap(forks: Forks, top: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from altgrad.autopsy import mechanism
 from altgrad.autopsy.damage import Band, Settled, Share, closed, share
+from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import Forks
 from altgrad.autopsy.split import groups, minimal
 from altgrad.autopsy.verdict import (
@@ -20,7 +21,7 @@ from altgrad.autopsy.verdict import (
     Intervention,
     Verdict,
 )
-from altgrad.autopsy.window import Window
+from altgrad.autopsy.window import CLEAR, Window
 
 Prior = Callable[[int, Sequence[Any]], Mapping[Any, float]]
 """(step of the captured state, cells) -> suspicion of each cell."""
@@ -115,14 +116,14 @@ class Search:
         """Whether these cells, low alone, do a share of the damage that matters; more draws where it is close."""
         return self._beyond(low, self._rule)
 
-    def _beyond(self, low: frozenset, stop: Settled) -> bool:
-        """Whether these cells, low alone, do more damage than the rule's limit."""
+    def _beyond(self, low: frozenset, stop: Settled, path: str = LOW) -> bool:
+        """Whether these cells, low alone, do more damage than the rule's limit, from the run's state or its twin's."""
         if not low:
             return False
         values = []
         for draw in range(self.settings.most_draws):
-            outcome = self.forks(self.window.fork(low, draw=draw), stop)
-            values.append(self.window.yardstick.damage(outcome))
+            outcome = self.forks(self.window.fork(low, path, draw=draw), stop)
+            values.append(stop.yardstick.damage(outcome))
             distance = abs(float(np.mean(values)) - stop.limit)
             if distance > 2.5 * self.window.null.noise / math.sqrt(len(values)):
                 break
@@ -135,14 +136,39 @@ class Search:
         return self._rule_at(null.high.mean + max(self.settings.matters * null.damage, least))
 
     def _rule_at(self, limit: float) -> Settled:
-        return Settled(self.window.yardstick, limit, self.window.null.noise, self._shown(limit))
+        return Settled(self.window.yardstick, limit, self.window.null.step_noise, self._shown(limit))
 
     def _shown(self, limit: float) -> int:
-        """Steps of the window after which the run itself is half way from the limit to all of its damage."""
+        """Steps of the window from which on the run itself stays half way from the limit to all of its damage, or further."""
         yardstick, null = self.window.yardstick, self.window.null
         own, first = self.forks(self.window.fork(self.everything)).losses, yardstick.first
         clear = (limit + null.low.mean) / 2
-        return next((n for n in range(first + 1, len(own)) if yardstick.over(own[:n], first) >= clear), len(own))
+        short = [n for n in range(first + 1, len(own)) if yardstick.over(own[:n], first) < clear]
+        return max(short, default=first) + 1
+
+    def _from_twin(self, low: frozenset, least: float) -> bool:
+        """Whether these cells do more than `least` nats of damage from the state that the twin has at the window's start.
+
+        From the run's state only: then the state does it, which other cells have damaged before.
+        """
+        window = self.window
+        if window.start == 0:
+            return True  # it is the same state
+        losses = list(self.forks.oracle.history(TWIN))[window.start : window.start + window.horizon]
+        yardstick = replace(window.yardstick, twin=tuple(losses))
+        rule = Settled(yardstick, least, window.null.step_noise, window.horizon)
+        return self._beyond(low, rule, TWIN)
+
+    def _carried(self, sets: Sequence[frozenset]) -> bool:
+        """Whether the run's state carries the damage at the window's start, so that rescues there cannot tell cells apart.
+
+        One of several sets then does no damage from the twin's state, with the cells outside of all, and from the run's does.
+        """
+        if len(sets) < 2:
+            return False
+        null, union = self.window.null, frozenset().union(*sets)
+        least = max(self.settings.matters * null.damage, null.low.floor)
+        return any(not self._from_twin(self.everything - union | one, least) for one in sets)
 
     def ahead(self, sets: Sequence[frozenset]) -> None:
         """Try sets that `damaged` may be asked about next, where there are idle hands."""
@@ -177,15 +203,19 @@ class Search:
         self.gather(kinds, [0])
         return [self.effect(kind, [0]) for kind in kinds]
 
-    def split(self, roles: Sequence[Effect]) -> Found:
-        """Which roles do the damage, and which cells of them."""
+    def split(self, roles: Sequence[Effect]) -> Found | None:
+        """Which roles do the damage, and which cells of them; None: an earlier state has to be asked, since this one carries damage."""
         self.forks.stage = "layers"
         weight = {name: max(e.rescue.value, e.alone.value) for e in roles for name in e.cells if e.rescue and e.alone}
         kinds = sorted(kinds_of(self.cells).values(), key=lambda kind: -weight.get(str(min(kind, key=str)), 0.0))
         guilty = groups(kinds, lambda some: self.damaged(frozenset().union(*some)), len(kinds))
+        if self._carried([frozenset().union(*some) for some in guilty.sets]):
+            return None
         suspects = frozenset().union(*guilty.union)
         within = self.order([cell for cell in self.cells if cell in suspects])
         found = groups(within, self.damaged, self.settings.most_groups, self.ahead)
+        if self._carried(found.sets):
+            return None
         if found.complete and found.sets and not self.damaged(self.everything - found.union):
             return Found(found.sets, found.union, spread=False)
         if suspects == self.everything or not guilty.complete or self.damaged(self.everything - suspects):
@@ -196,8 +226,9 @@ class Search:
         """With the cells that what is left of the damage comes from when those found are rescued.
 
         What is below the share that matters may still be a cause: while rescuing all cells found leaves more than `BEHIND` of the
-        damage and more than the floor, the smallest set is sought that does half of what is left alone, and whose rescue
-        besides closes half of it.
+        damage and more than the floor, the smallest set is sought that does half of what is left alone, and not less than the
+        floor, and whose rescue besides closes half of it. None is sought for what the state carries, nor two cells that do
+        weak damage together only.
         """
         if found.spread or found.whole_roles:
             return found
@@ -209,9 +240,14 @@ class Search:
             left = self.band(outside, draws).mean - null.high.mean
             if left < max(null.low.floor, BEHIND * null.damage, 4 * null.noise / math.sqrt(len(draws))):
                 break
-            rule = self._rule_at(null.high.mean + left / 2)
-            one = minimal(self.order([c for c in self.cells if c in outside]), partial(self._beyond, stop=rule))
-            if len(one) > MOST_BEHIND or self._beyond(outside - one, rule):
+            if not self._from_twin(outside, left / 2):
+                break
+            half, least = (self._rule_at(null.high.mean + nats) for nats in (left / 2, max(left / 2, null.low.floor)))
+            if not self._beyond(outside, least):
+                break
+            one = minimal(self.order([c for c in self.cells if c in outside]), partial(self._beyond, stop=least))
+            most = MOST_BEHIND if left >= CLEAR * null.low.floor else 1
+            if len(one) > most or self._beyond(outside - one, half):
                 break
             sets.append(one)
             cells |= one

@@ -31,9 +31,9 @@ class Window:
     yardstick: Yardstick
     null: Null
 
-    def fork(self, low: frozenset, **more) -> Fork:
-        """A fork of this window."""
-        return Fork(low, self.start, LOW, self.horizon, **more)
+    def fork(self, low: frozenset, path: str = LOW, **more) -> Fork:
+        """A fork of this window, from the run's state or from its twin's of the same step."""
+        return Fork(low, self.start, path, self.horizon, **more)
 
 
 def onset_of(gap: Sequence[float] | np.ndarray, rise: float) -> int:
@@ -151,7 +151,7 @@ def no_return(forks: Forks, ceiling: float, window: Window, horizon: int) -> int
         without = yardstick.over(low[step : step + horizon], horizon // 2)
         if without < harm:
             return True  # there is nothing to save it from yet
-        rule = Settled(yardstick, without / 2, window.null.noise)
+        rule = Settled(yardstick, without / 2, window.null.step_noise)
         return yardstick.damage(forks(Fork(frozenset(), step, LOW, horizon), rule)) < without / 2
 
     points = [c for c in forks.oracle.captures(LOW) if c + horizon <= min(len(low), len(twin))]

@@ -23,7 +23,7 @@ from altgrad.report.tables import Column, Table, TableCell
 from altgrad.report.theme import Style
 
 Data = Mapping[str, Any]
-MATTERS, MOST = 0.25, 0.5
+MATTERS, MOST = 0.25, 2 / 3
 """Shares of the gap from which a set contributed, and from which it can have caused the damage."""
 
 _LEVELS = {
