@@ -18,7 +18,7 @@ from altgrad.autopsy.damage import Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import BudgetSpent, Forks
 from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, too_fast, unwell
-from altgrad.autopsy.objections import CLEARLY, MOST, all_alone, too_weak
+from altgrad.autopsy.objections import MOST, all_alone, too_weak
 from altgrad.autopsy.search import Found, Prior, Search, Settings, expected_forks, names
 from altgrad.autopsy.verdict import (
     CAUSE,
@@ -32,6 +32,7 @@ from altgrad.autopsy.verdict import (
     whole_roles,
 )
 from altgrad.autopsy.window import (
+    CLEARLY,
     SHORTEST,
     Window,
     acts_from,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from altgrad.autopsy.search import Search
 from altgrad.autopsy.verdict import Effect, Verdict, joined
-from altgrad.autopsy.window import CLEAR, over_the_run
+from altgrad.autopsy.window import CLEAR, CLEARLY, over_the_run
 
 MOST = 2 / 3
 """Share that a cause closes by its rescue, and does alone: what others have a part in is less than half of what it does."""
-CLEARLY = 2
-"""Damage of so many floors at the run's end is damage, whether or not a window shows it."""
 INNOCENT = 0.5
 """Share of the gap that innocent cells may seem to close (or to widen) before nothing can be told by such shares."""
 ALL = 0.9

@@ -18,8 +18,10 @@ from altgrad.autopsy.forks import Forks
 
 SHORTEST = 16
 """Steps of the shortest horizon: half of them are averaged."""
+CLEARLY = 2
+"""Damage of so many floors is damage, whether or not a short window shows it."""
 CLEAR = 5
-"""Damage of so many times the floor is clear enough to compare forks by."""
+"""Damage of so many floors is clear enough to compare forks by in a short window."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float,
     """The share of the run's gap that rescuing these cells closes from the window's start to the run's end.
 
     A short window shows what does damage first, which need not be what does it in the end. None: the window reaches the
-    end (or `longest` steps), or the run is no longer clearly above its twin there.
+    end (or `longest` steps), or the run is no longer damaged there.
     """
     low = list(forks.oracle.history(LOW))
     steps = min(len(low) - window.start, longest)
@@ -191,7 +193,7 @@ def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float,
     )
     yardstick = Yardstick(twin.losses, ceiling)
     gap = yardstick.over(low[window.start : window.start + steps], steps // 2)
-    if gap < CLEAR * yardstick.floor:
+    if gap < max(CLEARLY * yardstick.floor, 10 * window.null.noise):
         return None
     value, error = 1 - yardstick.damage(rescued) / gap, 1.96 * window.null.noise / gap
     return Share(value, value - error, value + error, 1)
