@@ -1,4 +1,5 @@
-"""Three questions of our own, asked like others' claims: criteria first, eight paired seeds, rates tuned on seeds that do not count."""
+"""Questions of our own, asked like others' claims: criteria first; three with eight paired seeds and rates tuned on seeds that do not
+count, and two that tell apart what the first study of custom formats left together."""
 
 from __future__ import annotations
 
@@ -168,6 +169,23 @@ def _parts(arms: Arms) -> Values:
     return {**parts, "most": parts["stall"] - max(parts["representation"], parts["noise"])}
 
 
+# -- corrections of the first study of custom formats --------------------------------------------------------------
+
+
+def _shares(arms: Arms) -> Values:
+    """Of the gap of all layers to float32, what is gone where one kind of layer, or both, stay in float32."""
+    found = losses(arms)
+    gap = found["all"] - found["float32"]
+    return {
+        "gap": gap,
+        **{name: (found["all"] - found[f"{name} kept"]) / gap for name in ("embedding", "head", "both")},
+    }
+
+
+_ON_GRID = {"fp8_format": "E5M2", "weight_storage": "grid", "optimizer.lr": 1e-3}
+_KEPT = {"embedding kept": ["embedding"], "head kept": ["head"], "both kept": ["embedding", "head"]}
+_UNIFORM = {"fp8_format": "E0M7", "weight_storage": "grid", "optimizer.lr": 1e-3}
+
 _RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 _CELLS = {
     f"{fmt}, {decay}, {scale}": {"format": fmt, "decay": decay, "scale": scale, "rates": [1e-3, 3e-3, 1e-2]}
@@ -253,6 +271,58 @@ OWN: tuple[Claim, ...] = (
             _parts,
             seeds=8,
             tuned_by="loss",
+        ),
+    ),
+    Claim(
+        "own_embedding_and_head",
+        "own d",
+        "AltGrad",
+        "Of what E5M2 on the grid costs in the first study's setting, embedding and head are the smaller part.",
+        (
+            Criterion("both", "share of the gap that goes where both stay in float32", high=0.5),
+            Criterion("embedding", "the same, embedding alone"),
+            Criterion("head", "the same, head alone"),
+            Criterion("gap", "loss, all layers minus float32"),
+        ),
+        2,
+        Protocol(
+            "0.13M, 300 steps at 1e-3, all operands in E5M2 and weights stored to nearest on its grid, scale renewed every 10 steps, as in "
+            "docs/findings/custom-formats.md on 0.85M: all layers, without the embedding, without the head, without both; float32.",
+            final_loss,
+            {
+                "float32": {"lr": 1e-3},
+                "all": {"config": _ON_GRID},
+                **{name: {"config": {**_ON_GRID, "exclude": names}} for name, names in _KEPT.items()},
+            },
+            _shares,
+        ),
+    ),
+    Claim(
+        "own_scale_refresh",
+        "own e",
+        "AltGrad",
+        "What E0M7 loses on the grid is its stall and not the renewal of its scale, which rounds stored weights anew.",
+        (
+            Criterion("moves", "share of the gap that goes where the first scale is kept", -0.25, 0.25),
+            Criterion("refreshed", "loss above float32, scale renewed every 10 steps"),
+            Criterion("fixed", "loss above float32, first scale kept"),
+        ),
+        1,
+        Protocol(
+            "0.13M, 300 steps at 1e-3, all operands in E0M7 and weights stored to nearest on its grid, as in "
+            "docs/findings/custom-formats.md on 0.85M: scale renewed every 10 steps, or never; float32.",
+            final_loss,
+            {
+                "float32": {"lr": 1e-3},
+                "refreshed": {"config": _UNIFORM},
+                "fixed": {"config": {**_UNIFORM, "storage_refresh_interval": 0}},
+            },
+            lambda arms: {
+                "moves": (arms["refreshed"]["loss"] - arms["fixed"]["loss"])
+                / (arms["refreshed"]["loss"] - arms["float32"]["loss"]),
+                "refreshed": arms["refreshed"]["loss"] - arms["float32"]["loss"],
+                "fixed": arms["fixed"]["loss"] - arms["float32"]["loss"],
+            },
         ),
     ),
 )
