@@ -13,7 +13,7 @@ from pathlib import Path
 
 from altgrad.records.files import write_text
 from altgrad.records.folders import write_archive
-from altgrad.report.numbers import number
+from altgrad.report.numbers import MISSING, number
 from altgrad.report.pages.claim import Data, bounds, interval, power, seeds_of
 from altgrad.report.text import for_markdown
 from altgrad.reproduce import CLAIMS, Record
@@ -53,7 +53,9 @@ def verdict_table(rows: Sequence[Data]) -> str:
         verdict = f"**{data['verdict']}**" + (" (criteria moved)" if data["moved"] else "")
         second = " (figures secondary)" if data["secondary"] else ""
         name = f"[`{data['name']}`](#{data['name']})"
-        minutes = number(data["minutes"], 2) + ("" if data["measured"] else " (estimate)")
+        minutes = (
+            number(data["minutes"], 2) + ("" if data["measured"] else " (estimate)") if data["protocol"] else MISSING
+        )
         cells = [data["number"], f"{name}: {for_markdown(data['statement'])}{second}", paper, verdict]
         lines.append(_row([*cells, seeds_of(data), minutes]))
     return "\n".join(lines)
@@ -66,11 +68,11 @@ def _row(cells: Sequence[str]) -> str:
 def section(data: Data) -> str:
     """Markdown: one claim with every criterion."""
     parts = [f'<a id="{data["name"]}"></a>', f"### {data['number']}. `{data['name']}`: {data['verdict']}", ""]
-    parts += [for_markdown(data["protocol"] or f"Not run yet: {data['needs']}"), ""]
+    parts += [for_markdown(data["protocol"] or data["needs"]), ""]
     if data["watch"]:
         parts += [for_markdown(data["watch"]), ""]
     if data["rates"]:
-        told = ", ".join(f"{arm} {number(rate)}" for arm, rate in data["rates"].items())
+        told = "; ".join(f"{arm}: {number(rate)}" for arm, rate in data["rates"].items())
         parts += [for_markdown(f"Learning rates, tuned on a seed that does not count: {told}."), ""]
     if data["findings"]:
         parts += ["| measured | mean [95%] | must be | |", "|---|---|---|---|"]

@@ -39,7 +39,15 @@ def seeds_of(*values: float) -> dict[int, dict[str, float]]:
     ],
 )
 def test_a_verdict_follows_from_intervals_and_bounds(values, low, high, kind):
-    assert judge(claim_of(Criterion("x", "x", low, high)), seeds_of(*values)).kind == kind
+    protocol = Protocol("says", counted([]))
+    assert judge(claim_of(Criterion("x", "x", low, high), protocol=protocol), seeds_of(*values)).kind == kind
+
+
+def test_what_cannot_be_tried_at_this_size_is_unresolved_and_says_what_it_takes():
+    claim = find_claim("mxfp4_needs_more_tokens")
+    record = last_record(claim, "nowhere")
+    assert record.verdict.kind == UNRESOLVED
+    assert sentence(data_of(record)).startswith("Two runs of 8B parameters")
 
 
 def test_all_criteria_must_hold_and_told_ones_decide_nothing():
@@ -139,7 +147,7 @@ def test_what_cannot_be_tried_is_refused(tmp_path, options, words):
     protocol = Protocol("says", counted([]))
     with pytest.raises(OptionError, match=words):
         reproduce(claim_of(protocol=protocol), tmp_path, **options)
-    with pytest.raises(OptionError, match="cannot be tried yet"):
+    with pytest.raises(OptionError, match="cannot be tried here"):
         reproduce(claim_of(), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="is a file"):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from altgrad.records.files import write_text
 from altgrad.report.console import Bars, Terminal, ruled_table
-from altgrad.report.numbers import number
+from altgrad.report.numbers import MISSING, number
 from altgrad.report.pages.claim import OUTCOMES, bounds, headline, interval, render_claim, sentence
 from altgrad.reproduce import CLAIMS, Claim, Record, find_claim, reproduce
 from altgrad.reproduce.data import data_of
@@ -28,7 +28,7 @@ def print_claims(out: Path) -> None:
     name, row, kind = (max(map(len, texts)) for texts in ([c.name for c in CLAIMS], [c.number for c in CLAIMS], kinds))
     console.print(f"{'row':{row}}  {'claim':{name}}  {'verdict':{kind}}  minutes", style="bold", highlight=False)
     for claim, record, verdict in zip(CLAIMS, records, kinds, strict=True):
-        minutes = ("" if record.measured else "~") + number(record.minutes, 2)
+        minutes = MISSING if claim.protocol is None else ("" if record.measured else "~") + number(record.minutes, 2)
         line = Text(f"{claim.number:{row}}  ")
         line.append(f"{claim.name:{name}}  ", style="bold").append(f"{verdict:{kind}}  {minutes:>7}")
         console.print(line, highlight=False, soft_wrap=True)

@@ -82,7 +82,7 @@ class Claim:
         minutes: on two cores, two trials at a time: an estimate, in whose place a whole record has the measured ones.
         secondary: figures of the statement are from a reading of the paper by others.
         watch: what a reader should know of the protocol's limits.
-        protocol: None: not to be tried yet, for the reason in `needs`.
+        protocol: None: it cannot be tried at this size and stays unresolved; `needs` says what it would take.
     """
 
     name: str

@@ -140,12 +140,12 @@ def reproduce(
         tell: is called with (stage, done, of).
 
     Raises:
-        OptionError: the claim cannot be tried yet, or seeds or jobs are none or too many.
+        OptionError: the claim cannot be tried here, or seeds or jobs are none or too many.
         ReportError: the record there is damaged. RunBusyError: another process is at it.
     """
     protocol = claim.protocol
     if protocol is None:
-        raise OptionError(f"{claim.name} cannot be tried yet: {claim.needs}")
+        raise OptionError(f"{claim.name} cannot be tried here: {claim.needs}")
     if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
         raise OptionError(f"{seeds} seeds are none, or too many; use 1 to {MOST_SEEDS}")
     if not 1 <= jobs <= MOST_THREADS:

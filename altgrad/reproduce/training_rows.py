@@ -253,6 +253,19 @@ TRAINING: tuple[Claim, ...] = (
         "a knee is claimed, not where it is.",
     ),
     Claim(
+        "mxfp4_needs_more_tokens",
+        "12",
+        "2509.25149",
+        "MXFP4 needs 36% more tokens than NVFP4 to reach the same loss, at 8B parameters.",
+        (Criterion("tokens", "tokens that MXFP4 needs over those that NVFP4 does", 1.18, 1.54),),
+        0,
+        None,
+        secondary=True,
+        needs="Two runs of 8B parameters on 10^12 tokens, 5 x 10^22 operations each: some 4,000 years of two cores. No smaller protocol "
+        "stands for it: a share of tokens is read off two loss curves that are all but level, and what four bits cost here over "
+        "100 steps (0.01 nats, docs/findings/recipes.md) is of the size that seeds differ by.",
+    ),
+    Claim(
         "mxfp4_weights_oscillate",
         "13",
         "2502.20853",

@@ -48,9 +48,9 @@ class Verdict:
 
 
 def judge(claim: Claim, by_seed: Mapping[int, Mapping[str, float]], quick: bool = False) -> Verdict:
-    """The verdict on `by_seed`, quantities of each seed; no seed: not run yet."""
+    """The verdict on `by_seed`, quantities of each seed; no seed: not run yet, or unresolved where it cannot be run here."""
     if not by_seed:
-        return Verdict(NOT_RUN)
+        return Verdict(NOT_RUN if claim.protocol else UNRESOLVED)
     deciding = sum(criterion.decides for criterion in claim.criteria)
     findings = [_finding(criterion, by_seed, max(1, deciding)) for criterion in claim.criteria]
     outcomes = {finding.outcome for finding in findings}

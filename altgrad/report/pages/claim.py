@@ -100,7 +100,7 @@ def render_claim(data: Data) -> str:
         charts=[_chart(finding) for finding in data["findings"] if finding["mean"] is not None],
         protocol=data["protocol"],
         watch=data["watch"],
-        rates=", ".join(f"{arm}: {number(rate)}" for arm, rate in data["rates"].items()),
+        rates="; ".join(f"{arm}: {number(rate)}" for arm, rate in data["rates"].items()),
         trials=trial_table(data),
         command=data["command"],
         footer="Written by AltGrad. Intervals are of the mean over seeds at 95%; criteria were written before the run.",
