@@ -191,6 +191,14 @@ _ON_GRID = {"fp8_format": "E5M2", "weight_storage": "grid", "optimizer.lr": 1e-3
 _KEPT = {"embedding kept": ["embedding"], "head kept": ["head"], "both kept": ["embedding", "head"]}
 _UNIFORM = {"fp8_format": "E0M7", "weight_storage": "grid", "optimizer.lr": 1e-3}
 
+_UNSCALED = {"format": "E1M6", "scaling": "none"}
+_AFTER_NORM = {
+    "forward": {"input": _UNSCALED, "weight": "FP32"},
+    "input_grad": {"grad_output": "FP32", "weight": "FP32"},
+    "weight_grad": {"grad_output": "FP32", "input": _UNSCALED},
+}
+_LAYERNORM = {"model.norm": "layernorm", "optimizer.lr": 1e-3}
+
 _RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 _CELLS = {
     f"{fmt}, {decay}, {scale}": {"format": fmt, "decay": decay, "scale": scale, "rates": [1e-3, 3e-3, 1e-2]}
@@ -355,6 +363,39 @@ OWN: tuple[Claim, ...] = (
                 "refreshed": arms["refreshed"]["loss"] - arms["float32"]["loss"],
                 "fixed": arms["fixed"]["loss"] - arms["float32"]["loss"],
             },
+        ),
+    ),
+    Claim(
+        "own_unscaled_after_norm",
+        "own g",
+        "AltGrad",
+        "On inputs that come straight from a LayerNorm E1M6 needs no scale: it trains like float32.",
+        (
+            Criterion("after", "loss, unscaled E1M6 behind LayerNorms minus float32", -0.02, 0.02),
+            Criterion("everywhere", "loss, unscaled E1M6 on every operand (chance is 5.545)"),
+            Criterion("float32", "loss, float32"),
+        ),
+        1,
+        Protocol(
+            "Experiment b of docs/findings/custom-formats.md, which has one seed of 0.85M, on 0.13M with LayerNorm: 300 steps at 1e-3; E1M6 "
+            "without scales on the inputs of layers behind a norm, or on all operands of all layers; float32.",
+            final_loss,
+            {
+                "float32": {"config": _LAYERNORM},
+                "after": {
+                    "config": {
+                        **_LAYERNORM,
+                        "formats": {"default": None, "overrides": [{"position": "after_norm", "recipe": _AFTER_NORM}]},
+                    }
+                },
+                "everywhere": {"config": {**_LAYERNORM, "fp8_format": "E1M6", "scaling": "none"}},
+            },
+            lambda arms: {
+                "after": arms["after"]["loss"] - arms["float32"]["loss"],
+                "everywhere": arms["everywhere"]["loss"],
+                "float32": arms["float32"]["loss"],
+            },
+            seeds=8,
         ),
     ),
 )
