@@ -17,7 +17,7 @@ import altgrad as altgrad_package
 from altgrad.analysis import find_runs, read_run
 from altgrad.cli import app
 from altgrad.cli.run_pages import exit_code
-from altgrad.errors import ConfigError
+from altgrad.errors import ConfigError, RecipeError
 from altgrad.records.schema import ExperimentResult
 from altgrad.sweep import read_matrix
 from altgrad.training.config.loading import key_paths, load_config
@@ -90,6 +90,16 @@ def test_a_plan_is_shown_without_times_where_none_are_wanted(config, tmp_path):
     shown = invoke("sweep", matrix, "--out", tmp_path / "out", "--dry-run", "--no-estimate")
     assert "2 runs" in shown.output
     assert "no estimate" in shown.output
+
+
+def test_nothing_is_run_of_a_comparison_that_cannot_be_whole(config, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(json.dumps({**json.loads(config.read_text()), "fp8_format": "E3M4", "exclude": ["nohead"]}))
+    with pytest.raises(
+        RecipeError, match=r"other\.yaml: exclude pattern 'nohead' matches no module; closest names: head"
+    ):
+        invoke("compare", config, other)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_formats_of_one_config_are_compared_over_seeds_in_one_report(config, tmp_path):

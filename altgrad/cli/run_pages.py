@@ -33,6 +33,7 @@ from altgrad.training.config.identity import identity, is_twin
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.format_runner import FormatExperimentRunner, RunListener
 from altgrad.training.run.folder import RunPlan
+from altgrad.training.trainer import check_setups
 
 INTERRUPTED = 128  # plus the signal's number, as shells have it
 
@@ -127,6 +128,8 @@ def compare(arguments: Sequence[str], device: str | None) -> list[ExperimentResu
         raise ConfigError(f"compare needs at least two configs, {len(files)} given; use: altgrad compare A.yaml B.yaml")
     configs = [load_config(file, overrides) for file in files]
     _refuse_equal_rows(files, configs)
+    of = {id(config): file for config, file in zip(configs, files, strict=True)}
+    check_setups(configs, lambda config: of[id(config)])
     results = run_all(console, configs, [shlex.join(["altgrad", "run", f, *overrides]) for f in files])
     print_comparison(console, results, Path(configs[0].runs_dir) / "comparison.html")
     return results

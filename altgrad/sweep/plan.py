@@ -11,11 +11,13 @@ from typing import Any
 from altgrad.errors import SweepError
 from altgrad.records.lock import is_locked
 from altgrad.sweep.job import Job, State, state_of
+from altgrad.sweep.keys import plain
 from altgrad.sweep.matrix import Matrix
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.loading import dump_config
 from altgrad.training.data import Corpus, load_corpus
 from altgrad.training.run.folder import plan_run
+from altgrad.training.trainer import check_setups
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ class Plan:
 
 
 def make_plan(matrix: Matrix, out: str | Path) -> Plan:
-    """The runs of `matrix` under the folder `out`. Reads the corpora, to name the runs by their content.
+    """The runs of `matrix` under the folder `out`. Reads the corpora, to name the runs by their content, and sets up every
+    kind of run that is missing, so that what none of its processes could do is refused here.
 
     Raises:
-        SweepError, ConfigError: see `Matrix.expand`.
+        SweepError, ConfigError, RecipeError: see `Matrix.expand` and `altgrad.training.trainer.check_setups`.
         DataError: a corpus is missing or unfit.
     """
     out = Path(out)
@@ -72,4 +75,7 @@ def make_plan(matrix: Matrix, out: str | Path) -> Plan:
             corpora[source] = load_corpus(config.data, config.model.vocab_size)
         folder = plan_run(config, corpora[source]).path
         runs.append(PlannedRun(config, variant.choices, folder, state_of(folder, is_locked(folder))))
-    return Plan(runs)
+    plan = Plan(runs)
+    choices = {id(run.config): plain(run.choices) for run in plan.missing}
+    check_setups((run.config for run in plan.missing), lambda config: f"{matrix.origin}: {choices[id(config)]}")
+    return plan

@@ -15,7 +15,7 @@ judge and step count, and nothing else. The trainer writes no files: that is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from altgrad.errors import AltGradError
 from altgrad.monitor.judge import Judge, StepFacts
 from altgrad.optim import reset_moments
 from altgrad.randomness import seed_of
 from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.config.identity import setup_of
 from altgrad.training.data import Corpus, resolve_corpus
 from altgrad.training.factory import made_model
 from altgrad.training.model import GPT, GPTConfig
@@ -75,6 +77,29 @@ def build_model(config: ExperimentConfig, vocab_size: int) -> nn.Module:
     section = config.model.model_dump(exclude={"factory", "options"})
     section["vocab_size"] = section["vocab_size"] or vocab_size
     return GPT(GPTConfig(**section), seed=config.seed)
+
+
+def check_setups(
+    configs: Iterable[ExperimentConfig], said: Callable[[ExperimentConfig], str] = lambda c: c.name
+) -> None:
+    """Set up every run that differs from the others in more than numbers, on the CPU and without a step.
+
+    Args:
+        said: what to call a config in an error.
+
+    Raises:
+        AltGradError: what a run itself would raise before its first step (a pattern that names no layer, a format that a
+            layer refuses, an unknown option of an optimizer); the first such, of that error's class.
+    """
+    tried: set[str] = set()
+    for config in configs:
+        if (setup := setup_of(config)) in tried:
+            continue
+        tried.add(setup)
+        try:
+            Trainer(config.model_copy(update={"compile": False}), device="cpu")
+        except AltGradError as error:
+            raise type(error)(f"{said(config)}: {error}") from None
 
 
 class Trainer:

@@ -77,6 +77,12 @@ def test_restore_undoes_it_bit_for_bit(recipe):
     restore_model(model)  # nothing left to undo
 
 
+def test_patterns_of_overrides_that_match_nothing_are_told():
+    manifest = quantize_model(Model(), "x:E4M3 w:E4M3 dy:E4M3; name='blocks.?.up': FP32; name='*.upp': FP32")
+    assert manifest.idle == ("name='*.upp'",)
+    assert "override without a layer: name='*.upp'" in str(manifest)
+
+
 def test_manifest_says_what_was_swapped_and_why_not():
     model = Model(tied=False)
     manifest = quantize_model(model, uniform("E4M3", grad="E5M2"), exclude=["lm_head", "blocks.1"])
@@ -271,6 +277,10 @@ ERRORS = {
     "no match": (
         lambda m: quantize_model(m, "E4M3", exclude=["lm_haed"]),
         r"'lm_haed' matches no module; closest names: lm_head",
+    ),
+    "override": (
+        lambda m: quantize_model(m, "x:E4M3 w:E4M3 dy:E4M3; name='blocks.7.up': FP32"),
+        r"override's name 'blocks.7.up' matches no module; closest names: blocks.\d.up",
     ),
     "include": (lambda m: quantize_model(m, "E4M3", include=["blocks.7*"]), r"closest names: blocks\.\d"),
     "nothing left": (lambda m: quantize_model(m, "FP32"), "no layer of Model is left to quantize"),

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from altgrad.errors import SweepError
+from altgrad.errors import AltGradError, SweepError
 from altgrad.records.lock import RunLock
 from altgrad.sweep import SweepOptions, describe_plan, describe_result, estimate, plan_sweep, run_sweep
 from altgrad.sweep.estimate import Estimate, calibrate, estimate_run, measure_finished, schedule
@@ -97,6 +97,30 @@ def test_states_are_told_apart(matrix: Path, tmp_path: Path) -> None:
     assert "1 done, 1 to resume, 1 failed before, 1 running in another process" in text
     assert "about 2 min with 2 runs at a time" in text
     assert "by a guess" in text
+
+
+WRONG = {
+    "layer": ({"exclude": [["haed"]]}, "exclude pattern 'haed' matches no module; closest names: head"),
+    "override": (
+        {"formats": "x:E4M3 w:E4M3 dy:E4M3; name='blocks.3.mlp.up': FP32"},
+        "'blocks.3.mlp.up' matches no module",
+    ),
+    "blocks": ({"formats": {"uniform": "MXFP8", "whole_blocks": True}}, "is not a multiple of MXFP8's block 32"),
+    "option": ({"optimizer.options": {"nu": 1}}, "adamw does not take nu"),
+    "optimizer": ({"optimizer": {"name": "adamv"}}, "did you mean madam, adamw"),
+    "context": ({"model.block_size": 100_000}, "use more text, a smaller model.block_size"),
+    "fallback": ({"enable_emergency_shift": True, "shift.chain": {"E3M4": "FP32"}}, "end it with null"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_no_run_could_do_is_refused_before_any_starts(name: str, tmp_path: Path) -> None:
+    wrong, says = WRONG[name]
+    file = tmp_path / "m.yaml"
+    second = {"max_steps": 5, **({} if "formats" in wrong else {"fp8_format": "E3M4"}), **wrong}
+    file.write_text(yaml.safe_dump({"base": TINY, "include": [{"fp8_format": "E5M2"}, second]}))
+    with pytest.raises(AltGradError, match=f"m.yaml: .*{says}"):
+        plan_sweep(file, tmp_path / "runs")
 
 
 def test_failures_are_listed_and_the_others_are_done(tmp_path: Path) -> None:

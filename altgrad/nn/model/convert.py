@@ -6,6 +6,7 @@ Everything is checked before anything is changed: a model is converted wholly or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from weakref import ref
 
@@ -57,8 +58,9 @@ def quantize_model(
         seed: of stochastic rounding.
 
     Raises:
-        RecipeError: a pattern matches nothing (with the closest names), no layer is left, a layer is claimed twice, a
-            format is too wide for the parameters' dtype, block sizes do not divide, or tied layers disagree on storage.
+        RecipeError: a pattern, or an override's name that is no pattern, matches nothing (with the closest names), no layer
+            is left, a layer is claimed twice, a format is too wide for the parameters' dtype, block sizes do not divide, or
+            tied layers disagree on storage.
     """
     recipe = _as_recipe(recipe)
     modules = dict(model.named_modules())
@@ -72,7 +74,13 @@ def quantize_model(
         if not _is_opaque(name, modules)
     }
     names = dict.fromkeys([*modules, *(spot.name for own in spots.values() for spot in own)])
-    included, excluded = _matched(include, names, "include"), _matched(exclude, names, "exclude")
+    included, excluded = _matched(include, names, "include pattern"), _matched(exclude, names, "exclude pattern")
+    idle = tuple(o.condition for o in recipe.overrides if o.name and not any(name_matches(o.name, n) for n in names))
+    _matched(
+        [o.name for o in recipe.overrides if o.name and o.names_one and o.condition in idle],
+        names,
+        "the override's name",
+    )
 
     plan: list[tuple[Spot, LayerRecipe]] = []
     skipped: dict[str, str] = {}
@@ -116,7 +124,7 @@ def quantize_model(
     store_on_grid(model, keep_original=True)
     if any(one.needs_steps for _, one in plan):
         watch_optimizers()
-    return _manifest(model, swapped, skipped, seen)
+    return replace(_manifest(model, swapped, skipped, seen), idle=idle)
 
 
 def _manifest(model: nn.Module, swapped: dict[str, Swapped], skipped: dict[str, str], seen: Traced | None) -> Manifest:
@@ -228,9 +236,7 @@ def _matched(patterns: Sequence[str] | None, modules: Mapping[str, object], what
         hits = [name for name in modules if name_matches(pattern, name)]
         if not hits:
             close = get_close_matches(pattern, list(modules), n=3, cutoff=0.4)
-            raise RecipeError(
-                f"{what} pattern {pattern!r} matches no module; closest names: {', '.join(close) or 'none'}"
-            )
+            raise RecipeError(f"{what} {pattern!r} matches no module; closest names: {', '.join(close) or 'none'}")
         for name in modules:
             if any(name == hit or hit == "" or name.startswith(f"{hit}.") for hit in hits):
                 found.setdefault(name, pattern)

@@ -53,6 +53,7 @@ class Manifest:
     parameters: how many of the model's are quantized. multiply_adds: the same of the traced run; None without one.
     uncounted: whether operators ran whose multiply-adds are not known. routes: which unit multiplies a layer's products
     where they are large (`altgrad.nn.layer.gemm.choose_route`; small ones take float32), for layers with products.
+    idle: the recipe's overrides by a pattern that matches no module.
     """
 
     swapped: dict[str, Swapped] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Manifest:
     multiply_adds: Share | None = None
     uncounted: bool = False
     routes: dict[str, str] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         swapped = [(name or "(root)", one.type, one.shown) for name, one in self.swapped.items()]
@@ -80,6 +82,7 @@ class Manifest:
         lines += [f"  {name or '(root)'} ({one.type})  {one.shown}" for name, one in self.swapped.items()]
         lines.append(f"skipped {len(self.skipped)}:")
         lines += [f"  {name or '(root)'}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"override without a layer: {condition}" for condition in self.idle]
         for route in dict.fromkeys(self.routes.values()):
             names = [name or "(root)" for name, own in self.routes.items() if own == route]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -66,6 +66,11 @@ class Override:
         )
 
     @property
+    def names_one(self) -> bool:
+        """Whether its name is one layer's own and no pattern."""
+        return self.name is not None and not self.name.startswith("re:") and not any(c in self.name for c in "*?[")
+
+    @property
     def leaves_high(self) -> bool:
         """Whether it leaves layers in full precision that it finds by name or position."""
         return self.recipe is None and self.type is None

@@ -55,6 +55,23 @@ def is_twin(fp32: ExperimentConfig, other: ExperimentConfig) -> bool:
     return fp32.model_dump(exclude=apart) == other.model_dump(exclude=apart)
 
 
+def setup_of(config: ExperimentConfig) -> str:
+    """What decides whether a run can be set up at all: not its seed, length, learning rate or limits."""
+    apart = {
+        *NOT_IDENTITY,
+        "name",
+        "seed",
+        "max_steps",
+        "evaluation",
+        "verdict",
+        "checkpoint_interval",
+        "keep_checkpoints",
+    }
+    facts = config.model_dump(mode="json", exclude=apart)
+    facts["optimizer"] = {key: facts["optimizer"][key] for key in ("name", "betas", "eps", "momentum", "options")}
+    return json.dumps(facts, sort_keys=True)
+
+
 def experiment_hash(config: ExperimentConfig, data_fingerprint: str, numerics_version: str, model: str = "") -> str:
     """SHA-256 (hex) of a config's identity, the data, and the numerics: runs of the same hash give the same losses.
 
