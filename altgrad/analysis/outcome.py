@@ -149,7 +149,8 @@ class Outcome:
                 pairs.append(("Loss at onset", loss(at)))
             if verdict.get("judged_on"):
                 pairs.append(("Judged on", str(verdict["judged_on"])))
-        pairs += [("Remark", str(remark["reason"])) for remark in self.run.remarks if remark.get("reason")]
+        remarks = remarks_beside(self.run.remarks, None)
+        pairs += [("Remark", str(remark["reason"])) for remark in remarks if remark.get("reason")]
         if (final := self.final("val_loss")) is not None:
             best = self.best("val_loss")
             pairs.append(("Validation", f"{loss(final)} at the end, {loss(best)} at best"))

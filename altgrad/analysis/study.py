@@ -33,6 +33,7 @@ MOST_COMPARED = 16
 
 FORMAT, OPTIMIZER, STORAGE = "fp8_format", "optimizer.name", "weight_storage"
 _AXIS_ORDER = (FORMAT, OPTIMIZER, STORAGE, "rounding", "scaling")
+_NEARLY_ALL = 0.75  # of the settings
 _SHOWN_PROBLEMS = 10
 _NO_AXIS = IGNORED_KEYS | {"seed", "distributed", "checkpoint_interval", "formats"}
 
@@ -117,6 +118,8 @@ class Study:
     max_steps: int
     warnings: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    unsaid: Sequence[str] = ()
+    """What holds for a setting whose label does not say otherwise."""
 
     @property
     def runs(self) -> list[RunSummary]:
@@ -169,8 +172,11 @@ def load_study(source: str | Path | Sequence[str | Path], *, force: bool = False
     for run, key in zip(runs, keys, strict=True):
         grouped.setdefault(key, []).append(summarize(run, max_steps))
         formats[key] = (run.format, dict(zip(axes, key, strict=True)))
-    settings = [Setting(_label(*formats[key], axes), *formats[key], members) for key, members in grouped.items()]
-    return Study(folder, settings, axes, max_steps, warnings, [*circumstances(runs), *_damage(settings)])
+    usual = _usual([values for _, values in formats.values()], axes)
+    settings = [Setting(_label(*formats[key], axes, usual), *formats[key], members) for key, members in grouped.items()]
+    remarks = [*circumstances(runs), *_damage(settings)]
+    unsaid = [_said(axis, value) for axis, value in usual.items() if value is not None]
+    return Study(folder, settings, axes, max_steps, warnings, remarks, unsaid)
 
 
 @np.errstate(over="ignore")  # what float32 cannot hold is drawn as infinite
@@ -233,18 +239,27 @@ def _hashable(value: Any) -> Hashable:
     return value if isinstance(value, Hashable) else repr(value)
 
 
-def _label(fmt: str, values: Mapping[str, Any], axes: Sequence[str]) -> str:
-    parts = [fmt]
+def _usual(values: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> dict[str, Any]:
+    """The value that nearly all settings have on an axis, for axes that have one: labels are shorter without it."""
+    found = {}
     for axis in axes:
-        if axis == FORMAT or values[axis] is None:
-            continue
-        if isinstance(values[axis], bool):
-            switch = axis.rsplit(".", 1)[-1].removeprefix("enable_").replace("_", " ")
-            parts.append(f"{switch} {'on' if values[axis] else 'off'}")
-            continue
-        value = f"{values[axis]:g}" if isinstance(values[axis], float) else str(values[axis]).replace("_", " ")
-        parts.append(value if axis in _AXIS_ORDER else f"{axis.rsplit('.', 1)[-1]} {value}")
-    return " ".join(parts)
+        value, times = Counter(one[axis] for one in values).most_common(1)[0]
+        if axis != FORMAT and times >= max(3, _NEARLY_ALL * len(values)):
+            found[axis] = value
+    return found
+
+
+def _label(fmt: str, values: Mapping[str, Any], axes: Sequence[str], usual: Mapping[str, Any]) -> str:
+    told = [axis for axis in axes if axis != FORMAT and values[axis] is not None]
+    return " ".join([fmt, *(_said(axis, values[axis]) for axis in told if usual.get(axis) != values[axis])])
+
+
+def _said(axis: str, value: Any) -> str:
+    name = axis.rsplit(".", 1)[-1]
+    if isinstance(value, bool):
+        return f"{name.removeprefix('enable_').replace('_', ' ')} {'on' if value else 'off'}"
+    text = f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
+    return text if axis in _AXIS_ORDER else f"{name} {text}"
 
 
 def _shifts(run: Run) -> tuple[int, ...]:

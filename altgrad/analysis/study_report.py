@@ -173,7 +173,7 @@ def study_content(
             seeds_text(study.seeds),
             f"{count(study.max_steps)} steps",
         ],
-        "lede": ([said] if title else []) + [_lede(axes, floor)],
+        "lede": ([said] if title else []) + [_lede(axes, study.unsaid, floor)],
         "warnings": list(study.warnings),
         "remarks": list(study.remarks),
         "contents": [entry for entry in contents if entry],
@@ -194,8 +194,10 @@ def study_content(
     }
 
 
-def _lede(axes: Sequence[str], floor: NoiseFloor | None) -> str:
+def _lede(axes: Sequence[str], unsaid: Sequence[str], floor: NoiseFloor | None) -> str:
     said = f"Settings differ in {listing(list(axes))}."
+    if unsaid:
+        said += f" Where a name does not say: {listing(list(unsaid))}."
     if floor:
         said += (
             f" Noise floor: FP32's final loss has a standard deviation of {number(floor.sd, 2)} nats over seeds "

@@ -68,8 +68,11 @@ def ending(
 
 
 def remarks_beside(remarks: Sequence[Mapping[str, Any]], graded: str | None) -> list[Mapping[str, Any]]:
-    """The remarks that a grade leaves to be said: the distance from FP32 it has said."""
-    return [r for r in remarks if not (graded and r.get("kind") == "far_above")]
+    """The remarks that are left to be said: a grade says the distance from FP32, and what froze has stalled."""
+    said = {"far_above"} if graded else set()
+    if any(r.get("kind") == "freeze" for r in remarks):
+        said.add("stalled")
+    return [r for r in remarks if r.get("kind") not in said]
 
 
 def _in_a_cell(verdict: Mapping[str, Any]) -> str:

@@ -123,6 +123,8 @@ def test_a_grade_takes_the_place_of_the_remark_on_the_distance():
     stalled = {"kind": "stalled", "onset_step": 12}
     assert ending("completed", None, [stalled, far], "behind") == "behind; stalled, step 12"
     assert ending("completed", None, [far]) == "completed; far above FP32, step 25"
+    froze = {"kind": "freeze", "onset_step": 11}
+    assert ending("completed", None, [froze, stalled, far], "barely learned") == "barely learned; froze, step 11"
 
 
 def test_a_loss_of_nan_is_the_worst_and_is_saved_too(tmp_path):

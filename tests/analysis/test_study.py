@@ -110,6 +110,15 @@ def test_a_switch_that_differs_is_named_on_or_off(tmp_path):
     ]
 
 
+def test_what_nearly_all_settings_have_is_said_once_and_not_in_each_name(tmp_path):
+    for fmt, on in (("E7M0", False), ("E5M2", False), ("E3M4", False), ("E3M4", True)):
+        make_run(tmp_path, fmt, steps=5, name=f"shift-{on}", config={"enable_emergency_shift": on})
+    found = load_study(tmp_path)
+    assert sorted(s.label for s in found.settings) == ["E3M4", "E3M4 emergency shift on", "E5M2", "E7M0"]
+    text = write_study(tmp_path, tmp_path / "study.html").read_text()
+    assert "Where a name does not say: emergency shift off." in text
+
+
 def test_each_setting_has_the_baseline_of_its_optimizer(study):
     for setting in study.quantized:
         baseline = study.baseline_of(setting)
