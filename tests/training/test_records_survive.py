@@ -48,7 +48,8 @@ class Killed(BaseException):
 
 
 def run(folder, notes=None, **changes):
-    config = tiny_config(**{"runs_dir": str(folder), **OPTIONS, **changes})
+    base = {k: v for k, v in OPTIONS.items() if "formats" not in changes or k not in ("fp8_format", "weight_storage")}
+    config = tiny_config(**{"runs_dir": str(folder), **base, **changes})
     return FormatExperimentRunner(config, data_dir=tiny_corpus(), listener=notes or Notes()).run()
 
 
@@ -89,6 +90,29 @@ def test_a_stop_between_checkpoints_changes_neither_records_nor_their_order(unbr
     result = run(tmp_path)
     assert result.details["resumed_after"] == [3, 6, 9]
     assert records(tmp_path) == records(unbroken)
+
+
+def test_ways_of_weights_noise_and_resets_go_on_over_a_stop(tmp_path):
+    """With an average of the weights deciding how they are rounded, and records whose window the stop falls into."""
+    changes = {
+        "formats": "tetrajet_q_ema",
+        "data": {"batch_size": 4, "grad_accumulation": 2},
+        "optimizer": {"name": "sr_adamw", "reset_every": 4, "reset_moments": "second", "lr": 0.01},
+        "monitor": {"enabled": True, "interval": 4, "schedule": {"oscillation": 3, "reference": 5}},
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(whole, **changes)
+    for step in (5, 9):
+        assert run(stopped, Notes(stop_at=step), **changes).status == "interrupted"
+    run(stopped, **changes)
+    assert records(stopped) == records(whole)
+    found = [r for r in records(whole) if r["kind"] == "monitor"]
+    assert {r["step"] for r in found if "oscillation" in r} == {1, 4, 7, 10}
+    assert (
+        {r["step"] for r in found if "noise_ratio" in r}
+        == {r["step"] for r in found if "batch_noise_scale" in r}
+        == {1, 6, 11}
+    )
 
 
 def test_what_the_monitor_held_back_at_a_kill_is_only_from_after_the_checkpoint(unbroken, tmp_path):
