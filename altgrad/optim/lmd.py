@@ -39,7 +39,7 @@ class LMD(GridOptimizer):
             around c, without its constant (AltGrad's choice).
         noise: standard deviation of log e. 0, the default, draws nothing; the paper's value was not at hand. With noise the
             parameter holds the draw that the next gradient is of: `eval()` puts the mean weights in its place, `train()` the draw
-            back (the trainer does so around an evaluation). Not on a grid.
+            back (the trainer does so around an evaluation). Not on a grid, nor where FSDP2 spreads parameters.
         spread: c over the root mean square of the first weights; m+ m- starts at c^2 (AltGrad's choice).
         options: those of every grid optimizer (`GridOptimizer`). The medians are kept in full: on a grid they act as masters.
 
@@ -100,9 +100,10 @@ class LMD(GridOptimizer):
 
     def _attempt(self, group: dict[str, Any], slots: list[Slot]) -> None:
         for slot in slots:
-            if group["noise"] and slot.grid is not None:
+            if group["noise"] and (slot.grid is not None or hasattr(slot.weight, "device_mesh")):
+                why = "is spread over processes" if slot.grid is None else "has a grid"
                 raise OptionError(
-                    f"noise {group['noise']}: parameter {slot.index} has a grid, on which none is drawn; use 0"
+                    f"noise {group['noise']}: parameter {slot.index} {why}, where none is drawn; use noise 0"
                 )
             self._move(group, slot)
 

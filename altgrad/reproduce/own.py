@@ -220,7 +220,7 @@ OWN: tuple[Claim, ...] = (
             ),
             *(Criterion(f"gain, {name}", f"loss, none freed minus stalled ones freed, {name}") for name in _CELLS),
         ),
-        30,
+        10,
         Protocol(
             "0.13M, matrices stored to nearest in E4M3 or E7M0, constant or cosine rate, scale fixed or renewed every 10 steps; three "
             "forks at step 150 of 300, in which no, the stalled, or as many random coordinates go on in float32.",
@@ -248,7 +248,7 @@ OWN: tuple[Claim, ...] = (
                 for other in ("frozen", "permuted", "lognormal")
             ),
         ),
-        25,
+        5,
         Protocol(
             "0.13M in float32, 300 steps: AdamW with gradients times the E4M3 spacing at each weight, times that of the start, times it "
             "permuted within the tensor, times a lognormal factor of the same spread, or plain; beta2 0.95 and 0.999, each at the best "
@@ -271,7 +271,7 @@ OWN: tuple[Claim, ...] = (
             Criterion("noise", "loss, stored stochastically minus masters"),
             Criterion("stall", "loss, stored to nearest minus stored stochastically"),
         ),
-        12,
+        2.5,
         Protocol(
             "0.13M, 300 steps, weights of linear layers in E7M0, other operands in float32, every arm at the best of its rates.",
             final_loss,
@@ -296,7 +296,7 @@ OWN: tuple[Claim, ...] = (
             Criterion("permuted - spacing", "loss, permuted minus spacing", low=0.0),
             Criterion("noise", "loss, weights stored stochastically in E7M0 minus plain"),
         ),
-        3,
+        1.7,
         Protocol(
             "Arms of rows own b and own c again, 0.13M, 300 steps, all at 3e-3 with beta2 0.95: where rates were tuned on one seed, "
             "two arms got one at which other seeds are unstable.",
@@ -324,7 +324,7 @@ OWN: tuple[Claim, ...] = (
             Criterion("head", "the same, head alone"),
             Criterion("gap", "loss, all layers minus float32"),
         ),
-        2,
+        1.3,
         Protocol(
             "0.13M, 300 steps at 1e-3, all operands in E5M2 and weights stored to nearest on its grid, scale renewed every 10 steps, as in "
             "docs/findings/custom-formats.md on 0.85M: all layers, without the embedding, without the head, without both; float32.",
@@ -347,7 +347,7 @@ OWN: tuple[Claim, ...] = (
             Criterion("refreshed", "loss above float32, scale renewed every 10 steps"),
             Criterion("fixed", "loss above float32, first scale kept"),
         ),
-        1,
+        0.8,
         Protocol(
             "0.13M, 300 steps at 1e-3, all operands in E0M7 and weights stored to nearest on its grid, as in "
             "docs/findings/custom-formats.md on 0.85M: scale renewed every 10 steps, or never; float32.",
@@ -375,7 +375,7 @@ OWN: tuple[Claim, ...] = (
             Criterion("everywhere", "loss, unscaled E1M6 on every operand (chance is 5.545)"),
             Criterion("float32", "loss, float32"),
         ),
-        1,
+        1.2,
         Protocol(
             "Experiment b of docs/findings/custom-formats.md, which has one seed of 0.85M, on 0.13M with LayerNorm: 300 steps at 1e-3; E1M6 "
             "without scales on the inputs of layers behind a norm, or on all operands of all layers; float32.",

@@ -90,7 +90,7 @@ PROXY: tuple[Claim, ...] = (
             Criterion("clamped", "share of the norm weights' blocks of which one value is left at the end, MXFP8"),
             Criterion("MX - BF16", "last loss, norm weights in MXFP8 minus BF16"),
         ),
-        30,
+        10,
         Protocol(
             "Width 128, 4 blocks, batch 512, 5,000 steps of Adam (0.9, 0.999) at 6e-4 without decay or clip, mean squared error to a "
             "random teacher without norms and biases, noise 0.005; operands of all products in MXFP8 (E4M3, blocks of 32, floor), norm "

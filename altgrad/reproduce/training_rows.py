@@ -56,7 +56,7 @@ TRAINING: tuple[Claim, ...] = (
             *(Criterion(f"froze_{fmt}", f"step from which {fmt} is frozen; 301: never") for fmt in STORED),
             *(Criterion(f"foretold_{fmt}", f"the same as predicted, {fmt}") for fmt in STORED),
         ),
-        8,
+        3,
         Protocol(
             "0.13M, 300 steps at 1e-3 with cosine decay to 0, weights of the linear layers stored to nearest in E8M7, E8M5, E8M4, E8M3 and E4M3, "
             "operands in float32; a float32 run from the same start on the same batches predicts, coordinate by coordinate.",
@@ -79,7 +79,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("median", "median |w| (0.019 in the paper)"),
             Criterion("above", "share of weights with |w| / 256 above 3e-6"),
         ),
-        3,
+        1,
         Protocol(
             "0.85M trained for 300 float32 steps at 1e-3, then 5 steps at each small rate from there; float32 masters, the bf16 "
             "copies are compared.",
@@ -103,7 +103,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("stochastic_kahan_e8m2", "loss, stochastic minus Kahan, E8M2"),
             Criterion("gap", "loss, nearest minus float32, E8M3"),
         ),
-        8,
+        2,
         Protocol(
             "0.13M, 300 steps at 3e-3, weights stored in E8M3 (and E8M2) with nearest, stochastic and Kahan-compensated updates; "
             "float32; float32 weights with E8M3 activations.",
@@ -131,7 +131,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("gap", "best loss, stochastic minus master"),
             Criterion("at_most", "loss at the largest rate, stochastic minus master"),
         ),
-        7,
+        2,
         Protocol(
             "0.13M, 300 steps at six rates from 1e-3 to 3.2e-2, an octave apart: bf16 weights stored stochastically, and float32 "
             "masters used in bf16; each seed's best rate by a parabola.",
@@ -159,7 +159,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("eco_master", "loss, ECO minus float32 masters", high=0.05),
             Criterion("stochastic_eco", "loss, stochastic rounding minus ECO"),
         ),
-        8,
+        2,
         Protocol(
             "0.13M, 300 steps, weights in E4M3; every arm at the best of three rates.",
             final_loss,
@@ -186,7 +186,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("E5M2 - E4M3", "loss, E5M2 minus E4M3"),
             Criterion("E2M5 - E4M3", "loss, E2M5 minus E4M3"),
         ),
-        10,
+        2.5,
         Protocol(
             "0.13M, 300 steps at 3e-3, float32 masters; the format on weights, inputs and output gradients of every linear layer "
             "under current amax scaling per tensor.",
@@ -212,7 +212,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("loss_exponents", "best loss, E3M7 minus E8M7"),
             Criterion("loss_mantissa", "best loss, E8M1 minus E8M7"),
         ),
-        16,
+        5,
         Protocol(
             "0.13M, 300 steps at four rates from 1e-3 to 6.4e-2; the format on all operands of every linear layer, unscaled; a rate "
             "is stable if its loss is within 0.3 nats of the arm's best.",
@@ -278,7 +278,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("last", "R over the last 30 steps"),
             Criterion("flips", "share of quantized weights that change in a step of the last 30, Q-EMA over without"),
         ),
-        4,
+        1,
         Protocol(
             "0.13M, 300 steps at 3e-3 with cosine decay to a tenth, recipes tetrajet and tetrajet_q_ema; R = sum |dW_Q| / "
             "sum |dW| over 30 steps, all quantized weights together.",
@@ -306,7 +306,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("loss_ternary", "validation loss, ternary (chance is 5.545)"),
             Criterion("loss_eight", "validation loss, 8 bits"),
         ),
-        1,
+        0.6,
         Protocol(
             "0.13M, 150 steps at 3e-3, weights stored stochastically as -1/32, 0, 1/32 (E0M1, a fixed scale) and in 8 bits (E0M7, "
             "a power-of-two amax scale), operands in float32; mean over steps.",
@@ -335,7 +335,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("gap_after", "loss above float32, rounded after training"),
             Criterion("gap_from_start", "loss above float32, trained with it"),
         ),
-        5,
+        1,
         Protocol(
             "0.13M, 300 steps at 3e-3; weights of every linear layer in E7M0, float32 masters, other operands in float32.",
             rounded_after,
@@ -350,7 +350,7 @@ TRAINING: tuple[Claim, ...] = (
         "2106.13914 and 2506.17768",
         "Multiplicative updates train in low precision: LNS-Madam in 8 bits is as good as float32, and LMD beats Madam.",
         (Criterion("madam - adamw", "loss, Madam minus AdamW, weights in E4M3", high=0.05),),
-        6,
+        1,
         Protocol(
             "0.13M, 300 steps, weights stored stochastically in E4M3, operands in float32: Madam and AdamW, each at the best of "
             "three rates.",
@@ -374,7 +374,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("madam - quiet", "loss, Madam minus LMD without noise"),
             Criterion("lmd - adamw", "loss, LMD minus AdamW"),
         ),
-        4,
+        3,
         Protocol(
             "0.13M, 300 steps; weights and inputs of every linear layer in MXFP6 in the forward and where weight gradients "
             "are made, output gradients in float32, float32 masters; LMD with noise of 0.05 and with none, Madam and AdamW, "
@@ -409,7 +409,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("all_low", "damage with all layers low, nats"),
             Criterion("sum_alone", "sum of the damage of each layer alone"),
         ),
-        3,
+        0.9,
         Protocol(
             "0.13M after 300 float32 steps; the weights of its 8 inner linear layers rounded to MXFP4 or not, all 256 subsets, "
             "validation loss on 4 batches.",
@@ -454,7 +454,7 @@ TRAINING: tuple[Claim, ...] = (
             Criterion("loss", "loss, gradients in E5M2 minus E4M3", low=0.0),
             Criterion("sqnr", "signal to noise of gradients, E4M3 minus E5M2, dB", low=0.0),
         ),
-        6,
+        3.5,
         Protocol(
             "0.85M, 200 steps at 1e-3, MXFP8 operands, gradients in E4M3 or E5M2 elements.",
             gradient_formats,

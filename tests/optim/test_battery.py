@@ -504,7 +504,7 @@ def test_lmd_draws_its_weights_anew_and_evaluates_their_means():
         w.detach(), still.detach() * 1.005012520859401, atol=1e-6, rtol=1e-5
     )  # all gradients are 1
     gridded = Parameter(torch.ones(4))
-    with pytest.raises(OptionError, match=r"noise 0\.1: parameter 0 has a grid"):
+    with pytest.raises(OptionError, match=r"noise 0\.1: parameter 0 has a grid, where none is drawn"):
         run(make_optimizer("lmd", [gridded], format="E4M3", lr=0.01, noise=0.1), [gridded], torch.ones(1, 4))
 
 
