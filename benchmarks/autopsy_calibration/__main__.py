@@ -3,7 +3,7 @@
     python -m benchmarks.autopsy_calibration --set develop --jobs 2
     python -m benchmarks.autopsy_calibration --set sealed --jobs 2 --pack experiments/results/autopsy-calibration-sealed.tar.xz
     python -m benchmarks.autopsy_calibration --score experiments/results/autopsy-calibration-sealed.tar.xz
-    python -m benchmarks.autopsy_calibration --fit experiments/results/autopsy-calibration-develop.tar.xz
+    python -m benchmarks.autopsy_calibration --fit experiments/results/autopsy-calibration-{develop,sealed}.tar.xz
 
 A case's acceptable answers are in NAME.case.json before it runs, its record in NAME.json when it has ended; the same command
 goes on where it was stopped. A set follows one state of the rules: where the sources of the autopsy have changed since, the
@@ -95,10 +95,12 @@ def main() -> None:
     )
     parser.add_argument("--score", type=Path, help="only print the figures of a folder or a pack")
     parser.add_argument("--figure", type=Path, help="HTML page to write beside the figures of --score")
-    parser.add_argument("--fit", type=Path, help="print the classes of confidence that a folder or a pack gives")
+    parser.add_argument(
+        "--fit", type=Path, nargs="+", help="print the classes of confidence that folders or packs give together"
+    )
     arguments = parser.parse_args()
     if arguments.fit is not None:
-        faults = [record for record in records_of(arguments.fit) if not is_null(record)]
+        faults = [record for source in arguments.fit for record in records_of(source) if not is_null(record)]
         print(*fitted(evidence(faults)), f"held out, in five parts: {held_out(faults)}", sep="\n")
         return
     if arguments.score is not None:

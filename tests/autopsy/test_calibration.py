@@ -1,11 +1,12 @@
 """The calibration draws the same cases from the same seed, breaks what it says from when it says, and counts as it says."""
 
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
 
-from altgrad.autopsy.confidence import confidence, fitted
+from altgrad.autopsy.confidence import CLASSES, confidence, fitted
 from altgrad.autopsy.oracle import LoopOracle
 from altgrad.autopsy.verdict import Verdict
 from altgrad.errors import ConfigError
@@ -15,7 +16,17 @@ from benchmarks.autopsy_calibration.faults import KINDS, Case, Fault, draw_fault
 from benchmarks.autopsy_calibration.generate import acceptable
 from benchmarks.autopsy_calibration.loop import STEPS, build
 from benchmarks.autopsy_calibration.one import RULES
-from benchmarks.autopsy_calibration.score import Rate, alarm, headline, misses, report, right, said
+from benchmarks.autopsy_calibration.score import (
+    Rate,
+    alarm,
+    evidence,
+    headline,
+    is_null,
+    misses,
+    report,
+    right,
+    said,
+)
 
 DEAD_HEAD = Fault("IEEE overflow", 2, ("head.forward.input",), "single", 6)
 
@@ -167,3 +178,9 @@ def test_confidence_is_the_share_right_of_cases_alike():
     assert stated(0.9) == pytest.approx(2.5 / 3)
     assert stated(0.01) is None
     assert stated(0.9, "spread") is None
+
+
+def test_the_classes_are_those_of_the_records_that_are_kept():
+    kept = Path(__file__).parents[2] / "experiments/results"
+    packs = [records_of(kept / f"autopsy-calibration-{name}.tar.xz") for name in ("develop", "sealed")]
+    assert fitted(evidence([one for pack in packs for one in pack if not is_null(one)])) == CLASSES

@@ -283,6 +283,21 @@ def test_what_does_damage_first_is_not_taken_for_what_does_it_in_the_end():
     assert "Over the whole run" in quick.sentence
 
 
+def test_a_run_that_ends_weakly_damaged_has_its_proof_over_the_run_too():
+    """What did the damage in a short window has faded by the end, where another cell does less of it, and still damage."""
+
+    class Fades(Planted):
+        def _losses(self, fork, start, horizon):
+            after = [max(0, step - 60) for step in range(start, start + horizon)]
+            fading = [(n > 0) * (HEAD in fork.low) * max(0.011, 0.09 * (1 - n / 91)) for n in after]
+            growing = [0.045 * (FIRST in fork.low) * max(0, n - 40) / 100 for n in after]
+            return tuple(map(sum, zip(super()._losses(fork, start, horizon), fading, growing, strict=True)))
+
+    verdict = autopsy(Fades(any_of(), noise=1e-6))
+    assert str(FIRST) in verdict.cells
+    assert verdict.first == (str(HEAD),)
+
+
 def test_float32_that_learns_more_at_a_slower_rate_is_not_precision():
     verdict = autopsy(Planted(lambda *_: 0.0, slower_learns=0.6))
     assert (verdict.kind, verdict.mechanism) == ("not precision", "learning rate")
