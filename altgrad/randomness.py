@@ -121,7 +121,13 @@ def stream_at(base: int, step: int, micro_batch: int, rank: int) -> int:
     mixed = base
     for word in (step, micro_batch, rank):
         mixed = splitmix64(mixed ^ splitmix64(word & MASK64))
-    return mixed - 2**64 if mixed >= 2**63 else mixed
+    return as_int64(mixed)
+
+
+def as_int64(word: int) -> int:
+    """The int64 with the bits of a number modulo 2^64."""
+    word &= MASK64
+    return word - 2**64 if word >= 2**63 else word
 
 
 def seed_of(*words: int | str) -> int:

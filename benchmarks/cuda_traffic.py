@@ -12,6 +12,7 @@ for the CPU, so the layer's autograd function is called by hand.
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ from altgrad.nn import quantize_model, uniform
 from altgrad.nn.layer import gemms
 from altgrad.nn.layer.contractions import Matrices
 from altgrad.nn.session import STATE
+from altgrad.quantization import checks
 from altgrad.quantization.kernels.cuda import launch
 
 TOKENS, FEATURES = 8192, 768
@@ -96,6 +98,17 @@ class _Counter(TorchDispatchMode):
 
 
 @contextmanager
+def taken_for_plain():
+    """Within the block tensors that a dispatch mode watches pass for plain ones, which are not traced."""
+    traced = checks.traced
+    modules = [m for name, m in sys.modules.items() if name.startswith("altgrad.") and vars(m).get("traced") is traced]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "traced", return_value=False))
+        yield
+
+
+@contextmanager
 def counted():
     """Counts what happens to fake CUDA tensors within the block; they pass for plain ones there."""
     traffic = Traffic()
@@ -103,15 +116,12 @@ def counted():
     def run(kernel, *args, grid=None, **options):
         traffic.add(kernel.fn.__name__, [t for t in (*args, *options.values()) if isinstance(t, Tensor)])
 
-    from altgrad.nn.layer import operand
-    from altgrad.quantization import cast, checks, scaling, tensor_cores
-    from altgrad.quantization.kernels.cuda import blocks, operands, scalar
+    from altgrad.quantization.kernels.cuda import blocks, clock, operands, scalar
 
     with ExitStack() as stack:
         enter = stack.enter_context
-        for module in (checks, cast, scaling, tensor_cores, operand):
-            enter(mock.patch.object(module, "traced", return_value=False))
-        for module in (scalar, blocks, operands):
+        enter(taken_for_plain())
+        for module in (scalar, blocks, operands, clock):
             enter(mock.patch.object(module, "on_device", side_effect=lambda x: nullcontext()))
         enter(mock.patch.object(JITFunction, "run", run))
         enter(
@@ -166,7 +176,7 @@ def of_linear(
             gemms._Products.forward(context, call, x, w, bias, sx, sx_back, sw, sw_back)
             gemms._Products.backward(context, dy)
             step = [traffic.names[:], traffic.bytes]
-            state.session.advance()
+            state.session.advance(w)
             traffic.clock = traffic.names[len(step[0]) :]
     traffic.names, traffic.bytes = step
     return traffic, state

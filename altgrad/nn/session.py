@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
+from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.observer import Observer
-from altgrad.randomness import stream_at
+from altgrad.quantization.tensor_cores import serve
+from altgrad.randomness import as_int64, stream_at
 
 if TYPE_CHECKING:
     from altgrad.nn.recipe.recipe import Recipe
@@ -53,7 +55,9 @@ class Session:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self.step = 0
+        self._step = 0
+        self._replayed = False  # a CUDA graph moves the clock, so that the GPU alone knows the step
+        self._clocks: dict[torch.device, Tensor] = {}  # int64 [step, micro-batch] on each GPU that draws random bits
         self.micro_batch = 0
         self.rank: int | None = None  # None asks torch.distributed
         self.bypass = False
@@ -72,6 +76,9 @@ class Session:
         # A copy of the model is neither observed nor part of the process group.
         return {
             **self.__dict__,
+            "_step": self.step,
+            "_replayed": False,
+            "_clocks": {},
             "observer": None,
             "bypass": False,
             "reduce_amax": None,
@@ -80,16 +87,75 @@ class Session:
             "model": None,
         }
 
+    @staticmethod
+    def capturing() -> bool:
+        """Whether a CUDA graph is being captured: what is launched now runs at its replays, without Python."""
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far; once a graph has captured one, it is the GPU that counts (this waits for it)."""
+        if self._replayed and not self.capturing():
+            self._step = max((int(clock[0]) for clock in self._clocks.values()), default=self._step)
+        return self._step
+
     def key(self, base: int, per_rank: bool) -> tuple[int, int]:
         """(seed, stream) of a tensor now."""
-        rank = (_rank() if self.rank is None else self.rank) if per_rank else 0
-        return self.seed, stream_at(base, self.step, self.micro_batch, rank)
+        return self.seed, stream_at(base, self.step, self.micro_batch, self._rank_of(per_rank))
+
+    def key_beside(self, x: Tensor, base: int, per_rank: bool, shift: int = 0) -> Tensor:
+        """`key` as an int64 tensor where x is, found there by its own clock where x is on a GPU.
+
+        shift: what is added to the stream, modulo 2^64.
+        """
+        shift = as_int64(shift)
+        if serve(x):
+            rank = self._rank_of(per_rank)
+            return load("cuda", "clock").key_at(
+                self._clock_on(x.device), as_int64(self.seed), as_int64(base), rank, shift
+            )
+        key = as_key_tensor(self.key(base, per_rank))
+        key[1:].add_(shift)
+        return key.to(x.device)
+
+    def _rank_of(self, per_rank: bool) -> int:
+        return (_rank() if self.rank is None else self.rank) if per_rank else 0
+
+    def _clock_on(self, device: torch.device) -> Tensor:
+        clock = self._clocks.get(device)
+        if clock is None:
+            self.refuse_capture("the random keys are not on the GPU yet")
+            step = self.step
+            clock = self._clocks[device] = torch.empty(2, dtype=torch.int64, device=device)
+            self._set(clock, step)
+        return clock
+
+    def _set(self, clock: Tensor, step: int) -> None:
+        for place, number in zip(clock, (step, self.micro_batch), strict=True):
+            place.fill_(number)  # a copy of host memory would wait
+
+    def refuse_capture(self, why: str, remedy: str = "take a step of the same kind before the capture") -> None:
+        """Refuse what a CUDA graph that is being captured would do wrong at its replays.
+
+        Raises:
+            RecipeError: there is one.
+        """
+        if self.capturing():
+            raise RecipeError(f"a CUDA graph cannot capture this step: {why}; {remedy}")
 
     def set_clock(self, step: int, micro_batch: int) -> None:
         """Move to a step and micro-batch, renew the random keys and start the count of uses anew."""
-        self.step, self.micro_batch = step, micro_batch
+        self.refuse_capture("replays would set the clock to the same step", "set it outside of the capture")
+        self.micro_batch = micro_batch
+        for clock in self._clocks.values():
+            self._set(clock, step)
+        self._renew(step, self._replayed)
+
+    def _renew(self, step: int, replayed: bool) -> None:
+        self._step, self._replayed = step, False  # known until the next replay
         for operand in self.operands:
             operand.renew_key()
+        self._replayed = replayed
 
     def largest_of_group(self, amax: Tensor) -> Tensor:
         """The amax over the processes that train the model together, where they are known to ask at the same uses."""
@@ -99,16 +165,28 @@ class Session:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.group)
         return found
 
-    def advance(self) -> None:
+    def advance(self, beside: Tensor | None = None) -> None:
         """Close a step: roll the scale histories once, then move to the next step's first micro-batch.
 
-        Where several processes train the model, the amaxes of the step are those of all of them.
+        Where several processes train the model, the amaxes of the step are those of all of them. Where a CUDA graph
+        captures this, the clock on the GPU is the only one that goes on.
+
+        Args:
+            beside: a parameter of the model; a GPU that it is on gets a clock.
         """
+        if beside is not None and serve(beside):
+            self._clock_on(beside.device)
+        captured = self.capturing()
         if self.group is not None and self.reduce_amax is None:
+            self.refuse_capture("processes that train the model together exchange their amaxes", "step outside of it")
             _share_pending([o for o in self.operands if o.shares_amax], self.group)
         for operand in self.operands:
             operand.roll()
-        self.set_clock(self.step + 1, 0)
+        step = self.step
+        for clock in self._clocks.values():
+            load("cuda", "clock").tick(clock)
+        self.micro_batch = 0
+        self._renew(step + (not captured), self._replayed or captured)
 
 
 def _share_pending(operands: list[Stepped], group) -> None:
@@ -247,5 +325,4 @@ def recomputing() -> bool:
 
 def as_key_tensor(key: tuple[int, int]) -> Tensor:
     """A key as the int64 tensor that kernels take."""
-    seed, stream = key
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed, stream], dtype=torch.int64)
+    return torch.tensor([as_int64(word) for word in key], dtype=torch.int64)

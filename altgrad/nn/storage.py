@@ -34,6 +34,7 @@ from altgrad.nn.spread import all_agree, from_part, is_spread, largest, local, p
 from altgrad.quantization import Quantized, Want, code_index, scale_from_amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, grid_owner
+from altgrad.quantization.tensor_cores import serve
 from altgrad.randomness import stream_base
 
 _VALUES_CODES = Want.VALUES | Want.CODES
@@ -66,7 +67,8 @@ class GridStorage:
         self._taking = replace(spec.cast, rounding=Rounding.NEAREST_EVEN, clamp=True)  # of what somebody else wrote
         self.grid = ParameterGrid(self.fmt, torch.ones(()))
         self.codes: Tensor | None = None  # of the values, where they were rounded to the grid
-        self.steps = 0
+        self._room: Tensor | None = None  # where the codes of the last step are
+        self._steps: int | Tensor = 0  # on a GPU counted there
         self.original: Tensor | None = None  # float values before the last rounding, until the first step after it
         self._stated: ParameterGrid | None = None  # by a loaded state: values on it keep it
         self._changed: Tensor | None = None  # how many values a fresh scale changed since the last step
@@ -102,6 +104,22 @@ class GridStorage:
         """The scale of the grid that was last found."""
         assert isinstance(self.grid.scale, Tensor)
         return self.grid.scale
+
+    @property
+    def steps(self) -> int:
+        """How many steps this storage has rounded back (on a GPU this waits)."""
+        return int(self._steps)
+
+    def kept_scale(self, weight: Tensor) -> Tensor:
+        """The scale of the values that are there now, which no later step writes to."""
+        scale: Tensor = self.grid_of(weight).scale  # type: ignore[assignment]
+        return scale.clone() if serve(scale) else scale
+
+    def _rescale(self, scale: Tensor) -> None:
+        """Go on with another scale: on a GPU in the tensor of the old one, which CUDA graphs go on reading."""
+        old = self.scale
+        stays = serve(old) and old.device == scale.device and old.shape == scale.shape and old.dtype == scale.dtype
+        self.grid = ParameterGrid(self.fmt, old.copy_(scale) if stays else scale)
 
     @property
     def _powers_of_two(self) -> bool:
@@ -142,7 +160,9 @@ class GridStorage:
             else GridStorage(self.spec, self.session, self.name, self.channel_axis)
         )
         if is_spread(weight) and found._stated is None:
-            found._stated = found.grid  # values that lie on the grid of the whole weight keep it
+            found._stated = replace(
+                found.grid, scale=found.scale.clone()
+            )  # values that lie on the grid of the whole weight keep it
         found.bind(weight)
         return found
 
@@ -181,7 +201,7 @@ class GridStorage:
         held = None if self._parameter is None else self._parameter()
         if held is not None and is_spread(held) and not is_spread(plain):  # FSDP2 gathered it for a forward
             if self._stepping:
-                return self.grid if self._zero is None else self._set_by(plain)
+                return self._stepped(plain)
             return self.grid if lies_on(plain, self.grid) else ParameterGrid(self.fmt, self.fresh_scale(plain))
         if plain.shape != weight.shape or plain.is_meta or (traced(local(plain)) and plain is weight):
             return self.grid if held is weight else ParameterGrid(self.fmt, self.policy_scale(weight))
@@ -194,7 +214,7 @@ class GridStorage:
         else:  # computed from parameters (pruned, parametrized, a functional call): nobody stores it
             return ParameterGrid(self.fmt, self.fresh_scale(plain))
         if self._stepping:  # an optimizer evaluates the loss within its step
-            return self.grid if self._zero is None else self._set_by(plain)
+            return self._stepped(plain)
         if not self._wrote(plain):
             self._take(plain)
         return self.grid
@@ -205,10 +225,11 @@ class GridStorage:
         if not self._holds(weight):
             self.codes, self.original, self._zero = None, None, None
             values = whole(weight)
-            if self._stated is not None and lies_on(values, self._stated):
-                self.grid = self._stated
+            stated = self._stated
+            if stated is not None and lies_on(values, stated):
+                self._rescale(stated.scale)  # type: ignore[arg-type]
             else:
-                self.grid = ParameterGrid(self.fmt, self.fresh_scale(values))
+                self._rescale(self.fresh_scale(values))
         if self.scale.device != weight.device:
             self.grid = replace(self.grid, scale=self.scale.to(weight.device))
         self._know(weight)
@@ -239,8 +260,11 @@ class GridStorage:
 
     def state_grid(self, weight: Tensor, scale: Tensor, steps: int) -> None:
         """Take the scale and the step count of an earlier state; values that lie on that grid, now or once loaded, keep it."""
-        self._stated = self.grid = ParameterGrid(self.fmt, scale.to(weight.device))
-        self.codes, self.original, self.steps, self._changed = None, None, steps, None
+        self._stated = ParameterGrid(self.fmt, scale.to(weight.device, copy=True))
+        self._rescale(self._stated.scale)
+        self.codes, self.original, self._changed = None, None, None
+        counter = self._steps
+        self._steps = counter.fill_(steps) if isinstance(counter, Tensor) else steps
         self.bind(weight)
         self._written = None
 
@@ -263,10 +287,14 @@ class GridStorage:
         policy = {"power_of_two": self.spec.power_of_two, "headroom": self.spec.headroom}
         return kept_scale(weight, self.fmt, scale, self._axis, **policy)
 
-    def _set_by(self, weight: Tensor) -> ParameterGrid:
-        """The grid with the scale of these values where there were only zeros, which have none."""
+    def _stepped(self, weight: Tensor) -> ParameterGrid:
+        """The grid of values that an optimizer has moved within its step."""
+        return self.grid if self._zero is None else ParameterGrid(self.fmt, self._set_by(weight))
+
+    def _set_by(self, weight: Tensor) -> Tensor:
+        """The scale, or that of these values where there were only zeros, which have none."""
         assert self._zero is not None
-        return ParameterGrid(self.fmt, torch.where(self._zero, self.policy_scale(weight), self.scale))
+        return torch.where(self._zero, self.policy_scale(weight), self.scale)
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -292,18 +320,36 @@ class GridStorage:
     def _write(self, weight: Tensor, found: Quantized) -> None:
         assert found.values is not None
         local(weight).copy_(found.values)
-        self.codes = found.codes
+        room, codes = self._room, found.codes
+        assert codes is not None
+        if room is not None and serve(room) and room.device == codes.device and room.shape == codes.shape:
+            codes = room.copy_(codes)  # the tensor that CUDA graphs go on reading
+        self.codes = self._room = codes
         self._know(weight)
 
     @torch.no_grad()
     def before_step(self, weight: Tensor) -> None:
-        """Have the grid values that the step starts from, whatever was written since the last one."""
+        """Have the grid values that the step starts from, whatever was written since the last one.
+
+        While a CUDA graph captures the step they are those of the step before; somebody else's writes between replays go
+        unseen until a step outside of the graph.
+        """
+        if self.session.capturing():
+            if self.codes is None or not self._wrote(weight):
+                self.session.refuse_capture(f"the values of {self.name!r} are not those of a step")
+            self._zero = largest(weight, self._axis) == 0 if self._may_be_unsettled else None
+            return
         self._written = None  # a write through `weight.data` leaves no trace in the version: compare the values
         self.snap(weight)
         zero = largest(weight, self._axis) == 0
-        self._zero = zero if self.spec.scale is None and self.fmt.emax < 127 and bool(zero.any()) else None
+        self._zero = zero if self._may_be_unsettled and bool(zero.any()) else None
         if self.grid.settled != (self._zero is None):
             self.grid = replace(self.grid, settled=self._zero is None)
+
+    @property
+    def _may_be_unsettled(self) -> bool:
+        """Whether zeros have no scale of their own."""
+        return self.spec.scale is None and self.fmt.emax < 127
 
     @contextmanager
     def within_step(self) -> Iterator[None]:
@@ -327,7 +373,7 @@ class GridStorage:
         written = local(weight).detach()
         before = self.cast.decode(self.codes, self._scale_of_part(weight), dtype=weight.dtype)
         if self._zero is not None and counted is None:
-            self.grid = self._set_by(weight)
+            self._rescale(self._set_by(weight))
         key = self._key(weight)
         found = self.cast(written, self._scale_of_part(weight), key=key, want=_VALUES_CODES | Want.STATS)
         stats = found.stats
@@ -338,6 +384,7 @@ class GridStorage:
             codes = torch.where(attempted, found.codes, self.codes)
             found = found._replace(values=torch.where(attempted, found.values, before), codes=codes)
         if observer is not None:
+            self.session.refuse_capture("an observer reads each step's update", "set_observer(model, None) before")
             observer.observe_update(
                 layer=layer,
                 parameter=weight,
@@ -359,23 +406,30 @@ class GridStorage:
         self._write(weight, found)
         return summed(torch.stack([number.to(torch.int64) for number in (*counts, regridded)]), weight)
 
-    def _key(self, weight: Tensor) -> tuple[int, int] | None:
+    def _key(self, weight: Tensor) -> tuple[int, int] | Tensor | None:
         """The random key of this step's rounding: each part of a spread weight has its own, replicas of it the same."""
         if self.cast.rounding is not Rounding.STOCHASTIC:
             return None
         base = stream_base(self.name, "storage", shard_name(weight)) if is_spread(weight) else self._base
-        return self.session.key(base, per_rank=False)
+        part = local(weight)
+        return self.session.key_beside(part, base, False) if serve(part) else self.session.key(base, per_rank=False)
 
     def _refreshed(
-        self, weight: Tensor, landed: Quantized, key: tuple[int, int] | None, hidden: Tensor | None
+        self, weight: Tensor, landed: Quantized, key: tuple[int, int] | Tensor | None, hidden: Tensor | None
     ) -> tuple[Quantized, Tensor]:
         """What to write, `landed` or under a fresh scale where one is due; and the number of values that it changed.
+
+        On a GPU nothing is asked for: both are made, and the device takes one.
 
         Args:
             hidden: how many weights an optimizer that lands by itself aimed beyond max. It hands over the landed values,
                 so how far beyond is not known: grids with a weight at their edge grow by a binade.
         """
-        self.steps += 1
+        on_gpu = serve(local(weight))
+        if on_gpu and not isinstance(self._steps, Tensor):
+            self.session.refuse_capture(f"{self.name!r} has not been stepped yet")
+            self._steps = torch.full((), self._steps, dtype=torch.int64, device=weight.device)
+        self._steps += 1
         none = torch.zeros((), dtype=torch.int64, device=weight.device)
         if not self.spec.refresh_every:
             return landed, none
@@ -383,13 +437,19 @@ class GridStorage:
         if hidden is not None:
             found = largest(weight, self._axis)
             scale = torch.where((hidden > 0) & (found >= self.fmt.max * self.scale), 2 * scale, scale)
-        if self.steps % self.spec.refresh_every:
-            scale = torch.maximum(scale, self.scale)
-        if torch.equal(scale, self.scale):
+        larger = torch.maximum(scale, self.scale)
+        waits = self._steps % self.spec.refresh_every
+        scale = torch.where(waits > 0, larger, scale) if isinstance(waits, Tensor) else larger if waits else scale
+        same = (scale == self.scale).all() if on_gpu else torch.equal(scale, self.scale)
+        if same is True:
             return landed, none
-        self.grid = ParameterGrid(self.fmt, scale)
+        self._rescale(scale)
         regridded = self.cast(local(weight).detach(), self._scale_of_part(weight), key=key, want=_VALUES_CODES)
-        return regridded, (regridded.values != landed.values).sum()
+        changed = (regridded.values != landed.values).sum()
+        if same is False:
+            return regridded, changed
+        values, codes = (torch.where(same, *pair) for pair in zip(landed[:2], regridded[:2], strict=True))
+        return landed._replace(values=values, codes=codes), torch.where(same, none, changed)
 
 
 def _compute_dtype(wide: bool) -> torch.dtype:

@@ -137,7 +137,16 @@ class GridOptimizer(Optimizer):
     @torch._disable_dynamo  # as torch's own bookkeeping is; the fused steps are compiled already
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, if one is given."""
+        """One update of every parameter that has a gradient; returns the closure's loss, if one is given.
+
+        Raises:
+            OptionError: a CUDA graph is being captured, whose replays would repeat this very step's number.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise OptionError(
+                f"{type(self).__name__} counts its steps on the host, so a CUDA graph would repeat one step; capture "
+                "forward and backward alone, or train with an optimizer of torch's with capturable=True"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

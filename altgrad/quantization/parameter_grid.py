@@ -1,8 +1,8 @@
 """Which grid a parameter lives on: one fact with one owner, asked for by layers, optimizers and saved states alike.
 
 Storage (`altgrad.nn`) and optimizers (`altgrad.optim`) do not import each other; this fact is all that they share. It is
-kept beside the parameter, not on it, so that copies and files of a parameter carry nothing. A grid is never changed:
-whoever changes a parameter's format or scale states the new grid. An owner in place of a grid is asked at every reading,
+kept beside the parameter, not on it, so that copies and files of a parameter carry nothing. A grid is never changed
+(on a GPU its owner may write a step's scale into the old one's tensor, which CUDA graphs go on reading): whoever changes a parameter's format or scale states the new grid. An owner in place of a grid is asked at every reading,
 so that a parameter which somebody else has written since has the grid of its present values.
 """
 
@@ -21,7 +21,7 @@ from altgrad.formats.scalar import FloatFormat
 class ParameterGrid:
     """The values scale * v, v a value of `format`.
 
-    scale: positive number, or a tensor that broadcasts to the parameter (never written to in place).
+    scale: positive number, or a tensor that broadcasts to the parameter (which only its owner may write to).
     settled: False where the parameter, or one of its channels, holds nothing but zeros: the scale is then a placeholder
         that the first update replaces, so an optimizer leaves the landing to storage.
     """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad.errors import RecipeError
+from altgrad.errors import OptionError, RecipeError
 from altgrad.nn import (
     StorageSpec,
     attach_optimizer,
@@ -19,6 +19,8 @@ from altgrad.nn import (
     set_step,
     uniform,
 )
+from altgrad.nn.session import STATE, Session
+from altgrad.optim import SRAdamW
 from altgrad.quantization import quantize
 from altgrad.quantization.parameter_grid import declared_grid
 
@@ -209,3 +211,43 @@ def test_fixed_scale_is_kept_and_clock_set():
     set_step(model, 7, 2)
     assert quant_state(model)["clocks"] == [{"seed": 0, "step": 7, "micro_batch": 2}]
     assert float(quant_state(model)["storage"]["0.weight"]["scale"]) == 0.5
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Call it, and a CUDA graph is being captured."""
+
+    def begin():
+        monkeypatch.setattr(Session, "capturing", staticmethod(lambda: True))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    return begin
+
+
+def test_a_captured_step_that_replays_would_do_wrong_is_refused(capture):
+    model, optimizer = make(RECIPES["grid"])
+    own = SRAdamW(nn.Linear(2, 2).parameters(), lr=0.1)
+    backward(model, optimizer, 0)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    capture()
+    with pytest.raises(RecipeError, match=r"capture this step: the values of '0.weight' are not those of a step; take"):
+        optimizer.step()
+    with pytest.raises(
+        RecipeError, match="replays would set the clock to the same step; set it outside of the capture"
+    ):
+        set_step(model, 3)
+    with pytest.raises(OptionError, match="SRAdamW counts its steps on the host"):
+        own.step()
+    model[0].__dict__[STATE].session.observer = object()
+    with pytest.raises(RecipeError, match=r"an observer reads each step's statistics; set_observer\(model, None\)"):
+        model(torch.ones(2, 16))
+
+
+def test_a_history_that_is_made_anew_cannot_be_captured(capture):
+    model, optimizer = make(uniform("E4M3", scaling={"policy": "delayed", "history": 3}))
+    backward(model, optimizer, 0)
+    capture()
+    with pytest.raises(RecipeError, match="the scale history of '0'"):
+        optimizer.step()

@@ -1,12 +1,15 @@
 """Runs the Triton kernels in Triton's interpreter and compares them with the CPU kernels; prints one line per mismatch.
 
-Started by `test_cuda.py` in a process of its own, because the interpreter is chosen before Triton is imported.
+Started by `test_cuda.py` with the name of a part in a process of its own, because the interpreter is chosen before Triton is imported.
 Values go through `eager` where the compiled CPU kernel would need a variant of its own for one case.
 """
 
 import os
 import sys
 import warnings
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 if __name__ == "__main__":
@@ -16,17 +19,23 @@ if __name__ == "__main__":
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.nn import quantize_model, set_step, uniform
-from altgrad.nn.layer import gemm
+from altgrad.nn import StorageSpec, quant_state, quantize_model, set_step, storage, uniform
+from altgrad.nn.layer import gemm, gemms, operand, products
 from altgrad.nn.layer import tensor_cores as cores
-from altgrad.nn.session import STATE
-from altgrad.quantization import Cast, Want, decode, encode, get_format, quantize, tensor_cores
+from altgrad.nn.session import STATE, Session
+from altgrad.quantization import Cast, Want, checks, decode, encode, get_format, quantize, scaling, tensor_cores
+from altgrad.quantization.kernels import choose
+from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.scaling import DelayedScaling, DelayedState
+from benchmarks.cuda_traffic import taken_for_plain
 
 KEY = (3, -9)
 BOTH = Want.VALUES | Want.CODES  # by the arithmetic for the casts of training, where that serves
@@ -251,6 +260,120 @@ def check_rolls() -> list[str]:
     return bad
 
 
+class Recorder(TorchDispatchMode):
+    """What ran on tensors, to run again on the same memory without Python in between, as a CUDA graph does.
+
+    Refused is what a graph cannot have: a number read by the host, or a tensor made of the host's numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith(("aten::_local_scalar_dense", "aten::lift_fresh", "aten::equal", "aten::nonzero")):
+            raise AssertionError(f"{name}: the host takes part")
+        out = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
+        memory = {t.untyped_storage().data_ptr() for t in given}
+        views = not func._schema.is_mutable and any(t.untyped_storage().data_ptr() in memory for t in made)
+        if not views and not name.startswith(("aten::empty", "aten::new_empty")):
+            self.ran.append((func, args, kwargs or {}, [] if func._schema.is_mutable else made))
+        return out
+
+    @contextmanager
+    def recording(self):
+        launch = GridExecutor.__call__
+
+        def launched(executor, *args, **kwargs):
+            self.ran.append((partial(launch, executor), args, kwargs, []))
+            with _disable_current_modes():
+                return launch(executor, *args, **kwargs)
+
+        captures = staticmethod(lambda: True)
+        with (
+            mock.patch.object(GridExecutor, "__call__", launched),
+            mock.patch.object(Session, "capturing", captures),
+            taken_for_plain(),
+            self,
+        ):
+            yield
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for function, args, kwargs, made in self.ran:
+                again = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+                for old, new in zip(made, again, strict=False):
+                    old.copy_(new)
+
+
+GRAPHS = [
+    ("E4M3", {"scaling": {"policy": "delayed", "history": 5}, "rounding": "stochastic"}),
+    ("NVFP4", {"rounding": "stochastic"}),
+    ("E4M3", {"scaling": {"policy": "amax", "axis": 0}}),
+    ("E3M4", {"storage": StorageSpec("E3M4", "stochastic", refresh_every=2)}),
+    ("E4M3", {"storage": StorageSpec("E4M3", per_channel=True, power_of_two=False, refresh_every=1)}),
+]
+
+
+def training(fmt: str, recipe: dict):
+    """(model, its input, one step of SGD with momentum on what the input holds)."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    quantize_model(model, uniform(fmt, **recipe))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x, target = torch.zeros(24, 32), torch.randn(24, 16)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+
+    return model, x, step
+
+
+def kept_by(model) -> list[torch.Tensor]:
+    """What a model is after a step."""
+    state = quant_state(model)
+    own = [*model.parameters(), torch.tensor(state["clocks"][0]["step"])]
+    own += [t for layer in state["operands"].values() for memory in layer.values() for t in memory.values()]
+    return [*own, *(torch.as_tensor(n) for storage in state["storage"].values() for n in storage.values())]
+
+
+def check_graphs() -> list[str]:
+    """A step that was recorded once and runs again on new data, against steps that Python leads; then one outside of it."""
+    bad = []
+    with ExitStack() as on_gpu:  # what goes by the device, and by what is not read from one
+        on_gpu.enter_context(mock.patch.dict(choose._BY_DEVICE, cpu="cuda"))
+        amaxes = SimpleNamespace(amax=load("cuda", "operands").largest)
+        on_gpu.enter_context(mock.patch.object(scaling, "load", return_value=amaxes))
+        on_gpu.enter_context(mock.patch.object(checks, "_scale_tensor", lambda x, scale, wide: scale.float()))
+        on_gpu.enter_context(mock.patch.object(checks, "check_key", lambda x, key: key))
+        on_gpu.enter_context(mock.patch.object(storage, "_checksum", return_value=None))
+        for module in (operand, products, gemms):
+            on_gpu.enter_context(mock.patch.object(module, "waits", return_value=False))
+        for fmt, recipe in GRAPHS:
+            (captured, x, step), (led, other_x, other_step) = training(fmt, recipe), training(fmt, recipe)
+            recorder, seen = Recorder(), []
+            for number in range(6):
+                data = torch.randn(24, 32) * (1 + number % 3) ** 2
+                for place in (x, other_x):
+                    place.copy_(data)
+                other_step()
+                if number == 2:
+                    with recorder.recording():
+                        step()
+                elif 2 < number < 5:
+                    recorder.replay()
+                else:
+                    step()
+                seen.append([same(a, b) for a, b in zip(kept_by(captured), kept_by(led), strict=True)])
+            if not all(map(all, seen)):
+                bad.append(f"graph {fmt} {recipe}: {seen}")
+    return bad
+
+
 def check_layers() -> list[str]:
     """Layers on tensor cores against layers in float32: the same sums in another order."""
     bad = []
@@ -267,14 +390,17 @@ def check_layers() -> list[str]:
     return bad
 
 
+def check_kernels() -> list[str]:
+    return [
+        *check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1")),
+        *check_blocks("cpu", ("MXFP8", "MXFP8_E5M2", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/16x32:FP32")),
+        *check_blocks("cpu", ("MXFP8",), (torch.bfloat16, torch.float16)),
+    ]
+
+
+PARTS = {"kernels": [check_kernels], "layers": [check_layers, check_rolls, check_two_levels], "graphs": [check_graphs]}
+
 if __name__ == "__main__":
-    found = (
-        check_layers()
-        + check_rolls()
-        + check_two_levels()
-        + check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1"))
-    )
-    found += check_blocks("cpu", ("MXFP8", "MXFP8_E5M2", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/16x32:FP32"))
-    found += check_blocks("cpu", ("MXFP8",), (torch.bfloat16, torch.float16))
+    found = [line for check in PARTS[sys.argv[1]] for line in check()]
     print("\n".join(found))
     sys.exit(1 if found else 0)

@@ -14,7 +14,7 @@ if sys.platform != "linux":
 from altgrad.diagnostics.update import measure_update
 from altgrad.quantization import amax_scale, decode, encode, quantize
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
-from altgrad.quantization.kernels.cuda import operands
+from altgrad.quantization.kernels.cuda import clock, operands
 from altgrad.quantization.kernels.cuda import scalar as cuda
 from benchmarks import bench_cuda
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
@@ -26,8 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
 ROOT = Path(__file__).parents[2]
 
 
-def test_kernels_have_the_cpus_bits_in_the_interpreter():
-    command = [sys.executable, "-m", "tests.quantization.interpreter_checks"]
+@pytest.mark.parametrize("part", ["kernels", "layers", "graphs"])
+def test_kernels_have_the_cpus_bits_in_the_interpreter(part):
+    command = [sys.executable, "-m", "tests.quantization.interpreter_checks", part]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
@@ -170,6 +171,7 @@ def test_kernels_compile_with_every_integer_at_one():
     kernels = [
         (cuda._process, POINTERS, {**stochastic, "random_bits": 1, "size": 1, "inner": 1, "channels": 1}),
         (cuda._decode, {**POINTERS, "values": "*fp32"}, {**decode, "size": 1, "last": 1, "inner": 1, "channels": 1}),
+        (clock._key_at, {"key": "*i64", "clock": "*i64"}, dict.fromkeys(("seed", "base", "rank", "shift"), 1)),
         (cuda_blocks._decode, {**BLOCK_POINTERS, "scales": "*fp32", "values": "*fp32"}, {**tiles, **ONES}),
     ]
     for name in ("MXFP8", "MXFP8 down"):
@@ -188,7 +190,7 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     assert found.waits == []
     operations, size = MISSED.get(name, (MOST_OPERATIONS, MOST_BYTES))
     assert len(found.names) <= operations, found.names
-    assert len(found.clock) <= 6, "a kernel for each history, or two writes for each key"
+    assert len(found.clock) <= 4, "a kernel for each history, and one for the clock of all layers"
     assert found.bytes <= size
 
 
@@ -217,16 +219,18 @@ def test_the_checks_of_the_benchmark_see_a_wrong_gradient(monkeypatch):
     assert found == [False, True] * (len(bench_cuda.RECIPES) // 2)
 
 
-def test_a_full_history_its_scale_and_the_key_stay_in_place_on_a_gpu():
-    _, state = of_linear("E4M3", scaling={"policy": "delayed", "history": 1}, rounding="stochastic")
-    places = [(o.window, o.pending, o._scale, o.key) for o in state.distinct() if o.delayed]
+def test_what_a_step_remembers_stays_in_place_on_a_gpu():
+    _, state = of_linear("E4M3", scaling={"policy": "delayed", "history": 9}, rounding="stochastic")
+    delayed = [o for o in state.distinct() if o.delayed]
+    places = [[o.window, o.pending, o._scale] for o in delayed] + [[*state.session._clocks.values()]]
     with counted() as traffic:
         state.session.advance()
     assert traffic.waits == []
-    assert len(places) == 3
-    for operand, kept in zip([o for o in state.distinct() if o.delayed], places, strict=True):
-        now = (operand.window, operand.pending, operand._scale, operand.key)
-        assert all(a is b and a.device.type == "cuda" for a, b in zip(now, kept, strict=True))
+    assert len(places) == 4
+    now = [[o.window, o.pending, o._scale] for o in delayed] + [[*state.session._clocks.values()]]
+    for kept, there in zip(places, now, strict=True):
+        assert kept
+        assert all(a is b and a.device.type == "cuda" for a, b in zip(kept, there, strict=True))
 
 
 ONES = dict.fromkeys(

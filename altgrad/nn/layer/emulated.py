@@ -140,7 +140,7 @@ class _Call(NamedTuple):
             return Laid(x)
         if spec.hadamard is not None:
             x = spec.hadamard(x, self.signs(gemm, x.device))
-        key = operand.options(self.use)
+        key = operand.options(self.use, x)
         if operand.block:
             found = _blocks(spec, x, key, operand.move_average(x) if gemm == "forward" else None)
         else:
@@ -162,6 +162,7 @@ class _Call(NamedTuple):
         key = None
         if hadamard.signs is Signs.RANDOM:
             session = self.state.session
+            session.refuse_capture(f"layer {self.state.name!r} draws signs on the host", "use fixed signs")
             key = as_key_tensor(session.key(stream_base(self.state.name, "hadamard", gemm), per_rank=False))
             key = key + offset(self.use)
         return hadamard.draw(key, device)
@@ -221,6 +222,9 @@ class _Call(NamedTuple):
         for operand in {id(o): o for o in (self.state.operands[place] for place in places)}.values():
             policy = operand.spec.scaling
             if isinstance(policy, RegionScaling) and operand.pending is not None:
+                operand.session.refuse_capture(
+                    f"{operand.layer!r} scales by regions, whose state is made anew", "use delayed amax"
+                )
                 after = policy.close(operand.pending, region_state(operand, policy), operand.fmt)
                 operand.window, operand.pending = torch.cat([after.s.reshape(1), after.window]), None
 
@@ -232,7 +236,7 @@ def forward_weight(state: LayerState, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     operand = state.w
     if not state.recipe.is_emulated:
-        values = operand.quantize(weight, operand.scale_of(weight, False), operand.options(0))
+        values = operand.quantize(weight, operand.scale_of(weight, False), operand.options(0, weight))
         return carrier(weight).clone(), values
     call = _Call(state, False, 0, torch.float32, state.transposed)
     laid = carrier(weight.t() if state.transposed else weight)

@@ -216,7 +216,7 @@ class _Products(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         ctx.call, ctx.shapes = call, (x.shape, w.shape)  # a forward made at once takes matrices with more axes
         ctx.dtypes = (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        ctx.dy_options = (state.dy.options(call.use), state.dy_back.options(call.use))
+        ctx.dy_options = _keys(call, x)
         ctx.set_materialize_grads(False)
         if made is not None:
             place = torch.empty((), dtype=torch.float32, device="cpu") if need_x and need_w else None
@@ -227,8 +227,8 @@ class _Products(torch.autograd.Function):
             return made.y, place
         route = call.route("forward", x, w.shape)
         keep_x, keep_w = need_w and state.x_back is state.x, need_x and state.w_back is state.w
-        qx = quantized(state.x, x, sx, state.x.options(call.use), route, call.observed, keep=keep_x)
-        qw = quantized(state.w, w, sw, state.w.options(call.use), route, call.observed, keep=keep_w)
+        qx = quantized(state.x, x, sx, state.x.options(call.use, x), route, call.observed, keep=keep_x)
+        qw = quantized(state.w, w, sw, state.w.options(call.use, w), route, call.observed, keep=keep_w)
         route = Route.FLOAT32 if qx.needs_float32 or qw.needs_float32 else route
         y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, None, bias, call.dtype)
         y = y.to(call.dtype)
@@ -237,12 +237,12 @@ class _Products(torch.autograd.Function):
         if need_w and not keep_x:
             route = call.route("weight_grad", y, x.shape)
             saved_x, sx_back = saved_apart(
-                state.x_back, x, sx_back, state.x_back.options(call.use), route, call.observed
+                state.x_back, x, sx_back, state.x_back.options(call.use, x), route, call.observed
             )
         if need_x and not keep_w:
             route = call.route("input_grad", y, w.shape)
             saved_w, sw_back = saved_apart(
-                state.w_back, w, sw_back, state.w_back.options(call.use), route, call.observed
+                state.w_back, w, sw_back, state.w_back.options(call.use, w), route, call.observed
             )
         place = y.new_empty(()) if need_x and need_w and not torch.compiler.is_compiling() else None
         stash(
@@ -282,6 +282,13 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             db = dy.sum(call.products.bias_axes(dy.ndim), dtype=work_dtype(dy)).to(ctx.dtypes[2])
         return None, *found, db, *(None,) * 5
+
+
+def _keys(call: Call, x: Tensor) -> tuple:
+    """What the two products of dy draw with: one key where they have one entry of the recipe."""
+    state = call.state
+    first = state.dy.options(call.use, x)
+    return first, first if state.dy_back is state.dy else state.dy_back.options(call.use, x)
 
 
 def _gradients(ctx, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor | None):
@@ -486,7 +493,7 @@ class _Pieces(torch.autograd.Function):
 def _quantized(call: Call, operand: Operand, x: Tensor, observed: bool) -> Tensor:
     if operand.fmt is None:
         return carrier(x)
-    return straight(Quantizer(operand, operand.options(call.use), call.record, observed), x)
+    return straight(Quantizer(operand, operand.options(call.use, x), call.record, observed), x)
 
 
 def _in_pieces(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

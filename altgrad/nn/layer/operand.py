@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from altgrad.errors import CodeError, RecipeError
+from altgrad.errors import CodeError
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.jit.grid_table import special_codes
-from altgrad.nn.layer.uses import offset
+from altgrad.nn.layer.uses import shift_of
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Session, as_key_tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
 
 _VALUES_CODES = Want.VALUES | Want.CODES
-UNSEEN = -1.0  # a pending amax of a step in which the operand was not used
+UNSEEN = -1.0  # a pending amax of a step in which the operand was not used, or a place in a history for one
 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
 
@@ -94,55 +94,45 @@ class Operand:
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def renew_key(self) -> None:
-        """Set the random key of the session's present step; in place, so that compiled code and a GPU's graphs see it."""
-        if self.stochastic:
-            fresh = as_key_tensor(self.session.key(self._base, per_rank=self.role != "weight"))
-            if self.key is None:
-                self.key = fresh
-            elif self.key.device.type == "cpu":
-                self.key.copy_(fresh)
-            else:
-                check_not_captured(self.layer)
-                for place, word in zip(self.key, fresh.tolist(), strict=True):
-                    place.fill_(word)  # a copy of host memory would wait
+        """Set the random key of the session's present step; in place, so that compiled code sees it."""
+        if self.stochastic and not self.session.capturing():
+            fresh = as_key_tensor(self.session.key(self._base, per_rank=self._per_rank))
+            self.key = fresh if self.key is None else self.key.copy_(fresh)
 
-    def keep_key_on(self, device: torch.device) -> None:
-        """Keep the random key where it is read, so that no use has to copy it there."""
-        if self.key is not None and self.key.device != device and not torch.compiler.is_compiling():
-            self.key = self.key.to(device)
+    @property
+    def _per_rank(self) -> bool:
+        return self.role != "weight"
 
     def roll(self) -> None:
         """Close a step: the step's largest amax enters the history, which leaves it alone where nothing was seen.
 
-        On a GPU a full history, its scale and `pending` stay where they are, so that a CUDA graph goes on reading them.
+        On a GPU the history, its scale and `pending` stay where they are, so that a CUDA graph goes on reading them.
         """
         policy, pending = self.spec.scaling, self.pending
         if not isinstance(policy, DelayedScaling) or pending is None:
             return
-        if pending.device.type == "cpu" and pending.numel() == 1 and float(pending) < 0:
+        if not serve(pending) and pending.device.type == "cpu" and pending.numel() == 1 and float(pending) < 0:
             self.pending = None
             return
-        if not self._stays:
+        if not self._stays(policy):
+            self.session.refuse_capture(f"the scale history of {self.layer!r} ({self.role}) is made anew by each step")
             self.window, self.pending = policy.update(pending, DelayedState(self.window), self.fmt)[1].window, None
             return
-        assert self.window is not None
+        if self.window is None or len(self.window) < policy.history:
+            self.session.refuse_capture(f"layer {self.layer!r} has no scale history yet")
+            self.window = _with_room(self.window, policy.history, pending)
         if self._scale is None:
             self._scale = torch.empty_like(pending)
         roll(self.window, pending, self._scale, self.fmt.max, policy.margin, policy.power_of_two)
 
-    @property
-    def _stays(self) -> bool:
-        """Whether the history is full and on a GPU, of one float32 amax."""
-        policy = self.spec.scaling
-        return (
-            isinstance(policy, DelayedScaling)
-            and self.window is not None
-            and self.window.shape == (policy.history,)
-            and self.window.dtype == torch.float32
-            and self.pending is not None
-            and self.pending.device == self.window.device
-            and serve(self.window)
-        )
+    def _stays(self, policy: DelayedScaling) -> bool:
+        """Whether the history is one of float32 amaxes on a GPU, and serves before it is full."""
+        pending, window = self.pending, self.window
+        if pending is None or not serve(pending) or pending.ndim or pending.dtype != torch.float32:
+            return False
+        if window is None:
+            return policy.warm_up == 1
+        return window.ndim == 1 and window.device == pending.device and len(window) >= policy.warm_up
 
     def _scale_of_window(self) -> Tensor:
         policy = self.spec.scaling
@@ -161,6 +151,8 @@ class Operand:
         window, pending, self.average = (memory.get(name) for name in ("window", "pending", "average"))
         moves, last = memory["averaged"].tolist() if "averaged" in memory else (0, -1)
         self.averaged = (moves, last)
+        if window is not None and self.window is not None and serve(self.window) and window.ndim == 1:
+            window = _with_room(window, max(len(window), len(self.window)), self.window)
         self.window, self.pending = (
             old.copy_(new) if old is not None and new is not None and serve(old) and old.shape == new.shape else new
             for old, new in ((self.window, window), (self.pending, pending))
@@ -173,9 +165,13 @@ class Operand:
 
         The first call of a step sees what the last one left of the weight, and moves the average.
         """
-        policy, now = self.spec.average, self.session.step
+        policy = self.spec.average
         if policy is None:
             return None
+        self.session.refuse_capture(
+            f"{self.layer!r} moves an average of its weight by the host's clock", "capture without"
+        )
+        now = self.session.step
         if self.average is None or self.average.shape != weight.shape:
             self.average, self.averaged = weight.detach().clone(), (0, now)
         elif now > self.averaged[1]:
@@ -232,8 +228,9 @@ class Operand:
     def _waits_for_no_amax(self, x: Tensor) -> bool:
         """Whether the scale is that of a full history, and the amax of x is found while x is rounded."""
         policy = self.spec.scaling
-        full = isinstance(policy, DelayedScaling) and self.window is not None and len(self.window) == policy.history
-        return full and self._found_on_tensor_cores(x)
+        if not isinstance(policy, DelayedScaling) or self.window is None or not self._found_on_tensor_cores(x):
+            return False
+        return len(self.window) == policy.history or (len(self.window) >= policy.warm_up and policy.warm_up == 1)
 
     def collected(self, x: Tensor) -> Tensor | None:
         """The number that rounding x shall raise to its amax, in place; None where that is known, or not recorded."""
@@ -252,6 +249,7 @@ class Operand:
             and x.dtype != torch.float64
             and (self.session.reduce_amax is None or self.role == "weight")
             and not traced(x)
+            and not serve(x)
         )
 
     def _amax(self, x: Tensor) -> Tensor:
@@ -263,16 +261,21 @@ class Operand:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def options(self, use: int | Tensor) -> Any:
-        """The key that a use of the layer (`Uses.take`) draws its random bits with; None where nothing is drawn."""
+    def options(self, use: int | Tensor, x: Tensor) -> Any:
+        """The key that a use of the layer (`Uses.take`) draws its random bits with, to round x or what is where x is.
+
+        None where nothing is drawn.
+        """
         if self.key is None:
             return None
-        if isinstance(use, int):
-            key = self.key.clone()
-            if use:
-                key[1:].add_(int(offset(use)[1]))
-            return key
-        return self.key + use
+        if not isinstance(use, int):
+            return self.key + use
+        if serve(x) and not traced(x):
+            return self.session.key_beside(x, self._base, self._per_rank, shift_of(use))
+        key = self.key.clone()
+        if use:
+            key[1:].add_(shift_of(use))
+        return key
 
     def quantize(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool = False) -> Tensor:
         """Values on the grid, of x's shape, in the carrier (float32, or float64 for float64); NaN and inf in place."""
@@ -438,17 +441,12 @@ def is_payload(saved: Saved) -> bool:
     return bool(saved) and saved[0].dtype == torch.bfloat16
 
 
-def check_not_captured(layer: str) -> None:
-    """Refuse a step that is recorded into a CUDA graph where the layer draws random bits: replays would repeat them.
-
-    Raises:
-        RecipeError: with the remedy.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RecipeError(
-            f"layer {layer!r} rounds stochastically, and the optimizer's step, which renews its random key, is being captured "
-            "into a CUDA graph; capture forward and backward alone, and step the optimizer outside of the graph"
-        )
+def _with_room(window: Tensor | None, history: int, beside: Tensor) -> Tensor:
+    """A history of amaxes, newest first, with room for so many where `beside` is; what was not seen is below any amax."""
+    room = torch.full((history,), UNSEEN, dtype=torch.float32, device=beside.device)
+    if window is not None:
+        room[: len(window)].copy_(window)
+    return room
 
 
 def waits(x: Tensor) -> bool:

@@ -244,7 +244,10 @@ class LayerState:
 
     def observed(self, record: bool) -> bool:
         """Whether this forward's statistics are published: not those of a recomputation."""
-        return record and self.session.observer is not None and not recomputing()
+        if not record or self.session.observer is None:
+            return False
+        self.session.refuse_capture("an observer reads each step's statistics", "set_observer(model, None) before")
+        return not recomputing()
 
     def scale_pair(self, first: Operand, second: Operand, x: Tensor, record: bool):
         """Scales of the two uses of one tensor; the second is None where the entries are shared.

@@ -80,7 +80,6 @@ def quantized(
     """
     assert operand.cast is not None
     x = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
-    operand.keep_key_on(x.device)
     key = None if key is None else key.to(x.device)
     if operand.block:
         powers = powers_of_blocks(operand.fmt) or (0, 0)

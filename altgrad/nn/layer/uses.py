@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import checkpoint as torch_checkpoint
 
 from altgrad.nn.session import Session, recomputing
-from altgrad.randomness import MASK64
+from altgrad.randomness import as_int64
 
 _STRIDE = 0x9E3779B97F4A7C15  # between the streams of two uses; streams are hashed before anything is drawn
 _NOTES = "_altgrad_uses"  # attribute of a checkpoint's own object: its Notes
@@ -91,8 +91,12 @@ class Uses:
 
 def offset(use: int) -> Tensor:
     """What is added to a key (seed, stream) for a use: int64 [2]."""
-    shift = use * _STRIDE & MASK64
-    return torch.tensor([0, shift - 2**64 if shift >= 2**63 else shift], dtype=torch.int64)
+    return torch.tensor([0, shift_of(use)], dtype=torch.int64)
+
+
+def shift_of(use: int) -> int:
+    """What is added to a stream for a use: an int64 word."""
+    return as_int64(use * _STRIDE)
 
 
 _marks = itertools.count(1)

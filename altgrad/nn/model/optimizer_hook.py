@@ -126,8 +126,9 @@ class OptimizerHandle:
             counted = None if own_counts is None else own_counts(weight)
             rows.append(storage.round_back(weight, storage.session.observer, entry.name, counted))
         self.counts = torch.stack(rows) if rows else None
+        beside = next((p for group in optimizer.param_groups for p in group["params"]), None)
         for session in self._leads:
-            session.advance()
+            session.advance(beside)
 
     # -- what happened --------------------------------------------------------------------------------------------
 
@@ -176,15 +177,13 @@ def _within_step(closure, storages: list[GridStorage]):
 def _is_no_step(optimizer: Optimizer) -> bool:
     """Whether a step now moves nothing: every learning rate is 0 and no gradient has an element that is not."""
     rates = [group.get("lr") for group in optimizer.param_groups]
-    if any(rate is None or (isinstance(rate, Tensor) and rate.is_cuda and _capturing()) or rate != 0 for rate in rates):
+    if any(
+        rate is None or (isinstance(rate, Tensor) and rate.is_cuda and Session.capturing()) or rate != 0
+        for rate in rates
+    ):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return not any(grad.is_sparse or bool(grad.any()) for grad in grads)
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be read back."""
-    return torch.cuda.is_current_stream_capturing()
 
 
 def _claim(session: Session, optimizer: Optimizer) -> bool:

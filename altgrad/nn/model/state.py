@@ -41,7 +41,7 @@ def quant_state(model: nn.Module) -> dict:
                 state["operands"].setdefault(name, {})[f"{operand.role}.{operand.gemm}"] = memory
         storage = layer.storage_of(weight)
         if storage is not None:
-            state["storage"][storage.name] = {"scale": storage.grid_of(weight).scale, "steps": storage.steps}
+            state["storage"][storage.name] = {"scale": storage.kept_scale(weight), "steps": storage.steps}
     return state
 
 

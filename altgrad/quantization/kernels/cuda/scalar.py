@@ -146,8 +146,8 @@ def _scales(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tenso
     if not isinstance(scale, Tensor):
         return torch.full((1,), scale, dtype=dtype, device=x.device), 1, 1
     scale = scale.to(device=x.device, dtype=dtype)
-    if scale.numel() == 1:
-        return scale.reshape(1), 1, 1
+    if scale.numel() == 1 or not x.numel():
+        return scale.reshape(-1), 1, 1
     lead = x.ndim - scale.ndim
     axes = [lead + d for d, n in enumerate(scale.shape) if n > 1]
     if axes == list(range(axes[0], axes[-1] + 1)):
