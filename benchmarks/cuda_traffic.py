@@ -27,18 +27,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from altgrad.nn import quantize_model, uniform
+from altgrad.nn import GemmRecipe, LayerRecipe, OperandSpec, Recipe, quantize_model, uniform
 from altgrad.nn.layer import gemms
 from altgrad.nn.layer.contractions import Matrices
+from altgrad.nn.recipe.scaling_choice import CurrentScaling
 from altgrad.nn.session import STATE
 from altgrad.quantization import checks
 from altgrad.quantization.kernels.cuda import launch
 
 TOKENS, FEATURES = 8192, 768
 MOST_OPERATIONS, MOST_BYTES = 20, 0.3e9
-MISSED = {"MXFP8": (MOST_OPERATIONS, 0.3021e9), "NVFP4": (25, 0.3627e9)}
-"""Rows that miss a budget, and what they may not exceed instead: MXFP8 rounds every tensor along both axes, NVFP4 looks for the
-amax of each as well."""
 _FREE = (
     "empty",
     "detach",
@@ -116,12 +114,12 @@ def counted():
     def run(kernel, *args, grid=None, **options):
         traffic.add(kernel.fn.__name__, [t for t in (*args, *options.values()) if isinstance(t, Tensor)])
 
-    from altgrad.quantization.kernels.cuda import blocks, clock, operands, scalar
+    from altgrad.quantization.kernels.cuda import blocks, clock, operands, products, scalar
 
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(taken_for_plain())
-        for module in (scalar, blocks, operands, clock):
+        for module in (scalar, blocks, operands, products, clock):
             enter(mock.patch.object(module, "on_device", side_effect=lambda x: nullcontext()))
         enter(mock.patch.object(JITFunction, "run", run))
         enter(
@@ -148,8 +146,16 @@ class _Context:
         """Missing gradients stay None."""
 
 
+def by_channel(fmt: str) -> Recipe:
+    """Every operand with a scale for each row or column, whichever the GEMM does not add up."""
+    row, column = (OperandSpec(fmt, scaling=CurrentScaling(axis=axis)) for axis in (0, 1))
+    forward = GemmRecipe(input=row, weight=row)
+    input_grad, weight_grad = GemmRecipe(grad_output=row, weight=column), GemmRecipe(grad_output=column, input=column)
+    return Recipe(LayerRecipe(forward, input_grad, weight_grad))
+
+
 def of_linear(
-    fmt: str,
+    fmt: str | Recipe,
     dtype: torch.dtype = torch.float32,
     tokens: int = TOKENS,
     inputs: int = FEATURES,
@@ -161,7 +167,7 @@ def of_linear(
     dtype: of x and y; parameters are float32.
     """
     model = nn.Sequential(nn.Linear(inputs, outputs))
-    quantize_model(model, uniform(fmt, **recipe))
+    quantize_model(model, fmt if isinstance(fmt, Recipe) else uniform(fmt, **recipe))
     state = model[0].__dict__[STATE]
     with counted() as traffic:
         x = torch.empty(tokens, inputs, dtype=dtype, device="cuda")
@@ -182,12 +188,13 @@ def of_linear(
     return traffic, state
 
 
-ROWS: list[tuple[str, str, dict[str, Any]]] = [
+ROWS: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("E4M3, amax", "E4M3", {}),
     ("E4M3, amax rounded to powers of two", "E4M3", {"scaling": {"policy": "amax", "power_of_two": True}}),
     ("E4M3, delayed amax", "E4M3", {"scaling": {"policy": "delayed", "history": 1}}),
     ("E4M3, no scaling", "E4M3", {"scaling": "none"}),
     ("E4M3, stochastic", "E4M3", {"rounding": "stochastic"}),
+    ("E4M3, amax of each row or column", by_channel("E4M3"), {}),
     ("E2M1, amax", "E2M1", {}),
     ("MXFP8", "MXFP8", {}),
     ("NVFP4", "NVFP4", {}),

@@ -54,6 +54,8 @@ def amax(x: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
         return load("cpu").amax(work)
     if axis is None and plain and x.device.type == "cuda" and x.dtype != torch.float64:
         return load("cuda", "operands").largest(work)
+    if isinstance(axis, int) and plain and x.ndim == 2 and x.device.type == "cuda" and x.dtype != torch.float64:
+        return load("cuda", "operands").largest_of_channels(work, _kept_axes(axis, 2).pop())
     magnitude = torch.where(torch.isfinite(work), work.abs(), 0)
     magnitude = magnitude.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if axis is None:

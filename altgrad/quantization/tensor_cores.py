@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from altgrad.formats.block import BlockFormat
 from altgrad.quantization.cast import Cast
 from altgrad.quantization.checks import traced
 from altgrad.quantization.kernels.choose import interpreted, load
@@ -39,11 +40,17 @@ def accumulate_in_float32() -> bool:
     return True
 
 
-def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False) -> Tensor:
-    """Largest finite magnitude of x, 0-d float32; with a format's max, the scale that follows from it."""
+def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False, axis: int | None = None) -> Tensor:
+    """Largest finite magnitude of x, 0-d float32; with a format's max, the scale that follows from it.
+
+    axis: of a matrix, 0 for its rows, each with its own, 1 for its columns; the result broadcasts to x.
+    """
     if traced(x):
-        return torch.ops.altgrad.largest(x, fmt_max, power_of_two)
-    return load("cuda", "operands").largest(_at_hand(x), fmt_max, power_of_two)
+        return torch.ops.altgrad.largest(x, fmt_max, power_of_two, axis)
+    kernels = load("cuda", "operands")
+    if axis is not None:
+        return kernels.largest_of_channels(_at_hand(x), axis, fmt_max, power_of_two)
+    return kernels.largest(_at_hand(x), fmt_max, power_of_two)
 
 
 def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin: int, power_of_two: bool) -> None:
@@ -70,12 +77,18 @@ def payload(
     return values, factor_of(scale, powers, x.device)
 
 
+def tensor_scale(x: Tensor, fmt: BlockFormat) -> Tensor:
+    """The scale of the whole of x under a format that has one above its blocks' scales, 0-d float32."""
+    return largest(x, fmt.element.max * fmt.scale_format.max)
+
+
 def block_payload(
-    x: Tensor, cast: Cast, powers: tuple[int, int], key: Tensor | None = None
+    x: Tensor, cast: Cast, powers: tuple[int, int], key: Tensor | None = None, upper: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(element * block's scale * 2^p in bf16, factor) of x under a cast to a block format without float scales of blocks.
 
-    powers: of a format with a scale of the whole tensor; without one p is 0 and there is no factor.
+    powers: of a format with a scale of the whole tensor; without one p is 0 and there is no factor. upper: that scale,
+    where it is known.
     """
     fmt = cast.format
     if traced(x):
@@ -84,13 +97,34 @@ def block_payload(
         return torch.ops.altgrad.block_payload(x, key, cast.spec), None
     plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
     source = _at_hand(x).contiguous()
-    upper = largest(source, fmt.element.max * fmt.scale_format.max) if fmt.tensor_scale else None
+    if fmt.tensor_scale and upper is None:
+        upper = tensor_scale(source, fmt)
     return load("cuda", "blocks").payload(plan, source, upper, key, powers)
 
 
+def product(
+    a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """((a @ b) * of_a) * of_b + bias of bf16 matrices, in `dtype`, in one pass; None where a library's product is better.
+
+    That is so for stacks of matrices, for results too small for a GPU, and in compiled code, where the compiler fuses
+    what follows a product. Factors are as in `finished`.
+    """
+    if a.ndim > 2 or b.ndim > 2 or traced(a) or not serve(a):
+        return None
+    kernels = load("cuda", "products")
+    if not kernels.fills_a_gpu(a.shape[0], b.shape[1]):
+        return None
+    return kernels.product(a, b, of_a, of_b, bias, dtype)
+
+
 def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(sums * a) * b + bias, rounded after each step, in `dtype`; may be written over the sums."""
-    if not traced(sums) and serve(sums):
+    """(sums * a) * b + bias, rounded after each step, in `dtype`; may be written over the sums.
+
+    a, b: one factor each, or of one matrix one for each row (a) or column (b); or what broadcasts to a stack of them.
+    """
+    stacked = sums.ndim > 2 and any(factor is not None and factor.numel() > 1 for factor in (a, b))
+    if not stacked and not traced(sums) and serve(sums):
         return load("cuda", "operands").finished(sums, a, b, bias, dtype)
     for factor in (a, b):  # the compiler fuses these with what follows
         sums = sums if factor is None else sums * factor
@@ -104,15 +138,16 @@ def _at_hand(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "altgrad::largest", mutates_args=(), schema="(Tensor x, float? fmt_max, bool power_of_two) -> Tensor"
+    "altgrad::largest", mutates_args=(), schema="(Tensor x, float? fmt_max, bool power_of_two, int? axis) -> Tensor"
 )
-def _largest(x: Tensor, fmt_max: float | None, power_of_two: bool) -> Tensor:
-    return load("cuda", "operands").largest(x, fmt_max, power_of_two)
+def _largest(x: Tensor, fmt_max: float | None, power_of_two: bool, axis: int | None) -> Tensor:
+    return largest(x, fmt_max, power_of_two, axis)
 
 
 @_largest.register_fake
-def _(x, fmt_max, power_of_two):
-    return x.new_empty((), dtype=torch.float32)
+def _(x, fmt_max, power_of_two, axis):
+    shape = () if axis is None else [n if d == axis else 1 for d, n in enumerate(x.shape)]
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -128,7 +163,7 @@ def _payload(x, scale, key, spec, powers, amax):
 
 @_payload.register_fake
 def _(x, scale, key, spec, powers, amax):
-    return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty((), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty(scale.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op(

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.nn import StorageSpec, quant_state, quantize_model, set_step, storage, uniform
+from altgrad.nn import Recipe, StorageSpec, quant_state, quantize_model, set_step, storage, uniform
 from altgrad.nn.layer import gemm, gemms, operand, products
 from altgrad.nn.layer import tensor_cores as cores
 from altgrad.nn.session import STATE, Session
@@ -35,7 +35,7 @@ from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.scaling import DelayedScaling, DelayedState
-from benchmarks.cuda_traffic import taken_for_plain
+from benchmarks.cuda_traffic import by_channel, taken_for_plain
 
 KEY = (3, -9)
 BOTH = Want.VALUES | Want.CODES  # by the arithmetic for the casts of training, where that serves
@@ -204,17 +204,23 @@ LAYERS = [
     ("E4M3", {"scaling": "none"}),
     ("E4M3", {"scaling": {"policy": "amax", "power_of_two": True}}),
     ("E4M3", {"scaling": {"policy": "delayed", "history": 1}}),
+    (by_channel("E4M3"), {}),
 ]
 
 
-def layer_results(fmt: str, recipe: dict, on_cores: bool, autocast: bool) -> list[torch.Tensor]:
+def layer_results(fmt: str | Recipe, recipe: dict, on_cores: bool, autocast: bool) -> list[torch.Tensor]:
     """Output and gradients of a linear layer in its third step, and with a NaN in its input."""
     cores = lambda: on_cores  # noqa: E731
-    with mock.patch.object(gemm, "interpreted", cores), mock.patch.object(tensor_cores, "interpreted", cores):
+    products = load("cuda", "products")
+    with (
+        mock.patch.object(gemm, "interpreted", cores),
+        mock.patch.object(tensor_cores, "interpreted", cores),
+        mock.patch.object(products, "LEAST_PROGRAMS", 1),
+    ):
         torch.manual_seed(0)
         layer = torch.nn.Linear(48, 32)
         model = torch.nn.Sequential(layer)
-        quantize_model(model, uniform(fmt, **recipe))
+        quantize_model(model, fmt if isinstance(fmt, Recipe) else uniform(fmt, **recipe))
         for step in range(3):
             set_step(model, step)
             x = (torch.randn(40, 48) * (1 + step)).requires_grad_()
@@ -390,6 +396,47 @@ def check_layers() -> list[str]:
     return bad
 
 
+def check_channels() -> list[str]:
+    """Scales of rows and columns, operands under them and products of those, against plain torch."""
+    bad, fmt = [], get_format("E4M3")
+    for rows, columns in ((70, 300), (1, 5), (5, 1), (3000, 2), (0, 4), (4, 0)):
+        x = torch.randn(rows, columns) * torch.exp2(torch.randint(-30, 9, (rows, columns)).float())
+        x[:, : columns // 3] *= 1e-38
+        if x.numel() > 40:
+            x[0, 1], x[3, 0] = inf, nan
+        for axis in (0, 1):
+            for power_of_two in (False, True):
+                scale = tensor_cores.largest(x, fmt.max, power_of_two, axis)
+                if not same(scale, scaling.amax_scale(x, fmt, axis=axis, power_of_two=power_of_two)):
+                    bad.append(f"scales of {rows} x {columns} along {axis}")
+            values, factor = tensor_cores.payload(x, Cast(fmt, overflow="saturate_finite"), scale, (-117, 119))
+            wanted = quantize(x, fmt, scale, overflow="saturate_finite", kernel="eager")
+            apart = (
+                (values.double() * factor - wanted.double()).nan_to_num() if x.numel() else wanted
+            )  # inf - inf is NaN
+            alike = torch.equal(values.isfinite(), wanted.isfinite()) and not apart.any()
+            if factor.shape != scale.shape or not alike:
+                bad.append(f"payload of {rows} x {columns} along {axis}")
+    return bad
+
+
+def check_products() -> list[str]:
+    """Products that end in their epilogue against sums in float64."""
+    bad, kernels = [], load("cuda", "products")
+    for rows, depth, columns in ((200, 100, 150), (1, 3, 1), (5, 0, 7), (130, 70, 257)):
+        a, b = torch.randn(depth, rows).bfloat16().t(), torch.randn(depth, columns).bfloat16()
+        of_a, of_b, bias = torch.rand(rows, 1) + 1, torch.rand(()) + 1, torch.randn(columns)
+        exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+        got = kernels.product(a, b, of_a, of_b, bias, torch.float32)
+        if not bool(((got - exact * of_a * of_b - bias).abs() <= 1e-6 * (4 * size + bias.abs())).all()):
+            bad.append(f"product {rows} {depth} {columns}")
+        sums = kernels.product(a, b, None, None, None, torch.float32)
+        last = load("cuda", "operands").finished(sums.clone(), of_a, of_b, bias, torch.bfloat16)
+        if not same(kernels.product(a, b, of_a, of_b, bias, torch.bfloat16), last):
+            bad.append(f"epilogue {rows} {depth} {columns}")
+    return bad
+
+
 def check_kernels() -> list[str]:
     return [
         *check_scalars("cpu", ("E4M3", "E5M2", "INT8", "E0M7", "E7M0", "E2M1")),
@@ -398,7 +445,11 @@ def check_kernels() -> list[str]:
     ]
 
 
-PARTS = {"kernels": [check_kernels], "layers": [check_layers, check_rolls, check_two_levels], "graphs": [check_graphs]}
+PARTS = {
+    "kernels": [check_kernels],
+    "layers": [check_layers, check_rolls, check_two_levels, check_channels, check_products],
+    "graphs": [check_graphs],
+}
 
 if __name__ == "__main__":
     found = [line for check in PARTS[sys.argv[1]] for line in check()]

@@ -238,24 +238,41 @@ def without_autocast(device_type: str):
         yield
 
 
-def mm(a: Tensor, b: Tensor, route: Route = Route.FLOAT32) -> Tensor:
+@contextmanager
+def _summed_in_float32():
+    """Keep the CUDA library from adding up parts of a bf16 result in bf16."""
+    matmul = torch.backends.cuda.matmul
+    found = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = found
+
+
+def mm(a: Tensor, b: Tensor, route: Route = Route.FLOAT32, dtype: torch.dtype = torch.float32) -> Tensor:
     """a @ b accumulated in float32 (float64 for float64), for matrices [.., m, k] and [.., k, n].
+
+    dtype: bfloat16, of bf16 operands, rounds the sums once; else they are left as they are.
 
     On `BF16` the operands must hold values that bf16 holds exactly (`pull_apart`). The precision that
     torch is set to, and autocast, have no say, in eager as in compiled code.
     """
     if torch.compiler.is_compiling():
-        return _routed(a, b, route.value)
-    return _mm(a, b, route)
+        found = _routed(a, b, route.value)
+        return found.bfloat16() if dtype == torch.bfloat16 else found
+    return _mm(a, b, route, dtype)
 
 
-def _mm(a: Tensor, b: Tensor, route: Route) -> Tensor:
+def _mm(a: Tensor, b: Tensor, route: Route, dtype: torch.dtype = torch.float32) -> Tensor:
     kind = a.device.type
     if autocasts(kind):
         with without_autocast(kind):
-            return _mm(a, b, route)
+            return _mm(a, b, route, dtype)
     if route is Route.BF16 and kind == "cuda":
-        return _on_tensor_cores(a.bfloat16(), b.bfloat16())
+        return _on_tensor_cores(a.bfloat16(), b.bfloat16(), dtype)
+    if dtype == torch.bfloat16:
+        return _mm(a, b, route).bfloat16()
     if a.dtype == torch.bfloat16:  # operands of tensor cores, without any
         a, b, route = a.float(), b.float(), Route.FLOAT32
     if route is Route.FLOAT32 and kind == "cpu" and _CPU_MATMUL.fp32_precision in ("none", "ieee"):
@@ -264,8 +281,11 @@ def _mm(a: Tensor, b: Tensor, route: Route) -> Tensor:
         return torch.matmul(a, b)
 
 
-def _on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
+def _on_tensor_cores(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Products of bf16 matrices, or of stacks of them whose batch axes broadcast, summed in float32."""
+    if dtype == torch.bfloat16:
+        with _summed_in_float32():
+            return torch.matmul(a, b)
     if a.ndim == 2 and b.ndim == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])

@@ -216,7 +216,7 @@ class _Products(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         ctx.call, ctx.shapes = call, (x.shape, w.shape)  # a forward made at once takes matrices with more axes
         ctx.dtypes = (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        ctx.dy_options = _keys(call, x)
+        ctx.dy_options = state.keys_of_gradients(call.use, x)
         ctx.set_materialize_grads(False)
         if made is not None:
             place = torch.empty((), dtype=torch.float32, device="cpu") if need_x and need_w else None
@@ -284,13 +284,6 @@ class _Products(torch.autograd.Function):
         return None, *found, db, *(None,) * 5
 
 
-def _keys(call: Call, x: Tensor) -> tuple:
-    """What the two products of dy draw with: one key where they have one entry of the recipe."""
-    state = call.state
-    first = state.dy.options(call.use, x)
-    return first, first if state.dy_back is state.dy else state.dy_back.options(call.use, x)
-
-
 def _gradients(ctx, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor | None):
     """The gradients of x and w, of the dtypes of x and w; `of_x` and `of_w` are added to them."""
     call: Call = ctx.call
@@ -326,11 +319,13 @@ def _gradient(
         ("weight_grad", "x", state.x_back, state.dy_back),
     )[mine]
     route = call.backward_route(gemm, dy, ctx.shapes[1 - mine], operand, kept[other], again)
-    if before is not None and before.cast.operand is not of_dy:
+    known = None if before is None else before.cast
+    if known is not None and known.operand is not of_dy:
         before = None
     if before is None:
         observed = call.record and state.session.observer is not None
-        scale = of_dy.scale_before(dy, call.record)
+        shared = known is not None and of_dy.shares_tensor_scale(known.operand, known.scale)
+        scale = known.scale if shared else of_dy.scale_before(dy, call.record)  # type: ignore[union-attr]
         cast = quantized(of_dy, dy, scale, ctx.dy_options[mine], route, observed, keep=False)
     elif not before.cast.saved and route is not Route.FLOAT32:  # the other product needed no codes
         cast = quantized(of_dy, dy, before.cast.scale, ctx.dy_options[mine], route, False, keep=False)

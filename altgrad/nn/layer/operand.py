@@ -30,7 +30,7 @@ from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes, fits_exponents
 from altgrad.quantization.scaling import DelayedState, host_scale
-from altgrad.quantization.tensor_cores import roll, serve
+from altgrad.quantization.tensor_cores import roll, serve, tensor_scale
 from altgrad.randomness import stream_base
 
 if TYPE_CHECKING:
@@ -211,24 +211,40 @@ class Operand:
             if self._scale is None:
                 self._scale = self._scale_of_window()
             return self._scale
+        if self.block and self.fmt.tensor_scale and self._found_at_once(x):
+            return tensor_scale(x, self.fmt)
         own = isinstance(self.spec.scaling, CurrentScaling) and (self._on_host(x) or self._found_on_tensor_cores(x))
         return None if own else self.scale_of(x, record)
 
-    def _found_on_tensor_cores(self, x: Tensor) -> bool:
-        """Whether the one scale of x is found by `tensor_cores.quantized`."""
+    def shares_tensor_scale(self, other: Operand, scale: object) -> bool:
+        """Whether `scale`, found from a tensor for another operand, is this one's scale of that tensor, above its blocks'."""
+        return isinstance(scale, Tensor) and self.block and self.fmt.tensor_scale and self.fmt == other.fmt
+
+    @property
+    def channel(self) -> int | None:
+        """The one axis of a matrix that keeps scales of its own; None where there is one scale, or more axes keep some."""
+        return self.kept_axes[0] % 2 if len(self.kept_axes) == 1 else None
+
+    def _found_at_once(self, x: Tensor) -> bool:
+        """Whether the kernels of tensor cores may look for an amax of x."""
         return (
-            self.axis is None
-            and serve(x)
+            serve(x)
             and x.dtype != torch.float64
-            and not self.block
             and not torch.compiler.is_compiling()  # which joins the search for the amax to what computes x
             and (self.session.reduce_amax is None or self.role == "weight")
         )
 
+    def _found_on_tensor_cores(self, x: Tensor) -> bool:
+        """Whether the scale of x is found by `tensor_cores.quantized`."""
+        one = self.axis is None or (self.channel is not None and x.ndim == 2)
+        return one and not self.block and self._found_at_once(x)
+
     def _waits_for_no_amax(self, x: Tensor) -> bool:
         """Whether the scale is that of a full history, and the amax of x is found while x is rounded."""
         policy = self.spec.scaling
-        if not isinstance(policy, DelayedScaling) or self.window is None or not self._found_on_tensor_cores(x):
+        if not isinstance(policy, DelayedScaling) or self.window is None or self.axis is not None:
+            return False
+        if not self._found_on_tensor_cores(x):
             return False
         return len(self.window) == policy.history or (len(self.window) >= policy.warm_up and policy.warm_up == 1)
 

@@ -12,6 +12,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.nn.layer import tensor_cores
 from altgrad.nn.layer.gemm import Route, mm, pull_apart
 from altgrad.nn.layer.operand import Operand, Saved, is_payload, waits
+from altgrad.quantization import tensor_cores as tensor_products
 from altgrad.quantization.products.multiply import Codes, multiply
 from altgrad.quantization.products.units import Unit
 from altgrad.quantization.tensor_cores import finished, serve
@@ -130,10 +131,12 @@ def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None, dtype:
     dtype: of the result where it costs nothing to give it another one; else it stays in the carrier.
     """
     if a.values.dtype == torch.bfloat16:
-        sums, factors = mm(a.values, b.values, route), (a.factor, b.factor)
-        if bias is None and factors == (None, None) and dtype in (None, torch.float32):
-            return sums
-        return finished(sums, *factors, bias, dtype or torch.float32)
+        factors, wanted = (a.factor, b.factor), dtype or torch.float32
+        plain = bias is None and factors == (None, None)
+        if plain and wanted in (torch.float32, torch.bfloat16):
+            return mm(a.values, b.values, route, wanted)
+        found = tensor_products.product(a.values, b.values, *factors, bias, wanted)
+        return finished(mm(a.values, b.values, route), *factors, bias, wanted) if found is None else found
     factors = [factor for factor in (a.factor, b.factor) if factor is not None]
     if route.unit is not None:
         assert a.codes is not None

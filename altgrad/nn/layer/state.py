@@ -162,8 +162,10 @@ class LayerState:
         return Needs(values, unit, all(self._taken_by_tensor_cores(gemm, role) for role in GEMMS[gemm]))
 
     def _taken_by_tensor_cores(self, gemm: str, role: str) -> bool:
-        operand = self.operands[(gemm, role)]
-        return tensor_cores.take(operand, bool(self._storage_axis() if operand.follows_storage else operand.kept_axes))
+        operand, reduced = self.operands[(gemm, role)], self.reduced[(gemm, role)]
+        along = self._storage_axis() if operand.follows_storage else operand.kept_axes
+        kept = reduced >= 0 and len(along) < 2 and reduced not in along and reduced - 2 not in along  # of a matrix
+        return tensor_cores.take(operand, bool(along) and not kept)
 
     def _coded_format(self, gemm: str, role: str):
         """The format of an operand whose codes can be multiplied; None where its scale varies along the reduction."""
@@ -242,6 +244,11 @@ class LayerState:
             )
         return 0 if self.uses is None else self.uses.take(training)
 
+    def keys_of_gradients(self, use: int | Tensor, x: Tensor) -> tuple:
+        """What the two products of a gradient draw with: one key where they have one entry of the recipe."""
+        first = self.dy.options(use, x)
+        return first, first if self.dy_back is self.dy else self.dy_back.options(use, x)
+
     def observed(self, record: bool) -> bool:
         """Whether this forward's statistics are published: not those of a recomputation."""
         if not record or self.session.observer is None:
@@ -254,7 +261,10 @@ class LayerState:
 
         (A traced autograd function must not get one tensor twice.) Both are None, too, where they are found with the codes.
         """
-        return first.scale_before(x, record), None if second is first else second.scale_before(x, record)
+        found = first.scale_before(x, record)
+        if second is first:
+            return found, None
+        return found, found if second.shares_tensor_scale(first, found) else second.scale_before(x, record)
 
     def __repr__(self) -> str:
         return f"LayerState({self.name!r}, {self.recipe})"

@@ -56,8 +56,9 @@ def has_power_of_two(operand: Operand) -> bool:
     return isinstance(policy, CurrentScaling | DelayedScaling) and policy.power_of_two
 
 
-def take(operand: Operand, per_channel: bool) -> bool:
-    """Whether tensor cores multiply an operand of bf16 numbers: one scale, or blocks whose scales are powers of two or short.
+def take(operand: Operand, along_sums: bool) -> bool:
+    """Whether tensor cores multiply an operand of bf16 numbers: of one scale, or one for each row or column that the
+    product keeps (not `along_sums`), or of blocks whose scales are powers of two or short.
 
     Where scales are powers of two, values below 2^-126 are rounded to bf16's subnormals.
     """
@@ -68,7 +69,7 @@ def take(operand: Operand, per_channel: bool) -> bool:
         if not fmt.power_of_two:
             return powers_of_blocks(fmt) is not None
         return fmt.element.significant_bits <= SIGNIFICANT_BITS and fmt.element.emin >= -126
-    return not per_channel and powers_of(operand) is not None
+    return not along_sums and powers_of(operand) is not None
 
 
 def quantized(
@@ -76,21 +77,22 @@ def quantized(
 ) -> tuple[Saved, Tensor | float]:
     """(payload and factor as the backward keeps them, the scale) of x.
 
-    scale: None if it is x's own current one.
+    scale: None if it is x's own current one; under a format with a tensor scale that one, if it is known.
     """
     assert operand.cast is not None
     x = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
     key = None if key is None else key.to(x.device)
     if operand.block:
         powers = powers_of_blocks(operand.fmt) or (0, 0)
-        values, factor = kernels.block_payload(x, operand.cast, powers, key)
+        upper = scale if isinstance(scale, Tensor) else None
+        values, factor = kernels.block_payload(x, operand.cast, powers, key, upper)
         found: Saved = (values,) if factor is None else (values, factor)
-        scale = 1.0
+        scale = 1.0 if upper is None else upper
     else:
         if scale is None:
             policy = operand.spec.scaling
             assert isinstance(policy, CurrentScaling)
-            scale = kernels.largest(x, operand.fmt.max, policy.power_of_two)
+            scale = kernels.largest(x, operand.fmt.max, policy.power_of_two, operand.channel)
         powers = powers_of(operand)
         assert powers is not None
         values, factor = kernels.payload(x, operand.cast, scale, powers, key, operand.collected(x))

@@ -169,7 +169,7 @@ def _process(
 ):
     """One program: TILES tiles, each in CHUNKS patches of ELEMENTS elements.
 
-    PAYLOAD: values are those of the elements and their blocks' own scales; of the tensor's scale m * 2^p, with p within
+    PAYLOAD: scales are not stored; values are those of the elements and their blocks' own scales; of the tensor's scale m * 2^p, with p within
     low .. high, they take the 2^p, and m goes to `factor`.
 
     STRIPS: the tiles are TILE_ROWS x 1, neighbours along the columns, and axis 0 of a patch runs down a tile. Otherwise
@@ -222,7 +222,9 @@ def _process(
     raw, multiplier, reciprocal, lift = scale_of(
         finite, poisoned, scale_table, upper, emax, up_from, element_max, smallest, SCALE, TWO_LEVELS
     )
-    if SCALE == PLAIN_FLOAT:
+    if PAYLOAD:
+        pass  # nobody reads the scales of an operand
+    elif SCALE == PLAIN_FLOAT:
         tl.store(scales + tile, multiplier, mask=tile_valid)
     else:
         tl.store(scales + tile, raw.to(scales.dtype.element_ty), mask=tile_valid)
@@ -306,7 +308,7 @@ def run(
     plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | Tensor | None, out: Tensor | None
 ) -> Quantized:
     """One pass, as `kernels.eager.blocks.run`, bit for bit."""
-    return _run(plan, x, scale, key, out, None, (0, 0))
+    return _run(plan, x, scale, key, out, None, None)
 
 
 def payload(
@@ -332,13 +334,13 @@ def _run(
     key: tuple[int, int] | Tensor | None,
     out: Tensor | None,
     factor: Tensor | None,
-    powers: tuple[int, int],
+    powers: tuple[int, int] | None,
 ) -> Quantized:
-    """`run`, or with a factor to be found `payload`; block's scales that are powers of two are the same for both."""
+    """`run`, or with powers `payload`."""
     fmt, element, layout = plan.format, plan.grid, plan.layout(x.shape)
     x = x.contiguous()
     device = x.device
-    scales = torch.empty(layout.scale_shape, dtype=stored_scale_dtype(fmt), device=device)
+    scales = None if powers else torch.empty(layout.scale_shape, dtype=stored_scale_dtype(fmt), device=device)
     strips = layout.tile_columns == 1 and layout.columns > 1
     tiles, patch, chunks = _patches(layout, strips)
     outer, down, across = layout.grid
@@ -365,7 +367,7 @@ def _run(
                 fmt.round_up_from(23),
                 float(np.float32(fmt.element.max)),
                 fmt.scale_format.min_subnormal if rounded_scale else 0.0,
-                *powers,
+                *(powers or (0, 0)),
                 outer * down,
                 layout.rows,
                 layout.columns,
@@ -388,7 +390,7 @@ def _run(
                 VALUES=plan.values,
                 CODES=plan.codes,
                 STATS=plan.stats,
-                PAYLOAD=factor is not None,
+                PAYLOAD=powers is not None,
                 enable_fp_fusion=False,
             )
     return collected(found, out, x.numel(), scales, scale)

@@ -1,6 +1,7 @@
 """Operands and results of tensor cores in Triton: a tensor's scale, its payload in bf16, and the sums of a product.
 
     largest       one pass and one small program: the amax of a tensor, or the scale that follows from it
+    largest_of_channels   the same of each row of a matrix (one pass), or of each column (and one small program)
     roll          one small program: a step's amax into the history of a delayed scale, and the next scale, all in place
     payload       one pass: x rounded to the grid, as payload * 2^p in bf16; nothing in float32 is written or read again
     finished      one pass over a product's float32 sums: times both operands' factors, plus the bias, in the output's dtype
@@ -100,6 +101,84 @@ def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False)
     return out
 
 
+CHANNELS, ALONG = 32, 128  # of a patch of a matrix whose rows, or columns, are channels
+MOST_PIECES = 64  # that the columns of a matrix are cut into, each for one program
+
+
+@triton.jit
+def _largest_of_rows(
+    x,
+    out,
+    rows,
+    columns,
+    divisor,
+    SCALES: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """The amax of each of CHANNELS rows, or the scale that follows from it."""
+    row = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    step = tl.arange(0, ALONG)
+    found = tl.zeros((CHANNELS,), tl.uint32)
+    for start in range(0, columns, ALONG):
+        column = start + step
+        place = row[:, None].to(tl.int64) * columns + column[None, :]
+        valid = (row < rows)[:, None] & (column < columns)[None, :]
+        found = tl.maximum(found, tl.max(finite_bits(widen(tl.load(x + place, mask=valid, other=0.0))), 1))
+    amax = found.to(tl.float32, bitcast=True)
+    tl.store(out + row, _scale_of(amax, divisor, POWER_OF_TWO) if SCALES else amax, mask=row < rows)
+
+
+@triton.jit
+def _largest_of_columns(x, partials, rows, columns, piece, CHANNELS: tl.constexpr, ALONG: tl.constexpr):
+    """The bits of the largest finite magnitude of ALONG columns in one piece of so many rows."""
+    column = tl.program_id(0) * ALONG + tl.arange(0, ALONG)
+    first = tl.program_id(1).to(tl.int64) * piece
+    step = tl.arange(0, CHANNELS)
+    found = tl.zeros((ALONG,), tl.uint32)
+    for start in range(0, piece, CHANNELS):
+        row = first + start + step
+        place = row[:, None] * columns + column[None, :]
+        valid = ((start + step < piece) & (row < rows))[:, None] & (column < columns)[None, :]
+        found = tl.maximum(found, tl.max(finite_bits(widen(tl.load(x + place, mask=valid, other=0.0))), 0))
+    place = tl.program_id(1).to(tl.int64) * columns + column
+    tl.store(partials + place, found.to(tl.int32, bitcast=True), mask=column < columns)
+
+
+@triton.jit
+def _scales(
+    partials, out, pieces, columns, divisor, SCALES: tl.constexpr, POWER_OF_TWO: tl.constexpr, ALONG: tl.constexpr
+):
+    """The amax of each column from those of its pieces, or the scale that follows from it."""
+    column = tl.program_id(0) * ALONG + tl.arange(0, ALONG)
+    found = tl.zeros((ALONG,), tl.int32)
+    for piece in range(pieces):
+        found = tl.maximum(found, tl.load(partials + piece * columns + column, mask=column < columns, other=0))
+    amax = found.to(tl.float32, bitcast=True)
+    tl.store(out + column, _scale_of(amax, divisor, POWER_OF_TWO) if SCALES else amax, mask=column < columns)
+
+
+def largest_of_channels(x: Tensor, axis: int, fmt_max: float | None = None, power_of_two: bool = False) -> Tensor:
+    """`largest` of each row (axis 0) or column (axis 1) of a matrix: float32, [rows, 1] or [1, columns]."""
+    (rows, columns), source = x.shape, x.contiguous()
+    out = torch.empty((rows, 1) if axis == 0 else (1, columns), dtype=torch.float32, device=x.device)
+    facts = {"SCALES": fmt_max is not None, "POWER_OF_TWO": power_of_two, "ALONG": ALONG, "enable_fp_fusion": False}
+    divisor = float(fmt_max or 1.0)
+    if not out.numel():
+        return out
+    with on_device(x):
+        if axis == 0:
+            _largest_of_rows[(-(-rows // CHANNELS),)](source, out, rows, columns, divisor, CHANNELS=CHANNELS, **facts)
+            return out
+        pieces = max(1, min(-(-rows // CHANNELS), MOST_PIECES))
+        strips, piece = -(-columns // ALONG), -(-rows // pieces)
+        partials = torch.empty((pieces, columns), dtype=torch.int32, device=x.device)
+        _largest_of_columns[(strips, pieces)](source, partials, rows, columns, piece, CHANNELS=CHANNELS, ALONG=ALONG)
+        _scales[(strips,)](partials, out, pieces, columns, divisor, **facts)
+    return out
+
+
 @triton.jit
 def _roll(window, pending, scale, history, divisor, headroom, POWER_OF_TWO: tl.constexpr, ENTRIES: tl.constexpr):
     """`pending`, unless it is negative, in front of the window, the scale of the largest there times `headroom`."""
@@ -148,27 +227,37 @@ def _payload(
     key,
     random_bits,
     size,
+    inner,
+    channels,
     low,
     high,
     MODE: tl.constexpr,
     LEAN: tl.constexpr,
     KEEPS_INF: tl.constexpr,
     ON_DEVICE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     COLLECTS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     """payload * 2^p of ELEMENTS neighbouring elements; scale = m * 2^p with p within low .. high, m goes to `factor`.
 
-    ON_DEVICE: the scale is read from memory, else it is `number`. COLLECTS: raise `amax` to the largest finite magnitude.
+    ON_DEVICE: the scale is read from memory, else it is `number`. CHANNELS: element i has scale i // inner % channels, and
+    there are as many factors. COLLECTS: raise `amax` to the largest finite magnitude.
     """
     program = tl.program_id(0)
     start = program.to(tl.int64) * ELEMENTS
     offset = tl.arange(0, ELEMENTS)
     valid = start + offset < size
     grid = read_grid(table, False)
-    s = tl.load(scale) if ON_DEVICE else tl.cast(number, tl.float32)
+    if CHANNELS:
+        line = (start + offset) // inner
+        s = tl.load(scale + line % channels, mask=valid, other=1.0)
+    else:
+        s = tl.load(scale) if ON_DEVICE else tl.cast(number, tl.float32)
     up, significand = pulled_apart(s, low, high)
-    if ON_DEVICE and program == 0:
+    if CHANNELS:
+        tl.store(factor + line, significand, mask=valid & (line < channels) & ((start + offset) % inner == 0))
+    elif ON_DEVICE and program == 0:
         tl.store(factor, significand)
     v = widen(tl.load(x + start + offset, mask=valid, other=0.0))
     word = offset.to(tl.uint32)
@@ -176,7 +265,8 @@ def _payload(
         before, between = key_words(key, (start >> 32).to(tl.uint64))
         word = random_words(start.to(tl.uint32) + word, before, between)
     if LEAN:
-        magnitude, _ = lean_round(lean_quotient(v, divisor_of(s)), word, grid, MODE)
+        quotient = tl.math.div_rn(tl.abs(v), s) if CHANNELS else lean_quotient(v, divisor_of(s))
+        magnitude, _ = lean_round(quotient, word, grid, MODE)
         result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v)
     else:
         payload, _ = round_element(v, tl.math.div_rn(v, s + tl.zeros_like(v)), word, random_bits, grid, MODE, False)
@@ -189,8 +279,8 @@ def _payload(
 class Payload(NamedTuple):
     """An operand of a tensor core: x is about values * factor.
 
-    values: payload * 2^p, bf16, of x's shape; a NaN or inf stands where it stood. factor: the m of the scale m * 2^p, 0-d
-    float32; None where it is 1. scale: as given, or as found.
+    values: payload * 2^p, bf16, of x's shape; a NaN or inf stands where it stood. factor: the m of the scale m * 2^p,
+    float32 of its shape; None where it is 1. scale: as given, or as found.
     """
 
     values: Tensor
@@ -210,7 +300,7 @@ def payload(
     """x rounded as the plan says, as an operand of a tensor core.
 
     Args:
-        scale: a number, or a tensor of one float32 element.
+        scale: a number, or a float32 tensor of one element or, of a matrix, of one for each row or column.
         powers: lowest and highest p for which the format's values times 2^p are bf16 numbers.
         amax: 0-d float32 that is raised to x's largest finite magnitude, in place.
     """
@@ -221,7 +311,10 @@ def payload(
     if on_host:
         factor = factor_of(scale, powers, x.device)
     else:
-        factor = torch.empty((), dtype=torch.float32, device=x.device)
+        factor = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
+    inner = channels = 1
+    if not on_host and scale.numel() > 1:
+        inner, channels = (x.shape[1] if scale.shape[1] == 1 else 1), scale.numel()
     lean = is_lean(fmt, rounding, overflow, plan.random_bits, False)
     if size:
         with on_device(source):
@@ -236,17 +329,20 @@ def payload(
                 key_tensor(key, x.device),
                 plan.random_bits,
                 size,
+                inner,
+                channels,
                 *powers,
                 MODE=mode_of(fmt, rounding, overflow, plan.random_bits, False, lean),
                 LEAN=lean,
                 KEEPS_INF=overflow is not Overflow.SATURATE,
                 ON_DEVICE=not on_host,
+                CHANNELS=channels > 1,
                 COLLECTS=amax is not None,
                 ELEMENTS=ELEMENTS,
                 enable_fp_fusion=False,
             )
     elif not on_host:
-        factor = torch.ones((), dtype=torch.float32, device=x.device)
+        factor = torch.ones(scale.shape, dtype=torch.float32, device=x.device)
     return Payload(out.view(x.shape), factor, scale)
 
 
