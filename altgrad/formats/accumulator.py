@@ -59,6 +59,8 @@ class Accumulator:
         group: products summed exactly before anything else, under one pair of block scales whose exponents alone decide E
             (the FP4 units of Blackwell: 16).
         normalize_products: let a product in [2, 4) count with the exponent ea + eb + 1 (no unit known does).
+        by_unit: on a GPU let its own FP8 unit add up, by `torch._scaled_mm` without fast accumulation, and refuse a GPU whose
+            unit is another one; on a CPU the sums are these fields'. How the library splits K on a GPU is its own affair.
 
     Raises:
         OptionError: a number out of range, or fields that contradict one another; FormatError: no such format.
@@ -73,6 +75,7 @@ class Accumulator:
     main: str = "FP32"
     group: int = 1
     normalize_products: bool = False
+    by_unit: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -83,8 +86,9 @@ class Accumulator:
         if self.rounding not in _ROUNDINGS:
             names = ", ".join(mode.value for mode in _ROUNDINGS)
             raise OptionError(f"an accumulator's rounding is {self.rounding.value}; use one of {names}")
-        if not isinstance(self.normalize_products, bool):
-            raise OptionError(f"normalize_products {self.normalize_products!r} is neither true nor false")
+        for name in ("normalize_products", "by_unit"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} {getattr(self, name)!r} is neither true nor false")
         _within("products", self.products, 1, MOST_PRODUCTS)
         _within("group", self.group, 1, self.products)
         if self.fraction_bits is not None:
@@ -102,6 +106,8 @@ class Accumulator:
             raise OptionError("promote and main say how partial sums are added up; give promote_every, too")
         if self.group > 1 and (self.promote is not Promote.ADD or self.normalize_products or not self.fraction_bits):
             raise OptionError("groups need fraction_bits, and neither scaled promotion nor normalised products")
+        if self.by_unit and replace(self, by_unit=False) != HOPPER_FP8_PROMOTED:
+            raise OptionError("by_unit is for Hopper's FP8 unit with promoted sums; use fp8_unit, which says all of it")
 
     # -- derived facts --------------------------------------------------------------------------------------------
 
@@ -182,6 +188,8 @@ class Accumulator:
         ]
         if self.promote_every is not None:
             rows.append(("promoted", f"every {self.promote_every} products to {self.main} ({self.promote.value})"))
+        if self.by_unit:
+            rows.append(("on a GPU", "its own unit's sums, by torch._scaled_mm (compute capability 9.0)"))
         return rows
 
 
@@ -227,9 +235,11 @@ def chunked(chunk: int, output: str = "E6M9") -> Accumulator:
 
 
 _HOPPER_FP8 = Accumulator(32, 13, "E8M13")
+HOPPER_FP8_PROMOTED = replace(_HOPPER_FP8, promote_every=128)
 ACCUMULATORS: dict[str, Accumulator] = {
     "hopper_fp8": _HOPPER_FP8,
-    "hopper_fp8_promoted": replace(_HOPPER_FP8, promote_every=128),
+    "hopper_fp8_promoted": HOPPER_FP8_PROMOTED,
+    "fp8_unit": replace(HOPPER_FP8_PROMOTED, by_unit=True),
     "hopper_fp8_blocks": replace(_HOPPER_FP8, promote_every=128, promote=Promote.SCALED_FMA),
     "deepgemm": replace(_HOPPER_FP8, promote_every=128, promote=Promote.FMA_SCALED),
     "ada_fp8": Accumulator(16, 13, "E8M13"),
@@ -244,5 +254,5 @@ ACCUMULATORS: dict[str, Accumulator] = {
     "volta_half_fp16": Accumulator(4, 23, "FP16", Rounding.NEAREST_EVEN),
     "exact": Accumulator(MOST_PRODUCTS, None, "FP32", Rounding.NEAREST_EVEN),
 }
-"""Accumulators by name: NVIDIA's units for FP8, FP4, and FP16 or BF16 ("half") operands; `_fp16` accumulates in FP16; and a sum
-that is exact and rounded once every 4096 products."""
+"""Accumulators by name: NVIDIA's units for FP8, FP4, and FP16 or BF16 ("half") operands; `_fp16` accumulates in FP16;
+`fp8_unit` is Hopper's itself on a GPU and its emulation elsewhere; and a sum that is exact and rounded once every 4096 products."""

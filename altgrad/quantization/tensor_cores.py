@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from altgrad.errors import KernelError
 from altgrad.formats.block import BlockFormat
 from altgrad.quantization.cast import Cast
 from altgrad.quantization.checks import traced
@@ -129,6 +130,39 @@ def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | No
     for factor in (a, b):  # the compiler fuses these with what follows
         sums = sums if factor is None else sums * factor
     return (sums if bias is None else sums + bias).to(dtype)
+
+
+FP8 = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
+FP8_UNIT = (9, 0)  # compute capability of the FP8 unit whose sums `formats.accumulator` has as "fp8_unit": Hopper's
+_FP8_ALIGNED = 16  # what the library wants sizes to be multiples of
+
+
+def fp8_sums(a: Tensor, b: Tensor, format_a: str, format_b: str) -> Tensor:
+    """a @ b^T by a GPU's FP8 unit, float32 [rows of a, rows of b], for values on the formats' grids.
+
+    Args:
+        a, b: [rows, K], payloads without scales. A NaN stays one; an inf becomes one where the format has no inf.
+
+    Raises:
+        KernelError: the GPU has no FP8 unit, or one with other sums than Hopper's.
+    """
+    capability = torch.cuda.get_device_capability(a.device)
+    if capability != FP8_UNIT:
+        raise KernelError(
+            f"accumulator fp8_unit on a GPU of compute capability {'.'.join(map(str, capability))}; the unit that it names "
+            'is that of 9.0 (Hopper); use accumulator "hopper_fp8_promoted", which emulates it anywhere'
+        )
+    columns, deep = len(b), -a.shape[1] % _FP8_ALIGNED
+    a = _padded(a, 0, deep).to(FP8[format_a])
+    b = _padded(b, -columns % _FP8_ALIGNED, deep).to(FP8[format_b])
+    one = torch.ones((), dtype=torch.float32, device=a.device)
+    sums = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False)
+    return sums.narrow(1, 0, columns)
+
+
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x, contiguous, with so many more rows and columns of zeros."""
+    return torch.nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()
 
 
 def _at_hand(x: Tensor) -> Tensor:

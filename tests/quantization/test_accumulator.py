@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from altgrad.errors import AltGradError, OptionError
+from altgrad.errors import AltGradError, KernelError, OptionError, RecipeError
 from altgrad.formats.accumulator import ACCUMULATORS, Accumulator, chunked
+from altgrad.nn import quantize_model, uniform
 from altgrad.quantization import accumulate, get_format, quantize
 from altgrad.quantization.accumulation import accumulate_terms, group_terms, terms
+from altgrad.quantization.tensor_cores import fp8_sums
 
 KERNELS = ("cpu", "eager", "reference")
 
@@ -233,6 +238,52 @@ def test_the_presets_are_what_the_table_of_units_says():
     assert ACCUMULATORS["blackwell_fp8"] == Accumulator(32, 25, "FP32", "toward_zero")
     assert [ACCUMULATORS[f"{unit}_half"].fraction_bits for unit in ("hopper", "ampere", "volta")] == [25, 24, 23]
     assert str(chunked(64)) == "chunked(64,E6M9)"
+
+
+def test_a_gpus_own_unit_gets_codes_and_sizes_that_its_library_takes(monkeypatch):
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "_scaled_mm" in func.name():
+                seen.append((args[0], args[1], args[-1] if len(args) > 7 else kwargs.get("use_fast_accum", False)))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Watch():
+        a, b = torch.empty(5, 20, device="cuda"), torch.empty(7, 20, device="cuda")
+        sums = fp8_sums(a, b, "E5M2", "E4M3")
+        capability[0] = (10, 0)
+        with pytest.raises(
+            KernelError, match=r"capability 10\.0; the unit that it names is that of 9\.0 \(Hopper\); use"
+        ):
+            fp8_sums(a, b, "E5M2", "E4M3")
+    ((left, right, fast),) = seen
+    assert (sums.shape, sums.dtype, fast) == ((5, 7), torch.float32, False)
+    assert (left.dtype, right.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
+    assert left.shape[1] == right.shape[0] == 32
+    assert right.shape[1] == 16
+    assert (left.stride(1), right.stride(0)) == (1, 1), "rows by columns"
+
+
+def test_a_recipe_that_asks_for_the_unit_emulates_it_on_a_cpu():
+    made = {}
+    for unit in ("fp8_unit", "hopper_fp8_promoted"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(300, 8))
+        manifest = quantize_model(model, uniform("E4M3").with_(accumulator=unit))
+        assert unit in str(model)
+        assert unit in str(manifest)
+        x = torch.randn(4, 300, requires_grad=True)
+        y = model(x)
+        y.square().sum().backward()
+        made[unit] = [y, x.grad, model[0].weight.grad]
+    assert all(map(torch.equal, *made.values()))
+    with pytest.raises(RecipeError, match="has E5M2 and E5M2; that unit multiplies E4M3 by E4M3 or E5M2"):
+        uniform("E5M2").with_(accumulator="fp8_unit")
+    with pytest.raises(OptionError, match="by_unit is for Hopper's FP8 unit"):
+        Accumulator(16, 13, "E8M13", by_unit=True)
 
 
 @pytest.mark.parametrize(

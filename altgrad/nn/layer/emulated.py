@@ -47,6 +47,7 @@ from altgrad.quantization.inverse_scaling import (
 )
 from altgrad.quantization.mxfp4 import between_neighbours, power_blocks
 from altgrad.quantization.stats import measure
+from altgrad.quantization.tensor_cores import fp8_sums
 from altgrad.randomness import stream_base
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -209,9 +210,14 @@ class _Call(NamedTuple):
         if one.accumulator is None:
             return mm(a.values, b.values.t(), Route.FLOAT32)
         (_, left), (_, right) = ((role, self.state.operands[gemm, role].spec) for role in GEMMS[gemm])
-        sums = accumulate_terms(
-            a.terms(left, one.accumulator), b.terms(right, one.accumulator), one.accumulator
-        ).float()
+        if one.accumulator.by_unit and a.values.is_cuda:
+            assert a.payload is not None
+            assert b.payload is not None
+            sums = fp8_sums(a.payload, b.payload, left.format, right.format)  # type: ignore[arg-type]
+        else:
+            sums = accumulate_terms(
+                a.terms(left, one.accumulator), b.terms(right, one.accumulator), one.accumulator
+            ).float()
         factors = [f for f in (a.factor, None if b.factor is None else b.factor.t()) if f is not None]
         for factor in factors:
             sums = sums * factor

@@ -99,6 +99,11 @@ class LayerRecipe:
                     "does for operands of its formats only"
                 )
             _check_sum(gemm, role, spec, one.accumulator)
+        if one.accumulator.by_unit and (a.format, b.format) not in _OF_FP8_UNIT:
+            raise RecipeError(
+                f"{gemm} under accumulator {one.accumulator} has {a.format} and {b.format}; that unit multiplies E4M3 by E4M3 "
+                "or E5M2; give an emulated accumulator such as hopper_fp8_promoted for others"
+            )
         try:
             check_accumulator(one.accumulator, *(grid_of(spec.resolved) for spec in (a, b)))
         except OptionError as error:
@@ -169,6 +174,9 @@ class LayerRecipe:
         if any(word != "float32" for word in sums):
             text += f" sum:{sums[0] if len(set(sums)) == 1 else '|'.join(sums)}"
         return text + (" eval:FP32" if self.plain_evaluation else "")
+
+
+_OF_FP8_UNIT = [("E4M3", "E4M3"), ("E4M3", "E5M2"), ("E5M2", "E4M3")]
 
 
 def _check_sum(gemm: str, role: str, spec: OperandSpec, accumulator: Accumulator) -> None:
