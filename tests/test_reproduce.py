@@ -69,7 +69,7 @@ def test_the_power_analysis_names_the_seeds_that_settle_it():
     assert judge(claim_of(criterion), seeds_of(*scaled)).kind == REPRODUCED
     on_the_bound = judge(claim_of(Criterion("x", "x", low=1.0)), seeds_of(*values))
     assert on_the_bound.findings[0].needed is None
-    assert "more than 10\u202f000 seeds" in sentence(data_of_values(on_the_bound))
+    assert "more than 1\u202f000 seeds" in sentence(data_of_values(on_the_bound))
 
 
 def data_of_values(verdict) -> dict:

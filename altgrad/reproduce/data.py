@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from altgrad.reproduce.claim import MOST_SEEDS
 from altgrad.reproduce.run import Record
 
 
@@ -19,6 +20,7 @@ def data_of(record: Record, command: str = "") -> dict[str, Any]:
             "high": _finite(finding.criterion.high),
             "outcome": finding.outcome,
             "needed": finding.needed,
+            "most": MOST_SEEDS,
             "nonfinite": finding.nonfinite,
             "mean": finding.estimate.mean if finding.estimate else None,
             "interval": [finding.estimate.low, finding.estimate.high] if finding.estimate else [None, None],

@@ -59,7 +59,7 @@ def power(finding: Data) -> str:
     if finding["n"] < 2:
         return "two seeds or more give an interval"
     if finding["needed"] is None:
-        return "at this mean and spread more than 10\u202f000 seeds would be needed"
+        return f"at this mean and spread more than {count(finding['most'])} seeds would be needed"
     return f"at this mean and spread about {count(finding['needed'])} seeds would settle it"
 
 
