@@ -1,10 +1,13 @@
 """Which operands matter: one forward and backward each, with that operand alone in a low format.
 
-    damage(c, f) = sum over parameters |e|^2 / sum |g|^2,   g = g(float32), e = what g(c in f) has across g
+    damage(c, f) = sum over parameters (|g' - a g|^2 + max(0, 1 - 2a)^2 |g|^2) / sum |g|^2
+                   g = g(float32), g' = g(c in f), a = <g', g> / |g|^2
 
-What it has along g, parameter by parameter, is left out: it makes a step longer or shorter, and optimizers that divide by the
-gradient's own magnitude (Adam and its kin) undo that. A format with one mantissa bit shortens the gradient by a tenth and
-turns it little; one that loses small values turns it (docs/findings/advice.md has what this changed).
+the relative squared error across the gradient, parameter by parameter. What lies along it makes a step longer or shorter, and
+optimizers that divide by the gradient's own magnitude (Adam and its kin) undo that; only what leaves less than half of it counts,
+up to 1 for a gradient that is lost and more for one that is reversed. For other optimizers this says too little. A format with one
+mantissa bit shortens the gradient and turns it little; one that loses small values turns it (docs/findings/advice.md has what
+this changed).
 
 Every format that is offered is tried on every operand: two formats that put the same noise on a tensor may differ by ten
 times in what they do to the gradient (small values that become zero all err in one direction, and such errors add up in
@@ -62,7 +65,7 @@ class Sensitivity:
         return min(1.5, max(0.5, slope)), float(x.mean()), float(y.mean())
 
     def damage(self, fmt: str, noise: float) -> float:
-        """Relative squared error across the gradient in a format that puts this noise on the operand.
+        """Damage in a format that puts this noise on the operand.
 
         As measured where the format was tried; else by its noise, 0 without noise or where no format did damage. A tensor
         that is all error does no more than lose itself: noise counts up to 1.
@@ -150,14 +153,24 @@ def exact_gradient(loop: Loop, batches: int = 1) -> torch.Tensor:
 
 
 def damage_of(loop: Loop, recipe: Recipe, exact: torch.Tensor, batches: int = 1) -> float:
-    """Relative squared error under a recipe across the exact mean gradient of the next batches; 1e6 where it is not finite."""
+    """Damage of a recipe against the exact mean gradient of the next batches; 1e6 where the gradient is not finite.
+
+    Raises:
+        ConfigError: the loop's gradients are not those in the parameters' `grad`.
+    """
     with quantized(loop, recipe):
         low = _mean_gradient(loop, batches)
     sizes = [p.numel() for p in loop.model.parameters() if p.grad is not None]
+    if not len(low) == len(exact) == sum(sizes):
+        raise ConfigError(
+            f"the loop's gradient has {len(exact)} values in float32, {len(low)} in low precision, and its parameters' grad "
+            f"{sum(sizes)}; gradient() must leave the same gradients in the parameters' grad each time"
+        )
     error = 0.0
     for one, true in zip(low.split(sizes), exact.split(sizes), strict=True):
-        along = float(one @ true) / size if (size := float(true @ true)) > 0 else 0.0
-        error += float((one - along * true).square().sum())
+        size = float(true @ true)
+        along = float(one @ true) / size if size > 0 else 0.0
+        error += float((one - along * true).square().sum()) + max(0.0, 1 - 2 * along) ** 2 * size
     error /= float(exact.square().sum())
     return error if math.isfinite(error) else 1e6
 

@@ -106,31 +106,53 @@ def test_small_gradients_that_become_zero_count_for_more_than_their_noise():
     assert not differing(one.capture(), state)
 
 
-def test_an_error_along_the_gradient_is_no_damage():
-    """A step made longer or shorter, parameter by parameter, is what Adam undoes; one that is turned is damage."""
+class Changed(PlainLoop):
+    """Its gradient in low precision is what `change` makes of the one in float32."""
 
-    class Changed(PlainLoop):
-        change = staticmethod(lambda g: g)
+    def gradient(self, ahead=0):
+        value, _ = super().gradient(ahead)
+        if any(is_quantized(m) for m in self.model.modules()):
+            for i, (p, exact) in enumerate(zip(self.model.parameters(), self.exact, strict=True)):
+                p.grad.copy_(self.change(exact) * (0.5 + i))
+        else:
+            self.exact = [p.grad.clone() for p in self.model.parameters()]
+        return value, flat_gradient(self.model)
 
-        def gradient(self, ahead=0):
-            value, _ = super().gradient(ahead)
-            if any(is_quantized(m) for m in self.model.modules()):
-                for i, p in enumerate(self.model.parameters()):
-                    p.grad.copy_(self.change(exact[i]) * (0.5 + i))
-            return value, flat_gradient(self.model)
 
+@pytest.mark.parametrize(
+    ("change", "damage"), [(lambda g: g, 0.0), (lambda g: 0 * g, 1.0), (lambda g: g * math.nan, 1e6)]
+)
+def test_damage_is_what_a_gradient_turns(change, damage):
+    """Longer or shorter, parameter by parameter, is what Adam undoes; a gradient that is lost or reversed is not."""
+    one, recipe = Changed(net(), batches, loss), one_operand("0", "weight", "E2M1")
+    one.change = change
+    assert damage_of(one, recipe, exact_gradient(one)) == pytest.approx(damage, abs=1e-6)
+    one.change = lambda g: -g
+    assert damage_of(one, recipe, exact_gradient(one)) > 4
+
+
+def test_damage_is_the_squared_error_across_the_gradient():
     one = Changed(net(), batches, loss)
-    whole = exact_gradient(one)
-    exact = [p.grad.clone() for p in one.model.parameters()]
-    recipe = one_operand("0", "weight", "E2M1")
-    assert damage_of(one, recipe, whole) < 1e-12
-    one.change = lambda g: torch.where(torch.arange(g.numel()).view_as(g) % 2 == 0, g, 0)
-    expected = sum(
-        float((half - (half @ g) / (g @ g) * g).square().sum())
-        for i, g in enumerate(e.double().flatten() for e in exact)
-        for half in [torch.where(torch.arange(g.numel()) % 2 == 0, g, 0) * (0.5 + i)]
-    )
-    assert damage_of(one, recipe, whole) == pytest.approx(expected / float(whole @ whole), rel=1e-5)
+    one.change = lambda g: g * (1 + 0.1 * (torch.arange(g.numel()).view_as(g) % 2))
+    exact = exact_gradient(one)
+    across = 0.0
+    for i, true in enumerate(g.double().flatten() for g in one.exact):
+        low = true * (1 + 0.1 * (torch.arange(true.numel()) % 2)) * (0.5 + i)
+        across += float((low - (low @ true) / (true @ true) * true).square().sum())
+    expected = across / float(exact @ exact)
+    assert damage_of(one, one_operand("0", "weight", "E2M1"), exact) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loop_that_keeps_its_gradients_to_itself_is_refused():
+    class Hidden(PlainLoop):
+        def gradient(self, ahead=0):
+            found = super().gradient(ahead)
+            self.optimizer.zero_grad(set_to_none=True)
+            return found
+
+    one = Hidden(net(), batches, loss)
+    with pytest.raises(ConfigError, match="its parameters' grad 0; gradient"):
+        damage_of(one, one_operand("0", "weight", "E2M1"), exact_gradient(one))
 
 
 def test_more_bits_never_predict_more_damage(traced):

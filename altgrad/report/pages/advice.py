@@ -79,7 +79,7 @@ def sentence(data: Data) -> str:
     within = f" ({', '.join(limits)})" if limits else ""
     text = f"{number(bits)} bits a value on average{within}."
     if data["gradient_snr_db"] is not None:
-        text += f" The gradient keeps a signal to noise of {number(data['gradient_snr_db'], 3)} dB as predicted"
+        text += f" The gradient keeps its direction with a signal to noise of {number(data['gradient_snr_db'], 3)} dB as predicted"
         if data["measured_snr_db"] is not None:
             text += f", {number(data['measured_snr_db'], 3)} dB as measured on the next batch"
         text += "."
@@ -173,7 +173,7 @@ def _map_says(data: Data) -> str:
 
 
 _WHOLE_SAYS = (
-    "The whole model in one format, as measured: the signal to noise of the gradient's mean over the next eight batches. What "
+    "The whole model in one format, as measured: the signal to noise of the direction of the gradient's mean over the next eight batches. What "
     "differs from batch to batch hardly counts in it, as in training; what counts is bias, such as that of many small values "
     "that all become zero."
 )
