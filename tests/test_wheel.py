@@ -47,8 +47,14 @@ def installed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory) -> Path:
-    """Where the commands are run, one after another."""
+    """Where the commands are run, one after another; each test may be the first."""
     return tmp_path_factory.mktemp("empty")
+
+
+@pytest.fixture(scope="module")
+def shown(installed, empty) -> str:
+    """What a short demo printed, whose runs other commands look at."""
+    return run(installed, empty, "demo", "--steps", "4", "--minutes", "0")
 
 
 def run(installed: Path, folder: Path, *arguments: str) -> str:
@@ -74,8 +80,8 @@ def test_the_wheel_holds_configs_matrices_templates_and_no_tests(installed, empt
     assert "test_" not in found
 
 
-def test_the_demo_the_formats_and_the_first_files(installed, empty):
-    assert "FP32" in run(installed, empty, "demo", "--steps", "4")
+def test_the_demo_the_formats_and_the_first_files(installed, empty, shown):
+    assert "FP32" in shown
     assert "E3M4" in run(installed, empty, "formats")
     assert "E1M6" in run(installed, empty, "formats", "--equivalent")
     assert "nvfp4_te" in run(installed, empty, "recipes")
@@ -85,6 +91,7 @@ def test_the_demo_the_formats_and_the_first_files(installed, empty):
     assert "15 runs" in run(installed, empty, "sweep", "matrix.yaml", "--dry-run", "--no-estimate")
 
 
+@pytest.mark.usefixtures("shown")
 def test_every_command_of_the_readme(installed, empty):
     save = "import torch, safetensors.torch as s; s.save_file({'up.weight': torch.ones(8, 8)}, 'model.safetensors')"
     subprocess.run([installed.with_name("python"), "-c", save], cwd=empty, env=ALONE, check=True)
@@ -117,6 +124,7 @@ def _look_on(installed: Path, folder: Path, arguments: list[str]) -> None:
             assert time.monotonic() < until
         with urllib.request.urlopen(address[0], timeout=60) as page:
             assert b"<html" in page.read()
-    finally:
         watching.send_signal(signal.SIGINT)
-        watching.wait(timeout=30)
+        assert watching.wait(timeout=60) == 128 + signal.SIGINT
+    finally:
+        watching.kill()

@@ -175,7 +175,7 @@ def load_study(source: str | Path | Sequence[str | Path], *, force: bool = False
     usual = _usual([values for _, values in formats.values()], axes)
     settings = [Setting(_label(*formats[key], axes, usual), *formats[key], members) for key, members in grouped.items()]
     remarks = [*circumstances(runs), *_damage(settings)]
-    unsaid = [_said(axis, value) for axis, value in usual.items() if value is not None]
+    unsaid = [_said(axis, value, named=True) for axis, value in usual.items() if value is not None]
     return Study(folder, settings, axes, max_steps, warnings, remarks, unsaid)
 
 
@@ -254,11 +254,14 @@ def _label(fmt: str, values: Mapping[str, Any], axes: Sequence[str], usual: Mapp
     return " ".join([fmt, *(_said(axis, values[axis]) for axis in told if usual.get(axis) != values[axis])])
 
 
-def _said(axis: str, value: Any) -> str:
-    name = axis.rsplit(".", 1)[-1]
+def _said(axis: str, value: Any, *, named: bool = False) -> str:
+    """A value in a label; the usual axes are known by their values alone, unless they shall be `named`."""
+    name = axis.rsplit(".", 1)[-1].removeprefix("enable_")
     if isinstance(value, bool):
-        return f"{name.removeprefix('enable_').replace('_', ' ')} {'on' if value else 'off'}"
+        return f"{name.replace('_', ' ')} {'on' if value else 'off'}"
     text = f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
+    if named:
+        return f"{name.replace('_', ' ')} {text}"
     return text if axis in _AXIS_ORDER else f"{name} {text}"
 
 
