@@ -48,6 +48,8 @@ def formats(
     """Show the catalog of number formats, or one format's facts."""
     from altgrad.cli import format_pages
 
+    if equivalent and name is not None:
+        raise OptionError(f"--equivalent compares all formats; leave out {name}")
     if equivalent:
         format_pages.print_equivalent()
     elif name is None:

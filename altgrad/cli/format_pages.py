@@ -38,7 +38,7 @@ def print_catalog() -> None:
     console = Terminal()
     console.print(table)
     console.print(
-        "A rule parts the sources. Facts, source and a chart of one: altgrad formats E3M4. Any E<e>M<m> parses too.",
+        "A gap parts the sources. Facts, source and a chart of one: altgrad formats E3M4. Any E<e>M<m> parses too.",
         highlight=False,
     )
     if BLOCK_FORMATS:

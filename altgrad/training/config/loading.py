@@ -128,6 +128,9 @@ def nearest_key(key: str) -> str | None:
 def _read_yaml(path: Path):
     if not path.is_file():
         found = shipped_file(path, "configs")
+        if found is None and path.is_dir():
+            inside = next(iter(sorted(path.glob("*.yaml"))), "one of your own, which altgrad init writes")
+            raise ConfigError(f"{path} is a folder; give a config file, such as {inside}")
         if found is None:
             raise ConfigError(f"config file {path} does not exist; {_nearest_file(path)}")
         path = found
@@ -159,4 +162,6 @@ def _explain(fault) -> str:
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if fault["type"] in ("value_error", "model_type"):
         return f"{key}: {message}" if key else message
+    if fault["type"] == "list_type":
+        message = f"must be a list; write [{fault['input']}]"
     return f"{key} = {shortened(repr(fault['input']))}: {shortened(message, 500)}"
