@@ -177,11 +177,15 @@ def first_damaged(forks: Forks, ceiling: float, window: Window, points: Sequence
     return later[0] if later else None
 
 
+BEYOND_CHANCE = 10.0
+"""Deviations of a draw from which the gap at a run's end is asked for a share; below, the share would be chance."""
+
+
 def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float, longest: int) -> Share | None:
     """The share of the run's gap that rescuing these cells closes from the window's start to the run's end.
 
     A short window shows what does damage first, which need not be what does it in the end. None: the window reaches the
-    end (or `longest` steps), or the run is no longer damaged there.
+    end (or `longest` steps), or the gap there is no damage, or less than `BEYOND_CHANCE` deviations of a draw.
     """
     low = list(forks.oracle.history(LOW))
     steps = min(len(low) - window.start, longest)
@@ -193,7 +197,7 @@ def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float,
     )
     yardstick = Yardstick(twin.losses, ceiling)
     gap = yardstick.over(low[window.start : window.start + steps], steps // 2)
-    if gap < max(CLEARLY * yardstick.floor, 10 * window.null.noise):
+    if gap < max(CLEARLY * yardstick.floor, BEYOND_CHANCE * window.null.noise):
         return None
     value, error = 1 - yardstick.damage(rescued) / gap, 1.96 * window.null.noise / gap
     return Share(value, value - error, value + error, 1)

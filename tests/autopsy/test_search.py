@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from altgrad.autopsy.damage import Band, Null, Yardstick, wobble
+from altgrad.autopsy.damage import Band, Null, Share, Yardstick, wobble
 from altgrad.autopsy.fork import Fork, Outcome
 from altgrad.autopsy.forks import Forks, read_log
 from altgrad.autopsy.investigate import investigate
@@ -160,6 +160,16 @@ def test_cells_that_do_less_than_two_thirds_alone_are_no_cause(alone):
     verdict = autopsy(oracle)
     assert verdict.kind == "inconclusive"
     assert "low alone they do only" in verdict.sentence
+
+
+@pytest.mark.parametrize(("over", "kind"), [(0.2, "cause"), (0.5, "inconclusive"), (None, "inconclusive")])
+def test_doing_it_alone_over_the_whole_run_is_enough(monkeypatch, over, kind):
+    """What is left when only the others are rescued, over the run: cells that delay a divergence do less in a short window."""
+    share = None if over is None else Share(over, over - 0.01, over + 0.01, 1)
+    monkeypatch.setattr("altgrad.autopsy.objections.over_the_run", lambda *rest: share)
+    both = sum_of({HEAD: 0.47})
+    oracle = Planted(lambda low, *rest: both(low, *rest) + (0.33 if HEAD in low and len(low) > 1 else 0.0))
+    assert autopsy(oracle).kind == kind
 
 
 def test_a_cell_that_others_need_and_whose_rescue_adds_nothing_to_theirs_is_no_cause():
