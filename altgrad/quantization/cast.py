@@ -62,6 +62,7 @@ from altgrad.quantization.memory import (
     written,
 )
 from altgrad.quantization.plan import Plan, kept_in
+from altgrad.quantization.pointwise import FUSED_DTYPES, Facts, facts_of, nearest, takes
 from altgrad.quantization.quantized import Quantized, QuantizedTensor, Want
 from altgrad.quantization.scaling import amax, two_level_scale
 from altgrad.quantization.stats import QuantStats
@@ -345,13 +346,16 @@ class _Facts(NamedTuple):
     draws: bool
     upper: bool | None  # as `Plan.upper`
     outputs: tuple[bool, ...]  # as `outputs_of`
+    pointwise: Facts | None  # of a cast that a compiler may fuse with what is around it
 
 
 def _traced_facts(spec: str, want: Want, dtype: torch.dtype, device: torch.device, kernel: str | None) -> tuple:
     cast = Cast.parse(spec)
     upper = cast.format.tensor_scale if cast.is_block else None
     refused = _refusal(lambda: cast.check(dtype, device, want, kernel))
-    return _Facts(refused, int(want), cast.rounding is Rounding.STOCHASTIC, upper, outputs_of(cast, want))
+    fuses = want == VALUES and kernel is None and dtype in FUSED_DTYPES
+    facts = facts_of(cast.format, cast.grid, cast.rounding, cast.overflow) if fuses and not refused else None
+    return _Facts(refused, int(want), cast.rounding is Rounding.STOCHASTIC, upper, outputs_of(cast, want), facts)
 
 
 def _refusal(judge: Callable[[], Any]) -> tuple[str, str] | None:
@@ -384,8 +388,10 @@ def call_traced(
     if hides_from_tracers(x):
         with torch._C.DisableTorchFunctionSubclass():
             return call_traced(spec, x, scale, key, out, want, kernel)
-    refused, number, draws, upper, there = _traced_facts(spec, want, x.dtype, x.device, kernel)
+    refused, number, draws, upper, there, pointwise = _traced_facts(spec, want, x.dtype, x.device, kernel)
     _raise(refused)
+    if pointwise is not None and out is None and is_dynamo_compiling() and takes(x, scale):
+        return Quantized(nearest(detached(x), scale, pointwise))
     given, key = check_call(x, scale, key, out, draws, upper, x.dtype if there[0] else None)
     given = None if given is None else as_scale(x, given, torch.float64)  # which no thread flushes
     parts = iter(torch.ops.altgrad.cast(detached(x), given, as_key(key), spec, number, kernel))
@@ -409,7 +415,7 @@ def decode_traced(
         with torch._C.DisableTorchFunctionSubclass():
             return decode_traced(spec, codes, scale, upper, dtype, out, kernel)
     check_integers(codes)
-    refused, _, _, level, _ = _traced_facts(spec, Want(0), dtype, codes.device, kernel)
+    refused, _, _, level, *_ = _traced_facts(spec, Want(0), dtype, codes.device, kernel)
     _raise(refused)
     if level is not None:
         for name, given in (("scales", scale), ("tensor_scale", upper)):

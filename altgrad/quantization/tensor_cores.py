@@ -13,6 +13,7 @@ from torch import Tensor
 
 from altgrad.errors import KernelError
 from altgrad.formats.block import BlockFormat
+from altgrad.quantization import pointwise
 from altgrad.quantization.cast import Cast
 from altgrad.quantization.checks import traced
 from altgrad.quantization.kernels.choose import interpreted, load
@@ -72,6 +73,9 @@ def payload(
         plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
         found = load("cuda", "operands").payload(plan, _at_hand(x), scale, powers, key=key, amax=amax)
         return found.values, found.factor
+    facts = _pointwise_facts(cast.spec) if amax is None and torch.compiler.is_compiling() else None
+    if facts is not None:  # the compiler fuses it with what makes x
+        return pointwise.payload(x.detach(), scale, facts, powers)
     if isinstance(scale, Tensor):
         return torch.ops.altgrad.payload(x, scale, key, cast.spec, list(powers), amax)
     values = torch.ops.altgrad.payload_by_number(x, scale, key, cast.spec, list(powers))
@@ -81,6 +85,14 @@ def payload(
 def tensor_scale(x: Tensor, fmt: BlockFormat) -> Tensor:
     """The scale of the whole of x under a format that has one above its blocks' scales, 0-d float32."""
     return largest(x, fmt.element.max * fmt.scale_format.max)
+
+
+def _pointwise_facts(spec: str) -> pointwise.Facts | None:
+    cast = Cast.parse(spec)
+    return pointwise.facts_of(cast.format, cast.grid, cast.rounding, cast.overflow)
+
+
+_pointwise_facts._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without the compiler
 
 
 def block_payload(

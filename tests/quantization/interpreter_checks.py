@@ -7,9 +7,6 @@ Values go through `eager` where the compiled CPU kernel would need a variant of 
 import os
 import sys
 import warnings
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 if __name__ == "__main__":
@@ -19,23 +16,29 @@ if __name__ == "__main__":
 import torch
 import triton
 import triton.language as tl
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import GridExecutor
 
 from altgrad.formats.rounding import Overflow, Rounding
-from altgrad.nn import Recipe, StorageSpec, quant_state, quantize_model, set_step, storage, uniform
-from altgrad.nn.layer import gemm, gemms, operand, products
+from altgrad.nn import Recipe, quantize_model, set_step, uniform
+from altgrad.nn.layer import gemm
 from altgrad.nn.layer import tensor_cores as cores
-from altgrad.nn.session import STATE, Session
-from altgrad.quantization import Cast, Want, checks, decode, encode, get_format, quantize, scaling, tensor_cores
-from altgrad.quantization.kernels import choose
+from altgrad.nn.session import STATE
+from altgrad.quantization import (
+    Cast,
+    Want,
+    decode,
+    encode,
+    get_format,
+    pointwise,
+    quantize,
+    scaling,
+    tensor_cores,
+)
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.scaling import DelayedScaling, DelayedState
-from benchmarks.cuda_traffic import by_channel, taken_for_plain
+from benchmarks.cuda_traffic import by_channel
 
 KEY = (3, -9)
 BOTH = Want.VALUES | Want.CODES  # by the arithmetic for the casts of training, where that serves
@@ -266,120 +269,6 @@ def check_rolls() -> list[str]:
     return bad
 
 
-class Recorder(TorchDispatchMode):
-    """What ran on tensors, to run again on the same memory without Python in between, as a CUDA graph does.
-
-    Refused is what a graph cannot have: a number read by the host, or a tensor made of the host's numbers.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ran = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        if name.startswith(("aten::_local_scalar_dense", "aten::lift_fresh", "aten::equal", "aten::nonzero")):
-            raise AssertionError(f"{name}: the host takes part")
-        out = func(*args, **(kwargs or {}))
-        given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
-        memory = {t.untyped_storage().data_ptr() for t in given}
-        views = not func._schema.is_mutable and any(t.untyped_storage().data_ptr() in memory for t in made)
-        if not views and not name.startswith(("aten::empty", "aten::new_empty")):
-            self.ran.append((func, args, kwargs or {}, [] if func._schema.is_mutable else made))
-        return out
-
-    @contextmanager
-    def recording(self):
-        launch = GridExecutor.__call__
-
-        def launched(executor, *args, **kwargs):
-            self.ran.append((partial(launch, executor), args, kwargs, []))
-            with _disable_current_modes():
-                return launch(executor, *args, **kwargs)
-
-        captures = staticmethod(lambda: True)
-        with (
-            mock.patch.object(GridExecutor, "__call__", launched),
-            mock.patch.object(Session, "capturing", captures),
-            taken_for_plain(),
-            self,
-        ):
-            yield
-
-    def replay(self) -> None:
-        with torch.no_grad():
-            for function, args, kwargs, made in self.ran:
-                again = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-                for old, new in zip(made, again, strict=False):
-                    old.copy_(new)
-
-
-GRAPHS = [
-    ("E4M3", {"scaling": {"policy": "delayed", "history": 5}, "rounding": "stochastic"}),
-    ("NVFP4", {"rounding": "stochastic"}),
-    ("E4M3", {"scaling": {"policy": "amax", "axis": 0}}),
-    ("E3M4", {"storage": StorageSpec("E3M4", "stochastic", refresh_every=2)}),
-    ("E4M3", {"storage": StorageSpec("E4M3", per_channel=True, power_of_two=False, refresh_every=1)}),
-]
-
-
-def training(fmt: str, recipe: dict):
-    """(model, its input, one step of SGD with momentum on what the input holds)."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(32, 16))
-    quantize_model(model, uniform(fmt, **recipe))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    x, target = torch.zeros(24, 32), torch.randn(24, 16)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        (model(x) - target).square().mean().backward()
-        optimizer.step()
-
-    return model, x, step
-
-
-def kept_by(model) -> list[torch.Tensor]:
-    """What a model is after a step."""
-    state = quant_state(model)
-    own = [*model.parameters(), torch.tensor(state["clocks"][0]["step"])]
-    own += [t for layer in state["operands"].values() for memory in layer.values() for t in memory.values()]
-    return [*own, *(torch.as_tensor(n) for storage in state["storage"].values() for n in storage.values())]
-
-
-def check_graphs() -> list[str]:
-    """A step that was recorded once and runs again on new data, against steps that Python leads; then one outside of it."""
-    bad = []
-    with ExitStack() as on_gpu:  # what goes by the device, and by what is not read from one
-        on_gpu.enter_context(mock.patch.dict(choose._BY_DEVICE, cpu="cuda"))
-        amaxes = SimpleNamespace(amax=load("cuda", "operands").largest)
-        on_gpu.enter_context(mock.patch.object(scaling, "load", return_value=amaxes))
-        on_gpu.enter_context(mock.patch.object(checks, "_scale_tensor", lambda x, scale, wide: scale.float()))
-        on_gpu.enter_context(mock.patch.object(checks, "check_key", lambda x, key: key))
-        on_gpu.enter_context(mock.patch.object(storage, "_checksum", return_value=None))
-        for module in (operand, products, gemms):
-            on_gpu.enter_context(mock.patch.object(module, "waits", return_value=False))
-        for fmt, recipe in GRAPHS:
-            (captured, x, step), (led, other_x, other_step) = training(fmt, recipe), training(fmt, recipe)
-            recorder, seen = Recorder(), []
-            for number in range(6):
-                data = torch.randn(24, 32) * (1 + number % 3) ** 2
-                for place in (x, other_x):
-                    place.copy_(data)
-                other_step()
-                if number == 2:
-                    with recorder.recording():
-                        step()
-                elif 2 < number < 5:
-                    recorder.replay()
-                else:
-                    step()
-                seen.append([same(a, b) for a, b in zip(kept_by(captured), kept_by(led), strict=True)])
-            if not all(map(all, seen)):
-                bad.append(f"graph {fmt} {recipe}: {seen}")
-    return bad
-
-
 def check_layers() -> list[str]:
     """Layers on tensor cores against layers in float32: the same sums in another order."""
     bad = []
@@ -396,6 +285,9 @@ def check_layers() -> list[str]:
     return bad
 
 
+CAST = Cast("E4M3", overflow="saturate_finite")
+
+
 def check_channels() -> list[str]:
     """Scales of rows and columns, operands under them and products of those, against plain torch."""
     bad, fmt = [], get_format("E4M3")
@@ -409,7 +301,10 @@ def check_channels() -> list[str]:
                 scale = tensor_cores.largest(x, fmt.max, power_of_two, axis)
                 if not same(scale, scaling.amax_scale(x, fmt, axis=axis, power_of_two=power_of_two)):
                     bad.append(f"scales of {rows} x {columns} along {axis}")
-            values, factor = tensor_cores.payload(x, Cast(fmt, overflow="saturate_finite"), scale, (-117, 119))
+            values, factor = tensor_cores.payload(x, CAST, scale, (-117, 119))
+            fused = pointwise.payload(x, scale, pointwise.facts_of(fmt, fmt, CAST.rounding, CAST.overflow), (-117, 119))
+            if not (same(fused[0].float(), values.float()) and same(fused[1], factor)):
+                bad.append(f"pointwise payload of {rows} x {columns} along {axis}")
             wanted = quantize(x, fmt, scale, overflow="saturate_finite", kernel="eager")
             apart = (
                 (values.double() * factor - wanted.double()).nan_to_num() if x.numel() else wanted
@@ -417,6 +312,38 @@ def check_channels() -> list[str]:
             alike = torch.equal(values.isfinite(), wanted.isfinite()) and not apart.any()
             if factor.shape != scale.shape or not alike:
                 bad.append(f"payload of {rows} x {columns} along {axis}")
+    return bad
+
+
+def check_large_scales() -> list[str]:
+    """Operands of formats below 1 under scales up to float32's largest: 2^-127 is no normal number."""
+    bad, x = [], torch.tensor([3e38, -1e38, 1e36, 0.0])
+    for scale in (1.7e38, 2.0**127, 3.3e38, 2.0**-126):
+        given = torch.tensor(scale)
+        values, factor = tensor_cores.payload(x, Cast("E0M7", overflow="saturate_finite"), given, (-118, 127))
+        wanted = quantize(x, "E0M7", scale, overflow="saturate_finite", kernel="eager")
+        if not torch.equal((values.double() * factor.double()).float(), wanted):
+            bad.append(f"payload under scale {scale}")
+    return bad
+
+
+def check_compiled_layers() -> list[str]:
+    """A layer whose graph rounds in pointwise operations gives the bits of the kernels."""
+    bad, nodes = [], []
+
+    def backend(graph, inputs):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(32, 16)), torch.randn(24, 32)
+    quantize_model(model, uniform("E4M3", scaling={"policy": "static", "scale": 0.05}))
+    with torch.no_grad():
+        eager, compiled = model(x), torch.compile(model, backend=backend, fullgraph=True)(x)
+    if not same(eager, compiled):
+        bad.append("compiled layer")
+    if not any("copysign" in node for node in nodes) or any("payload" in node for node in nodes):
+        bad.append(f"compiled layer has {nodes}")
     return bad
 
 
@@ -445,9 +372,23 @@ def check_kernels() -> list[str]:
     ]
 
 
+def check_graphs() -> list[str]:
+    from tests.quantization import captured_steps
+
+    return captured_steps.check_graphs()
+
+
 PARTS = {
     "kernels": [check_kernels],
-    "layers": [check_layers, check_rolls, check_two_levels, check_channels, check_products],
+    "layers": [
+        check_layers,
+        check_rolls,
+        check_two_levels,
+        check_channels,
+        check_products,
+        check_large_scales,
+        check_compiled_layers,
+    ],
     "graphs": [check_graphs],
 }
 

@@ -1,11 +1,15 @@
 """The public functions: the semantics a person relies on, on values worked out by hand."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 from altgrad.errors import CodeError, DtypeError, FormatError, OptionError, RandomKeyError, ScaleError, UnderflowWarning
+from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.quantization import (
     E0M7,
     E1M6,
@@ -26,6 +30,7 @@ from altgrad.quantization import (
     quantize,
     quantize_with_stats,
 )
+from altgrad.quantization.pointwise import facts_of, nearest
 
 SCALAR = [fmt for fmt in FORMAT_REGISTRY.values() if fmt.has_zero]
 EIGHT_BIT = [fmt for fmt in SCALAR if fmt.bits == 8]
@@ -339,3 +344,32 @@ def test_the_warning_counts_nonzero_elements_and_names_the_callers_line(call, mo
     with pytest.warns(UnderflowWarning, match="100% of the nonzero") as said:
         call(mostly_zero, "E3M4")
     assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("fmt", [f for f in SCALAR if facts_of(f, f, Rounding.NEAREST_EVEN, Overflow.NATIVE)], ids=str)
+def test_rounding_in_pointwise_operations_has_the_kernels_bits(fmt):
+    generator = torch.Generator().manual_seed(0)
+    any_bits = torch.randint(-(2**31), 2**31 - 1, (20000,), dtype=torch.int32, generator=generator).view(torch.float32)
+    near = torch.randn(4000, generator=generator) * torch.exp2(torch.arange(4000) % 48 - 24)
+    edges = torch.tensor([0.0, -0.0, inf, -inf, nan, fmt.max, fmt.max * 1.04, fmt.min_subnormal / 2])
+    for dtype in (torch.float32, torch.bfloat16) if fmt.significant_bits <= 8 and fmt.bits <= 8 else (torch.float32,):
+        x = torch.cat([any_bits, near, edges]).to(dtype)
+        for overflow in Overflow:
+            facts = facts_of(fmt, fmt, Rounding.NEAREST_EVEN, overflow)
+            for scale in (1.0, 0.3, 2.0**-126, 3e37) if facts else ():
+                expected = quantize(x, fmt, scale, overflow=overflow)
+                assert same_bits(nearest(x, scale, facts), expected), (dtype, overflow, scale)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
+def test_a_compiler_fuses_nearest_rounding_with_what_goes_before():
+    def call(x):
+        y = torch.nn.functional.gelu(x)
+        return y, quantize(y, "E4M3", 0.3, overflow="saturate_finite")
+
+    x = torch.randn(64, 100, generator=torch.Generator().manual_seed(0)) * 300
+    x[0, :3] = torch.tensor([nan, inf, -0.0])
+    (y, rounded), (code,) = run_and_get_code(torch.compile(call, fullgraph=True), x)
+    assert same_bits(rounded, quantize(y, "E4M3", 0.3, overflow="saturate_finite"))
+    assert ["gelu" in name for name in set(re.findall(r"cpp_fused_\w+", code))] == [True], "one kernel, for both"
+    assert "altgrad" not in code

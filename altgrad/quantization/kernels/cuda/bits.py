@@ -190,7 +190,9 @@ def pulled_apart(scale, low, high):
     """(2^p, m) of a float32 scale m * 2^p: 1 <= m < 2 unless p is clamped to low .. high."""
     exponent = ((scale.to(tl.uint32, bitcast=True) >> 23) & 0xFF).to(tl.int32) - 127
     exponent = tl.minimum(tl.maximum(exponent, tl.cast(low, tl.int32)), tl.cast(high, tl.int32))
-    down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = tl.where(exponent < 127, (127 - exponent) << 23, 0x400000).to(
+        tl.float32, bitcast=True
+    )  # 2^-127 is subnormal
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True), scale * down
 
 

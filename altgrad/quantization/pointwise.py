@@ -1,0 +1,83 @@
+"""Nearest rounding in torch's own pointwise operations, which a compiler fuses with what makes x: the kernels' bits.
+
+    nearest    values, as `quantize` gives them
+    payload    an operand of a tensor core, as `kernels.cuda.operands.payload` gives it
+
+Adding 2^(e + 23 - M) to a quotient in [2^e, 2^(e + 1)) leaves it in steps of 2^(e - M), rounded to nearest even, as
+`kernels.cuda.bits.lean_round` does. Where that does not serve (`facts_of`) a graph has the kernel as one operator.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad.formats.rounding import Overflow, Rounding
+from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import addition_rounds, settles_plainly
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TINY, LARGEST = 2.0**-126, 2.0**127  # scales outside are left to the kernel
+Facts = tuple[float, float, float, bool]  # max, 2^emin, 2^(23 - M), whether an inf keeps its place
+
+
+def facts_of(fmt: object, grid: FloatFormat, rounding: Rounding, overflow: Overflow) -> Facts | None:
+    """What `nearest` needs to know of a cast; None where its result would be another."""
+    if fmt is not grid or rounding is not Rounding.NEAREST_EVEN or not settles_plainly(grid, rounding, overflow):
+        return None
+    if not addition_rounds(grid, False) or grid.emin < -126 or not grid.has_zero:
+        return None
+    return (
+        grid.max,
+        math.ldexp(1.0, grid.emin),
+        math.ldexp(1.0, 23 - grid.mantissa_bits),
+        overflow is not Overflow.SATURATE,
+    )
+
+
+def _as_tensor(scale: Any, x: Tensor) -> Tensor:
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
+
+
+def takes(x: Tensor, scale: Any) -> bool:
+    """Whether a scale is known to be good when the graph is made, or is not read on x's device anyway."""
+    if not isinstance(scale, Tensor):
+        return isinstance(scale, float | int) and not isinstance(scale, bool) and TINY <= scale <= LARGEST
+    beside = x.device.type == "cuda" and scale.device == x.device
+    return beside and scale.dtype == torch.float32 and scale.ndim <= x.ndim
+
+
+def _payload(x: Tensor, scale: Tensor, facts: Facts) -> Tensor:
+    """x / scale on the grid, in float32; a NaN or inf that is kept is x's own."""
+    largest, least, lift, keeps_inf = facts
+    size = x.abs()
+    if x.device.type == "cuda":  # whose compiler divides float32 by a reciprocal; a float64 quotient rounds to the same
+        quotient = (size.double() / scale.double()).float()
+    else:
+        quotient = size / scale
+    quotient = quotient.clamp(max=largest)
+    pivot = (quotient.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=least) * lift
+    magnitude = (quotient + pivot) - pivot
+    kept = size < math.inf if keeps_inf else size == size
+    return torch.where(kept, torch.copysign(magnitude, x), x)
+
+
+def nearest(x: Tensor, scale: Tensor | float, facts: Facts) -> Tensor:
+    """`quantize(x, format, scale)` of a float32, bf16 or fp16 tensor.
+
+    scale: one that `takes` takes.
+    """
+    given = _as_tensor(scale, x)
+    return (_payload(x.float(), given, facts) * given).to(x.dtype)
+
+
+def payload(x: Tensor, scale: Tensor | float, facts: Facts, powers: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """x as an operand of a tensor core: (payload * 2^p in bf16, m) with scale = m * 2^p and p within `powers`."""
+    given = _as_tensor(scale, x)
+    exponent = ((given.view(torch.int32) >> 23) & 0xFF).sub(127).clamp(*powers)
+    up = ((exponent + 127) << 23).view(torch.float32)
+    down = torch.where(exponent < 127, (127 - exponent) << 23, 0x400000).view(torch.float32)
+    return (_payload(x.float(), given, facts) * up).bfloat16(), given * down
