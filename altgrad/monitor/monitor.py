@@ -161,19 +161,25 @@ class Monitor:
                 self._collector.record(name, "weight", self._ranks.measure(self.step, name, whole(p.detach())))
 
     def _counter(self) -> Oscillation | None:
-        """A count of the ways of weights from here on, where the schedule has its group."""
-        return Oscillation(self._model, or_none=True) if self.schedule.groups["oscillation"].every else None
+        """A count of the ways of weights from here on, where the schedule has its group and its window is not over."""
+        when = self.schedule.groups["oscillation"]
+        if not when.every or (when.window[1] is not None and self.step > when.window[1]):
+            return None
+        return Oscillation(self._model, or_none=True, covers=lambda name: when.covers(plain_name(name)))
 
     def _count_ways(self, ways: Oscillation) -> None:
-        ways.update()
-        if "oscillation" not in self._collector.due:
-            return
-        covers = self.schedule.groups["oscillation"].covers
-        for name, way in ways.layers.items():
-            if covers(layer := plain_name(name)):
+        first, last = self.schedule.groups["oscillation"].window
+        if self.step >= first:
+            ways.update()
+        elif self.step == first - 1:
+            ways.reset()
+        if "oscillation" in self._collector.due:
+            for name, way in ways.layers.items():
                 values = {"oscillation": way.total, "oscillating": way.share(), "code_flips": way.flip_rate}
-                self._collector.record(layer, "weight", values)
-        self._ways = self._counter()
+                self._collector.record(plain_name(name), "weight", values)
+            ways.reset()
+        if self.step == last:
+            self._ways = None
 
     def flush(self) -> list[Record]:
         """Copy what is held on the device to the host, hand it to the sink, and return it."""

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from altgrad.nn.spread import whole
 
-STALLS_BELOW = 3**0.5
-"""Gradient norm over quantization noise below which training stalls by arXiv:2505.19115: the inflection of 1 / (1 + s^2)."""
-
 
 class MicroBatches:
     """What each micro-batch adds to the gradients of a backward pass: hooks on parameters until `close`."""

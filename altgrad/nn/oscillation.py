@@ -9,7 +9,7 @@ Source: Chen et al., Oscillation-Reduced MXFP4 Training (arXiv 2502.20853), whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +74,22 @@ class Oscillation:
 
     Args:
         or_none: take a model without such a weight, of which there is nothing to count.
+        covers: whether a layer, by its name, is counted.
 
     Raises:
         RecipeError: the model has no such weight, or its parameters are spread over processes.
     """
 
-    def __init__(self, model: nn.Module, *, or_none: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, or_none: bool = False, covers: Callable[[str], bool] = lambda layer: True
+    ) -> None:
         self._places: dict[str, tuple[nn.Module, str, LayerState]] = {}
         for module in model.modules():
             for parameter, state in layers_in(module).items():
                 spec = state.w.spec
                 if spec.format is None or state.w.stochastic or parameter_of(module, parameter) is None:
+                    continue
+                if not covers(place_name(state.name, parameter)):
                     continue
                 if is_spread(parameter_of(module, parameter)):
                     raise RecipeError(

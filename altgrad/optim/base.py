@@ -29,7 +29,7 @@ from altgrad.randomness import step_key
 
 ROUNDINGS = (None, "nearest_even", "stochastic")
 COUNT_NAMES = ("attempted", "flips", "stalled", "sign_flips", "clipped", "saturated")
-COUNTERS = ("step", "first_began", "second_began")  # numbers of steps, of every parameter's state
+COUNTERS = ("step", "first_began", "second_began", "drawn")  # numbers of steps, of every parameter's state
 COMMON_OPTIONS = {
     "format": None,
     "scale": 1.0,

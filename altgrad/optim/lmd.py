@@ -105,6 +105,7 @@ class LMD(GridOptimizer):
                 raise OptionError(
                     f"noise {group['noise']}: parameter {slot.index} {why}, where none is drawn; use noise 0"
                 )
+        for slot in slots:
             self._move(group, slot)
 
     def _move(self, group: dict[str, Any], slot: Slot) -> None:

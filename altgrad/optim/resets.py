@@ -52,17 +52,25 @@ def reset_moments(optimizer: Optimizer, moments: str = "both") -> None:
         moments: "both" (or the one that there is), "first" or "second".
 
     Raises:
-        OptionError: another word; or one of two moments of an optimizer, such as torch's AdamW, that counts both by one step.
+        OptionError: another word; one of two moments of an optimizer, such as torch's AdamW, that counts both by one step; or no
+            parameter that was stepped has such a moment.
     """
-    chosen, own = chosen_moments(moments), isinstance(optimizer, GridOptimizer)
+    chosen, own, found = chosen_moments(moments), isinstance(optimizer, GridOptimizer), not optimizer.state
     for state in optimizer.state.values():
         held = {moment: [state[n] for n in KEPT_AS[moment] if isinstance(state.get(n), Tensor)] for moment in KEPT_AS}
         if not own and "step" in state and held["first"] and held["second"] and len(chosen) == 1:
             raise one_count_for_both(type(optimizer).__name__, moments)
         for moment in chosen:
+            found = found or bool(held[moment])
             for tensor in held[moment]:
                 tensor.zero_()
             if own and held[moment]:
                 state[f"{moment}_began"] = state["step"].clone()
             elif held[moment] and isinstance(state.get("step"), Tensor):
                 state["step"].zero_()
+    if not found:
+        known = ", ".join(name for names in KEPT_AS.values() for name in names)
+        raise OptionError(
+            f"{type(optimizer).__name__} keeps no {'moment' if moments == 'both' else moments + ' moment'} that could begin anew under "
+            f"a name known here ({known})"
+        )

@@ -1,5 +1,5 @@
 """Questions of our own, asked like others' claims: criteria first; three with eight paired seeds and rates tuned on seeds that do not
-count, and two that tell apart what the first study of custom formats left together."""
+count, one of them again at one rate, and three that tell apart what the first study of custom formats left together."""
 
 from __future__ import annotations
 

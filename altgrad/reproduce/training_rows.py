@@ -347,8 +347,8 @@ TRAINING: tuple[Claim, ...] = (
     Claim(
         "multiplicative_updates",
         "17a",
-        "2106.13914 and 2506.17768",
-        "Multiplicative updates train in low precision: LNS-Madam in 8 bits is as good as float32, and LMD beats Madam.",
+        "2106.13914",
+        "Multiplicative updates train in low precision: LNS-Madam in 8 bits is as good as float32.",
         (Criterion("madam - adamw", "loss, Madam minus AdamW, weights in E4M3", high=0.05),),
         1,
         Protocol(

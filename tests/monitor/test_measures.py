@@ -341,6 +341,33 @@ def test_the_monitor_tells_of_each_operands_blocks(recipe):
     assert any("block_scale_median" in row.values for row in rows)
 
 
+def test_the_ways_of_weights_are_counted_within_the_window_and_for_its_layers_only(monkeypatch):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    quantize_model(model, "x:MXFP4 w:MXFP4 dy:MXFP4")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    seen: list = []
+    updates = []
+    counted = Oscillation.update
+    monkeypatch.setattr(Oscillation, "update", lambda self: (updates.append(set(self.layers)), counted(self)))
+    plan = {"default": 0, "oscillation": {"every": 1, "window": [3, 4], "layers": "0"}}
+    monitor = Monitor(model, optimizer, schedule=plan, sink=seen.extend)
+    own, expected = None, []
+    for step in range(1, 7):
+        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        if step in (3, 4):
+            own = Oscillation(model, covers=lambda layer: layer == "0")
+        optimizer.step()
+        if step in (3, 4):
+            counted(own)
+            expected.append((step, "0", own.layers["0"].total))
+    monitor.close()
+    assert updates == [{"0"}, {"0"}]
+    assert [(r["step"], r["layer"], r["oscillation"]) for r in seen] == expected
+
+
 def test_the_ways_of_weights_are_counted_between_records_and_go_on_after_a_resume():
     """R of a layer over the steps since the last record, as `Oscillation` counts it; a FP32 model has none."""
 

@@ -267,6 +267,8 @@ def test_rows_say_which_moments_there_are(name):
         other = "second" if row.moments == ("first",) else "first"
         with pytest.raises(OptionError, match=f"{name} keeps no {other} moment"):
             row.check_reset(other)
+        with pytest.raises(OptionError, match=f"keeps no {other} moment that could begin anew under a name known here"):
+            reset_moments(optimizer, other)
     elif name == "adamw":
         for refused in (lambda: row.check_reset("second"), lambda: reset_moments(optimizer, "first")):
             with pytest.raises(OptionError, match="take sr_adamw"):

@@ -123,6 +123,17 @@ def test_what_no_run_could_do_is_refused_before_any_starts(name: str, tmp_path: 
         plan_sweep(file, tmp_path / "runs")
 
 
+def test_runs_that_differ_by_what_an_optimizer_may_refuse_are_each_set_up(tmp_path: Path) -> None:
+    file = tmp_path / "m.yaml"
+    base = {**TINY, "optimizer": {"reset_every": 2}}
+    file.write_text(yaml.safe_dump({"base": base, "matrix": {"optimizer.reset_moments": ["both", "second"]}}))
+    with pytest.raises(AltGradError, match="take sr_adamw"):
+        plan_sweep(file, tmp_path / "runs")
+    file.write_text(yaml.safe_dump({"base": base, "include": [{"optimizer.name": "sgd", "optimizer.momentum": 0.0}]}))
+    with pytest.raises(AltGradError, match="momentum 0 it keeps no moment"):
+        plan_sweep(file, tmp_path / "runs")
+
+
 def test_failures_are_listed_and_the_others_are_done(tmp_path: Path) -> None:
     file = tmp_path / "m.yaml"
     pair = [{"name": "a-ok", "fp8_format": "E3M4"}, {"name": "a-segfault", "fp8_format": "E5M2"}]

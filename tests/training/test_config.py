@@ -210,3 +210,8 @@ def test_models_have_the_size_that_the_configs_say(name, millions):
     with torch.device("meta"):
         model = build_model(load_config(CONFIGS / f"{name}.yaml"), 256)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.02)
+
+
+def test_a_dotted_key_in_a_file_is_shown_nested():
+    with pytest.raises(ConfigError, match=r"stand in it, optimizer: \{lr: \.\.\.\}"):
+        load_config({"optimizer.lr": 0.1})

@@ -68,7 +68,9 @@ def setup_of(config: ExperimentConfig) -> str:
         "keep_checkpoints",
     }
     facts = config.model_dump(mode="json", exclude=apart)
-    facts["optimizer"] = {key: facts["optimizer"][key] for key in ("name", "betas", "eps", "momentum", "options")}
+    for key in ("lr", "weight_decay", "warmup_steps", "decay", "min_lr_ratio", "grad_clip", "reset_every"):
+        facts["optimizer"].pop(key)
+    facts["resets"] = config.optimizer.reset_every > 0
     return json.dumps(facts, sort_keys=True)
 
 

@@ -158,6 +158,9 @@ def _explain(fault) -> str:
     key = shortened(".".join(str(part) for part in fault["loc"]))
     if fault["type"] == "extra_forbidden":
         near = nearest_key(key)
+        if near == key and "." in key:
+            section, name = key.split(".", 1)
+            return f"unknown key {key!r}: in a file a section's keys stand in it, {section}: {{{name}: ...}}"
         return f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else "; see --print-config for all keys")
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if fault["type"] in ("value_error", "model_type"):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altgrad.errors import AltGradError, ConfigError
+from altgrad.errors import AltGradError, ConfigError, OptionError
 from altgrad.nn.spread import local
 from altgrad.optim import find_optimizer, make_optimizer
 from altgrad.training.config.experiment import OptimizerSection
@@ -104,7 +104,10 @@ def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.O
         groups = [{"params": [p for p in trained if p.dim() >= 2]}, {"params": [p for p in trained if p.dim() < 2]}]
         if "weight_decay" in row.options:
             groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
-        return make_optimizer(config.name, [g for g in groups if g["params"]], **{**settings, **config.options})
+        optimizer = make_optimizer(config.name, [g for g in groups if g["params"]], **{**settings, **config.options})
+        if config.reset_every and all(group.get("momentum", 1) == 0 for group in optimizer.param_groups):
+            raise OptionError("with momentum 0 it keeps no moment that could begin anew; leave reset_every out")
+        return optimizer
     except (AltGradError, TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.name {config.name!r}: {error}") from None
 
