@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from altgrad.errors import DtypeError, OptionError
+from altgrad.nn import quantize_model, uniform
 from altgrad.optim import OPTIMIZERS, GridOptimizer, find_optimizer, make_optimizer
 from tests.optim.test_battery import gradients, options_of, run, start
 
@@ -137,6 +138,20 @@ def test_a_compiled_step_is_the_step(name):
         step()
     run(plain, [twin], grads)
     assert torch.equal(w, twin)
+
+
+def test_a_compiled_step_beside_a_quantized_model_of_another_optimizer():
+    """The look for models that wait for their optimizer is no part of what is compiled."""
+    waiting = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    quantize_model(waiting, uniform("E4M3", scaling="delayed"))
+    w = start("eco")
+    optimizer = make_optimizer("eco", [w], **options_of("eco"))
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    before = w.detach().clone()
+    w.grad = gradients(200, 1)[0].clone()
+    step()
+    assert not torch.equal(w, before)
+    assert all(p.grad is None for p in waiting.parameters())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

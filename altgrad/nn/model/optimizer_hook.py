@@ -248,6 +248,7 @@ def follow_layers(model: nn.Module) -> None:
             handle.follow(own)
 
 
+@torch.compiler.disable
 def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:
     handles = _HANDLES.get(optimizer, [])
     waiting: dict[int, list[nn.Module]] = {}
