@@ -248,7 +248,7 @@ def follow_layers(model: nn.Module) -> None:
             handle.follow(own)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # as torch's own optimizers do: torch.compiler.disable would import the compiler with this module
 def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:
     handles = _HANDLES.get(optimizer, [])
     waiting: dict[int, list[nn.Module]] = {}

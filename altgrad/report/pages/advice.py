@@ -193,7 +193,7 @@ def whole_table(data: Data) -> Table | None:
 def whole_line(data: Data) -> str:
     """The same in a line for a terminal; empty where nothing was measured."""
     told = ", ".join(f"{fmt} {snr.text}" for fmt, snr in _ranked(data))
-    return f"Whole model in one format, dB of the mean gradient: {told}." if told else ""
+    return f"Whole model in one format, dB of the mean gradient's direction: {told}." if told else ""
 
 
 def _snr(error: float | None) -> TableCell:

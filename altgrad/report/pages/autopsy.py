@@ -143,11 +143,9 @@ def _numbers(data: Data) -> list[tuple[str, str]]:
     window = data.get("window")
     add("Onset", data.get("onset"), f"step {data.get('onset')}")
     add("At work since", data.get("acts_from"), f"step {data.get('acts_from')}")
-    add(
-        "Point of no return",
-        data.get("no_return"),
-        f"after step {data.get('no_return')}; {plural(data.get('recovery') or 0, 'step')} of float32 no longer save the run",
-    )
+    given = data.get("recovery")
+    late = f"{plural(given, 'step')} of float32 no longer save the run" if given else "float32 no longer saves the run"
+    add("Point of no return", data.get("no_return"), f"after step {data.get('no_return')}; {late}")
     add("Verdict of the run", data.get("symptom"), f"step {data.get('symptom')}")
     if window is not None:
         pairs.append(("Compared over", f"steps {window[0] + 1} to {window[1]}"))
