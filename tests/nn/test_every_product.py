@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from altgrad.quantization import amax_scale, get_format, quantize
 from benchmarks import mixtures
 from benchmarks.mixtures import TOKENS
 
+CONSTRAINTS = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+
 
 def grid(x, fmt="E4M3"):
     return quantize(x.detach(), fmt, amax_scale(x.detach(), get_format(fmt)), clamp=True)
@@ -43,7 +47,10 @@ def test_one_call_quantizes_the_experts_as_the_page_says(name):
     """`python -m benchmarks.mixtures --write` writes docs/guides/works-with.md."""
     found = mixtures.row(name)
     (stated,) = (row for row in mixtures.rows_of_page(mixtures.PAGE.read_text()) if row["model"] == name)
-    assert {**found, "loss": ""} == {**stated, "loss": ""}
+    apart = {"loss": ""}
+    if f"transformers=={version('transformers')}" not in CONSTRAINTS:
+        apart["unquantized products"] = ""  # the library's own code, which differs from version to version
+    assert {**found, **apart} == {**stated, **apart}
     assert float(found["loss"]) == pytest.approx(float(stated["loss"]), abs=0.005)
     assert name != "GptOss" or found["experts without tokens"] == "2 of 8"
     model = mixtures.mixture(name)

@@ -175,10 +175,11 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
+        found = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))  # the second: before safetensors 0.6
         if found is None:
             raise CheckpointError(f"checkpoint {path.parent} cannot be written: {error}") from None
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        code = int(found[1] or found[2])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def _flatten(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
