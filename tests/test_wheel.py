@@ -54,7 +54,7 @@ def empty(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shown(installed, empty) -> str:
     """What a short demo printed, whose runs other commands look at."""
-    return run(installed, empty, "demo", "--steps", "4", "--minutes", "0")
+    return run(installed, empty, "demo", "--steps", "10", "--minutes", "0")
 
 
 def run(installed: Path, folder: Path, *arguments: str) -> str:
