@@ -263,8 +263,10 @@ class GridStorage:
         self._stated = ParameterGrid(self.fmt, scale.to(weight.device, copy=True))
         self._rescale(self._stated.scale)
         self.codes, self.original, self._changed = None, None, None
-        counter = self._steps
-        self._steps = counter.fill_(steps) if isinstance(counter, Tensor) else steps
+        if isinstance(self._steps, int):
+            self._steps = steps
+        else:
+            self._steps.fill_(steps)
         self.bind(weight)
         self._written = None
 
