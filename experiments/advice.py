@@ -354,14 +354,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--list", action="store_true", help="how many runs there are to make")
     parser.add_argument("--tell", action="store_true", help="the tables, as Markdown")
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="what --tell rests on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="what --tell rests on")
     parser.add_argument("--only", default="", help="keys that hold this text")
     options = parser.parse_args(arguments)
     known = read_record(options.record)
     if options.tell:
         from experiments.advice_scores import tell
 
-        print(tell({key: entry for key, entry in known.items() if seed_of(key) in options.seeds}))
+        print(tell(known, options.seeds))
         return 0
     todo = [(key, make) for key, make in jobs() if key not in known and options.only in key]
     print(f"{len(todo)} to make, {len(known)} in {options.record}")

@@ -333,12 +333,13 @@ def _met(met: bool, what: str) -> str:
     return f"{'met' if met else 'missed'} ({what})"
 
 
-def tell(record: Record) -> str:
-    """All tables as Markdown, with how much of the study there is."""
-    from experiments.advice import jobs
+def tell(record: Record, asked: Sequence[int] = SEEDS) -> str:
+    """All tables as Markdown, with how much of what these seeds are to have there is."""
+    from experiments.advice import jobs, seed_of
 
-    total = [key for key, _ in jobs()]
-    seeds = [s for s in SEEDS if all(k in record for k in total if f"|{s}|" in f"{k}|")]
+    record = {key: entry for key, entry in record.items() if seed_of(key) in asked}
+    total = [key for key, _ in jobs() if seed_of(key) in asked]
+    seeds = [s for s in asked if all(k in record for k in total if f"|{s}|" in f"{k}|")]
     there = sum(k in record for k in total)
     parts = [
         f"{there} of {len(total)} entries are there; of seeds {', '.join(map(str, seeds)) or 'none'} all of them.",

@@ -250,15 +250,15 @@ def _usual(values: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> dict[str
 
 
 def _label(fmt: str, values: Mapping[str, Any], axes: Sequence[str], usual: Mapping[str, Any]) -> str:
-    told = [axis for axis in axes if axis != FORMAT and values[axis] is not None]
+    told = [axis for axis in axes if axis != FORMAT and (values[axis] is not None or usual.get(axis) is not None)]
     return " ".join([fmt, *(_said(axis, values[axis]) for axis in told if usual.get(axis) != values[axis])])
 
 
 def _said(axis: str, value: Any, *, named: bool = False) -> str:
     """A value in a label; the usual axes are known by their values alone, unless they shall be `named`."""
     name = axis.rsplit(".", 1)[-1].removeprefix("enable_")
-    if isinstance(value, bool):
-        return f"{name.replace('_', ' ')} {'on' if value else 'off'}"
+    if value is None or isinstance(value, bool):
+        return f"{name.replace('_', ' ')} {'none' if value is None else 'on' if value else 'off'}"
     text = f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
     if named:
         return f"{name.replace('_', ' ')} {text}"

@@ -1,7 +1,7 @@
 """How sure a verdict is, by the calibration: the share of right cell sets among calibrated cases that looked alike.
 
 Alike are verdicts of the same class of damage and of a structure that the calibration had: one cell, or several of which each
-does the damage, or a share of it, alone. All others have no confidence, and pages say "not calibrated for a case like this". The rows are what
+does the damage, or a share of it, alone, in the window that was looked at. All others have no confidence, and pages say "not calibrated for a case like this". The rows are what
 `python -m benchmarks.autopsy_calibration --fit experiments/results/autopsy-calibration-{develop,sealed}.tar.xz` prints;
 docs/findings/calibration.md says how those of the first of the two held on the second.
 """
@@ -40,7 +40,7 @@ def confidence(verdict: Verdict, floor: float, classes: Sequence[Class] = CLASSE
     Args:
         floor: nats below which nothing is called damage, for this run's loss.
     """
-    if verdict.structure not in STRUCTURES or verdict.damage is None:
+    if verdict.structure not in STRUCTURES or verdict.damage is None or verdict.alone_over_run is not None:
         return None
     alike = [one for one in classes if verdict.damage >= one.damage * floor]
     return alike[-1].chance if alike else None

@@ -18,7 +18,7 @@ from altgrad.autopsy.damage import Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import BudgetSpent, Forks
 from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, too_fast, unwell
-from altgrad.autopsy.objections import MOST, all_alone, too_weak
+from altgrad.autopsy.objections import MOST, alone_over_run, too_weak
 from altgrad.autopsy.search import Found, Prior, Search, Settings, expected_forks, names
 from altgrad.autopsy.verdict import (
     CAUSE,
@@ -112,7 +112,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
 
     least = SHORTEST
     while True:
-        so_far, found = _look(search, so_far, onset, least, gates)
+        so_far, found = _look(search, so_far, onset, least, gates, onset)
         if found is None:
             return so_far
         window = search.window
@@ -146,7 +146,9 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
             f"the damage is spread over more than {len(found.sets)} sets of cells."
         )
         return replace(so_far, sentence=sentence)
-    if whole.alone.value < MOST and not all_alone(search, found.cells):
+    if whole.alone.value < MOST:
+        so_far = search.so_far = replace(so_far, alone_over_run=alone_over_run(search, found.cells))
+    if max(share.value for share in (whole.alone, so_far.alone_over_run) if share) < MOST:
         sentence = (
             f"Inconclusive: rescuing {joined(so_far.cells)} closes {whole.rescue} of the gap, but low alone they do only "
             f"{whole.alone} of the damage: others have a part in it."
@@ -188,13 +190,12 @@ def _undamaged(so_far: Verdict, ends: float, floor: float, seen: str) -> Verdict
 
 
 def _look(
-    search: Search, so_far: Verdict, onset: int, least: int, gates: list[str], begin: int | None = None
+    search: Search, so_far: Verdict, onset: int, least: int, gates: list[str], begin: int
 ) -> tuple[Verdict, Found | None]:
     """Null band, bounds, roles and layers in a window of at least `least` steps; without cells where it shows no damage.
 
-    The window begins at the last state before `begin` (None: the onset), or before the state carries damage.
+    The window begins at the last state before `begin`, or before the state carries damage.
     """
-    begin = onset if begin is None else begin
     forks, settings, top = search.forks, search.settings, search.ceiling
     forks.stage = "null band"
     window = search.window = choose(forks, begin, top, settings.draws, settings.longest, least)
@@ -235,10 +236,10 @@ def _look(
     so_far = search.so_far = replace(so_far, gates=(*gates, again))
     roles = search.screen()
     so_far = search.so_far = replace(so_far, roles=_corrected(roles), level="boundary")
-    back = max(0, onset - max(2 * (onset - begin), window.horizon))
     if (found := search.split(roles)) is None:
-        if back < begin and onset - back <= settings.longest // 2:
-            return _look(search, so_far, onset, max(least, onset - back + SHORTEST), gates, back)
+        earlier = max(0, onset - max(2 * (onset - begin), window.horizon))
+        if earlier < begin and onset - earlier <= settings.longest // 2:
+            return _look(search, so_far, onset, max(least, onset - earlier + SHORTEST), gates, earlier)
         sentence = (
             f"Inconclusive: the state after step {window.start} carries damage already, so that rescues from there cannot tell "
             "cells apart, and no earlier one is in reach."
@@ -285,16 +286,26 @@ def _sentence(v: Verdict) -> str:
     return (
         f"{who} {verb} the damage of {v.damage:.3g} nats from step {v.onset} on ({v.mechanism}): "
         f"rescue closes {v.rescue} of the gap, low alone does {v.alone} of the damage."
-        + (" Each set does most of it alone, so that no single rescue helps." if v.structure == "redundant" else "")
+        + (
+            " Each set does more than half of it alone, so that no single rescue helps."
+            if v.structure == "redundant"
+            else ""
+        )
         + (f" At work since step {v.acts_from}." if _earlier(v) else "")
         + (f" It began with {joined(v.first)}." if v.first and v.first != v.cells else "")
-        + (f" Over the whole run the rescue closes {v.over_run.value:.0%}." if v.over_run else "")
+        + (f" Over the whole run the rescue closes {v.over_run.value:.0%}" if v.over_run else "")
+        + (f", and low alone they do {v.alone_over_run.value:.0%}" if v.over_run and v.alone_over_run else "")
+        + ("." if v.over_run else "")
     )
 
 
 def _earlier(v: Verdict) -> bool:
     """Whether the cells were at work well before their damage."""
     return v.acts_from is not None and v.onset is not None and v.acts_from + 5 < v.onset
+
+
+REDUNDANT = 0.5
+"""Share that each of redundant sets does alone, and below which the rescue of any one of them stays."""
 
 
 def _structure(found: Found, parts: Sequence[Effect]) -> str:
@@ -304,7 +315,7 @@ def _structure(found: Found, parts: Sequence[Effect]) -> str:
         return "single" if len(found.cells) == 1 else "interacting"
     alone = [p.alone.value for p in parts if p.alone]
     rescue = [p.rescue.value for p in parts if p.rescue]
-    return "redundant" if max(rescue) < 0.5 and min(alone) > 0.5 else "cumulative"
+    return "redundant" if max(rescue) < REDUNDANT < min(alone) else "cumulative"
 
 
 def _corrected(effects: Sequence[Effect]) -> tuple[Effect, ...]:

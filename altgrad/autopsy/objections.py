@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from altgrad.autopsy.damage import Share
 from altgrad.autopsy.search import Search
 from altgrad.autopsy.verdict import Effect, Verdict, joined
 from altgrad.autopsy.window import CLEAR, CLEARLY, over_the_run
@@ -30,7 +31,7 @@ def too_weak(search: Search, v: Verdict, floor: float) -> str | None:
         nats = min(together)
         return f"{nats:.3g} nats are too few to tell which cells do damage together, and none of them does it alone"
     if (helper := _mere_helper(v, floor)) is not None:
-        return f"the rescue of {helper} adds nothing to the others', which do damage only together with it"
+        return f"the rescue of {helper} adds nothing to the other's, which does damage only together with it"
     named = set(v.cells)
     innocent = [e for e in (*v.placebos, *v.roles) if e.rescue is not None and not named & set(e.cells)]
     innocent.sort(key=lambda e: -abs(e.rescue.value) if e.rescue else 0.0)
@@ -41,9 +42,9 @@ def too_weak(search: Search, v: Verdict, floor: float) -> str | None:
 
 
 def _mere_helper(v: Verdict, floor: float) -> str | None:
-    """A cell of a set that does damage only together, without which the rescue closes as much, and which alone closes little.
+    """One of two cells that do damage only together, without which the rescue closes as much, and whose own closes less than `MOST`.
 
-    The others need it, and are cured without it: whether it is a cause or only what any cell does there, shares do not tell.
+    The other needs it, and is cured without it: whether it is a cause or only what any cell does there, shares do not tell.
     """
     if v.structure != "interacting" or v.rescue is None or v.damage is None or len(v.members) != 2:
         return None
@@ -54,12 +55,12 @@ def _mere_helper(v: Verdict, floor: float) -> str | None:
     return joined(a.cells) if adds < floor else None
 
 
-def all_alone(search: Search, cells: frozenset) -> bool:
-    """Whether the cells do most of the damage alone over the whole run, to whose end a delay does nothing."""
-    alone = over_the_run(
+def alone_over_run(search: Search, cells: frozenset) -> Share | None:
+    """The share of the damage that the cells do alone over the whole run, to whose end a delay does nothing."""
+    others = over_the_run(
         search.forks, search.window, search.everything - cells, search.ceiling, search.settings.longest
     )
-    return alone is not None and 1 - alone.value >= MOST
+    return None if others is None else Share(1 - others.value, 1 - others.high, 1 - others.low, others.draws)
 
 
 def _delays(search: Search, v: Verdict, innocent: Effect) -> bool:

@@ -149,7 +149,7 @@ class Search:
     def _from_twin(self, low: frozenset, least: float) -> bool:
         """Whether these cells do more than `least` nats of damage from the state that the twin has at the window's start.
 
-        From the run's state only: then the state does it, which other cells have damaged before.
+        Where they do damage from the run's state and none from the twin's, it is the state that carries it.
         """
         window = self.window
         if window.start == 0:

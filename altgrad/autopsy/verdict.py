@@ -53,6 +53,7 @@ class Verdict:
     no_return, symptom: steps; None where unknown. recovery: steps of float32 that do not save the run after
     `no_return`. damage: nats, of the run over its twin in the window.
     over_run: what the rescue closes from the window's start to the run's end, where the window is shorter.
+    alone_over_run: what the cells do alone there, where they do less than two thirds alone in the window.
     first: cells that did the damage in a shorter window, where they are not those that did it in the end.
     confidence: chance that the set of cells is right, by the calibration; None before there is one.
     """
@@ -75,6 +76,7 @@ class Verdict:
     rescue: Share | None = None
     alone: Share | None = None
     over_run: Share | None = None
+    alone_over_run: Share | None = None
     first: tuple[str, ...] = ()
     groups: tuple[Effect, ...] = ()
     members: tuple[Effect, ...] = ()

@@ -128,8 +128,7 @@ def compare(arguments: Sequence[str], device: str | None) -> list[ExperimentResu
         raise ConfigError(f"compare needs at least two configs, {len(files)} given; use: altgrad compare A.yaml B.yaml")
     configs = [load_config(file, overrides) for file in files]
     _refuse_equal_rows(files, configs)
-    of = {id(config): file for config, file in zip(configs, files, strict=True)}
-    check_setups(configs, lambda config: of[id(config)])
+    check_setups(zip(files, configs, strict=True))
     results = run_all(console, configs, [shlex.join(["altgrad", "run", f, *overrides]) for f in files])
     print_comparison(console, results, Path(configs[0].runs_dir) / "comparison.html")
     return results

@@ -161,25 +161,26 @@ class Monitor:
                 self._collector.record(name, "weight", self._ranks.measure(self.step, name, whole(p.detach())))
 
     def _counter(self) -> Oscillation | None:
-        """A count of the ways of weights from here on, where the schedule has its group and its window is not over."""
+        """A count of the ways of weights from here on, where the schedule has its group."""
         when = self.schedule.groups["oscillation"]
-        if not when.every or (when.window[1] is not None and self.step > when.window[1]):
+        if not when.every:
             return None
         return Oscillation(self._model, or_none=True, covers=lambda name: when.covers(plain_name(name)))
 
     def _count_ways(self, ways: Oscillation) -> None:
         first, last = self.schedule.groups["oscillation"].window
-        if self.step >= first:
+        over = last is not None and self.step >= last
+        if first <= self.step and (self.step == last or not over):
             ways.update()
-        elif self.step == first - 1:
-            ways.reset()
-        if "oscillation" in self._collector.due:
+        due = "oscillation" in self._collector.due
+        if due:
             for name, way in ways.layers.items():
                 values = {"oscillation": way.total, "oscillating": way.share(), "code_flips": way.flip_rate}
                 self._collector.record(plain_name(name), "weight", values)
-            ways.reset()
-        if self.step == last:
+        if over:
             self._ways = None
+        elif due or self.step == first - 1:
+            self._ways = self._counter()
 
     def flush(self) -> list[Record]:
         """Copy what is held on the device to the host, hand it to the sink, and return it."""

@@ -104,19 +104,12 @@ class Session:
         return self.seed, stream_at(base, self.step, self.micro_batch, self._rank_of(per_rank))
 
     def key_beside(self, x: Tensor, base: int, per_rank: bool, shift: int = 0) -> Tensor:
-        """`key` as an int64 tensor where x is, found there by its own clock where x is on a GPU.
+        """`key` as an int64 tensor on the GPU that x is on, found there by its own clock.
 
-        shift: what is added to the stream, modulo 2^64.
+        shift: what is added to the stream, an int64 word.
         """
-        shift = as_int64(shift)
-        if serve(x):
-            rank = self._rank_of(per_rank)
-            return load("cuda", "clock").key_at(
-                self._clock_on(x.device), as_int64(self.seed), as_int64(base), rank, shift
-            )
-        key = as_key_tensor(self.key(base, per_rank))
-        key[1:].add_(shift)
-        return key.to(x.device)
+        clock, rank = self._clock_on(x.device), self._rank_of(per_rank)
+        return load("cuda", "clock").key_at(clock, as_int64(self.seed), as_int64(base), rank, shift)
 
     def _rank_of(self, per_rank: bool) -> int:
         return (_rank() if self.rank is None else self.rank) if per_rank else 0

@@ -339,19 +339,18 @@ class GridStorage:
         if self.session.capturing():
             if self.codes is None or not self._wrote(weight):
                 self.session.refuse_capture(f"the values of {self.name!r} are not those of a step")
-            self._zero = largest(weight, self._axis) == 0 if self._may_be_unsettled else None
+            self._zero = self._without_scale(weight)
             return
         self._written = None  # a write through `weight.data` leaves no trace in the version: compare the values
         self.snap(weight)
-        zero = largest(weight, self._axis) == 0
-        self._zero = zero if self._may_be_unsettled and bool(zero.any()) else None
+        zero = self._without_scale(weight)
+        self._zero = zero if zero is not None and bool(zero.any()) else None
         if self.grid.settled != (self._zero is None):
             self.grid = replace(self.grid, settled=self._zero is None)
 
-    @property
-    def _may_be_unsettled(self) -> bool:
-        """Whether zeros have no scale of their own."""
-        return self.spec.scale is None and self.fmt.emax < 127
+    def _without_scale(self, weight: Tensor) -> Tensor | None:
+        """Where nothing but zeros are, which have no scale of their own; None where they need none."""
+        return largest(weight, self._axis) == 0 if self.spec.scale is None and self.fmt.emax < 127 else None
 
     @contextmanager
     def within_step(self) -> Iterator[None]:

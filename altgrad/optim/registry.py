@@ -52,13 +52,15 @@ class OptimizerRow:
         common = set(COMMON_OPTIONS) if issubclass(self.cls, GridOptimizer) else set()
         return frozenset((names | common) - {"self", "params", "options"})
 
-    def check_reset(self, moments: str) -> None:
-        """Refuse a reset of moments (`reset_moments`) that this optimizer cannot make.
+    def check_reset(self, moments: str, optimizer: Optimizer) -> None:
+        """Refuse a reset of moments (`reset_moments`) that this row's optimizer cannot make.
 
         Raises:
-            OptionError: it has no such moment, or counts both by one step.
+            OptionError: it has no such moment, keeps none at a momentum of 0, or counts both by one step.
         """
         chosen = chosen_moments(moments)
+        if all(group.get("momentum", 1) == 0 for group in optimizer.param_groups):
+            raise OptionError(f"{self.name} with momentum 0 keeps no moment that could begin anew; leave resets out")
         if not set(chosen) & set(self.moments):
             raise OptionError(f"{self.name} keeps no {moments} moment; reset the {self.moments[0]}, or both")
         if len(chosen) < len(self.moments) and not issubclass(self.cls, GridOptimizer):

@@ -62,12 +62,11 @@ def knee(arms: Mapping[str, Values]) -> Values:
     (values,) = arms.values()
     share = [values[f"progress_{ratio:.3g}"] / values["progress_inf"] for ratio in RATIOS]
     at, left = bend(np.log2(RATIOS), np.asarray(share))
-    of = dict(zip(RATIOS, share, strict=True))
     return {
         "knee": 2.0**at,
         "kink": left,
         "plain": values["progress_inf"],
         "share_high": share[0],
         "share_sqrt3": float(np.interp(math.log2(math.sqrt(3)), np.log2(RATIOS)[::-1], share[::-1])),
-        "share_low": of[RATIOS[-1]],
+        "share_low": share[-1],
     }

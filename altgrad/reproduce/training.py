@@ -163,6 +163,10 @@ def closed(arms: Arms) -> Values:
 # -- damage, layer by layer --------------------------------------------------------------------------------------
 
 
+def _inner_layers(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"]
+
+
 def damage_of_subsets(facts: Facts, seed: int, quick: bool) -> Values:
     """How much of the damage to the loss, over all subsets of 8 layers in a low format, the sum over single layers explains.
 
@@ -170,8 +174,7 @@ def damage_of_subsets(facts: Facts, seed: int, quick: bool) -> Values:
     """
     trainer = trainer_of({"evaluation.batches": 4}, seed, quick)
     base = trained(trainer)
-    names = [n for n, m in trainer.model.named_modules() if isinstance(m, nn.Linear) and n != "head"]
-    names = names[: 4 if quick else None]
+    names = _inner_layers(trainer.model)[: 4 if quick else None]
     plain = {name: _weight(trainer.model, name).clone() for name in names}
     low = {name: quantize(weight, facts["format"]) for name, weight in plain.items()}
     subsets = np.array(list(itertools.product((0.0, 1.0), repeat=len(names))))
@@ -204,10 +207,12 @@ def outcome_of_subsets(facts: Facts, seed: int, quick: bool) -> Values:
     """
     steps = {"max_steps": facts["steps"]}
     base = trainer_of(steps, seed, quick)
-    names = [n for n, m in base.model.named_modules() if isinstance(m, nn.Linear) and n != "head"]
-    plain, plan = trained(base), plan_of_subsets()
-    changes = [{**steps, **_low(names, chosen, facts["format"])} for chosen in plan]
-    damage = np.array([trained(trainer_of(change, seed, quick)) - plain for change in changes])
+    names, plain, plan = _inner_layers(base.model), trained(base), plan_of_subsets()
+    damage = np.zeros(len(plan))
+    for number, chosen in enumerate(plan):
+        low = list(itertools.compress(names, chosen))
+        change = {**steps, "formats": facts["format"], "include": low}
+        damage[number] = trained(trainer_of(change, seed, quick)) - plain
     design = np.column_stack([np.ones(len(plan)), plan])
     effects = np.linalg.lstsq(design, damage, rcond=None)[0]
     left = np.square(damage - design @ effects).sum() / (len(plan) - design.shape[1])
@@ -218,11 +223,6 @@ def outcome_of_subsets(facts: Facts, seed: int, quick: bool) -> Values:
         "sum": float(effects[1:].sum()),
         "rest": float(np.sqrt(left)),
     }
-
-
-def _low(names: list[str], chosen: np.ndarray, fmt: str) -> dict[str, Any]:
-    low = [name for name, is_low in zip(names, chosen, strict=True) if is_low]
-    return {"formats": fmt, "include": low} if low else {}
 
 
 # -- gradients in MXFP8 ------------------------------------------------------------------------------------------

@@ -76,6 +76,5 @@ def make_plan(matrix: Matrix, out: str | Path) -> Plan:
         folder = plan_run(config, corpora[source]).path
         runs.append(PlannedRun(config, variant.choices, folder, state_of(folder, is_locked(folder))))
     plan = Plan(runs)
-    choices = {id(run.config): plain(run.choices) for run in plan.missing}
-    check_setups((run.config for run in plan.missing), lambda config: f"{matrix.origin}: {choices[id(config)]}")
+    check_setups((f"{matrix.origin}: {plain(run.choices)}", run.config) for run in plan.missing)
     return plan

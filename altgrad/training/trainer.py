@@ -79,27 +79,25 @@ def build_model(config: ExperimentConfig, vocab_size: int) -> nn.Module:
     return GPT(GPTConfig(**section), seed=config.seed)
 
 
-def check_setups(
-    configs: Iterable[ExperimentConfig], said: Callable[[ExperimentConfig], str] = lambda c: c.name
-) -> None:
+def check_setups(named: Iterable[tuple[str, ExperimentConfig]]) -> None:
     """Set up every run that differs from the others in more than numbers, on the CPU and without a step.
 
     Args:
-        said: what to call a config in an error.
+        named: what to call each config in an error, and the config.
 
     Raises:
         AltGradError: what a run itself would raise before its first step (a pattern that names no layer, a format that a
             layer refuses, an unknown option of an optimizer); the first such, of that error's class.
     """
     tried: set[str] = set()
-    for config in configs:
+    for name, config in named:
         if (setup := setup_of(config)) in tried:
             continue
         tried.add(setup)
         try:
             Trainer(config.model_copy(update={"compile": False}), device="cpu")
         except AltGradError as error:
-            raise type(error)(f"{said(config)}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
 
 
 class Trainer:

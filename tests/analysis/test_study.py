@@ -119,6 +119,13 @@ def test_what_nearly_all_settings_have_is_said_once_and_not_in_each_name(tmp_pat
     assert "Where a name does not say: emergency shift off." in text
 
 
+def test_a_setting_without_what_nearly_all_have_says_so(tmp_path):
+    for fmt, clip in (("E5M2", 1.0), ("E3M4", 1.0), ("E4M3", 1.0), ("E5M2", None)):
+        make_run(tmp_path, fmt, steps=5, name=f"{fmt}-{clip}", config={"optimizer": {"grad_clip": clip}})
+    found = load_study(tmp_path)
+    assert sorted(s.label for s in found.settings) == ["E3M4", "E4M3", "E5M2", "E5M2 grad clip none"]
+
+
 def test_each_setting_has_the_baseline_of_its_optimizer(study):
     for setting in study.quantized:
         baseline = study.baseline_of(setting)

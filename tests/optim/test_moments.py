@@ -260,17 +260,17 @@ def test_rows_say_which_moments_there_are(name):
     run(optimizer, [w], gradients(200, 3))
     state = optimizer.state[w]
     assert {moment for moment, names in KEPT_AS.items() if any(n in state for n in names)} == set(row.moments)
-    row.check_reset("both")
+    row.check_reset("both", optimizer)
     reset_moments(optimizer)
     assert all(not state[n].any() for names in KEPT_AS.values() for n in names if n in state)
     if len(row.moments) == 1:
         other = "second" if row.moments == ("first",) else "first"
         with pytest.raises(OptionError, match=f"{name} keeps no {other} moment"):
-            row.check_reset(other)
+            row.check_reset(other, optimizer)
         with pytest.raises(OptionError, match=f"keeps no {other} moment that could begin anew under a name known here"):
             reset_moments(optimizer, other)
     elif name == "adamw":
-        for refused in (lambda: row.check_reset("second"), lambda: reset_moments(optimizer, "first")):
+        for refused in (lambda: row.check_reset("second", optimizer), lambda: reset_moments(optimizer, "first")):
             with pytest.raises(OptionError, match="take sr_adamw"):
                 refused()
     with pytest.raises(OptionError, match="'third' are not one of both, first, second"):

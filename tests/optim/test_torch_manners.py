@@ -151,7 +151,6 @@ def test_a_compiled_step_beside_a_quantized_model_of_another_optimizer():
     w.grad = gradients(200, 1)[0].clone()
     step()
     assert not torch.equal(w, before)
-    assert all(p.grad is None for p in waiting.parameters())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -20,7 +20,7 @@ from altgrad.quantization import checks, scaling
 from altgrad.quantization.kernels import choose
 from altgrad.quantization.kernels.choose import load
 from benchmarks.cuda_traffic import taken_for_plain
-from tests.quantization.interpreter_checks import same
+from tests.quantization.oracles import same
 
 
 class Recorder(TorchDispatchMode):

@@ -163,3 +163,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     both_nan = a.isnan() & b.isnan()
     equal = (a == b) & (torch.signbit(a) == torch.signbit(b))
     return a.shape == b.shape and a.dtype == b.dtype and bool((equal | both_nan).all())
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """`same_bits` of tensors anywhere, integers as well; or both None."""
+    if a is None or b is None:
+        return a is b
+    return same_bits(a.cpu(), b.cpu()) if a.dtype.is_floating_point else torch.equal(a.cpu(), b.cpu())

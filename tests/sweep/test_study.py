@@ -130,7 +130,7 @@ def test_runs_that_differ_by_what_an_optimizer_may_refuse_are_each_set_up(tmp_pa
     with pytest.raises(AltGradError, match="take sr_adamw"):
         plan_sweep(file, tmp_path / "runs")
     file.write_text(yaml.safe_dump({"base": base, "include": [{"optimizer.name": "sgd", "optimizer.momentum": 0.0}]}))
-    with pytest.raises(AltGradError, match="momentum 0 it keeps no moment"):
+    with pytest.raises(AltGradError, match="sgd with momentum 0 keeps no moment"):
         plan_sweep(file, tmp_path / "runs")
 
 

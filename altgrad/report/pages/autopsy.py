@@ -194,7 +194,16 @@ def word_for(rescue: Data | None, alone: Data | None) -> str:
 def _sets(data: Data) -> list[tuple[str, Data]]:
     rows: list[tuple[str, Data]] = []
     if data.get("rescue") is not None:
-        rows.append(("all found", {"cells": data["cells"], "rescue": data["rescue"], "alone": data.get("alone")}))
+        rows.append(
+            (
+                "all found",
+                {
+                    "cells": data["cells"],
+                    "rescue": data["rescue"],
+                    "alone": data.get("alone_over_run") or data.get("alone"),
+                },
+            )
+        )
     rows += [(f"set {i + 1}", one) for i, one in enumerate(data.get("groups", ()))]
     rows += [("layer" if len(one["cells"]) > 1 else "cell", one) for one in data.get("members", ())]
     rows += [("placebo", one) for one in data.get("placebos", ())]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altgrad.errors import AltGradError, ConfigError, OptionError
+from altgrad.errors import AltGradError, ConfigError
 from altgrad.nn.spread import local
 from altgrad.optim import find_optimizer, make_optimizer
 from altgrad.training.config.experiment import OptimizerSection
@@ -96,8 +96,6 @@ def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.O
     """
     try:
         row = find_optimizer(config.name)
-        if config.reset_every:
-            row.check_reset(config.reset_moments)
         settings: dict[str, Any] = {n: getattr(config, n) for n in ("lr", "weight_decay", "betas", "eps", "momentum")}
         settings = {name: value for name, value in settings.items() if value is not None and name in row.options}
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -105,8 +103,8 @@ def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.O
         if "weight_decay" in row.options:
             groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
         optimizer = make_optimizer(config.name, [g for g in groups if g["params"]], **{**settings, **config.options})
-        if config.reset_every and all(group.get("momentum", 1) == 0 for group in optimizer.param_groups):
-            raise OptionError("with momentum 0 it keeps no moment that could begin anew; leave reset_every out")
+        if config.reset_every:
+            row.check_reset(config.reset_moments, optimizer)
         return optimizer
     except (AltGradError, TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.name {config.name!r}: {error}") from None

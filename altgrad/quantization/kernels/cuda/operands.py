@@ -350,8 +350,8 @@ def payload(
 def _finished(
     sums,
     out,
-    a,
-    b,
+    of_a,
+    of_b,
     bias,
     columns,
     a_step,
@@ -367,12 +367,30 @@ def _finished(
     place = row * tl.cast(columns, tl.int64) + column
     v = tl.load(sums + place, mask=valid, other=0.0)
     if HAS_A:
-        v = v * tl.load(a + row * a_step)
+        v = v * tl.load(of_a + row * a_step)
     if HAS_B:
-        v = v * tl.load(b + column * b_step, mask=valid, other=1.0)
+        v = v * tl.load(of_b + column * b_step, mask=valid, other=1.0)
     if HAS_BIAS:
         v = v + widen(tl.load(bias + column, mask=valid, other=0.0))
     tl.store(out + place, narrow(v, out.dtype.element_ty), mask=valid)
+
+
+def epilogue(a: Tensor | None, b: Tensor | None, bias: Tensor | None) -> dict[str, object]:
+    """Arguments of a kernel that ends as `_finished` does: factors, their steps, and which of them there are."""
+
+    def step(factor: Tensor | None) -> int:
+        return 0 if factor is None or factor.numel() == 1 else 1
+
+    return {
+        "of_a": a,
+        "of_b": b,
+        "bias": None if bias is None else bias.contiguous(),
+        "a_step": step(a),
+        "b_step": step(b),
+        "HAS_A": a is not None,
+        "HAS_B": b is not None,
+        "HAS_BIAS": bias is not None,
+    }
 
 
 def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -389,18 +407,6 @@ def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | No
     if rows:
         with on_device(sums):
             _finished[(rows, -(-columns // FINISHED))](
-                sums,
-                out,
-                a,
-                b,
-                None if bias is None else bias.contiguous(),
-                columns,
-                0 if a is None or a.numel() == 1 else 1,
-                0 if b is None or b.numel() == 1 else 1,
-                HAS_A=a is not None,
-                HAS_B=b is not None,
-                HAS_BIAS=bias is not None,
-                ELEMENTS=FINISHED,
-                enable_fp_fusion=False,
+                sums, out, columns=columns, **epilogue(a, b, bias), ELEMENTS=FINISHED, enable_fp_fusion=False
             )
     return out

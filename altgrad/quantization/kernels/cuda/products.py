@@ -14,15 +14,21 @@ from torch import Tensor
 
 from altgrad.quantization.kernels.cuda.bits import INTERPRETED, narrow, widen
 from altgrad.quantization.kernels.cuda.launch import on_device
+from altgrad.quantization.kernels.cuda.operands import epilogue
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a program's tile, and of what it multiplies at a time
 GROUP = 8  # rows of tiles whose programs are neighbours, so that they find one another's operands in the cache
 LEAST_PROGRAMS = 128  # with fewer most of a large GPU would idle, where a library's product splits the reduction
 
 
+def programs_of(rows: int, columns: int) -> int:
+    """Tiles of a result."""
+    return -(-rows // ROWS) * -(-columns // COLUMNS)
+
+
 def fills_a_gpu(rows: int, columns: int) -> bool:
     """Whether a result of that size has work for all multiprocessors of a large GPU."""
-    return -(-rows // ROWS) * -(-columns // COLUMNS) >= LEAST_PROGRAMS
+    return programs_of(rows, columns) >= LEAST_PROGRAMS
 
 
 @triton.jit
@@ -96,26 +102,21 @@ def product(
     """
     (rows, depth), columns = a.shape, b.shape[1]
     out = torch.empty((rows, columns), dtype=dtype, device=a.device)
-    programs = -(-rows // ROWS) * -(-columns // COLUMNS)
+    programs = programs_of(rows, columns)
     if programs:
         with on_device(a):
             _product[(programs,)](
                 a,
                 b,
                 out,
-                of_a,
-                of_b,
-                None if bias is None else bias.contiguous(),
-                rows,
-                columns,
-                depth,
-                *a.stride(),
-                *b.stride(),
-                0 if of_a is None or of_a.numel() == 1 else 1,
-                0 if of_b is None or of_b.numel() == 1 else 1,
-                HAS_A=of_a is not None,
-                HAS_B=of_b is not None,
-                HAS_BIAS=bias is not None,
+                rows=rows,
+                columns=columns,
+                depth=depth,
+                a_row=a.stride(0),
+                a_depth=a.stride(1),
+                b_depth=b.stride(0),
+                b_column=b.stride(1),
+                **epilogue(of_a, of_b, bias),
                 ROWS=ROWS,
                 COLUMNS=COLUMNS,
                 DEPTH=DEPTH,
