@@ -131,8 +131,7 @@ class Collector:
         plain = self._plain_names.get(layer)
         if plain is None:
             plain = self._plain_names[layer] = plain_name(layer)
-        blocks = None if stats.blocks is None else stats.blocks.vector
-        self._operands.append(Published((plain, role, str(fmt)), stats.vector, scale, blocks))
+        self._operands.append(Published((plain, role, str(fmt)), stats.vector, scale, stats.blocks))
         if role == "weight" and isinstance(fmt, FloatFormat):
             self._grids[plain] = fmt, scale
 

@@ -162,7 +162,7 @@ def operand_records(
     Args:
         raw: float64 [operands, 8]: the fields of `QuantStats`, summed over the step's micro-batches (amax: largest), and
             the last scale (NaN for several). NaN counts: the operand was not quantized.
-        blocks: of operands in block formats, by their index, the vector of `BlockStats`.
+        blocks: of operands in block formats, by their index, what `measure_blocks` counted.
     """
     records = []
     for index, ((layer, role, fmt), row) in enumerate(zip(slots, raw.tolist(), strict=True)):
@@ -183,7 +183,7 @@ def operand_records(
 
 
 def block_metrics(vector: np.ndarray) -> Record:
-    """Named metrics of a vector of `BlockStats`; none where no block was counted."""
+    """Named metrics of what `measure_blocks` counted; none where no block was counted."""
     count, saturated, flushed = vector[:3].tolist()
     if not count:
         return {}

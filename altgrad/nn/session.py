@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from altgrad.errors import RecipeError
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.observer import Observer
-from altgrad.quantization.tensor_cores import serve
+from altgrad.quantization.tensor_cores import capturing, serve
 from altgrad.randomness import as_int64, stream_at
 
 if TYPE_CHECKING:
@@ -87,10 +87,7 @@ class Session:
             "model": None,
         }
 
-    @staticmethod
-    def capturing() -> bool:
-        """Whether a CUDA graph is being captured: what is launched now runs at its replays, without Python."""
-        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    capturing = staticmethod(capturing)
 
     @property
     def step(self) -> int:

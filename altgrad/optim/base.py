@@ -25,6 +25,7 @@ from altgrad.optim.moments import MOMENT_ROUNDINGS, moment_formats
 from altgrad.quantization import FORMAT_REGISTRY, amax_scale
 from altgrad.quantization.checks import FLOAT_DTYPES
 from altgrad.quantization.parameter_grid import ParameterGrid, declared_grid
+from altgrad.quantization.tensor_cores import capturing
 from altgrad.randomness import step_key
 
 ROUNDINGS = (None, "nearest_even", "stochastic")
@@ -142,7 +143,7 @@ class GridOptimizer(Optimizer):
         Raises:
             OptionError: a CUDA graph is being captured, whose replays would repeat this very step's number.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing():
             raise OptionError(
                 f"{type(self).__name__} counts its steps on the host, so a CUDA graph would repeat one step; capture "
                 "forward and backward alone, or train with an optimizer of torch's with capturable=True"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,21 +14,13 @@ BINADES = 256
 COLUMNS = 3 + BINADES
 
 
-@dataclass(frozen=True)
-class BlockStats:
-    """Counts of blocks in one float64 tensor of shape [3 + 256] on the tensor's device; nothing is synced.
-
-    Counted are blocks that hold a number other than 0 and no NaN or inf. saturated: blocks whose largest element lies beyond
-    the largest value at their scale, after rounding to nearest. flushed: blocks that became zeros altogether. Then the
-    blocks by the binade of their scale (the tensor's scale included), in the order of `BINADES`; a scale of 0 is in none.
-    """
-
-    vector: Tensor
-
-
 @torch.no_grad()
-def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, axis: int = -1) -> BlockStats:
-    """The statistics of x in a block format: one reduction of x and one of its quantized values.
+def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, axis: int = -1) -> Tensor:
+    """Counts of x's blocks, float64 [3 + 256] on x's device: one reduction of x and one of its quantized values; nothing is synced.
+
+    Counted are blocks that hold a number other than 0 and no NaN or inf: all of them; saturated ones, whose largest element lies
+    beyond the largest value at their scale, after rounding to nearest; flushed ones, which became zeros altogether; then
+    blocks by the binade of their scale (the tensor's scale included), in the order of `BINADES`; a scale of 0 is in none.
 
     Args:
         x: the tensor that was quantized. values: the result, of its shape.
@@ -48,7 +38,7 @@ def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, 
         return torch.linalg.vector_norm(tiles, torch.inf, (2, 4)).flatten()
 
     if not x.numel():
-        return BlockStats(torch.zeros(COLUMNS, dtype=torch.float64, device=x.device))
+        return torch.zeros(COLUMNS, dtype=torch.float64, device=x.device)
     size, kept, scale = largest(x).float(), largest(values), scales.float().flatten()
     counted = (size > 0) & size.isfinite()
     element = fmt.element
@@ -62,4 +52,4 @@ def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, 
         0, exponents, (counted & (scale > 0)).double()
     )  # integers, so in any order; and no wait for the host
     counts = torch.stack([counted.sum(), (beyond & counted).sum(), ((kept == 0) & counted).sum()])
-    return BlockStats(torch.cat([counts.double(), bins]))
+    return torch.cat([counts.double(), bins])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from altgrad.quantization.block_stats import BlockStats
 from altgrad.report.notebook import notebook_table
 
 FIELDS = ("amax", "count", "overflow", "underflow", "nonfinite", "sse", "sum_sq")
@@ -33,7 +32,7 @@ class QuantStats:
     """
 
     vector: Tensor
-    blocks: BlockStats | None = None
+    blocks: Tensor | None = None
 
     @property
     def amax(self) -> Tensor:

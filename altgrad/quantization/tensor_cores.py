@@ -1,6 +1,7 @@
-"""What tensor cores multiply and leave, as torch operators: amax and scale, payloads in bf16, finished sums.
+"""What tensor cores multiply and leave: amax and scale, payloads in bf16, products and their ends, sums of FP8 units.
 
-The calls run the kernels of `kernels.cuda.operands`; where torch traces they are one node each. A float64 tensor has no
+The calls run kernels of `kernels.cuda` (operands, products, blocks) or torch's own; where torch traces they are one node each,
+or pointwise operations where those have the same bits (`pointwise`). A float64 tensor has no
 place here. `factor`, `scale` and `powers` are as in `kernels.cuda.operands.Payload` and `payload`.
 """
 
@@ -20,6 +21,11 @@ from altgrad.quantization.kernels.choose import interpreted, load
 from altgrad.quantization.memory import is_unusual, readable
 from altgrad.quantization.powers import factor_of
 from altgrad.quantization.quantized import Want
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: what is launched now runs at its replays, without Python."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def serve(x: Tensor) -> bool:
@@ -56,7 +62,7 @@ def largest(x: Tensor, fmt_max: float | None = None, power_of_two: bool = False,
 
 
 def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin: int, power_of_two: bool) -> None:
-    """Close a step of a delayed scale whose history is full, in place: as `kernels.cuda.operands.roll`."""
+    """Close a step of a delayed scale in place: as `kernels.cuda.operands.roll`."""
     load("cuda", "operands").roll(window, pending, scale, fmt_max, margin, power_of_two)
 
 

@@ -282,7 +282,7 @@ def counted(x: torch.Tensor, name: str, axis: int = -1) -> tuple[list[float], di
     cast = Cast(name, axis=axis, pad=True)
     made = cast(x, want=Want.VALUES | Want.CODES)
     scales = scale_values(made.scales, fmt, made.tensor_scale)
-    vector = measure_blocks(x, made.values, scales, fmt, axis).vector.tolist()
+    vector = measure_blocks(x, made.values, scales, fmt, axis).tolist()
     return vector[:3], {i - 127: n for i, n in enumerate(vector[3:]) if n}
 
 

@@ -19,7 +19,7 @@ from altgrad.nn import (
     set_step,
     uniform,
 )
-from altgrad.nn.session import STATE, Session
+from altgrad.nn.session import STATE
 from altgrad.optim import SRAdamW
 from altgrad.quantization import quantize
 from altgrad.quantization.parameter_grid import declared_grid
@@ -218,7 +218,6 @@ def capture(monkeypatch):
     """Call it, and a CUDA graph is being captured."""
 
     def begin():
-        monkeypatch.setattr(Session, "capturing", staticmethod(lambda: True))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 

@@ -217,6 +217,17 @@ def test_kernels_compile_with_every_integer_at_one():
         assert compiled(kernel, pointers, known).asm["cubin"]
 
 
+TRAFFIC = {  # the table of docs/benchmarks.md
+    cells[0]: cells[1:]
+    for line in (ROOT / "docs" / "benchmarks.md").read_text().partition("| layer | operations")[2].splitlines()
+    if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 6
+}
+
+
+def test_the_page_has_rows_of_this_table():
+    assert len({name for name, *_ in ROWS_OF_LAYERS} & set(TRAFFIC)) == 7
+
+
 @pytest.mark.parametrize(("name", "fmt", "recipe"), ROWS_OF_LAYERS, ids=lambda value: str(value))
 def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, recipe):
     found, _ = of_linear(fmt, torch.bfloat16, **recipe)
@@ -224,6 +235,8 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     assert len(found.names) <= MOST_OPERATIONS, found.names
     assert len(found.clock) <= 4, "a kernel for each history, and one for the clock of all layers"
     assert found.bytes <= MOST_BYTES
+    if (stated := TRAFFIC.get(name)) is not None:
+        assert [len(found.names), len(found.clock), round(found.bytes / 1e9, 2)] == [float(cell) for cell in stated[:3]]
 
 
 @pytest.mark.parametrize("name", ["E4M3", "FP32"])

@@ -141,7 +141,7 @@ class _Call(NamedTuple):
             return Laid(x)
         if spec.hadamard is not None:
             x = spec.hadamard(x, self.signs(gemm, x.device))
-        key = operand.options(self.use, x)
+        key = operand.key_of(self.use, x)
         if operand.block:
             found = _blocks(spec, x, key, operand.move_average(x) if gemm == "forward" else None)
         else:
@@ -242,7 +242,7 @@ def forward_weight(state: LayerState, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     operand = state.w
     if not state.recipe.is_emulated:
-        values = operand.quantize(weight, operand.scale_of(weight, False), operand.options(0, weight))
+        values = operand.quantize(weight, operand.scale_of(weight, False), operand.key_of(0, weight))
         return carrier(weight).clone(), values
     call = _Call(state, False, 0, torch.float32, state.transposed)
     laid = carrier(weight.t() if state.transposed else weight)

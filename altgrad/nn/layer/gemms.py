@@ -216,7 +216,7 @@ class _Products(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         ctx.call, ctx.shapes = call, (x.shape, w.shape)  # a forward made at once takes matrices with more axes
         ctx.dtypes = (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        ctx.dy_options = state.keys_of_gradients(call.use, x)
+        ctx.dy_keys = state.keys_of_gradients(call.use, x)
         ctx.set_materialize_grads(False)
         if made is not None:
             place = torch.empty((), dtype=torch.float32, device="cpu") if need_x and need_w else None
@@ -227,8 +227,8 @@ class _Products(torch.autograd.Function):
             return made.y, place
         route = call.route("forward", x, w.shape)
         keep_x, keep_w = need_w and state.x_back is state.x, need_x and state.w_back is state.w
-        qx = quantized(state.x, x, sx, state.x.options(call.use, x), route, call.observed, keep=keep_x)
-        qw = quantized(state.w, w, sw, state.w.options(call.use, w), route, call.observed, keep=keep_w)
+        qx = quantized(state.x, x, sx, state.x.key_of(call.use, x), route, call.observed, keep=keep_x)
+        qw = quantized(state.w, w, sw, state.w.key_of(call.use, w), route, call.observed, keep=keep_w)
         route = Route.FLOAT32 if qx.needs_float32 or qw.needs_float32 else route
         y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, None, bias, call.dtype)
         y = y.to(call.dtype)
@@ -237,12 +237,12 @@ class _Products(torch.autograd.Function):
         if need_w and not keep_x:
             route = call.route("weight_grad", y, x.shape)
             saved_x, sx_back = saved_apart(
-                state.x_back, x, sx_back, state.x_back.options(call.use, x), route, call.observed
+                state.x_back, x, sx_back, state.x_back.key_of(call.use, x), route, call.observed
             )
         if need_x and not keep_w:
             route = call.route("input_grad", y, w.shape)
             saved_w, sw_back = saved_apart(
-                state.w_back, w, sw_back, state.w_back.options(call.use, w), route, call.observed
+                state.w_back, w, sw_back, state.w_back.key_of(call.use, w), route, call.observed
             )
         place = y.new_empty(()) if need_x and need_w and not torch.compiler.is_compiling() else None
         stash(
@@ -326,9 +326,9 @@ def _gradient(
         observed = call.record and state.session.observer is not None
         shared = known is not None and of_dy.shares_tensor_scale(known.operand, known.scale)
         scale = known.scale if shared else of_dy.scale_before(dy, call.record)  # type: ignore[union-attr]
-        cast = quantized(of_dy, dy, scale, ctx.dy_options[mine], route, observed, keep=False)
+        cast = quantized(of_dy, dy, scale, ctx.dy_keys[mine], route, observed, keep=False)
     elif not before.cast.saved and route is not Route.FLOAT32:  # the other product needed no codes
-        cast = quantized(of_dy, dy, before.cast.scale, ctx.dy_options[mine], route, False, keep=False)
+        cast = quantized(of_dy, dy, before.cast.scale, ctx.dy_keys[mine], route, False, keep=False)
     else:
         cast = before.cast
     route = Route.FLOAT32 if cast.needs_float32 else route
@@ -363,7 +363,7 @@ class Quantizer(NamedTuple):
     """
 
     operand: Operand
-    options: dict
+    key: Tensor | None
     record: bool
     observed: bool
     scale: Tensor | float | None = None
@@ -375,7 +375,7 @@ class Quantizer(NamedTuple):
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.operand.scale_of(x, self.record) if self.scale is None else self.scale
-        values = self.operand.quantize(x, scale, self.options, self.observed)
+        values = self.operand.quantize(x, scale, self.key, self.observed)
         kept = self.operand.saturated(x, scale) if self.masks else x.new_ones((), dtype=torch.bool)
         return values if values is not x else x.clone(), kept  # type: ignore[return-value]
 
@@ -488,7 +488,7 @@ class _Pieces(torch.autograd.Function):
 def _quantized(call: Call, operand: Operand, x: Tensor, observed: bool) -> Tensor:
     if operand.fmt is None:
         return carrier(x)
-    return straight(Quantizer(operand, operand.options(call.use, x), call.record, observed), x)
+    return straight(Quantizer(operand, operand.key_of(call.use, x), call.record, observed), x)
 
 
 def _in_pieces(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -240,13 +240,13 @@ class Operand:
         return one and not self.block and self._found_at_once(x)
 
     def _waits_for_no_amax(self, x: Tensor) -> bool:
-        """Whether the scale is that of a full history, and the amax of x is found while x is rounded."""
+        """Whether the scale is that of the history alone, and the amax of x is found while x is rounded."""
         policy = self.spec.scaling
         if not isinstance(policy, DelayedScaling) or self.window is None or self.axis is not None:
             return False
         if not self._found_on_tensor_cores(x):
             return False
-        return len(self.window) == policy.history or (len(self.window) >= policy.warm_up and policy.warm_up == 1)
+        return len(self.window) == policy.history or policy.warm_up == 1
 
     def collected(self, x: Tensor) -> Tensor | None:
         """The number that rounding x shall raise to its amax, in place; None where that is known, or not recorded."""
@@ -277,7 +277,7 @@ class Operand:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def options(self, use: int | Tensor, x: Tensor) -> Any:
+    def key_of(self, use: int | Tensor, x: Tensor) -> Tensor | None:
         """The key that a use of the layer (`Uses.take`) draws its random bits with, to round x or what is where x is.
 
         None where nothing is drawn.

@@ -246,8 +246,8 @@ class LayerState:
 
     def keys_of_gradients(self, use: int | Tensor, x: Tensor) -> tuple:
         """What the two products of a gradient draw with: one key where they have one entry of the recipe."""
-        first = self.dy.options(use, x)
-        return first, first if self.dy_back is self.dy else self.dy_back.options(use, x)
+        first = self.dy.key_of(use, x)
+        return first, first if self.dy_back is self.dy else self.dy_back.key_of(use, x)
 
     def observed(self, record: bool) -> bool:
         """Whether this forward's statistics are published: not those of a recomputation."""

@@ -20,7 +20,7 @@ def quantized_weight(state: LayerState, operand: Operand, w: Tensor, scale, trai
 
     scale: None finds it from w.
     """
-    record, key = state.records(training), operand.options(state.use(training), w)
+    record, key = state.records(training), operand.key_of(state.use(training), w)
     return straight(Quantizer(operand, key, record, state.observed(record), scale), w).to(w.dtype)
 
 

@@ -75,12 +75,8 @@ def quantize_model(
     }
     names = dict.fromkeys([*modules, *(spot.name for own in spots.values() for spot in own)])
     included, excluded = _matched(include, names, "include pattern"), _matched(exclude, names, "exclude pattern")
-    idle = tuple(o.condition for o in recipe.overrides if o.name and not any(name_matches(o.name, n) for n in names))
-    _matched(
-        [o.name for o in recipe.overrides if o.name and o.names_one and o.condition in idle],
-        names,
-        "the override's name",
-    )
+    idle = [o for o in recipe.overrides if o.name and not any(name_matches(o.name, n) for n in names)]
+    _matched([o.name for o in idle if o.name and o.names_one], names, "the override's name")
 
     plan: list[tuple[Spot, LayerRecipe]] = []
     skipped: dict[str, str] = {}
@@ -124,7 +120,7 @@ def quantize_model(
     store_on_grid(model, keep_original=True)
     if any(one.needs_steps for _, one in plan):
         watch_optimizers()
-    return replace(_manifest(model, swapped, skipped, seen), idle=idle)
+    return replace(_manifest(model, swapped, skipped, seen), idle=tuple(o.condition for o in idle))
 
 
 def _manifest(model: nn.Module, swapped: dict[str, Swapped], skipped: dict[str, str], seen: Traced | None) -> Manifest:

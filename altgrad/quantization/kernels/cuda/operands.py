@@ -198,7 +198,7 @@ def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin:
     """Close a step of a delayed scale in place: `pending` enters the history if it is an amax, and becomes -1.
 
     Args:
-        window: float32 [history], newest first, full. pending, scale: 0-d float32; the scale is that of the next step.
+        window: float32 [history], newest first, with -1 where no step was yet. pending, scale: 0-d float32; the scale is that of the next step.
         margin: binary digits of headroom.
     """
     with on_device(window):
