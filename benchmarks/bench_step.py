@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--convolutions", action="store_true", help="measure convolutions alone")
     args = parser.parse_args()
     if args.without_units:
-        gemm.PROCESSOR = gemm.Processor()
+        gemm.PROCESSOR = gemm.PROCESSOR.without_units()
     torch.set_num_threads(args.threads)
     if args.convolutions:
         found = convolutions(args.rounds)

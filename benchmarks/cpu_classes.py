@@ -59,7 +59,7 @@ CLASSES = {
             "ONEDNN_MAX_CPU_ISA": "AVX2",
             "MKL_ENABLE_INSTRUCTIONS": "AVX2",
             "NUMBA_CPU_NAME": "haswell",
-            "NUMBA_CPU_FEATURES": "",
+            "NUMBA_CPU_FEATURES": "+avx2,+fma",
         },
     ),
     "avx512": CpuClass(
@@ -70,7 +70,7 @@ CLASSES = {
             "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
             "MKL_ENABLE_INSTRUCTIONS": "AVX512",
             "NUMBA_CPU_NAME": "cascadelake",
-            "NUMBA_CPU_FEATURES": "+avx512vnni",
+            "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx512f,+avx512bw,+avx512vnni",
         },
     ),
     "host": CpuClass("the host as it is", "", {}),

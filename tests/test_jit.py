@@ -295,7 +295,7 @@ def test_parts_that_differ_have_names_of_their_own_also_where_a_part_of_theirs_d
     from altgrad.quantization.products import loops, panels
     from altgrad.quantization.products.units import Unit
 
-    narrow = [template.part(panels._narrow, template.Plain(), GROUP_SIZE=size) for size in (2, 4)]
+    narrow = [template.part(panels._narrow, template.Plain(), MASK=mask, DROPPED=16) for mask in (0, 255)]
     payloads = [template.part(panels._payload, template.Plain(), DECODING=1, SCALED=True, narrow=one) for one in narrow]
     tiles = [
         template.part(loops._tile, loops.Variant(u, False), multiply_tile=loops.tile(Unit.BF16, False)) for u in (0, 1)

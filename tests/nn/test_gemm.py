@@ -90,7 +90,7 @@ def test_raw_payload_products_would_overflow():
 
 
 ZEN5, SAPPHIRE_RAPIDS = Processor(True, True, False), Processor(True, True, True)
-CASCADE_LAKE, HASWELL = Processor(int8_codes=True), Processor()
+CASCADE_LAKE, HASWELL = Processor(int8_codes=True, vectors=True), Processor(vectors=True)
 BIG = (512, 512, 512)
 
 
@@ -103,14 +103,21 @@ def needs(a, b) -> Needs:
 @pytest.mark.parametrize(
     ("a", "b", "shape", "zen5", "sapphire_rapids", "cascade_lake"),
     [
-        ("E4M3", "E5M2", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32),
-        ("E7M0", "E7M0", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32),
-        ("E0M7", "E4M3", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32),
+        ("E4M3", "E5M2", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32_CODES),
+        ("E7M0", "E7M0", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32_CODES),
+        ("E0M7", "E4M3", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32_CODES),
         ("E0M7", "E1M6", BIG, Route.INT8_CODES, Route.BF16, Route.INT8_CODES),
         ("INT8", "E2M1", BIG, Route.INT8_CODES, Route.BF16, Route.INT8_CODES),
-        ("E0M7", "E0M7", (64, 64, LARGEST_DEPTH + 1), Route.BF16_CODES, Route.BF16, Route.FLOAT32),  # beyond int32
-        ("MXFP8", "MXFP8", BIG, Route.BF16_CODES, Route.BF16_CODES, Route.FLOAT32),
-        ("E4M3", "E4M3", (8, 512, 512), Route.BF16_CODES, Route.FLOAT32, Route.FLOAT32),  # few rows
+        (
+            "E0M7",
+            "E0M7",
+            (64, 64, LARGEST_DEPTH + 1),
+            Route.BF16_CODES,
+            Route.BF16,
+            Route.FLOAT32_CODES,
+        ),  # beyond int32
+        ("MXFP8", "MXFP8", BIG, Route.BF16_CODES, Route.BF16_CODES, Route.FLOAT32_CODES),
+        ("E4M3", "E4M3", (8, 512, 512), Route.BF16_CODES, Route.FLOAT32, Route.FLOAT32_CODES),  # few rows
         ("E4M3", "E4M3", (32, 32, 32), Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # few products
         ("BF16", "E4M3", BIG, Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # subnormals are not normal bf16 numbers
         ("E5M7", "E4M3", BIG, Route.FLOAT32, Route.BF16, Route.FLOAT32),  # 8 significant bits in more than a byte
@@ -123,8 +130,10 @@ def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_l
     assert choose_route(needed, shape, "cpu", processor=ZEN5) is zen5
     assert choose_route(needed, shape, "cpu", processor=SAPPHIRE_RAPIDS) is sapphire_rapids
     assert choose_route(needed, shape, "cpu", processor=CASCADE_LAKE) is cascade_lake
-    assert choose_route(needed, shape, "cpu", processor=HASWELL) is Route.FLOAT32
-    for processor in (ZEN5, SAPPHIRE_RAPIDS, CASCADE_LAKE):
+    plainer = {Route.INT8_CODES: Route.INT16_CODES, Route.BF16_CODES: Route.FLOAT32_CODES}
+    assert choose_route(needed, shape, "cpu", processor=HASWELL) is plainer.get(zen5, Route.FLOAT32)
+    assert choose_route(needed, shape, "cpu", processor=Processor()) is Route.FLOAT32
+    for processor in (ZEN5, SAPPHIRE_RAPIDS, CASCADE_LAKE, HASWELL):
         assert choose_route(needed, shape, "cpu", dtype=torch.float64, processor=processor) is Route.FLOAT32
     assert choose_route(needed, shape, "cpu", codes=False, processor=ZEN5) is Route.FLOAT32  # in compiled code
 
@@ -177,7 +186,8 @@ def test_this_processor_is_one_of_the_classes_and_says_so():
     facts = torch.cpu.get_capabilities()
     assert PROCESSOR.bf16_matrices == bool(facts.get("amx_bf16"))
     assert not PROCESSOR.bf16_codes or facts["avx512_bf16"]
-    assert str(HASWELL) == "float32 alone"
+    assert PROCESSOR.vectors or not facts["avx2"]
+    assert (str(Processor()), str(HASWELL)) == ("float32 alone", "int16 and float32 codes (AVX2)")
     assert "VNNI" in str(CASCADE_LAKE)
 
 
@@ -337,15 +347,16 @@ def test_a_stored_weight(name):
 
 
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "E3M4"])
-@pytest.mark.parametrize("route", [Route.BF16, Route.BF16_CODES], ids=str)
+@pytest.mark.parametrize("route", [Route.BF16, Route.BF16_CODES, Route.FLOAT32_CODES], ids=str)
 def test_the_bf16_routes(name, route, monkeypatch):
     monkeypatch.setattr(layer_state, "choose_route", lambda *_, **__: route)
     check(linear, uniform(name))
 
 
 @pytest.mark.parametrize("name", ["E0M7", "E2M1"])
-def test_the_int8_route(name, monkeypatch):
-    monkeypatch.setattr(layer_state, "choose_route", lambda *_, **__: Route.INT8_CODES)
+@pytest.mark.parametrize("route", [Route.INT8_CODES, Route.INT16_CODES], ids=str)
+def test_the_integer_routes(name, route, monkeypatch):
+    monkeypatch.setattr(layer_state, "choose_route", lambda *_, **__: route)
     check(linear, uniform(name))
 
 

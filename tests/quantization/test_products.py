@@ -20,12 +20,21 @@ from altgrad.quantization import FORMAT_REGISTRY, Cast, CurrentScaling, amax_sca
 from altgrad.quantization.codec import scale_values
 from altgrad.quantization.products import multiply as multiply_module
 from altgrad.quantization.products.multiply import Codes, fits_exponents, multiply
-from altgrad.quantization.products.units import LARGEST_DEPTH, Unit, common_unit, on_this_cpu, power, unit_of
+from altgrad.quantization.products.units import (
+    LARGEST_DEPTH,
+    Unit,
+    common_unit,
+    has_wide_vectors,
+    on_this_cpu,
+    power,
+    unit_of,
+)
 from altgrad.quantization.quantized import Want
 
 BYTES = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.has_zero]
 INTEGERS = [f for f in BYTES if unit_of(f) is Unit.INT8]
-UNITS = [(f, u) for f in BYTES for u in Unit if u is Unit.BF16 or f in INTEGERS]
+UNITS = [(f, u) for f in BYTES for u in Unit if not u.sums_integers or f in INTEGERS]
+LIKE_ZEN5, LIKE_HASWELL = gemm.Processor(True, True, False), gemm.Processor(vectors=True)
 EMULATED = [pytest.param(False, id="instruction"), pytest.param(True, id="emulated")]
 LAYOUTS = ["nt", "nn", "tn", "tt"]
 BLOCKS = ["MXFP8", "MXFP8_E5M2", "MXFP6", "MXFP4", "MXINT8", "NVFP4", "E2M1/16x16:E8M0"]
@@ -91,7 +100,7 @@ def test_every_format_on_every_unit_that_holds_it(case, emulated):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("emulated", EMULATED)
-@pytest.mark.parametrize(("unit", "name"), [(Unit.BF16, "E4M3"), (Unit.INT8, "E0M7")])
+@pytest.mark.parametrize(("unit", "name"), [(u, "E0M7" if u.sums_integers else "E4M3") for u in Unit])
 def test_every_layout_and_odd_shapes(unit, name, emulated, layout):
     fmt = get_format(name)
     for m, k, n in ((1, 1, 1), (8, 32, 32), (5, 7, 3), (33, 1000, 65), (70, 131, 47), (16, 2305, 9)):
@@ -122,7 +131,7 @@ def test_both_uniform_grids_give_the_same_bits(unit, emulated):
 
 
 @pytest.mark.parametrize("emulated", EMULATED)
-@pytest.mark.parametrize(("unit", "name"), [(Unit.BF16, "E5M2"), (Unit.INT8, "E1M6")])
+@pytest.mark.parametrize(("unit", "name"), [(u, "E1M6" if u.sums_integers else "E5M2") for u in Unit])
 def test_every_number_of_threads_beside_torchs_own(unit, name, emulated):
     fmt = get_format(name)
     left, right = torch.randn(500, 700), torch.randn(700, 600)
@@ -137,19 +146,37 @@ def test_every_number_of_threads_beside_torchs_own(unit, name, emulated):
 
 
 def test_the_instructions_and_their_emulation_agree():
-    for unit, name in ((Unit.INT8, "E0M7"), (Unit.BF16, "E4M3")):
-        if not on_this_cpu(unit):
-            continue
-        fmt = get_format(name)
+    for unit in filter(on_this_cpu, Unit):
+        fmt = get_format("E0M7" if unit.sums_integers else "E4M3")
         a, b = coded(torch.randn(40, 800), fmt), coded(torch.randn(800, 50), fmt)
         found = [multiply(a, b, unit, emulated=emulated) for emulated in (False, True)]
-        if unit is Unit.INT8:
-            assert torch.equal(*found)
+        if unit is not Unit.BF16:
+            assert torch.equal(*found), unit
         assert torch.allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("emulated", EMULATED)
-@pytest.mark.parametrize(("unit", "name"), [(Unit.BF16, "E5M2")])
+@pytest.mark.parametrize("unit", [Unit.INT16, Unit.FLOAT32], ids=lambda unit: unit.value)
+def test_tiles_for_few_registers_give_the_same_bits(unit, emulated, monkeypatch):
+    fmt = get_format("E0M7")
+    for m, k, n in ((1, 1, 1), (8, 64, 32), (33, 700, 65)):
+        a, b, bias = coded(torch.randn(m, k), fmt), coded(torch.randn(k, n), fmt), torch.randn(n)
+        found = []
+        for wide in (True, False):
+            monkeypatch.setattr(multiply_module, "_plans", {})
+            monkeypatch.setattr(multiply_module, "has_wide_vectors", lambda wide=wide: wide)
+            found.append(multiply(a, b, unit, bias=bias, emulated=emulated or (wide and not has_wide_vectors())))
+        assert torch.equal(*found)
+
+
+def test_integers_have_one_sum_on_every_unit():
+    fmt = get_format("E1M6")
+    a, b = coded(torch.randn(37, 900), fmt), coded(torch.randn(900, 41), fmt)
+    assert torch.equal(multiply(a, b, Unit.INT8), multiply(a, b, Unit.INT16))
+
+
+@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize(("unit", "name"), [(Unit.BF16, "E5M2"), (Unit.FLOAT32, "E5M2")])
 def test_codes_of_nan_and_inf(unit, name, emulated):
     x, w = torch.randn(20, 40), torch.randn(40, 36)
     x[3, 5], x[7, 39], w[11, 35] = torch.nan, torch.inf, -torch.inf
@@ -163,7 +190,7 @@ def test_codes_of_nan_and_inf(unit, name, emulated):
 
 
 @pytest.mark.parametrize("emulated", EMULATED)
-@pytest.mark.parametrize("unit", [Unit.BF16], ids=lambda unit: unit.value)
+@pytest.mark.parametrize("unit", [Unit.BF16, Unit.FLOAT32], ids=lambda unit: unit.value)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_formats_along_the_reduction(name, unit, emulated):
     fmt = get_format(name)
@@ -212,18 +239,19 @@ def test_the_deepest_sum_of_bytes_is_exact():
     depth = LARGEST_DEPTH
     largest = Codes(torch.full((1, depth), 127, dtype=torch.uint8), fmt)
     other = Codes(torch.full((depth, 1), 255, dtype=torch.uint8), fmt)  # -127
-    got = multiply(largest, other, Unit.INT8, emulated=True)
-    assert float(got) == float(torch.tensor(-(127.0**2) * depth / 2.0**14))
+    for unit in (Unit.INT8, Unit.INT16):
+        got = multiply(largest, other, unit, emulated=True)
+        assert float(got) == float(torch.tensor(-(127.0**2) * depth / 2.0**14))
 
 
 # -- layers whose products are of codes, against the same layers on float32 ----------------------------------------------
 
 
-def of_both_routes(monkeypatch, x, w, recipe, bias=None):
+def of_both_routes(monkeypatch, processor, x, w, recipe, bias=None):
     """(y, dx, dw) by codes and by float32, with what each element may differ by."""
     found = []
-    for processor in (gemm.Processor(True, True, False), gemm.Processor()):
-        monkeypatch.setattr(gemm, "PROCESSOR", processor)
+    for each in (processor, gemm.Processor()):
+        monkeypatch.setattr(gemm, "PROCESSOR", each)
         a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
         y = functional.linear(a, b, bias, recipe=recipe)
         y.sum().backward()
@@ -250,14 +278,15 @@ PRODUCTS_OF_LAYERS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("processor", [LIKE_ZEN5, LIKE_HASWELL], ids=str)
 @pytest.mark.parametrize("case", PRODUCTS_OF_LAYERS)
-def test_a_layer_by_codes_is_the_layer_by_float32(case, monkeypatch):
+def test_a_layer_by_codes_is_the_layer_by_float32(case, processor, monkeypatch):
     spelled, change = PRODUCTS_OF_LAYERS[case]
     fmt, other = spelled if isinstance(spelled, tuple) else (spelled, None)
     options = {"scaling": CurrentScaling(axis=0)} if other == "rows" else {"weight": other} if other else {}
     generator = torch.Generator().manual_seed(0)
     x, w = change(torch.randn(96, 256, generator=generator), torch.randn(64, 256, generator=generator))
-    for codes, reference, bound in of_both_routes(monkeypatch, x, w, layer_recipe(fmt, **options)):
+    for codes, reference, bound in of_both_routes(monkeypatch, processor, x, w, layer_recipe(fmt, **options)):
         finite = torch.isfinite(reference)
         assert torch.equal(torch.isfinite(codes), finite)
         assert bool(((codes.double() - reference.double()).abs() <= bound)[finite].all())
@@ -265,7 +294,7 @@ def test_a_layer_by_codes_is_the_layer_by_float32(case, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 64), (96, 64)], ids=str)
 def test_a_bias_that_torch_broadcasts_is_added_and_has_its_gradient(shape, monkeypatch):
-    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    monkeypatch.setattr(gemm, "PROCESSOR", LIKE_ZEN5)
     x, w = torch.randn(96, 256), torch.randn(64, 256)
     bias = torch.randn(shape, requires_grad=True)
     y = functional.linear(x, w, bias, recipe=layer_recipe("E4M3"))
@@ -310,9 +339,9 @@ def test_a_forked_child_multiplies_shapes_that_its_parent_planned():
 # -- small layers, whose products and quantizations are one call ---------------------------------------------------------
 
 
-def at_once_and_not(monkeypatch, recipe, x, w, bias=None, grad=None, needs=(True, True)):
+def at_once_and_not(monkeypatch, recipe, x, w, bias=None, grad=None, needs=(True, True), processor=LIKE_ZEN5):
     """[(y, dx, dw, db) in one call, the same step by step], and how many calls were one."""
-    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    monkeypatch.setattr(gemm, "PROCESSOR", processor)
     monkeypatch.setattr(gemm, "CPU_CODES_MIN_PRODUCTS", 0)
     found, runs = [], []
     real = at_once.Plan.run
@@ -334,14 +363,15 @@ def agree(found):
             torch.testing.assert_close(once, steps, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("processor", [LIKE_ZEN5, LIKE_HASWELL], ids=str)
 @pytest.mark.parametrize("shape", [(128, 64, 192), (1, 1, 1), (37, 65, 50), (33, 130, 7)], ids=str)
 @pytest.mark.parametrize("fmt", ["E4M3", "E0M7", "MXFP8", "MXINT8", "E4M3/6:E8M0", "E2M1/16x16:E8M0"])
-def test_a_small_layer_in_one_call_has_the_bits_of_its_steps(fmt, shape, monkeypatch):
+def test_a_small_layer_in_one_call_has_the_bits_of_its_steps(fmt, shape, processor, monkeypatch):
     rows, depth, columns = shape
     generator = torch.Generator().manual_seed(rows)
     x, w, dy = (torch.randn(s, generator=generator) for s in ((rows, depth), (columns, depth), (rows, columns)))
     for bias in (None, torch.randn(columns, generator=generator)):
-        found, runs = at_once_and_not(monkeypatch, layer_recipe(fmt), x, w, bias, dy)
+        found, runs = at_once_and_not(monkeypatch, layer_recipe(fmt), x, w, bias, dy, processor=processor)
         assert runs == 1
         agree(found)
 
@@ -380,7 +410,7 @@ def test_leading_axes_count_rows_in_one_call(fmt, shape, monkeypatch):
 
 @pytest.mark.parametrize("fmt", ["E4M3", "MXFP8"])
 def test_a_backward_of_one_call_is_differentiated_through_leading_axes(fmt, monkeypatch):
-    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    monkeypatch.setattr(gemm, "PROCESSOR", LIKE_ZEN5)
     monkeypatch.setattr(gemm, "CPU_CODES_MIN_PRODUCTS", 0)
     found = []
     for shape in ((2, 33, 64), (66, 64)):
@@ -422,7 +452,7 @@ def test_blocks_of_zeros_are_multiplied_as_codes(monkeypatch):
 
 
 def test_a_copied_or_changed_layer_makes_plans_of_its_own(monkeypatch):
-    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    monkeypatch.setattr(gemm, "PROCESSOR", LIKE_ZEN5)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256))
     quantize_model(model, uniform("E4M3"))
     x = matrix((128, 64), 0, None)
@@ -438,7 +468,7 @@ def test_a_copied_or_changed_layer_makes_plans_of_its_own(monkeypatch):
 
 
 def test_nothing_of_a_call_outlives_its_result(monkeypatch):
-    monkeypatch.setattr(gemm, "PROCESSOR", gemm.Processor(True, True, False))
+    monkeypatch.setattr(gemm, "PROCESSOR", LIKE_ZEN5)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256))
     quantize_model(model, uniform("E4M3"))
     made = []

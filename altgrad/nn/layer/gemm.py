@@ -6,9 +6,10 @@ accumulates in float32 gives the float32 result up to summation order. The produ
 which must therefore be constant along the dimension that the GEMM reduces. Raw payloads are never multiplied: those of
 E7M0 reach 2^64. All else takes the float32 GEMM on dequantized operands.
 
-On the CPU codes themselves are multiplied where the processor has the instruction (`altgrad.quantization.products`): as
-bytes where payloads are small integers, else as bf16. CPUs with matrix units for bf16 (AMX) take their library's product
-of the values instead, which only needs a setting; without those units that setting gains less than multiplying codes.
+On the CPU codes themselves are multiplied (`altgrad.quantization.products`): as bytes where payloads are small integers,
+else as bf16, where the processor has the instruction; as int16 and as float32 where it has but vectors of 32 bytes. CPUs
+with matrix units for bf16 (AMX) take their library's product of the values instead, which only needs a setting; without
+those units that setting gains less than multiplying codes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from torch import Tensor
 
 from altgrad.quantization import FloatFormat
 from altgrad.quantization.kernels.choose import interpreted
-from altgrad.quantization.products.units import LARGEST_DEPTH, NORMAL_EMIN, SIGNIFICANT_BITS, Unit, on_this_cpu
+from altgrad.quantization.products.units import (
+    LARGEST_DEPTH,
+    NORMAL_EMIN,
+    PLAINER,
+    SIGNIFICANT_BITS,
+    Unit,
+    on_this_cpu,
+)
 from altgrad.quantization.tensor_cores import accumulate_in_float32
 
 CARRIER_EMAX = 127  # bf16 and float32 share their exponents
@@ -36,9 +44,12 @@ class Route(Enum):
     BF16 = "bf16"
     BF16_CODES = "bf16 codes"
     INT8_CODES = "int8 codes"
+    FLOAT32_CODES = "float32 codes"
+    INT16_CODES = "int16 codes"
 
     def __init__(self, says: str) -> None:
-        self.unit = {"bf16 codes": Unit.BF16, "int8 codes": Unit.INT8}.get(says)  # of codes; None for values
+        unit, _, what = says.partition(" ")
+        self.unit = Unit(unit) if what else None  # of codes; None for values
 
 
 class Needs(NamedTuple):
@@ -79,6 +90,7 @@ class Processor(NamedTuple):
     int8_codes: bool = False  # AVX-512 VNNI
     bf16_codes: bool = False  # AVX-512 BF16
     bf16_matrices: bool = False  # AMX
+    vectors: bool = False  # AVX2 and FMA, which multiply codes where the above are lacking
 
     def __str__(self) -> str:
         names = {
@@ -86,13 +98,25 @@ class Processor(NamedTuple):
             "bf16_codes": "bf16 codes (AVX-512 BF16)",
             "bf16_matrices": "bf16 matrices (AMX)",
         }
-        return ", ".join(says for name, says in names.items() if getattr(self, name)) or "float32 alone"
+        found = [says for name, says in names.items() if getattr(self, name)]
+        return ", ".join(found) or ("int16 and float32 codes (AVX2)" if self.vectors else "float32 alone")
+
+    def multiplies(self, unit: Unit) -> Unit | None:
+        """What multiplies the codes that a unit holds: it or a plainer one; None: nothing, so that values are multiplied."""
+        if self.int8_codes if unit is Unit.INT8 else self.bf16_codes:
+            return unit
+        return PLAINER[unit] if self.vectors else None
+
+    def without_units(self) -> Processor:
+        """A CPU of this kind that has vectors alone."""
+        return Processor(vectors=self.vectors)
 
 
 def this_processor() -> Processor:
     """The CPU at hand."""
     has_matrices = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return Processor(on_this_cpu(Unit.INT8), on_this_cpu(Unit.BF16), has_matrices)
+    vectors = on_this_cpu(Unit.INT16) and on_this_cpu(Unit.FLOAT32)
+    return Processor(on_this_cpu(Unit.INT8), on_this_cpu(Unit.BF16), has_matrices, vectors)
 
 
 _CPU_MATMUL = torch.backends.mkldnn.matmul
@@ -100,6 +124,7 @@ PROCESSOR = this_processor()
 # Below these the conversion to bf16 and back outweighs the matrix units, or a call that of another product.
 CPU_BF16_MIN_PRODUCTS, CPU_CODES_MIN_PRODUCTS = 2**21, 2**17
 CPU_BF16_MIN_SIDE = 16
+_OF_CODES = {route.unit: route for route in Route if route is not Route.BF16}
 
 
 def choose_route(
@@ -135,9 +160,8 @@ def choose_route(
         return Route.BF16 if large else Route.FLOAT32
     if not codes or needed.unit is None or products < CPU_CODES_MIN_PRODUCTS:
         return Route.FLOAT32
-    if needed.unit is Unit.INT8 and processor.int8_codes and shape[2] <= LARGEST_DEPTH:
-        return Route.INT8_CODES
-    return Route.BF16_CODES if processor.bf16_codes else Route.FLOAT32
+    wanted = Unit.BF16 if shape[2] > LARGEST_DEPTH else needed.unit  # which holds integers, too
+    return _OF_CODES[processor.multiplies(wanted)]
 
 
 def pull_apart(scale: Tensor | float, fmt: FloatFormat) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from altgrad.jit.storage import FLOAT32
 from altgrad.jit.template import function, loop, part, table_reader
 from altgrad.jit.threads import call_loop
 from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS, Packing
-from altgrad.quantization.products.tiles import PANEL_ROWS, TILE_ROWS, put_word, tile, word_at
+from altgrad.quantization.products.tiles import NARROW_TILE_ROWS, PANEL_ROWS, TILE_ROWS, put_word, tile, word_at
 
 
 class Variant(NamedTuple):
@@ -30,6 +30,7 @@ class Variant(NamedTuple):
 
     UNIT: int  # index in `panels.UNITS`
     EMULATED: bool
+    NARROW: bool = False  # tiles for AVX2's registers
 
 
 class Product(NamedTuple):
@@ -117,11 +118,11 @@ def compiled(variant: Variant) -> int:
     """Address of a multiplying loop."""
     constants = {
         "PANEL": PANEL_ROWS,
-        "TILE": TILE_ROWS,
+        "TILE": NARROW_TILE_ROWS if variant.NARROW else TILE_ROWS,
         "ROOM_BYTES": 4 * TILE_ROWS * PANEL_ROWS,
         "BIAS_BYTES": 4 * PANEL_ROWS,
     }
-    made = {"multiply_tile": tile(UNITS[variant.UNIT], variant.EMULATED), **constants}
+    made = {"multiply_tile": tile(UNITS[variant.UNIT], variant.EMULATED, variant.NARROW), **constants}
     multiply_tile = part(_tile, variant, **made)
     edge = part(_edge, variant, multiply_tile=multiply_tile, **constants)
     return loop(_multiply, variant, edge=edge, multiply_tile=multiply_tile, read=_read, **constants)

@@ -22,6 +22,7 @@ from altgrad.quantization.products.units import (
     Unit,
     exponents_that_fit,
     facts,
+    has_wide_vectors,
     on_this_cpu,
     payloads,
     power,
@@ -132,15 +133,15 @@ def _packing(fmt: FloatFormat | BlockFormat, unit: Unit, by_steps: bool, scaled:
 
 
 @cache
-def _multiplying(unit: Unit, emulated: bool) -> int:
+def _multiplying(unit: Unit, emulated: bool, narrow: bool) -> int:
     loops, panels, _ = _machinery()
-    return loops.compiled(loops.Variant(panels.UNITS.index(unit), emulated))
+    return loops.compiled(loops.Variant(panels.UNITS.index(unit), emulated, narrow))
 
 
 def multiply(a: Codes, b: Codes, unit: Unit, *, bias: Tensor | None = None, emulated: bool | None = None) -> Tensor:
     """a @ b, plus a bias for each column, in float32, for matrices [..., m, k] and [..., k, n] on the CPU.
 
-    On `INT8` the sums are exact and k is at most `LARGEST_DEPTH`; on `BF16` the products are, which are summed in float32
+    Integer sums are exact, and k is at most `LARGEST_DEPTH`; on the other units products are, which are summed in float32
     in slices along k. Sums times both scales are rounded once. Results do not depend on the number of threads.
 
     Args:
@@ -246,7 +247,7 @@ def plan_of(a: Codes, b: Codes, unit: Unit, emulated: bool | None = None, batch:
     _, panels, threads = _machinery()
     rows, depth, columns = a.codes.shape[-2], a.codes.shape[-1], b.codes.shape[-1]
     assert depth == b.codes.shape[-2]
-    assert unit is Unit.BF16 or depth <= LARGEST_DEPTH
+    assert not unit.sums_integers or depth <= LARGEST_DEPTH
     count = math.prod(batch)
     left_count, right_count = (count if one.codes.ndim == 3 else 1 for one in (a, b))
     words = -(-depth // GROUP[unit])
@@ -265,7 +266,7 @@ def plan_of(a: Codes, b: Codes, unit: Unit, emulated: bool | None = None, batch:
     return Plan(
         template,
         template.ctypes.data,
-        (pack_left, pack_right, _multiplying(unit, emulated)),
+        (pack_left, pack_right, _multiplying(unit, emulated, not has_wide_vectors())),
         (left_count * down, right_count * across, count * blocks),
         (left_bytes, left_bytes + right_bytes + 64),
         (*batch, rows, columns),

@@ -69,10 +69,8 @@ def _payload(code, scale, facts):
 
 
 def _narrow(value):
-    """A payload as the low bits of a uint32: bf16, which holds it exactly, or a byte."""
-    return (
-        shr(bits_of(value), np.uint32(16)) if GROUP_SIZE == 2 else band(truncated(np.uint32(0), value), np.uint32(0xFF))
-    )
+    """A payload as the low bits of a uint32: float32, bf16, which holds it exactly, or an integer of 16 or 8 bits."""
+    return band(truncated(np.uint32(0), value), np.uint32(MASK)) if MASK else shr(bits_of(value), np.uint32(DROPPED))
 
 
 def _decode(codes, count, multipliers, out, payloads, facts):
@@ -212,6 +210,8 @@ def compiled(variant: Variant) -> int:
     constants = {member.name: int(member) for member in Decoding} | {
         "GROUP_SIZE": GROUP[unit],
         "ITEM": 4 // GROUP[unit],
+        "MASK": 2 ** (32 // GROUP[unit]) - 1 if unit.sums_integers else 0,
+        "DROPPED": 32 - 32 // GROUP[unit],
         "PANEL": PANEL_ROWS,
         "BLOCK_BYTES": 4 * LANES * LANES,
         "LINES_BYTES": 4 * PANEL_ROWS,

@@ -8,7 +8,10 @@ reduction those of the 32 rows side by side. A tile takes 8 rows of a left panel
 On CPUs with the instruction a product of words is one (`vdpbf16ps`, `vpdpbusd`); where it is lacking, or emulated on
 demand, the same sums are spelled out: for bf16 the odd and the even product are added one after the other, each exact and
 rounded once, for bytes in integers. `vpdpbusd` takes its left bytes as unsigned: they carry + 128, and sums start from
--128 times the sum of the right ones.
+-128 times the sum of the right ones. Words of two int16 (`vpmaddwd`) or of one float32 are for CPUs without either.
+
+The sums of a tile stay in registers, of which AVX2 has a quarter: there it is 4 rows high, and its 32 columns are taken 16
+at a time.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from numba.extending import intrinsic
 from altgrad.quantization.products.units import Unit
 
 PANEL_ROWS = 32
-TILE_ROWS, LANES = 8, 16
+TILE_ROWS, NARROW_TILE_ROWS, LANES = 8, 4, 16
 VECTORS = PANEL_ROWS // LANES  # of a tile's row
 
-_I8, _I32, _I64, _F32, _F64 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
 _WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+_SHORTS = ir.VectorType(_I16, 2 * LANES)
 
 
 class _BFloat(ir.Type):
@@ -97,11 +102,58 @@ def _dot_int8_emulated(builder, total, left, right):
     return total
 
 
+def _dot_int16(builder, total, left, right):
+    kind = ir.FunctionType(_WORDS, [_SHORTS, _SHORTS])
+    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.pmaddw.d.512")
+    return builder.add(
+        total, builder.call(instruction, [builder.bitcast(left, _SHORTS), builder.bitcast(right, _SHORTS)])
+    )
+
+
+def _dot_int16_narrow(builder, total, left, right):
+    half, shorts = ir.VectorType(_I32, LANES // 2), ir.VectorType(_I16, LANES)
+    kind = ir.FunctionType(half, [shorts, shorts])
+    instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
+    halves = []
+    for start in (0, LANES // 2):
+        picked = ir.Constant(half, list(range(start, start + LANES // 2)))
+        given = [builder.bitcast(builder.shuffle_vector(t, t, picked), shorts) for t in (left, right)]
+        halves.append(builder.call(instruction, given))
+    return builder.add(total, builder.shuffle_vector(*halves, ir.Constant(_WORDS, list(range(LANES)))))
+
+
+def _dot_int16_emulated(builder, total, left, right):
+    def high(word):
+        return builder.ashr(word, _words(16))
+
+    def low(word):
+        return builder.ashr(builder.shl(word, _words(16)), _words(16))
+
+    for half in (low, high):
+        total = builder.add(total, builder.mul(half(left), half(right)))
+    return total
+
+
+def _dot_float32(builder, total, left, right):
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    fused = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+    return builder.call(fused, [builder.bitcast(left, _FLOATS), builder.bitcast(right, _FLOATS), total])
+
+
+def _dot_float32_emulated(builder, total, left, right):
+    # products of 8 significant bits each are exact: the same sums as those of one rounding
+    return builder.fadd(total, builder.fmul(builder.bitcast(left, _FLOATS), builder.bitcast(right, _FLOATS)))
+
+
 _DOTS = {
     (Unit.BF16, False): _dot_bf16,
     (Unit.BF16, True): _dot_bf16_emulated,
     (Unit.INT8, False): _dot_int8,
     (Unit.INT8, True): _dot_int8_emulated,
+    (Unit.INT16, False): _dot_int16,
+    (Unit.INT16, True): _dot_int16_emulated,
+    (Unit.FLOAT32, False): _dot_float32,
+    (Unit.FLOAT32, True): _dot_float32_emulated,
 }
 
 
@@ -111,7 +163,7 @@ def _scaled(builder, total, factor, unit: Unit):
     for part in (range(8), range(8, 16)):
         picked = builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_I32, 8), list(part)))
         wide = ir.VectorType(_F64, 8)
-        value = builder.fpext(picked, wide) if unit is Unit.BF16 else builder.sitofp(picked, wide)
+        value = builder.sitofp(picked, wide) if unit.sums_integers else builder.fpext(picked, wide)
         single = builder.insert_element(ir.Constant(wide, ir.Undefined), factor, ir.Constant(_I32, 0))
         zeros = ir.Constant(ir.VectorType(_I32, 8), None)
         product = builder.fmul(value, builder.shuffle_vector(single, single, zeros))
@@ -119,68 +171,73 @@ def _scaled(builder, total, factor, unit: Unit):
     return builder.shuffle_vector(*halves, ir.Constant(_WORDS, list(range(LANES))))
 
 
-def tile(unit: Unit, emulated: bool):
-    """The intrinsic of one tile, see `_tile`."""
-    dot = _DOTS[unit, emulated]
-    sums = _FLOATS if unit is Unit.BF16 else _WORDS
+def tile(unit: Unit, emulated: bool, narrow: bool = False):
+    """The intrinsic of one tile, see `_tile`; `narrow`: for AVX2's registers."""
+    dot = _dot_int16_narrow if (unit, emulated, narrow) == (Unit.INT16, False, True) else _DOTS[unit, emulated]
+    sums = _WORDS if unit.sums_integers else _FLOATS
+    height = NARROW_TILE_ROWS if narrow else TILE_ROWS
+    passes = [[v] for v in range(VECTORS)] if narrow else [list(range(VECTORS))]  # vectors of columns taken together
 
     def add(builder, a, b):
-        return (builder.fadd if unit is Unit.BF16 else builder.add)(a, b)
+        return (builder.add if unit.sums_integers else builder.fadd)(a, b)
+
+    def one_pass(builder, vectors, left, right, words, out, stride, adds, last, factor, bias):
+        totals = [[cgutils.alloca_once(builder, sums) for _ in vectors] for _ in range(height)]
+        starts = [builder.load(_at(builder, right, LANES * v), align=64) for v in vectors]
+        for row in totals:
+            for total, start in zip(row, starts, strict=True):
+                builder.store(builder.bitcast(start, sums), total)
+        first = builder.add(right, ir.Constant(_I64, 4 * PANEL_ROWS))
+        with cgutils.for_range(builder, words) as loop:
+            group = builder.mul(loop.index, ir.Constant(_I64, PANEL_ROWS))
+            columns = [
+                builder.load(_at(builder, first, builder.add(group, ir.Constant(_I64, LANES * v))), align=64)
+                for v in vectors
+            ]
+            for i, row in enumerate(totals):
+                word = _at(builder, left, builder.add(group, ir.Constant(_I64, i)))
+                spread = _spread(builder, builder.load(builder.bitcast(word, _I32.as_pointer()), align=4))
+                for total, column in zip(row, columns, strict=True):
+                    builder.store(dot(builder, builder.load(total), spread, column), total)
+        places = []
+        for i, row in enumerate(totals):
+            line = builder.mul(stride, ir.Constant(_I64, i))
+            for v, total in zip(vectors, row, strict=True):
+                places.append((_at(builder, out, builder.add(line, ir.Constant(_I64, LANES * v))), v, total))
+        with builder.if_then(builder.icmp_unsigned("!=", adds, ir.Constant(_I64, 0))):
+            for place, _, total in places:
+                earlier = builder.bitcast(builder.load(place, align=4), sums)
+                builder.store(add(builder, builder.load(total), earlier), total)
+        with builder.if_else(builder.icmp_unsigned("!=", last, ir.Constant(_I64, 0))) as (finish, keep):
+            with finish:
+                has_bias = builder.icmp_unsigned("!=", bias, ir.Constant(_I64, 0))
+                with builder.if_else(has_bias) as (biased, plain):
+                    with biased:
+                        for place, v, total in places:
+                            value = _scaled(builder, builder.load(total), factor, unit)
+                            shift = builder.load(_at(builder, bias, LANES * v), align=4)
+                            value = builder.fadd(value, builder.bitcast(shift, _FLOATS))
+                            builder.store(builder.bitcast(value, _WORDS), place, align=4)
+                    with plain:
+                        for place, _, total in places:
+                            value = _scaled(builder, builder.load(total), factor, unit)
+                            builder.store(builder.bitcast(value, _WORDS), place, align=4)
+            with keep:
+                for place, _, total in places:
+                    builder.store(builder.bitcast(builder.load(total), _WORDS), place, align=4)
 
     @intrinsic
     def _tile(typing_context, left, right, words, out, stride, adds, last, factor, bias):
         """One tile to memory.
 
         left: address of the left panel's word (0, first row). right: address of the right panel. words: along the
-        reduction. out: where 8 rows of 32 sums go, `stride` sums apart. adds: add to what is there. last: the sums times
+        reduction. out: where the rows of 32 sums go, `stride` sums apart. adds: add to what is there. last: the sums times
         `factor`, plus 32 floats at `bias` (0: none), as float32; else the raw sums.
         """
 
         def generate(context, builder, signature, args):
-            left, right, words, out, stride, adds, last, factor, bias = args
-            totals = [[cgutils.alloca_once(builder, sums) for _ in range(VECTORS)] for _ in range(TILE_ROWS)]
-            starts = [builder.load(_at(builder, right, LANES * v), align=64) for v in range(VECTORS)]
-            for row in totals:
-                for total, start in zip(row, starts, strict=True):
-                    builder.store(builder.bitcast(start, sums), total)
-            first = builder.add(right, ir.Constant(_I64, 4 * PANEL_ROWS))
-            with cgutils.for_range(builder, words) as loop:
-                group = builder.mul(loop.index, ir.Constant(_I64, PANEL_ROWS))
-                columns = [
-                    builder.load(_at(builder, first, builder.add(group, ir.Constant(_I64, LANES * v))), align=64)
-                    for v in range(VECTORS)
-                ]
-                for i, row in enumerate(totals):
-                    word = _at(builder, left, builder.add(group, ir.Constant(_I64, i)))
-                    spread = _spread(builder, builder.load(builder.bitcast(word, _I32.as_pointer()), align=4))
-                    for total, column in zip(row, columns, strict=True):
-                        builder.store(dot(builder, builder.load(total), spread, column), total)
-            places = []
-            for i, row in enumerate(totals):
-                line = builder.mul(stride, ir.Constant(_I64, i))
-                for v, total in enumerate(row):
-                    places.append((_at(builder, out, builder.add(line, ir.Constant(_I64, LANES * v))), v, total))
-            with builder.if_then(builder.icmp_unsigned("!=", adds, ir.Constant(_I64, 0))):
-                for place, _, total in places:
-                    earlier = builder.bitcast(builder.load(place, align=4), sums)
-                    builder.store(add(builder, builder.load(total), earlier), total)
-            with builder.if_else(builder.icmp_unsigned("!=", last, ir.Constant(_I64, 0))) as (finish, keep):
-                with finish:
-                    has_bias = builder.icmp_unsigned("!=", bias, ir.Constant(_I64, 0))
-                    with builder.if_else(has_bias) as (biased, plain):
-                        with biased:
-                            for place, v, total in places:
-                                value = _scaled(builder, builder.load(total), factor, unit)
-                                shift = builder.load(_at(builder, bias, LANES * v), align=4)
-                                value = builder.fadd(value, builder.bitcast(shift, _FLOATS))
-                                builder.store(builder.bitcast(value, _WORDS), place, align=4)
-                        with plain:
-                            for place, _, total in places:
-                                value = _scaled(builder, builder.load(total), factor, unit)
-                                builder.store(builder.bitcast(value, _WORDS), place, align=4)
-                with keep:
-                    for place, _, total in places:
-                        builder.store(builder.bitcast(builder.load(total), _WORDS), place, align=4)
+            for vectors in passes:
+                one_pass(builder, vectors, *args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, types.float64, types.int64), generate

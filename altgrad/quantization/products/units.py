@@ -3,6 +3,11 @@
     INT8    payloads that are small integers (E0M7, E1M6, INT8, E2M1 x 2, E2M3 x 8), summed in int32: exact, in any order
     BF16    payload * 2^p (times its block's scale) with at most 8 significant bits, normal in bf16, summed in float32
 
+On CPUs without those instructions, what every vector unit has:
+
+    INT16   the small integers, pair by pair, summed in int32: as exact, at twice the rate of float32
+    FLOAT32 what BF16 multiplies, as float32: nothing is multiplied faster, but codes are decoded where a product packs them
+
 The power 2^p of a format is a constant: it lifts the format's largest binade to 2^47, where products of two operands and
 their sums stay below 2^127, and those of all formats of at most 8 bits but E7M0 stay above 2^-126 (the unit takes smaller
 numbers as zero). The operands' scales multiply the sums, in float64, rounded once.
@@ -29,9 +34,17 @@ class Unit(Enum):
 
     INT8 = "int8"
     BF16 = "bf16"
+    INT16 = "int16"
+    FLOAT32 = "float32"
+
+    @property
+    def sums_integers(self) -> bool:
+        """Whether sums are int32 and exact; else float32."""
+        return self in (Unit.INT8, Unit.INT16)
 
 
-GROUP = {Unit.INT8: 4, Unit.BF16: 2}  # operands in a word: one instruction multiplies and adds them
+GROUP = {Unit.INT8: 4, Unit.BF16: 2, Unit.INT16: 2, Unit.FLOAT32: 1}  # operands in a word, multiplied and added at once
+PLAINER = {Unit.INT8: Unit.INT16, Unit.BF16: Unit.FLOAT32}  # what multiplies the same codes on a CPU without the unit
 SIGNIFICANT_BITS = 8  # of a bf16
 LARGEST_INTEGER = 127
 LARGEST_DEPTH = (2**31 - 1) // 128**2  # terms whose sum fits int32
@@ -85,7 +98,7 @@ def power(fmt: FloatFormat | BlockFormat, unit: Unit) -> int:
     """The p of a format: what the unit multiplies is payload * 2^p."""
     if isinstance(fmt, BlockFormat):
         return 0  # elements go with their block's scale
-    return -(math.frexp(fmt.min_subnormal)[1] - 1) if unit is Unit.INT8 else TOP_BINADE - fmt.emax
+    return -(math.frexp(fmt.min_subnormal)[1] - 1) if unit.sums_integers else TOP_BINADE - fmt.emax
 
 
 @cache
@@ -116,12 +129,29 @@ def payloads(fmt: FloatFormat | BlockFormat, unit: Unit, p: int | None = None) -
     return values
 
 
-_FEATURES = {Unit.INT8: ("avx512_vnni", "avx512vnni"), Unit.BF16: ("avx512_bf16", "avx512bf16")}  # torch's, LLVM's name
+_FEATURES = {  # torch's names and LLVM's
+    Unit.INT8: {"avx512_vnni": "avx512vnni"},
+    Unit.BF16: {"avx512_bf16": "avx512bf16"},
+    Unit.INT16: {"avx2": "avx2"},
+    Unit.FLOAT32: {"avx2": "avx2", "fma3": "fma"},
+}
+_WIDE = {"avx512_f": "avx512f", "avx512_bw": "avx512bw"}
+
+
+def _has(features: dict[str, str]) -> bool:
+    """Whether this CPU has them all, and Numba is not told to leave one alone."""
+    told = os.environ.get("NUMBA_CPU_FEATURES") if os.environ.get("NUMBA_CPU_NAME") else None
+    found = torch.cpu.get_capabilities()
+    return all(found.get(ours) and (told is None or f"+{llvms}" in told.split(",")) for ours, llvms in features.items())
 
 
 @cache
 def on_this_cpu(unit: Unit) -> bool:
-    """Whether this CPU has the unit's instruction in vectors of 64 bytes, and Numba is not told to leave it alone."""
-    of_torch, of_llvm = _FEATURES[unit]
-    told = os.environ.get("NUMBA_CPU_FEATURES") if os.environ.get("NUMBA_CPU_NAME") else None
-    return bool(torch.cpu.get_capabilities().get(of_torch)) and (told is None or f"+{of_llvm}" in told.split(","))
+    """Whether this CPU has the unit's instruction: INT8 and BF16 in vectors of 64 bytes, the others of 32 at least."""
+    return _has(_FEATURES[unit])
+
+
+@cache
+def has_wide_vectors() -> bool:
+    """Whether this CPU has 32 registers of 64 bytes (AVX-512); else tiles are made for 16 of 32."""
+    return _has(_WIDE)
