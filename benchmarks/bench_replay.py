@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
+from altgrad.loop.states import state_bytes
 from altgrad.nn import uniform
 from altgrad.records.machine import processor_name
 from altgrad.training import load_config
 from altgrad.training.data import corpus_from_bytes
-from altgrad.training.step.state_tree import state_bytes
 from altgrad.training.trainer import Trainer
 
 MODELS = {

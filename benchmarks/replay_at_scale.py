@@ -28,13 +28,13 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
 from altgrad.autopsy.forks import read_log
+from altgrad.loop.states import state_bytes, tensors_of
 from altgrad.records.documents import read_json
 from altgrad.records.files import write_json
 from altgrad.records.machine import processor_name
 from altgrad.training.config.loading import load_config
 from altgrad.training.format_runner import FormatExperimentRunner
 from altgrad.training.model import GPT, GPTConfig
-from altgrad.training.step.state_tree import state_bytes, tensors_of
 
 RANKS, STEPS = 2, 4
 SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 32}

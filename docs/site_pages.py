@@ -25,6 +25,7 @@ PACKAGES = (
     "altgrad.quantization",
     "altgrad.optim",
     "altgrad.monitor",
+    "altgrad.loop",
     "altgrad.autopsy",
     "altgrad.advise",
     "altgrad.integrations",

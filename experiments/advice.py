@@ -249,7 +249,7 @@ def predicted_choice(model: str, seed: int) -> dict[str, Any]:
 def hessian_traces(loop: PlainLoop, draws: int = 8) -> dict[str, float]:
     """Mean of the Hessian's diagonal of each weight matrix by Hutchinson's estimator (as HAWQ-V2, arXiv:1911.03852)."""
     named = {name: p for name, p in loop.model.named_parameters() if p.dim() > 1}
-    loss = loop._loss(loop.model, *loop._batches(loop.step + 1))
+    loss = loop._loss(loop.model, *loop._batches(loop.taken + 1))
     grads = torch.autograd.grad(loss, list(named.values()), create_graph=True)
     generator = torch.Generator().manual_seed(0)
     total = dict.fromkeys(named, 0.0)

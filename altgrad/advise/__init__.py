@@ -3,7 +3,7 @@
 from altgrad.advise.advice import Advice, advise_trace
 from altgrad.advise.checkpoint import advise_weights
 from altgrad.advise.choose import HARDWARE, Budget
-from altgrad.advise.loop import Loop, PlainLoop
+from altgrad.advise.loop import PlainLoop
 from altgrad.advise.run import advise, advise_loop
 from altgrad.advise.trace import Trace, take_trace
 from altgrad.advise.verify import verify
@@ -12,7 +12,6 @@ __all__ = [
     "HARDWARE",
     "Advice",
     "Budget",
-    "Loop",
     "PlainLoop",
     "Trace",
     "advise",

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from altgrad.advise.choose import TIE_DB, Budget, Choice, Option, bits_of, choose
-from altgrad.advise.loop import Loop
 from altgrad.advise.sensitivity import Attribution, attribute, damage_of, everywhere, exact_gradient, recipe_from
 from altgrad.advise.stall import freeze_step, stall_error, stall_over
 from altgrad.advise.trace import Tell, Trace
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
 from altgrad.formats.spectrum import STORAGES, Prediction
+from altgrad.loop.loop import Loop
 from altgrad.monitor.sources import plain_name, watch_operands
 from altgrad.nn import Recipe, StorageSpec
 from altgrad.quantization import amax_scale, quantize_with_stats

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from altgrad.advise.advice import Advice, advise_trace
 from altgrad.advise.checkpoint import advise_weights
 from altgrad.advise.choose import Budget
-from altgrad.advise.loop import Batches, Loop, PlainLoop
+from altgrad.advise.loop import Batches, PlainLoop
 from altgrad.advise.trace import STEPS, Tell, Trace, layers_of, take_trace
 from altgrad.advise.verify import verify as verify_by_forks
 from altgrad.errors import ConfigError
+from altgrad.loop.loop import Loop
 
 
 def advise(
@@ -65,19 +66,22 @@ def advise(
         raise ConfigError("advise needs loss=, a function of (model, *batch) that returns what training minimizes")
     layers_of(model)  # refuses what cannot be traced, before anything is copied
     loop = PlainLoop(copy.deepcopy(model), data, loss, optimizer, schedule)
-    return advise_loop(loop, budget, steps=steps, sensitivity=sensitivity, verify=verify, tell=tell)
+    return advise_loop(loop, budget, schedule=schedule, steps=steps, sensitivity=sensitivity, verify=verify, tell=tell)
 
 
 def advise_loop(
     loop: Loop,
     budget: Budget | None = None,
     *,
+    schedule: Sequence[float] = (),
     steps: int = STEPS,
     sensitivity: bool = True,
     verify: int = 0,
     tell: Tell | None = None,
 ) -> Advice:
-    """The same for a training loop, which is left after the trace's steps.
+    """The same for a training loop in float32, which is left after the trace's steps.
+
+        advice = advise_loop(StepLoop(model, optimizer, step_fn, also=[scheduler]))
 
     Raises:
         ConfigError: forks to verify with, but no sensitivity, from which the neighbours follow.
@@ -85,7 +89,7 @@ def advise_loop(
     budget = budget or Budget()
     if verify and not sensitivity:
         raise ConfigError("verify needs sensitivity, by which the recipe's neighbours are found; ask for both")
-    trace = take_trace(loop, steps, blocks=budget.block_shapes, tell=tell)
+    trace = take_trace(loop, steps, schedule=schedule, blocks=budget.block_shapes, tell=tell)
     started = time.perf_counter()
     advice = advise_trace(trace, budget, loop=loop if sensitivity else None, tell=tell)
     advice.seconds["advice"] = time.perf_counter() - started

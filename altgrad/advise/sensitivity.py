@@ -29,9 +29,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from altgrad.advise.loop import Loop, quantized
+from altgrad.advise.loop import quantized
 from altgrad.advise.trace import Tell, Trace
 from altgrad.errors import ConfigError
+from altgrad.loop.loop import Loop
 from altgrad.nn import LayerRecipe, Override, Recipe, layer_recipe
 from altgrad.nn.recipe.recipe import ATTENTION_NAME
 

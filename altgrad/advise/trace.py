@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from altgrad.advise.loop import Loop
 from altgrad.errors import ConfigError
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
 from altgrad.formats.spectrum import Block, Prediction, Spectrum
+from altgrad.loop.loop import Loop
 from altgrad.monitor.spectra import SpectrumWatch
 from altgrad.nn import places
 from altgrad.records.metrics import OPERANDS
@@ -164,6 +164,7 @@ def take_trace(
     steps: int = STEPS,
     *,
     measured: int = MEASURED,
+    schedule: Sequence[float] = (),
     blocks: Sequence[Block] = (),
     coordinates: int = 512,
     keep_bytes: int = 256 * 2**20,
@@ -173,6 +174,8 @@ def take_trace(
 
     Args:
         measured: steps of them, evenly spread, whose tensors are counted.
+        schedule: learning rate of each step of the whole run that is planned; empty: the loop's own `schedule`, where it
+            has one, as a `PlainLoop` has, else it is not known.
         blocks: block sizes along the last axis, for block formats.
         coordinates: of each layer's weight whose gradients are kept at every step.
         keep_bytes: for weights and updates kept whole, of the last measured step and the middle one.
@@ -189,7 +192,7 @@ def take_trace(
     modules = dict(loop.model.named_modules())
     weights = {name: modules[name].weight for name, one in layers.items() if one.shares == name}
     room = [keep_bytes]
-    trace = Trace(layers, {}, untraced, schedule=tuple(loop.schedule), blocks=tuple(blocks))
+    trace = Trace(layers, {}, untraced, schedule=tuple(schedule or getattr(loop, "schedule", ())), blocks=tuple(blocks))
     if (betas := loop.optimizer.param_groups[0].get("betas")) is not None:
         trace.noise_floor = math.sqrt((1 - betas[0]) / (1 + betas[0]))
 

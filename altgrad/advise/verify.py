@@ -10,10 +10,11 @@ import numpy as np
 
 from altgrad.advise.advice import Advice, expected_snr, gradient_snr
 from altgrad.advise.choose import bits_of
-from altgrad.advise.loop import Loop, quantized
+from altgrad.advise.loop import quantized
 from altgrad.advise.sensitivity import recipe_from
 from altgrad.advise.trace import Tell, Trace
 from altgrad.errors import ConfigError
+from altgrad.loop.loop import Loop
 from altgrad.nn import Recipe
 from altgrad.records.metrics import OPERANDS
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from altgrad.autopsy.fork import Fork, Oracle, Outcome, Stop
+from altgrad.autopsy.fork import LOW, TWIN, Fork, Oracle, Outcome, Stop
 from altgrad.errors import OptionError
 from altgrad.records.files import read_file
 from altgrad.records.metrics_log import is_sealed, line_of, seal_holds
@@ -40,7 +41,8 @@ class Forks:
         oracle: who runs forks.
         budget: forks that may be run, those found in the log not counted.
         log: file that answers are appended to and read back from, one JSON object with its checksum a line; the forks of
-            lines that are not as they were written are run again, with a warning that counts them.
+            lines that are not as they were written are run again, with a warning that counts them. Those of other
+            trajectories, such as the run before it was mended, stay there and answer nothing here.
         tell: is called with a `Told` after each fork that was run.
 
     Raises:
@@ -57,7 +59,8 @@ class Forks:
         self._stage, self._in_stage = "", 0
         self._began = time.monotonic()
         self.run = 0
-        self.known: dict[str, Outcome] = read_log(log)
+        self._of = "" if log is None else trajectories_of(oracle)
+        self.known: dict[str, Outcome] = read_log(log, self._of)
         self.seconds = sum(outcome.seconds for outcome in self.known.values())
         self._torn = log is not None and log.exists() and not (read_file(log) or b"\n").endswith(b"\n")
         self.found = len(self.known)
@@ -115,7 +118,7 @@ class Forks:
         self.seconds += outcome.seconds
         self.known[fork.key] = outcome
         if self.log is not None:
-            line = line_of({"key": fork.key, "stage": self.stage, **outcome.as_dict()})
+            line = line_of({"key": fork.key, "of": self._of, "stage": self.stage, **outcome.as_dict()})
             with self.log.open("ab") as file:
                 file.write((b"\n" if self._torn else b"") + line)
             self._torn = False
@@ -135,8 +138,17 @@ def left(expected: dict[str, int], stage: str, done: int) -> int:
     return max(0, expected[stage] - done) + sum(expected[name] for name in later)
 
 
-def read_log(log: Path | None) -> dict[str, Outcome]:
-    """The answers that a log holds, by the key of their question; none where there is no log."""
+def trajectories_of(oracle: Oracle) -> str:
+    """What tells the forks of one run from those of another: a hash of both trajectories' losses and of the cells."""
+    told = repr([oracle.history(LOW), oracle.history(TWIN), sorted(map(str, oracle.cells))])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def read_log(log: Path | None, of: str | None = None) -> dict[str, Outcome]:
+    """The answers that a log holds, by the key of their question; none where there is no log.
+
+    of: `trajectories_of` the oracle whose answers are meant; None: of any. Logs of before this was noted say nothing of it.
+    """
     if log is None or not log.exists():
         return {}
     known: dict[str, Outcome] = {}
@@ -147,7 +159,8 @@ def read_log(log: Path | None) -> dict[str, Outcome]:
             if sealed and not (is_sealed(line) and seal_holds(line)):
                 raise Malformed("it does not match its checksum")
             record = parse_line(line)
-            known[record["key"]] = Outcome.from_dict(record)
+            if of is None or record.get("of", of) == of:
+                known[record["key"]] = Outcome.from_dict(record)
         except (ValueError, KeyError, TypeError):
             damaged += line.endswith(b"}")  # else a kill tore it
     if damaged:

@@ -1,110 +1,59 @@
-"""The small protocol that an autopsy replays a training loop through, and the loop of AltGrad's own trainer."""
+"""What an autopsy needs of a training loop beside `altgrad.loop`'s protocol, and the loop of AltGrad's own trainer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from altgrad.errors import ConfigError
+from altgrad.loop.loop import Loop
 from altgrad.nn import Recipe
 from altgrad.randomness import seed_of
-from altgrad.training.step.replay import forked
-from altgrad.training.step.stepping import lr_at
+from altgrad.training.step.replay import TrainerLoop
 from altgrad.training.trainer import Trainer
 
 
-class Loop(Protocol):
-    """A training loop that can be put back to a state and stepped from there, bit for bit."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
+class RecipeLoop(Loop, Protocol):
+    """A loop of a quantized model whose recipe can be changed between steps."""
 
     @property
     def recipe(self) -> Recipe:
         """The run's own recipe."""
         ...
 
-    def capture(self) -> dict[str, Any]:
-        """The complete state; "model" holds the parameters by name, "optimizer" the optimizer's state."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a captured state."""
-        ...
-
     def put(self, recipe: Recipe) -> None:
         """Use another recipe from here on, keeping the optimizer's state."""
         ...
 
-    def reseed(self, seed: int) -> None:
-        """Draw the random bits of rounding from another seed from here on."""
+    def advance(self, *, data: int = 0) -> float:
+        """The next step, on another batch than the run's where `data` is above 0."""
         ...
 
-    def advance(self, *, data: int = 0, lr_factor: float = 1.0) -> float:
-        """Take the next step on its batch (`data` > 0: another one) and return its training loss; NaN if not finite."""
-        ...
-
-    def gradient(self) -> Tensor:
-        """All gradients of the next step's batch in one vector, without taking the step."""
-        ...
-
-    def aside(self) -> Any:
+    def aside(self) -> AbstractContextManager[Any]:
         """A context within which nothing is recorded, and after which the loop is where it was."""
         ...
 
 
-class TrainerLoop:
-    """The loop of an `altgrad.training.Trainer`.
+class RunLoop(TrainerLoop):
+    """The loop of a quantized run of an `altgrad.training.Trainer`.
 
     Raises:
         ConfigError: the run is in float32, or is spread over ranks.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        if not trainer.ranks.alone:
-            raise ConfigError(f"this run is spread over {trainer.ranks.world_size} ranks; autopsy it on one")
+        super().__init__(trainer)
         if trainer.formats.recipe is None:
             raise ConfigError("this run is in float32: there are no low-precision cells to look at")
-        self.trainer, self.recipe = trainer, trainer.formats.recipe
-        self.model, self.optimizer = trainer.model, trainer.optimizer
-
-    def capture(self) -> dict[str, Any]:
-        return self.trainer.capture()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.trainer.restore(state)
+        self.recipe: Recipe = trainer.formats.recipe
 
     def put(self, recipe: Recipe) -> None:
         self.trainer.formats.change(recipe)
-
-    def reseed(self, seed: int) -> None:
-        from altgrad.nn import set_seed
-
-        set_seed(self.model, seed)
-
-    def advance(self, *, data: int = 0, lr_factor: float = 1.0) -> float:
-        trainer = self.trainer
-        config = trainer.config
-        record = trainer.train_step(
-            *trainer.batch(trainer.step + 1, seed_of(config.seed, "other batches", data) if data else None),
-            schedule=lambda step: lr_factor * lr_at(step, config.max_steps, config.optimizer),
-        )
-        return record.loss if record.finite else math.nan
-
-    def gradient(self) -> Tensor:
-        trainer = self.trainer
-        trainer.backward(*trainer.batch(trainer.step + 1))
-        return torch.cat([p.grad.flatten().float() for p in trainer.parameters if p.grad is not None])
-
-    def aside(self) -> Any:
-        return forked(self.trainer)
 
 
 def jittered(state: Mapping[str, Any], draw: int) -> dict[str, Any]:

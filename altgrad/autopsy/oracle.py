@@ -17,13 +17,15 @@ import torch
 
 from altgrad.autopsy.changes import CHANGES, NotApplicable
 from altgrad.autopsy.fork import LOW, TWIN, Fork, Outcome, Stop
-from altgrad.autopsy.loop import Loop, jittered
+from altgrad.autopsy.loop import RecipeLoop, jittered
 from altgrad.autopsy.moments import MomentCell, moment_cells, put_moments
 from altgrad.errors import ConfigError
+from altgrad.loop.loop import slowed
+from altgrad.loop.states import CaptureRing
+from altgrad.nn import set_seed
 from altgrad.nn.recipe.cells import Cell
 from altgrad.randomness import seed_of
 from altgrad.training.step.replay import first_difference
-from altgrad.training.step.state_tree import CaptureRing
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is done, done, of how many)."""
@@ -49,7 +51,7 @@ class LoopOracle:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: RecipeLoop,
         steps: int,
         *,
         captures: int = CAPTURES,
@@ -155,7 +157,7 @@ class LoopOracle:
     def _gradient(self, start: int, low: frozenset) -> Any:
         self.loop.restore(self._rings[LOW][start])
         put_low(self.loop, {cell: self.specs[cell] for cell in low})
-        return self.loop.gradient()
+        return self.loop.gradient()[1]
 
 
 def _weights(model: torch.nn.Module) -> Any:
@@ -163,7 +165,7 @@ def _weights(model: torch.nn.Module) -> Any:
 
 
 def run_fork(
-    loop: Loop, specs: Mapping[Any, Any], state: dict[str, Any], fork: Fork, seed: int, stop: Stop | None
+    loop: RecipeLoop, specs: Mapping[Any, Any], state: dict[str, Any], fork: Fork, seed: int, stop: Stop | None
 ) -> Outcome:
     """Replay a fork from a captured state; the loop is left where it was.
 
@@ -179,15 +181,16 @@ def run_fork(
             loop.restore(jittered(state, fork.draw) if fork.draw else state)
             put_low(loop, low)
             if fork.draw:
-                loop.reseed(seed_of(seed, "draw", fork.draw))
-            while len(losses) < fork.horizon and not (stop is not None and stop(losses)):
-                losses.append(loop.advance(data=fork.data, lr_factor=fork.lr_factor))
+                set_seed(loop.model, seed_of(seed, "draw", fork.draw))
+            with slowed(loop.optimizer, fork.lr_factor):
+                while len(losses) < fork.horizon and not (stop is not None and stop(losses)):
+                    losses.append(loop.advance(data=fork.data) if fork.data else loop.advance())
     except NotApplicable as why:
         return Outcome((), refused=str(why))
     return Outcome(tuple(losses), seconds=time.monotonic() - begun)
 
 
-def first_unrepeated(loop: Loop, state: dict[str, Any], steps: int) -> str | None:
+def first_unrepeated(loop: RecipeLoop, state: dict[str, Any], steps: int) -> str | None:
     """The first tensor that differs when a loop takes the same steps from a state twice; None where it repeats itself."""
     ends = []
     for _ in range(2):
@@ -199,12 +202,12 @@ def first_unrepeated(loop: Loop, state: dict[str, Any], steps: int) -> str | Non
     return first_difference(*ends)
 
 
-def cells_of(loop: Loop) -> dict[Any, Any]:
+def cells_of(loop: RecipeLoop) -> dict[Any, Any]:
     """Every low-precision cell of a loop with what it is quantized by: those of its recipe, and moments in a format."""
     return {**loop.recipe.cells(loop.model), **moment_cells(loop.optimizer)}
 
 
-def put_low(loop: Loop, specs: Mapping[Any, Any]) -> None:
+def put_low(loop: RecipeLoop, specs: Mapping[Any, Any]) -> None:
     """Make these cells low by these specs, and all others float32."""
     low = {cell: spec for cell, spec in specs.items() if isinstance(cell, Cell)}
     recipe = loop.recipe.only(low, loop.model)

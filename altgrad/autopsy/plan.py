@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from altgrad.autopsy.loop import Loop
+from altgrad.autopsy.loop import RecipeLoop
 from altgrad.autopsy.oracle import cells_of, put_low
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.window import SHORTEST
@@ -29,7 +29,7 @@ class Pace:
         return (self.low + self.twin) / 2
 
 
-def measure(loop: Loop, steps: int = 4) -> Pace:
+def measure(loop: RecipeLoop, steps: int = 4) -> Pace:
     """The pace of a loop, which is left where it was. First steps, which compile kernels, are not counted."""
 
     def pace(low: Mapping[Any, Any]) -> tuple[float, float]:

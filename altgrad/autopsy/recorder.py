@@ -5,82 +5,65 @@
         loss = recorder.step()
     verdict = recorder.autopsy()
 
-`step_fn(step)` takes one whole training step: it fetches the batch of that step (1, 2, ...), runs forward and backward,
-steps the optimizer and returns the loss. If it has an argument `data`, 0 means the run's batches and 1, 2, ... others. All
-that it draws must come from torch's generators or from the step, so that the same state and step give the same bits; the
-autopsy checks that before it says anything.
+`step_fn(step)` takes one whole training step (`altgrad.loop.StepLoop`): the same state and step must give the same bits, which
+the autopsy checks before it says anything.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from altgrad.autopsy.changes import NotApplicable
 from altgrad.autopsy.findings import write_findings
-from altgrad.autopsy.fork import Oracle
+from altgrad.autopsy.fork import LOW, Oracle
 from altgrad.autopsy.forks import Forks, Told
 from altgrad.autopsy.investigate import investigate
-from altgrad.autopsy.oracle import LoopOracle, Tell, first_unrepeated
+from altgrad.autopsy.oracle import LoopOracle, Tell, first_other, first_unrepeated
 from altgrad.autopsy.search import Settings
 from altgrad.autopsy.verdict import Verdict
 from altgrad.autopsy.workers import Built, Executor, check_jobs, side_by_side
 from altgrad.errors import ConfigError, OptionError
-from altgrad.nn import Recipe, change_format, load_quant_state, quant_state, set_seed
+from altgrad.loop.loop import Loop, Stateful, StepLoop, aside, finite_or_nan, takes_data
+from altgrad.loop.states import CaptureRing
+from altgrad.nn import Recipe, change_format
 from altgrad.nn.session import sessions_of
-from altgrad.training.step.state_tree import (
-    CaptureRing,
-    copy_tree,
-    load_model_state,
-    load_optimizer_state,
-    model_state,
-    optimizer_state,
-)
 
 CERTIFIED = 3
 """Steps that a loop must take twice alike before an autopsy of it says anything."""
-
-
-class Stateful(Protocol):
-    """A scheduler, a gradient scaler, a data loader: whatever else a step changes."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+COUNT = "recorded"
+"""Beside a loop's own state: the steps that its recorder has counted."""
 
 
 class Recorder:
     """Keeps a bounded ring of states of a training loop and replays it.
 
     Args:
-        model: quantized by `altgrad.nn.quantize_model`.
-        optimizer: the one that `step_fn` steps.
-        step_fn: takes step 1, 2, ... and returns its loss (a number or a tensor of one element).
-        also: schedulers, scalers and the like that a step changes.
+        loop: an `altgrad.loop.Loop`, whose model `quantize_model` has quantized; or that model, with
+        optimizer, step_fn, also, taken: what `altgrad.loop.StepLoop` takes.
         every: steps between captures. limit_bytes: of all captures together.
 
     Raises:
-        ConfigError: the model is quantized by several calls, or by none (RecipeError); the loop runs on several ranks.
+        ConfigError: the model is quantized by several calls, or by none (RecipeError); the loop runs on several ranks; a model
+            without optimizer and step function, or a loop with them.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        step_fn: Callable[..., Any],
+        loop: Loop | nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        step_fn: Callable[..., Any] | None = None,
         *,
         also: Sequence[Stateful] = (),
+        taken: int = 0,
         every: int = 10,
         limit_bytes: int = 512 * 2**20,
     ) -> None:
@@ -89,18 +72,26 @@ class Recorder:
                 f"this loop runs on {dist.get_world_size()} ranks, whose forks would have to start and stop together; record "
                 "and autopsy it in one process"
             )
-        sessions = sessions_of(model)
+        if isinstance(loop, nn.Module):
+            if optimizer is None or step_fn is None:
+                raise ConfigError("a recorder of a model needs its optimizer and a step_fn, which takes step 1, 2, ...")
+            loop = StepLoop(loop, optimizer, step_fn, also=also, taken=taken)
+        elif optimizer is not None or step_fn is not None or also:
+            raise ConfigError("a recorder of a loop takes optimizer, step_fn and also from it; leave them out")
+        else:
+            taken = getattr(loop, "taken", taken)
+        sessions = sessions_of(loop.model)
         if len(sessions) != 1 or sessions[0].recipe is None:
             raise ConfigError(
                 f"the model was quantized by {len(sessions)} calls of quantize_model; an autopsy takes one"
             )
-        self.model, self.optimizer, self.step_fn, self.also = model, optimizer, step_fn, tuple(also)
+        self.loop, self.model, self.optimizer = loop, loop.model, loop.optimizer
         self.recipe: Recipe = sessions[0].recipe
-        self._takes_data = "data" in inspect.signature(step_fn).parameters
-        self.taken = 0
+        self._takes_data = loop.takes_data if isinstance(loop, StepLoop) else takes_data(loop.advance)
+        self.taken = taken
         self.losses: dict[int, float] = {}
         self.ring = CaptureRing(every, limit_bytes)
-        self.ring.keep(0, self.capture())
+        self.ring.keep(taken, self.capture())
 
     def step(self) -> float:
         """Take the next step, keep its loss and, when due, its state."""
@@ -113,63 +104,37 @@ class Recorder:
     # -- the loop protocol --------------------------------------------------------------------------------------------
 
     def capture(self) -> dict[str, Any]:
-        """Parameters, optimizer, quantization, everything in `also`, and the generators of torch, numpy and Python."""
-        return {
-            "step": self.taken,
-            "model": model_state(self.model),
-            "optimizer": optimizer_state(self.optimizer),
-            "formats": copy_tree(quant_state(self.model)),
-            "also": [copy_tree(one.state_dict()) for one in self.also],
-            "generators": _generators(),
-        }
+        """The loop's complete state, and how far it is."""
+        return {**self.loop.capture(), COUNT: self.taken}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a captured state."""
-        load_quant_state(self.model, state["formats"])
-        load_model_state(self.model, state["model"])
-        load_optimizer_state(self.optimizer, state["optimizer"])
-        for one, kept in zip(self.also, state["also"], strict=True):
-            one.load_state_dict(copy_tree(kept))
-        _set_generators(state["generators"])
-        self.taken = state["step"]
+        self.loop.restore({key: value for key, value in state.items() if key != COUNT})
+        self.taken = state[COUNT]
 
     def put(self, recipe: Recipe) -> None:
         """Another recipe from here on."""
         change_format(self.model, recipe)
 
-    def reseed(self, seed: int) -> None:
-        """Other random bits of rounding from here on."""
-        set_seed(self.model, seed)
-
-    def advance(self, *, data: int = 0, lr_factor: float = 1.0) -> float:
+    def advance(self, *, data: int = 0) -> float:
         """Take one step; its loss, NaN if it is not finite.
 
         Raises:
-            NotApplicable: other batches, and `step_fn` has no argument `data`.
+            NotApplicable: other batches, and the loop has none.
         """
         if data and not self._takes_data:
-            raise NotApplicable("step_fn has no argument `data` that names other batches")
+            raise NotApplicable("the step function has no argument `data` that names other batches")
         self.taken += 1
-        with slowed(self.optimizer, lr_factor):
-            given = self.step_fn(self.taken, data=data) if self._takes_data else self.step_fn(self.taken)
-        loss = float(given.detach() if isinstance(given, Tensor) else given)
-        return loss if math.isfinite(loss) else math.nan
+        given = {"data": data} if data else {}
+        return finite_or_nan(self.loop.advance(**given))
 
-    def gradient(self) -> Tensor:
-        """The gradients that the next step leaves behind."""
-        self.advance()
-        return torch.cat([p.grad.flatten().float() for p in self.model.parameters() if p.grad is not None])
+    def gradient(self, ahead: int = 0) -> tuple[float, Tensor]:
+        """Loss and gradients of the next step, or of the step `ahead` of it, which is not taken."""
+        return self.loop.gradient(ahead)
 
-    @contextmanager
-    def aside(self):
+    def aside(self) -> AbstractContextManager[None]:
         """Within the block the loop may go anywhere; afterwards it is back where it was."""
-        own, gradients = self.capture(), [p.grad for p in self.model.parameters()]
-        try:
-            yield
-        finally:
-            self.restore(own)
-            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-                parameter.grad = gradient
+        return aside(self)
 
     # -- the autopsy --------------------------------------------------------------------------------------------------
 
@@ -209,22 +174,19 @@ class Recorder:
                 "returns this recorder at its first step, or leave jobs= and executor= out"
             )
         check_jobs(jobs)
-        if self.taken < 10:
-            raise ConfigError(f"the loop has taken {self.taken} steps; an autopsy needs at least 10")
+        if len(self.losses) < 10:
+            raise ConfigError(f"the loop has taken {len(self.losses)} steps; an autopsy needs at least 10")
         start = self.ring.steps[0]
         if self._reach() - start < 10:
             raise ConfigError(
                 f"the first state kept is that after step {start} of {self.taken}, and an autopsy starts from one before the "
                 f"damage; raise limit_bytes (one state has {self.ring.bytes // len(self.ring.steps):,} bytes)"
             )
-        if (differs := first_unrepeated(self, self.ring[start], CERTIFIED)) is not None:
-            raise ConfigError(
-                f"the loop does not repeat itself: {differs} differs when the same steps are taken twice from step {start}; "
-                "make what step_fn draws a function of the step, or pass what it changes as also="
-            )
+        self._certify(start)
         with self.aside():
             self.restore(self.ring[start])
             oracle = LoopOracle(self, self._reach() - start, tell=tell)
+        self._as_recorded(start, oracle.history(LOW))
         folder = None if out is None else Path(out)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -236,53 +198,33 @@ class Recorder:
                 asked = stack.enter_context(side_by_side(oracle, make, jobs, executor, scratch))
             forks = Forks(asked, budget=budget, log=None if folder is None else folder / "forks.jsonl", tell=told)
             verdict = investigate(forks, prior=oracle.prior, settings=settings)
+        if start:
+            verdict = replace(verdict, sentence=f"{verdict.sentence} Steps count from the state after step {start} on.")
         if folder is not None:
             write_findings(folder, verdict, oracle, {"run_id": type(self.model).__name__}, None)
         return verdict
 
+    def _certify(self, start: int) -> None:
+        """Refuse a loop that does not take the same steps twice, from its first state or from a later one."""
+        if (differs := first_unrepeated(self, self.ring[start], CERTIFIED)) is not None:
+            raise ConfigError(
+                f"the loop does not repeat itself: {differs} differs when the same steps are taken twice from step {start}; "
+                "make what step_fn draws a function of the step, or pass what it changes as also="
+            )
+        later = [step for step in self.ring.steps if step + 2 <= self._reach()][-1]
+        with self.aside():
+            self.restore(self.ring[later])
+            self._as_recorded(later, [self.advance() for _ in range(min(CERTIFIED, self._reach() - later))])
+
+    def _as_recorded(self, start: int, replayed: Sequence[float]) -> None:
+        """Refuse losses of the steps after `start` that are not the recorded ones to the bit."""
+        recorded = [self.losses[step] for step in range(start + 1, start + 1 + len(replayed))]
+        if (other := first_other(recorded, replayed)) is not None:
+            raise ConfigError(
+                f"replayed from the state after step {start}, step {start + 1 + other} has loss {replayed[other]!r}, recorded "
+                f"{recorded[other]!r}: a step changes what no capture holds (gradients kept from step to step, the position of "
+                "a data loader, an average of weights); take whole steps, and pass what else they change as also="
+            )
+
     def _reach(self) -> int:
         return max(self.losses)
-
-
-def _generators() -> dict[str, Any]:
-    """States of the generators of torch, of each CUDA device in use, of numpy and of Python, as plain values."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": (name, np.asarray(keys).tolist(), *rest),
-        "python": random.getstate(),
-    }
-
-
-def _set_generators(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-
-
-@contextmanager
-def slowed(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
-    """Within the block every step of the optimizer is taken at `factor` times its learning rate, whoever sets that."""
-    if factor == 1.0:
-        yield
-        return
-    kept: list[Any] = []
-
-    def before(stepped: torch.optim.Optimizer, *_: Any) -> None:
-        kept[:] = [group["lr"] for group in stepped.param_groups]
-        for group in stepped.param_groups:
-            group["lr"] = group["lr"] * factor
-
-    def after(stepped: torch.optim.Optimizer, *_: Any) -> None:
-        for group, lr in zip(stepped.param_groups, kept, strict=True):
-            group["lr"] = lr
-
-    hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

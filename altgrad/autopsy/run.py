@@ -16,7 +16,7 @@ from altgrad.autopsy.folder import rebuild, recorded_losses
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks, Told, read_log
 from altgrad.autopsy.investigate import investigate
-from altgrad.autopsy.loop import TrainerLoop
+from altgrad.autopsy.loop import RunLoop
 from altgrad.autopsy.oracle import CAPTURES, LoopOracle, Tell, cells_of, first_other, first_unrepeated, put_low
 from altgrad.autopsy.plan import Plan, measure
 from altgrad.autopsy.search import Settings, expected_forks, kinds_of
@@ -65,7 +65,7 @@ def autopsy(
     beside = None if twin is None else _losses_of_twin(Path(twin), len(recorded))
     out = folder / FOLDER
     with RunLock.acquire(out, "look there for what it found"):
-        oracle = LoopOracle(TrainerLoop(trainer), len(recorded), seed=trainer.config.seed, tell=tell)
+        oracle = LoopOracle(RunLoop(trainer), len(recorded), seed=trainer.config.seed, tell=tell)
         other = first_other(recorded, oracle.history(LOW))
         if other is not None:
             _refuse(oracle, recorded, other)
@@ -91,7 +91,7 @@ def plan(run_dir: str | Path, budget: int = 120, *, jobs: int = 1, settings: Set
     """
     folder, settings = Path(run_dir), settings or Settings()
     trainer, recorded, _ = rebuild(folder)
-    loop = TrainerLoop(trainer)
+    loop = RunLoop(trainer)
     cells = list(cells_of(loop))
     return Plan(
         folder,
@@ -121,7 +121,7 @@ def fork_run(
         raise ConfigError(f"{steps} steps show nothing; take at least 1")
     if not 0 <= step <= len(recorded):
         raise ConfigError(f"step {step} is not in this run of {len(recorded)} steps")
-    loop = TrainerLoop(trainer)
+    loop = RunLoop(trainer)
     specs = cells_of(loop)
     rescued = choose(list(specs))
     own = [loop.advance() for _ in range(step)]

@@ -21,7 +21,7 @@ import torch
 
 from altgrad.autopsy.folder import rebuild
 from altgrad.autopsy.fork import TWIN, Fork, Outcome, Stop
-from altgrad.autopsy.loop import Loop, TrainerLoop
+from altgrad.autopsy.loop import RecipeLoop, RunLoop
 from altgrad.autopsy.oracle import LoopOracle, cells_of, first_other, put_low, run_fork
 from altgrad.errors import ConfigError, OptionError
 from altgrad.records.machine import MOST_THREADS
@@ -43,8 +43,8 @@ class OfRun:
 
     run_dir: str
 
-    def __call__(self) -> Loop:
-        return TrainerLoop(rebuild(Path(self.run_dir))[0])
+    def __call__(self) -> RecipeLoop:
+        return RunLoop(rebuild(Path(self.run_dir))[0])
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Built:
         OptionError: the function cannot be sent to another process.
     """
 
-    build: Callable[[], Loop]
+    build: Callable[[], RecipeLoop]
     threads: int
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Built:
                 f"build={self.build!r} cannot be sent to another process ({error}); define it at the top of a module"
             ) from None
 
-    def __call__(self) -> Loop:
+    def __call__(self) -> RecipeLoop:
         torch.set_num_threads(self.threads)
         return self.build()
 
@@ -75,7 +75,7 @@ class Built:
 class Question:
     """A fork, and what a worker needs to answer it: how to make the loop, where the state is, the seed of the draws."""
 
-    make: Callable[[], Loop]
+    make: Callable[[], RecipeLoop]
     state: str
     fork: Fork
     stop: Stop | None
@@ -100,7 +100,7 @@ def answer(question: Question) -> Outcome:
     return run_fork(loop, _MADE["specs"], state, question.fork, question.seed, question.stop)
 
 
-def _made(make: Callable[[], Loop]) -> Loop:
+def _made(make: Callable[[], RecipeLoop]) -> RecipeLoop:
     if _MADE.get("make") != make:
         loop = make()
         _MADE.clear()
@@ -108,7 +108,7 @@ def _made(make: Callable[[], Loop]) -> Loop:
     return _MADE["loop"]
 
 
-def _certify(loop: Loop, state: dict[str, Any], question: Question) -> None:
+def _certify(loop: RecipeLoop, state: dict[str, Any], question: Question) -> None:
     """Take a trajectory's own steps from a state of it: they must be the recorded ones to the bit."""
     with loop.aside():
         loop.restore(state)
@@ -116,7 +116,7 @@ def _certify(loop: Loop, state: dict[str, Any], question: Question) -> None:
         own = [loop.advance() for _ in question.recorded]
     if (other := first_other(question.recorded, own)) is not None:
         raise ConfigError(
-            f"this worker does not repeat the run: step {state['step'] + other + 1} has loss {own[other]!r}, recorded "
+            f"this worker does not repeat the run: step {question.fork.start + other + 1} has loss {own[other]!r}, recorded "
             f"{question.recorded[other]!r}; use workers with the same processor type and versions, that build the same loop"
         )
     _MADE["certified"] = True
@@ -133,7 +133,7 @@ class Workers:
     """
 
     def __init__(
-        self, oracle: LoopOracle, make: Callable[[], Loop], executor: Executor, jobs: int, scratch: Path
+        self, oracle: LoopOracle, make: Callable[[], RecipeLoop], executor: Executor, jobs: int, scratch: Path
     ) -> None:
         self.oracle, self.make, self.executor, self.jobs = oracle, make, executor, jobs
         self.states = scratch.resolve() / STATES
@@ -186,7 +186,7 @@ def check_jobs(jobs: int) -> None:
 
 @contextmanager
 def side_by_side(
-    oracle: LoopOracle, make: Callable[[], Loop], jobs: int, executor: Executor | None, scratch: Path
+    oracle: LoopOracle, make: Callable[[], RecipeLoop], jobs: int, executor: Executor | None, scratch: Path
 ) -> Iterator[LoopOracle | Workers]:
     """The oracle whose forks run `jobs` at a time: in the executor, else in processes of this machine, else here."""
     if executor is None and jobs == 1:

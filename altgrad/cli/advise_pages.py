@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from torch import Tensor
 
 from altgrad.advise import Advice, Budget, advise_loop, advise_weights
-from altgrad.advise.loop import flat_gradient
 from altgrad.advise.sensitivity import BATCHES
 from altgrad.advise.trace import layers_of
 from altgrad.errors import ConfigError
@@ -21,6 +18,9 @@ from altgrad.report.console import Bars, Terminal, ruled_table, waiting
 from altgrad.report.numbers import duration, percent, plural
 from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence, whole_line
 from altgrad.training.config.shipped import shipped_file
+
+if TYPE_CHECKING:
+    from altgrad.training.step.replay import TrainerLoop
 
 _SHOWN = 40  # rows of the table on a terminal
 
@@ -84,13 +84,14 @@ def _from_config(
     dry_run: bool,
 ) -> tuple[Advice | None, dict[str, Any] | None]:
     from altgrad.training.config.loading import dump_config, load_config
+    from altgrad.training.step.stepping import lr_at
 
     config = load_config(path, overrides)
     if device:
         config = config.model_copy(update={"device": device})
     steps = min(steps, config.max_steps)
     with waiting("timing two steps"):
-        loop = ConfigLoop(config)
+        loop = float32_loop(config)
         begun = time.perf_counter()
         state = loop.capture()
         loop.advance()
@@ -109,45 +110,27 @@ def _from_config(
     if dry_run:
         return None, None
     with Bars(console) as told:
-        advice = advise_loop(loop, budget, steps=steps, sensitivity=sensitivity, verify=verify, tell=told)
+        schedule = [lr_at(step, config.max_steps, config.optimizer) for step in range(1, config.max_steps + 1)]
+        asked = {"steps": steps, "sensitivity": sensitivity, "verify": verify, "schedule": schedule}
+        advice = advise_loop(loop, budget, **asked, tell=told)
     given = yaml.safe_load(dump_config(config))
     return advice, given
 
 
-class ConfigLoop:
-    """The loop of an `altgrad.training.Trainer` for a config, in float32 whatever the config's formats are.
+def float32_loop(config: Any) -> TrainerLoop:
+    """The loop of a config's run, in float32 whatever the config's formats are.
 
     Raises:
         ConfigError: a run spread over ranks.
     """
+    from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE
+    from altgrad.training.step.replay import TrainerLoop
+    from altgrad.training.trainer import Trainer
 
-    def __init__(self, config: Any) -> None:
-        from altgrad.training.config.formats import SHORT_DEFAULTS, WHOLE
-        from altgrad.training.step.stepping import lr_at
-        from altgrad.training.trainer import Trainer
-
-        plain = {**SHORT_DEFAULTS, **dict.fromkeys(WHOLE), "include": None, "exclude": []}
-        plain |= {"enable_emergency_shift": False, "enable_partition_clipping": False, "compile": False}
-        plain["monitor"] = config.monitor.model_copy(update={"enabled": False})
-        self.trainer = Trainer(config.model_copy(update=plain))
-        if not self.trainer.ranks.alone:
-            raise ConfigError(f"this run is spread over {self.trainer.ranks.world_size} ranks; advise on one")
-        self.model, self.optimizer = self.trainer.model, self.trainer.optimizer
-        self.schedule = [lr_at(step, config.max_steps, config.optimizer) for step in range(1, config.max_steps + 1)]
-
-    def advance(self) -> float:
-        record = self.trainer.train_step(*self.trainer.batch(self.trainer.step + 1))
-        return record.loss if record.finite else math.nan
-
-    def gradient(self, ahead: int = 0) -> tuple[float, Tensor]:
-        loss = self.trainer.backward(*self.trainer.batch(self.trainer.step + 1 + ahead))
-        return float(loss), flat_gradient(self.model)
-
-    def capture(self) -> Any:
-        return self.trainer.capture()
-
-    def restore(self, state: Any) -> None:
-        self.trainer.restore(state)
+    plain = {**SHORT_DEFAULTS, **dict.fromkeys(WHOLE), "include": None, "exclude": []}
+    plain |= {"enable_emergency_shift": False, "enable_partition_clipping": False, "compile": False}
+    plain["monitor"] = config.monitor.model_copy(update={"enabled": False})
+    return TrainerLoop(Trainer(config.model_copy(update=plain)))
 
 
 def _write(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from altgrad.errors import CheckpointError, ReportError
+from altgrad.loop.states import tensors_of, to_device
 from altgrad.optim import state_bytes
 from altgrad.quantization import NUMERICS_VERSION
 from altgrad.records.documents import (
@@ -56,7 +57,6 @@ from altgrad.training.run.stop import StopRequest
 from altgrad.training.run.trackers import Trackers, make_trackers
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import all_finite
-from altgrad.training.step.state_tree import tensors_of, to_device
 from altgrad.training.step.stepping import usable_device
 from altgrad.training.trainer import LossFunction, Trainer, next_token_loss
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from altgrad.errors import AltGradError
+from altgrad.loop.states import load_model_state, load_optimizer_state, model_state, optimizer_state
 from altgrad.monitor.judge import Judge, StepFacts
 from altgrad.optim import reset_moments
 from altgrad.randomness import seed_of
@@ -38,7 +39,6 @@ from altgrad.training.step.formats_of_run import FormatsOfRun, StorageRates, all
 from altgrad.training.step.interventions import Interventions
 from altgrad.training.step.measuring import Measuring
 from altgrad.training.step.replay import Schedule, replay
-from altgrad.training.step.state_tree import load_model_state, load_optimizer_state, model_state, optimizer_state
 from altgrad.training.step.stepping import (
     build_optimizer,
     clip_to,

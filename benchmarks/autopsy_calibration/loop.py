@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from altgrad.autopsy import Recorder
 from altgrad.autopsy.loop import jittered
-from altgrad.nn import Recipe, attach_optimizer, change_format, quantize_model, uniform
+from altgrad.nn import Recipe, attach_optimizer, change_format, quantize_model, set_seed, uniform
 from altgrad.nn.recipe.cells import STORAGE, Cell
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.optim import SRAdamW
@@ -84,10 +84,10 @@ class FaultyRun(Recorder):
         self.asked = recipe
         self._turn()
 
-    def advance(self, *, data: int = 0, lr_factor: float = 1.0) -> float:
+    def advance(self, *, data: int = 0) -> float:
         if self.taken == self.onset:
             self._turn()
-        return super().advance(data=data, lr_factor=lr_factor)
+        return super().advance(data=data)
 
     def _turn(self) -> None:
         """Put the recipe asked for on the model, as it is at this step."""
@@ -218,5 +218,5 @@ def losses_of(loop: FaultyRun, draw: int) -> list[float]:
     with loop.aside():
         loop.restore(jittered(state, draw) if draw else state)
         if draw:
-            loop.reseed(draw)
+            set_seed(loop.model, draw)
         return [loop.advance() for _ in range(STEPS)]

@@ -17,7 +17,7 @@ from altgrad.autopsy.folder import check_versions, rebuild
 from altgrad.autopsy.fork import LOW, TWIN, Fork
 from altgrad.autopsy.forks import Forks
 from altgrad.autopsy.investigate import investigate
-from altgrad.autopsy.loop import TrainerLoop, jittered
+from altgrad.autopsy.loop import RunLoop, jittered
 from altgrad.autopsy.oracle import LoopOracle
 from altgrad.autopsy.search import Settings
 from altgrad.errors import ConfigError, OptionError, ReportError, RunBusyError
@@ -40,7 +40,7 @@ def broken_recipe():
 
 def oracle_of(steps=40, **config):
     config = config or {"formats": broken_recipe()}
-    return LoopOracle(TrainerLoop(tiny_trainer(**config)), steps, captures=8)
+    return LoopOracle(RunLoop(tiny_trainer(**config)), steps, captures=8)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_moments_are_cells_and_go_to_float32_and_back():
 
 def test_a_float32_run_has_no_cells():
     with pytest.raises(ConfigError, match="float32"):
-        TrainerLoop(tiny_trainer())
+        RunLoop(tiny_trainer())
 
 
 # -- a run folder -------------------------------------------------------------------------------------------------------

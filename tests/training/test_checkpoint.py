@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from altgrad.errors import CheckpointError
+from altgrad.loop.states import load_optimizer_state, optimizer_state
 from altgrad.records.files import ASIDE
 from altgrad.training.run.checkpoint import (
     checkpoints,
@@ -16,7 +17,6 @@ from altgrad.training.run.checkpoint import (
     prune,
     save_checkpoint,
 )
-from altgrad.training.step.state_tree import load_optimizer_state, optimizer_state
 from tests.training.tiny import differing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool]

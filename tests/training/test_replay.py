@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from altgrad.errors import ConfigError, OptionError
+from altgrad.loop.states import CaptureRing
 from altgrad.nn import recipe, uniform
 from altgrad.optim import OPTIMIZERS
 from altgrad.quantization import Rounding
 from altgrad.training.run.checkpoint import load_checkpoint, save_checkpoint
 from altgrad.training.step.replay import first_difference
-from altgrad.training.step.state_tree import CaptureRing
 from tests.training.tiny import differing, tiny_trainer, train
 
 GRID = ["fp8_format=E3M4", "weight_storage=grid"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.formats.catalog import get_format
+from altgrad.loop.states import copy_tree
 from altgrad.nn.recipe.facts import label_of
 from altgrad.nn.recipe.recipe import Recipe
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import recipe_of
-from altgrad.training.step.state_tree import copy_tree
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import AltGradError, ConfigError
-from altgrad.quantization.stability import EmergencyMantissaShift, PartitionRelativeClipper
-from altgrad.training.config.experiment import ExperimentConfig
-from altgrad.training.step.formats_of_run import FormatsOfRun, all_finite
-from altgrad.training.step.state_tree import (
+from altgrad.loop.states import (
     copy_tree,
     load_model_state,
     load_optimizer_state,
@@ -25,6 +22,9 @@ from altgrad.training.step.state_tree import (
     optimizer_state,
     tensors_of,
 )
+from altgrad.quantization.stability import EmergencyMantissaShift, PartitionRelativeClipper
+from altgrad.training.config.experiment import ExperimentConfig
+from altgrad.training.step.formats_of_run import FormatsOfRun, all_finite
 
 if TYPE_CHECKING:
     from altgrad.nn.recipe.recipe import Recipe

@@ -6,8 +6,9 @@ and the state is complete.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import ConfigError
+from altgrad.loop.loop import buffers_kept, flat_gradient
+from altgrad.randomness import seed_of
 
 if TYPE_CHECKING:
     from altgrad.nn import Recipe
@@ -25,7 +28,9 @@ Schedule = Callable[[int], float]
 class Replayable(Protocol):
     """What a replay needs of a trainer."""
 
+    config: Any
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     parameters: list[nn.Parameter]
     step: int
     ranks: Any
@@ -39,6 +44,8 @@ class Replayable(Protocol):
     def batch(self, step: int, seed: int | None = None) -> tuple[Tensor, Tensor]: ...
 
     def train_step(self, x: Tensor, y: Tensor, *, schedule: Schedule | None = None) -> Any: ...
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor: ...
 
 
 def replay(
@@ -96,6 +103,42 @@ def forked(trainer: Replayable, state: dict[str, Any] | None = None):
         trainer.restore(own)
         for parameter, gradient in zip(trainer.parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+class TrainerLoop:
+    """A trainer as an `altgrad.loop.Loop`.
+
+    Raises:
+        ConfigError: it is spread over ranks.
+    """
+
+    def __init__(self, trainer: Replayable) -> None:
+        if not trainer.ranks.alone:
+            raise ConfigError(f"this run is spread over {trainer.ranks.world_size} ranks; look into it on one")
+        self.trainer, self.model, self.optimizer = trainer, trainer.model, trainer.optimizer
+
+    def advance(self, *, data: int = 0) -> float:
+        record = self.trainer.train_step(*self._batch(data=data))
+        return record.loss if record.finite else math.nan
+
+    def gradient(self, ahead: int = 0) -> tuple[float, Tensor]:
+        with buffers_kept(self.model):
+            loss = self.trainer.backward(*self._batch(ahead))
+        return float(loss), flat_gradient(self.model)
+
+    def _batch(self, ahead: int = 0, data: int = 0) -> tuple[Tensor, Tensor]:
+        seed = seed_of(self.trainer.config.seed, "other batches", data) if data else None
+        return self.trainer.batch(self.trainer.step + 1 + ahead, seed)
+
+    def capture(self) -> dict[str, Any]:
+        return self.trainer.capture()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.trainer.restore(state)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Within the block nothing is recorded; afterwards the trainer is where it was."""
+        return forked(self.trainer)
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:
