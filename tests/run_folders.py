@@ -305,10 +305,10 @@ def frozen_run() -> FailureData:
         for role in ("weight", "input", "grad_output")
     ]
     trends = [
-        Trend("stall_rate", recent, list(np.linspace(0.6, 0.985, len(recent)))),
-        Trend("flip_rate", recent, list(np.linspace(0.4, 0.015, len(recent)))),
-        Trend("underflow", recent, [0.1] * len(recent), NAMES[0], "grad_output"),
-        Trend("sqnr_db", recent, [10.0] * 15 + [float("nan")] * (len(recent) - 15), NAMES[1], "input"),
+        Trend("stall_rate", recent, list(np.linspace(0.6, 0.985, len(recent))), unit=Unit.FRACTION),
+        Trend("flip_rate", recent, list(np.linspace(0.4, 0.015, len(recent))), unit=Unit.FRACTION),
+        Trend("underflow", recent, [0.1] * len(recent), NAMES[0], "grad_output", Unit.FRACTION),
+        Trend("sqnr_db", recent, [10.0] * 15 + [np.nan] * (len(recent) - 15), NAMES[1], "input", Unit.DECIBEL, "SQNR"),
     ]
     return FailureData(
         run=RunFacts("e7m0_uniform", "e7m0_uniform-s42-1a2b3c4d", 42, "E7M0", "grid", "nearest_even", 460, 500),

@@ -117,7 +117,7 @@ def stall_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup
     for outcome, style in zip(outcomes, styles, strict=True):
         stall = outcome.metrics.columns.get("stall_rate")
         if stall is not None and len(stall) and style.slot != BASELINE:
-            t = thin(stall.steps, stall.values, CURVE_POINTS)
+            t = thin(stall.steps, 100 * stall.values, CURVE_POINTS)
             band = (t.low, t.high) if t.per_bucket > 1 else (None, None)
             series.append(Series(outcome.label, t.x, t.mean, style, "", *band))
     if not series:
@@ -126,10 +126,10 @@ def stall_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup
         series,
         title="Stall rate over training",
         description="Share of attempted, nonzero weight updates after which the stored code was unchanged.",
-        caption="0: every attempted update moved its weight to another code. 1: none did, the weights stand still.",
-        y_label="share of attempted updates that changed no code",
+        caption="0%: every attempted update moved its weight to another code. 100%: none did, the weights stand still.",
+        y_label="percent of attempted updates that changed no code",
         height=300,
-        y_axis=Axis(-0.02, 1.02),
+        y_axis=Axis(-2, 102),
         y_scales=("linear",),
         marks=[mark for mark in _marks(outcomes) if not mark.calm],
         formats={o.label: o.run.format for o in outcomes},

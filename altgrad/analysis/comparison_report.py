@@ -51,7 +51,8 @@ def write_report(
         raise ReportError(
             f"the report's path {out_path} does not end in .html; name the page, its Markdown goes beside it"
         )
-    outcomes = label_runs([read_run(path) for path in paths])
+    runs = sorted(map(read_run, paths), key=lambda run: not run.is_baseline)  # what all are compared with stands first
+    outcomes = label_runs(runs)
     content = report_content(outcomes, out_path.resolve().parent, title=title, force=force)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     write_text(out_path.with_suffix(".md"), render_markdown("comparison.md.j2", **content))

@@ -27,6 +27,7 @@ from altgrad.report.pages.page import render_page
 LOOPBACK = "127.0.0.1"
 POLL_MS = 2000
 _POLICY = "default-src 'none';"
+_STRIP = '<div class="strip">'
 _SCRIPT = """
 <script>
 (() => {
@@ -37,8 +38,11 @@ _SCRIPT = """
     waiting = true;
     try {
       const now = await (await fetch("/stamp", {cache: "no-store"})).text();
-      if (now !== drawn) location.reload();
-    } catch { document.title = "(stopped) " + document.title.replace(/^\\(stopped\\) /, ""); }
+      if (now !== drawn || document.title.startsWith("(stopped)")) location.reload();
+    } catch {
+      document.title = "(stopped) " + document.title.replace(/^\\(stopped\\) /, "");
+      document.querySelector(".strip .live").textContent = "no longer live: altgrad watch has ended";
+    }
     waiting = false;
   }, %d);
 })();
@@ -85,9 +89,16 @@ class LivePage:
                 write = write_study if is_study(folders) else write_report
                 page = write(folders, Path(scratch) / "live.html", force=True).read_text("utf-8")
         except ReportError as error:
-            said = str(error) if folders else f"no run in {', '.join(map(str, self.roots))} yet"
-            page = render_page("base.html.j2", title="AltGrad: waiting", kind="live", headline="Waiting", lede=[said])
+            said = str(error) if folders else f"No run in {', '.join(map(str, self.roots))} yet."
+            page = render_page(
+                "base.html.j2",
+                title="AltGrad: waiting",
+                kind="watch",
+                headline="Waiting for the first steps",
+                lede=[f"{said} This page draws itself again when a run has begun."],
+            )
         page = page.replace(_POLICY, f"{_POLICY} connect-src 'self';", 1)
+        page = page.replace(_STRIP, f'{_STRIP}<span class="live">live</span>', 1)
         before, _, after = page.rpartition("</body>")
         return before + _SCRIPT % (json.dumps(stamp), POLL_MS) + after
 

@@ -11,8 +11,17 @@ from typing import Any
 import numpy as np
 
 from altgrad.records.run import Metrics, Run, as_number
-from altgrad.report.numbers import count, duration, loss, number, percent
-from altgrad.report.verdicts import BEHIND, ON_PAR, ending, grade, past_tense, remarks_beside, remarks_in_words
+from altgrad.report.numbers import count, duration, loss, percent
+from altgrad.report.verdicts import (
+    BEHIND,
+    ON_PAR,
+    ending,
+    evidence_words,
+    grade,
+    past_tense,
+    remarks_beside,
+    remarks_in_words,
+)
 
 MONITORED_STEPS = 48
 """Monitored steps of a run that its report reads, evenly thinned."""
@@ -141,8 +150,7 @@ class Outcome:
         if self.collapsed:
             value, threshold = as_number(verdict.get("value")), as_number(verdict.get("threshold"))
             if verdict.get("metric"):
-                limit = f", threshold {number(threshold)}" if threshold is not None else ""
-                pairs.append(("Evidence", f"{verdict['metric']} = {number(value)}{limit}"))
+                pairs.append(("Evidence", evidence_words(str(verdict["metric"]), value, threshold)))
             if verdict.get("reason"):
                 pairs.append(("Reason", str(verdict["reason"])))
             if (at := self.loss_at(self.onset)) is not None:

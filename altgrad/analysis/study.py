@@ -175,7 +175,7 @@ def load_study(source: str | Path | Sequence[str | Path], *, force: bool = False
     usual = _usual([values for _, values in formats.values()], axes)
     settings = [Setting(_label(*formats[key], axes, usual), *formats[key], members) for key, members in grouped.items()]
     remarks = [*circumstances(runs), *_damage(settings)]
-    unsaid = [_said(axis, value, named=True) for axis, value in usual.items() if value is not None]
+    unsaid = [axis_words(axis, value, named=True) for axis, value in usual.items() if value is not None]
     return Study(folder, settings, axes, max_steps, warnings, remarks, unsaid)
 
 
@@ -251,18 +251,25 @@ def _usual(values: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> dict[str
 
 def _label(fmt: str, values: Mapping[str, Any], axes: Sequence[str], usual: Mapping[str, Any]) -> str:
     told = [axis for axis in axes if axis != FORMAT and (values[axis] is not None or usual.get(axis) is not None)]
-    return " ".join([fmt, *(_said(axis, values[axis]) for axis in told if usual.get(axis) != values[axis])])
+    return " ".join([fmt, *(axis_words(axis, values[axis]) for axis in told if usual.get(axis) != values[axis])])
 
 
-def _said(axis: str, value: Any, *, named: bool = False) -> str:
+def axis_name(axis: str) -> str:
+    """A configuration key in words: "emergency shift" for enable_emergency_shift."""
+    return axis.rsplit(".", 1)[-1].removeprefix("enable_").replace("_", " ")
+
+
+def axis_words(axis: str, value: Any, *, named: bool = False) -> str:
     """A value in a label; the usual axes are known by their values alone, unless they shall be `named`."""
-    name = axis.rsplit(".", 1)[-1].removeprefix("enable_")
+    name = axis_name(axis)
     if value is None or isinstance(value, bool):
-        return f"{name.replace('_', ' ')} {'none' if value is None else 'on' if value else 'off'}"
+        return f"{name} {'none' if value is None else 'on' if value else 'off'}"
     text = f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
     if named:
-        return f"{name.replace('_', ' ')} {text}"
-    return text if axis in _AXIS_ORDER else f"{name} {text}"
+        return f"{name} {text}"
+    if (name, text) == ("scaling", "none"):
+        return "unscaled"
+    return text if axis in _AXIS_ORDER and text != "none" else f"{name} {text}"
 
 
 def _shifts(run: Run) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from altgrad.analysis.layers import LayerHistory, forward_order, mean_history, nan_mean, panel
 from altgrad.analysis.ranking import Ranked
 from altgrad.analysis.statistics import Estimate, NoiseFloor
-from altgrad.analysis.study import CURVE_BUCKETS, FORMAT, OPTIMIZER, RunSummary, Setting, Study
+from altgrad.analysis.study import CURVE_BUCKETS, FORMAT, OPTIMIZER, RunSummary, Setting, Study, axis_words
 from altgrad.records.metrics import FRACTION, Metric, drawn_names, find_metric
 from altgrad.report.charts.figures import figure, line_figure
 from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table, ramp_legend
@@ -21,6 +21,7 @@ from altgrad.report.charts.lines import Mark, Series
 from altgrad.report.charts.rows import IntervalRow, TimelineRow, interval_chart, timeline_chart
 from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, in_unit, listing, loss, number, plural
+from altgrad.report.text import role_words
 from altgrad.report.theme import Style, styles_for
 from altgrad.report.verdicts import past_tense
 
@@ -209,7 +210,7 @@ def heat_figures(study: Study, ranked: Sequence[Ranked]) -> list[Markup]:
     formats = list(dict.fromkeys(s.format for s in study.quantized))
     columns = list(dict.fromkeys(s.values[column_axis] for s in study.quantized))
     combinations = list(dict.fromkeys(tuple(s.values[a] for a in further) for s in study.quantized))
-    against = any(r.against_baseline for r in ranked)
+    standing = [r.best for r in ranked if r.best is not None]
     figures = []
     for combination in combinations[:6]:
         place = {
@@ -219,13 +220,20 @@ def heat_figures(study: Study, ranked: Sequence[Ranked]) -> list[Markup]:
         }
         rows = [f for f in formats if any((f, c) in place for c in columns)]
         cells = [[_heat_cell(place.get((f, c)), by_label) for c in columns] for f in rows]
-        named = listing(
-            [f"{a.rsplit('.', 1)[-1].replace('_', ' ')} {v}" for a, v in zip(further, combination, strict=True)]
-        )
-        what = "final loss minus FP32's of the same seed" if against else "final loss"
-        caption = f"{what[:1].upper()}{what[1:]}, mean over seeds{f'; {named}' if named else ''}. The darker, the more settings are better than it beyond chance, so that what the seeds cannot tell apart looks alike; in red: how many runs collapsed."
-        figures.append(heat_table(rows, [_axis_value(c) for c in columns], cells, caption=caption, corner="format"))
+        named = listing([axis_words(a, v, named=True) for a, v in zip(further, combination, strict=True)])
+        heads = [axis_words(column_axis, c) for c in columns]
+        caption = named[:1].upper() + named[1:]
+        figures.append(heat_table(rows, heads, cells, caption=caption, corner="format", among=standing))
     return figures
+
+
+def heat_words(ranked: Sequence[Ranked]) -> str:
+    """How the heat maps are read."""
+    what = "Final loss minus FP32's of the same seed" if any(r.against_baseline for r in ranked) else "Final loss"
+    return (
+        f"{what}, mean over seeds, with half the width of its 95% interval. The stronger the shade, the more settings are "
+        "better than it beyond chance, so that what the seeds cannot tell apart looks alike; in red: how many runs collapsed."
+    )
 
 
 def _heat_cell(setting: Setting | None, ranked: Mapping[str, Ranked]) -> Cell:
@@ -242,10 +250,6 @@ def _heat_cell(setting: Setting | None, ranked: Mapping[str, Ranked]) -> Cell:
         f"± {number((found.high - found.low) / 2, 2)}, " if found.low is not None and found.high is not None else ""
     )
     return Cell(r.best, difference(found.mean) if r.against_baseline else loss(found.mean), f"{spread}n = {found.n}")
-
-
-def _axis_value(value: object) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def timeline_figure(study: Study) -> Markup | None:
@@ -293,11 +297,10 @@ def layer_sections(study: Study, ranked: Sequence[Ranked]) -> list[dict]:
     sections = []
     for setting in _chosen(measured)[:MOST_LAYERED]:
         runs = [run for run in setting.runs if run.layers]
-        panels = _panels(histories[setting.label], ramps, study.max_steps)
-        if panels:
-            sections.append(
-                {"label": setting.label, "note": seeds_text(sorted({r.seed for r in runs}, key=str)), "panels": panels}
-            )
+        panels, beside = _panels(histories[setting.label], ramps, study.max_steps)
+        if panels or beside:
+            note = seeds_text(sorted({r.seed for r in runs}, key=str))
+            sections.append({"label": setting.label, "note": note, "panels": panels, "beside": beside})
     return sections
 
 
@@ -318,22 +321,28 @@ def _row(name: str) -> Metric:
     return found
 
 
-def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) -> list[list[Markup]]:
-    """One row of panels per metric, one panel per role."""
+def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) -> tuple[list[list[Markup]], list[str]]:
+    """One row of panels per metric, one panel per role; and what they leave out, in words."""
     roles = list(dict.fromkeys(role for _, role, _ in history))
     order = forward_order(history)
     panels: dict[str, list[Markup]] = {}
+    still, most = [], 0
     for name, role in product(ramps, roles):
         layers, values = panel(history, name, role, order)
         if not len(layers):
             continue
         ramp, row = ramps[name], _row(name)
         show = partial(in_unit, unit=row.unit)
+        least, greatest = float(np.nanmin(values)), float(np.nanmax(values))
+        if least == greatest:
+            still.append(f"{row.heading} of {role_words(role)} {show(least)}")
+            continue
+        most = max(most, len(layers))
         strips = heat_strips(
             [_short(layer) for layer in layers[:MOST_LAYERS]],
             values[:MOST_LAYERS],
             ramp=ramp,
-            title=f"{row.heading} of {role}",
+            title=f"{row.heading} of {role_words(role)}",
             description=f"{_sentence(row)}, per layer over training; largest in "
             f"{layers[int(np.argmax(nan_mean(values.T)))]}.",
             x_ends=("step 1", f"step {count(max_steps)}"),
@@ -341,12 +350,14 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
         )
         head = el(
             "div",
-            el("h4", f"{row.heading}, {role.replace('_', ' ')}"),
+            el("h4", f"{row.heading}, {role_words(role)}"),
             ramp_legend(show(ramp.lo), show(ramp.hi)),
             class_="cellhead",
         )
         panels.setdefault(name, []).append(el("div", head, strips, class_="multiple"))
-    return list(panels.values())
+    beside = [f"Of one value in every layer and step: {', '.join(still)}."] if still else []
+    beside += [f"Drawn are the first {MOST_LAYERS} of {most} layers."] if most > MOST_LAYERS else []
+    return list(panels.values()), beside
 
 
 def _sentence(row: Metric) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 from altgrad.analysis.ranking import Ranked, rank
 from altgrad.analysis.statistics import NoiseFloor, noise_floor
-from altgrad.analysis.study import FORMAT, OPTIMIZER, STORAGE, Study, load_study
+from altgrad.analysis.study import FORMAT, OPTIMIZER, STORAGE, Study, axis_name, load_study
 from altgrad.analysis.study_figures import (
     band_figure,
     heat_figures,
+    heat_words,
     layer_sections,
     ranking_figure,
     seeds_text,
@@ -162,7 +163,7 @@ def study_content(
         ("layers", "Layers") if layers or spots else None,
         ("runs", "Every run"),
     ]
-    axes = [_AXIS_NAMES.get(axis, axis) for axis in study.axes]
+    axes = [_AXIS_NAMES.get(axis, axis_name(axis)) for axis in study.axes]
     return {
         "title": title or f"AltGrad: {said}",
         "kind": "study",
@@ -182,6 +183,7 @@ def study_content(
         "ranking_notes": _notes(ranked),
         "band_figure": band_figure(study, ranked),
         "heats": heats,
+        "heats_say": heat_words(ranked),
         "timeline": timeline,
         "collapses": collapse_words(study),
         "modes": modes,

@@ -21,6 +21,7 @@ from altgrad.report.charts.glyphs import bit_strip, line_sample
 from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, duration, loss, number, percent, plural
 from altgrad.report.tables import Column, Table, TableCell
+from altgrad.report.text import role_words
 from altgrad.report.verdicts import past_tense
 
 STANDARD_OPTIMIZERS = frozenset({"adamw", "adam", "sgd", "lion", "signsgd"})
@@ -59,7 +60,7 @@ def ranking_table(study: Study, ranked: Sequence[Ranked]) -> Table:
         Column("Setting"),
         Column("Rank"),
         Column("Final loss", True, "mean over seeds; validation loss where it was measured"),
-        Column("Against FP32", True, "mean of the paired differences over seeds"),
+        Column("vs FP32", True, "mean of the paired differences over seeds"),
         Column("95% interval", note="of the paired difference"),
         Column("Effect (g)", True, "Hedges' g of the paired differences"),
         Column("p (Holm)", True, "paired t-test, corrected over all settings"),
@@ -122,7 +123,7 @@ def failure_modes_table(study: Study) -> Table | None:
             rate, statistic, role, layer = worst
             bad = rate >= ALARMING
             failing += [where] if bad else []
-            detail = f"{statistic} of {role.replace('_', ' ')}, {layer}"
+            detail = f"{statistic} of {role_words(role)}, {layer}"
             html = Markup("{}{}").format(percent(rate), el("small", detail))
             cells.append(TableCell(f"{percent(rate)} ({detail})", html, rate, "bad" if bad else ""))
         cells.append(" and ".join(failing) or "none")
@@ -155,7 +156,7 @@ def sweet_spot_table(study: Study) -> Table | None:
         rows.append(
             [
                 kind,
-                role.replace("_", " "),
+                role_words(role),
                 best,
                 TableCell(f"{number(top.mean, 3)} dB", sort=top.mean),
                 f"{order[1]}, {number(second.mean, 3)} dB",
@@ -238,7 +239,7 @@ def runs_table(study: Study, folder: Path) -> Table:
         Column("Training loss", True),
         Column("Steps", True),
         Column("Verdict"),
-        Column("Stall rate", True),
+        Column("Stall", True),
         Column("Time", True),
         Column("Reports"),
     ]

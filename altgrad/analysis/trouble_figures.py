@@ -21,6 +21,7 @@ from altgrad.report.charts.figures import figure, line_figure
 from altgrad.report.charts.heat import Ramp, heat_strips, ramp_legend
 from altgrad.report.charts.lines import Series, thin
 from altgrad.report.numbers import count, in_unit, plural
+from altgrad.report.text import SYMBOLS
 from altgrad.report.theme import BASELINE, Style
 
 TROUBLE = 0.5
@@ -54,7 +55,7 @@ def rate_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Markup 
         title="Learning rate",
         description="The learning rate of each step.",
         caption="The same in all runs." if shared else "",
-        y_label=f"in units of {unit:g}",
+        y_label=f"learning rate, in units of {unit:g}",
         height=170,
         y_scales=("linear",),
         legend=not shared,
@@ -77,6 +78,7 @@ def update_figure(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> Marku
         description="Median over layers of the median update over half the grid's spacing at the median weight.",
         caption="Median over layers of the median attempted update, in halves of the grid's spacing at the median weight. "
         "Below 1, rounding to nearest loses most updates; stochastic rounding keeps their mean at any size.",
+        y_label="update over half a grid step, as a ratio",
         height=260,
         y_scales=("log",),
         y_axis=axis_over([*(s.y for s in series), np.array([0.8, 1.25])], log=True),
@@ -170,8 +172,7 @@ def _first(values: np.ndarray) -> int | None:
 
 def _name(metric: str, role: str, layer: str) -> str:
     """ "blocks.0.mlp.up stall", "head dy underflow": short, as a phone has little room beside a map."""
-    short = {"input": "x ", "weight": "w ", "grad_output": "dy "}.get(role, "")
-    return f"{layer} {short}{metric}"
+    return " ".join([layer, *([SYMBOLS[role]] if role in SYMBOLS else []), metric])
 
 
 def under_the_loss(outcomes: Sequence[Outcome], styles: Sequence[Style]) -> list[Markup]:

@@ -16,7 +16,8 @@ from altgrad.errors import ConfigError
 from altgrad.records.files import write_json, write_text
 from altgrad.report.console import Bars, Terminal, ruled_table, waiting
 from altgrad.report.numbers import duration, percent, plural
-from altgrad.report.pages.advice import SYMBOLS, headline, own_errors, render_advice, sentence, whole_line
+from altgrad.report.pages.advice import headline, own_errors, render_advice, sentence, whole_line
+from altgrad.report.text import SYMBOLS
 from altgrad.training.config.shipped import shipped_file
 
 if TYPE_CHECKING:

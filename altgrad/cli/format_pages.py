@@ -71,5 +71,5 @@ def print_equivalent() -> None:
     console.print("Formats that are one grid under scaling (every value compared):", style="bold")
     for members in equivalent_groups(FORMAT_REGISTRY.values()):
         first = members[0]
-        ratios = ", ".join(f"{m.name} (x {number(m.max / first.max)})" for m in members[1:])
+        ratios = ", ".join(f"{m.name} (x {m.max / first.max:g})" for m in members[1:])
         console.print(f"  {first.name} = {ratios}", highlight=False)

@@ -15,6 +15,7 @@ from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.records.files import write_text
 from altgrad.report.console import Terminal, ruled_table
 from altgrad.report.pages.products import DRAWN, NO_VERDICT, render_products
+from altgrad.report.text import SYMBOLS
 
 LONGEST_LABEL = 28  # characters of a recipe's text that a table and a curve carry
 LENGTHS = (64, 256, 1024, 4096)
@@ -22,7 +23,6 @@ LENGTHS = (64, 256, 1024, 4096)
 
 _REDUCED = {"forward": "the input features", "input_grad": "the output features", "weight_grad": "the tokens"}
 _PRODUCTS = {"forward": "y = x w^T", "input_grad": "dx = dy w", "weight_grad": "dw = dy^T x"}
-_SYMBOLS = {"input": "x", "weight": "w", "grad_output": "dy"}
 _CERTAINTY = {
     "code": "every number of the arithmetic was read in code",
     "one gap": "read in code but for what is named below",
@@ -69,7 +69,7 @@ def print_recipe(name: str) -> None:
     for gemm, one in layer.gemms.items():
         for index, (role, spec) in enumerate(one.named()):
             words = _words(spec, gemm)
-            table.add_row("" if index else _PRODUCTS[gemm], _SYMBOLS[role], spec.format or "as it is", "; ".join(words))
+            table.add_row("" if index else _PRODUCTS[gemm], SYMBOLS[role], spec.format or "as it is", "; ".join(words))
         unit = one.accumulator
         summed = "in float32" if unit is None else "; ".join(f"{label}: {text}" for label, text in unit.facts())
         table.add_row("", "sum", "" if unit is None else str(unit), summed)

@@ -20,6 +20,7 @@ from altgrad.records.files import write_json, write_text
 from altgrad.records.metrics import RUN, metrics
 from altgrad.records.run import FAILURE_REPORTS, Run
 from altgrad.records.schema import as_number, jsonable
+from altgrad.report.numbers import in_unit
 from altgrad.report.pages.failure import (
     FailureData,
     Intervention,
@@ -237,7 +238,8 @@ def _evidence(steps: Mapping[int, Record], verdict: Record) -> list[tuple[str, s
             continue
         values = [v for v in (as_number(r.get(row.name)) for r in stretch) if v is not None and math.isfinite(v)]
         if values:
-            pairs.append((f"{row.heading}, onset to detection", f"{min(values):.4g} to {max(values):.4g}"))
+            low, high = (in_unit(value, row.unit) for value in (min(values), max(values)))
+            pairs.append((f"{row.heading}, onset to detection", low if low == high else f"{low} to {high}"))
     return pairs
 
 

@@ -80,7 +80,9 @@ def trends(steps: Mapping[int, Record], monitored: Sequence[Record]) -> list[Tre
         points = [(r["step"], as_number(r.get(row.name))) for r in recent] if row.roles == RUN else []
         points = [(step, value) for step, value in points if value is not None]
         if len(points) > 1:
-            found.append(Trend(row.name, [s for s, _ in points], [v for _, v in points]))
+            found.append(
+                Trend(row.name, [s for s, _ in points], [v for _, v in points], unit=row.unit, title=row.heading)
+            )
     if not steps:
         return found
     first = list(steps)[-1] - TREND_STEPS
@@ -96,6 +98,7 @@ def trends(steps: Mapping[int, Record], monitored: Sequence[Record]) -> list[Tre
         row = find_metric(name)
         pick = mean if row is None else row.over_layers
         if pick is not None and len(by_step) > 1:
-            label = f"{name} ({_OVER_LAYERS.get(pick, 'mean')} of layers)"
-            found.append(Trend(label, list(by_step), [pick(v) for v in by_step.values()], role=role))
+            of = f"({_OVER_LAYERS.get(pick, 'mean')} of layers)"
+            told = {} if row is None else {"unit": row.unit, "title": f"{row.heading} {of}"}
+            found.append(Trend(f"{name} {of}", list(by_step), [pick(v) for v in by_step.values()], role=role, **told))
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from altgrad.records.metrics import DECIBEL, FRACTION, RUN, Metric, metrics
 from altgrad.report.numbers import Unit, listing
+from altgrad.report.text import role_words
 
 
 def _columns() -> list[tuple[str, str, Metric]]:
@@ -76,7 +77,7 @@ def _worst(latest: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         found = [(r[name], layer, role) for (layer, role), r in latest.items() if r.get(name)]
         if found:
             value, layer, role = max(found)
-            where = layer if role == "update" else f"{layer} ({role})"
+            where = layer if role == "update" else f"{layer} ({role_words(role)})"
             lines.append(f"largest {name}: {_text(value, FRACTION)} at {where}")
     bad = [layer for (layer, role), r in latest.items() if role == "gradient" and r.get("nonfinite_frac")]
     if bad:

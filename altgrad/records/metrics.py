@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from altgrad.errors import OptionError
 from altgrad.report.numbers import Unit
+from altgrad.report.text import SYMBOLS
 
 FRACTION, DECIBEL, NUMBER, COUNT, SECONDS, FLAG = (
     Unit.FRACTION,
@@ -106,14 +107,12 @@ def _of_run(name: str, **facts) -> Metric:
     return Metric(name, "step", RUN, over_layers=None, needs_grid=False, **facts)
 
 
-_PER_ROLE = {"input": "in", "weight": "w", "grad_output": "dY"}
-
 _ROWS = [
     _operand(
         "overflow",
         says="finite elements beyond the largest value after rounding",
         lost=True,
-        heads={role: f"over {short}" for role, short in _PER_ROLE.items()},
+        heads={role: f"over {short}" for role, short in SYMBOLS.items()},
         drawn=True,
         tabled=True,
     ),
@@ -122,7 +121,7 @@ _ROWS = [
         over_layers=mean,
         says="nonzero elements that became zero",
         lost=True,
-        heads={"grad_output": "under dY"},
+        heads={"grad_output": "under dy"},
         drawn=True,
         tabled=True,
     ),
@@ -132,7 +131,7 @@ _ROWS = [
         over_layers=mean,
         says="signal to quantization noise, 10 log10(sum x^2 / sum (x - q)^2)",
         title="SQNR",
-        heads={role: f"SQNR {short}" for role, short in _PER_ROLE.items()},
+        heads={role: f"SQNR {short}" for role, short in SYMBOLS.items()},
         drawn=True,
         tabled=True,
     ),

@@ -71,11 +71,14 @@ def percent(value: float | None) -> str:
     if value is None or math.isnan(value):
         return MISSING if value is None else "NaN"
     scaled = 100 * value
+    if scaled < 0:
+        text = percent(-value)
+        return {"<0.01%": ">−0.01%", ">99.9%": "<−99.9%"}.get(text, f"−{text}")
     if scaled == 0:
         return "0%"
-    if abs(scaled) < 0.01:
+    if scaled < 0.01:
         return "<0.01%"
-    if abs(scaled) < 1:
+    if scaled < 1:
         return f"{scaled:.2f}%"
     if 99.95 <= scaled < 100:
         return ">99.9%"

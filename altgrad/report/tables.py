@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from altgrad.report.charts.svg import el
+from altgrad.report.charts.svg import breakable, el
 from altgrad.report.text import for_markdown
 
 
@@ -73,7 +73,7 @@ def table_html(table: Table) -> Markup:
             cells.append(
                 el(
                     "th" if c == 0 and table.row_headers else "td",
-                    cell.html if cell.html is not None else cell.text,
+                    cell.html if cell.html is not None else breakable(cell.text),
                     scope="row" if c == 0 and table.row_headers else None,
                     class_=" ".join(names) or None,
                     data_sort=None if cell.sort is None else cell.sort,

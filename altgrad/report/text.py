@@ -1,4 +1,5 @@
-"""Foreign text on its way out: names, paths and messages made harmless for a terminal, Markdown and a spreadsheet.
+"""Text on its way out: roles by the words that all pages share; names, paths and messages made harmless for a terminal,
+Markdown and a spreadsheet.
 
 HTML needs none of this: the templates escape by themselves.
 """
@@ -8,18 +9,28 @@ from __future__ import annotations
 import re
 import unicodedata
 
+SYMBOLS = {"input": "x", "weight": "w", "grad_output": "dy"}
+"""How the operands of a layer's products are written on pages and in a terminal."""
+
+_TO_A_JOINT, _FROM_A_JOINT = re.compile(r"(?<=[\s._/])\w{1,12}$"), re.compile(r"^\w{1,12}?[\s._/]")
 _MARKDOWN = re.compile(r"[`\[\]]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what CommonMark reads as HTML
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
+def role_words(role: str) -> str:
+    """A role in words: "input x", "weight w", "gradient dy"; the update and the gradient of a weight as they are."""
+    return {"input": "input x", "weight": "weight w", "grad_output": "gradient dy"}.get(role, role.replace("_", " "))
+
+
 def shortened(text: object, longest: int = 120) -> str:
-    """`text` with its middle left out where it is longer than `longest` characters."""
+    """`text` with its middle left out, at joints of its words where some are near, where it is longer than `longest`."""
     said = str(text)
     if len(said) <= longest:
         return said
     kept = (longest - 5) // 2
-    return f"{said[:kept]} ... {said[-kept:]}"
+    head, tail = _TO_A_JOINT.sub("", said[:kept]), _FROM_A_JOINT.sub("", said[-kept:])
+    return f"{head.rstrip()} ... {tail.lstrip()}"
 
 
 def for_terminal(text: object) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from altgrad.report.numbers import count, listing
+from altgrad.report.numbers import count, listing, number, percent
 
 PAST_TENSE = {
     "freeze": "froze",
@@ -73,6 +73,13 @@ def remarks_beside(remarks: Sequence[Mapping[str, Any]], graded: str | None) -> 
     if any(r.get("kind") == "freeze" for r in remarks):
         said.add("stalled")
     return [r for r in remarks if r.get("kind") not in said]
+
+
+def evidence_words(metric: str, value: float | None, threshold: float | None) -> str:
+    """The number that a verdict rests on: "stall rate 99.4%, threshold 95%"."""
+    show = percent if metric.endswith("_rate") else number
+    limit = "" if threshold is None else f", threshold {show(threshold)}"
+    return f"{metric.replace('_', ' ')} {show(value)}{limit}"
 
 
 def _in_a_cell(verdict: Mapping[str, Any]) -> str:

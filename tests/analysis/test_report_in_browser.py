@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,9 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from altgrad.advise.checkpoint import advise_weights
 from altgrad.analysis import write_report, write_study
+from altgrad.analysis.live import LivePage
+from altgrad.report.pages.advice import render_advice
+from altgrad.report.pages.autopsy import render_autopsy
+from altgrad.report.pages.claim import render_claim
 from altgrad.report.pages.failure import render_failure
+from altgrad.report.pages.products import render_products
+from altgrad.reproduce import find_claim
+from altgrad.reproduce.data import data_of
+from altgrad.reproduce.run import last_record
+from tests.autopsy.planted import Planted, any_of, cell, cured_by, page_data
 from tests.run_folders import demo_runs, frozen_run, make_run
 
 FLAGS = (
@@ -127,6 +139,29 @@ pytestmark = pytest.mark.browser
 TEXT_OFF_THE_PAGE = """const w = document.documentElement.clientWidth;
     return [...document.querySelectorAll('svg.chart text')].map((t) => [t.textContent, t.getBoundingClientRect()])
         .filter(([, r]) => r.width && (r.left < -1 || r.right > w + 1)).map(([text, r]) => [text, r.left, r.right])"""
+BROKEN_NAMES = """const broken = [], range = document.createRange();
+    const walker = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+    for (let node; (node = walker.nextNode());) {
+        if (node.parentElement.closest('svg, script, pre')) continue;
+        for (const word of node.data.matchAll(/[\\w.]+/g)) {
+            range.setStart(node, word.index); range.setEnd(node, word.index + word[0].length);
+            const lines = new Set([...range.getClientRects()].filter((r) => r.width).map((r) => Math.round(r.top)));
+            if (lines.size > 1) broken.push(word[0]);
+        }
+    }
+    return broken"""
+"""Names that a line's end breaks elsewhere than at a joint."""
+PALE_TEXT = """const channels = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+    const light = (colour) => channels(colour).slice(0, 3).map((v) => v / 255)
+        .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = (e) => { for (; e; e = e.parentElement) {
+        const c = getComputedStyle(e).backgroundColor; if ((channels(c)[3] ?? 1) > 0.99) return c; } return 'rgb(255, 255, 255)'; };
+    return [...document.querySelectorAll('body *')].filter((e) => !e.closest('svg, [hidden], script, details:not([open])')
+        && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) && e.getBoundingClientRect().width)
+        .map((e) => { const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((p, q) => q - p);
+            return [e.textContent.trim().slice(0, 40), (a + 0.05) / (b + 0.05)]; }).filter(([, ratio]) => ratio < 4.5)"""
+"""Text whose contrast with what lies behind it is below 4.5 (WCAG 2.2, AA)."""
 LABELS = ["FP32", "E5M2", "E3M4", "E1M6", "E0M7", "E7M0"]
 
 
@@ -149,16 +184,67 @@ def visible_curves(page):
     return [tuple(pair) for pair in page.run(script)]
 
 
-@pytest.mark.parametrize("width", [360, 768, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_is_quiet_and_asks_the_network_for_nothing(page, report, width, scheme):
-    page.open(report, width=width, scheme=scheme)
+def long_named(data):
+    """The verdict with layers of such names as models have."""
+    return json.loads(re.sub(r"layer(\d)", r"blocks.\1.self_attention.q_projection", json.dumps(data)))
+
+
+@pytest.fixture(scope="module")
+def pages(report, study, tmp_path_factory):
+    """Every kind of page."""
+    root = tmp_path_factory.mktemp("pages")
+    model = torch.nn.ModuleDict({f"{part}_projection_of_a_layer": torch.nn.Linear(32, 32) for part in "qkv"})
+    products = {"te_mxfp8": (0.01, 0.02, 0.03), "without accumulator": (0.01, 0.01, 0.02)}
+    found = page_data(
+        Planted(cured_by(any_of(cell(6, "input_grad", "grad_output")), "exponent"), onset=60), command="altgrad"
+    )
+    made = {
+        "failure": render_failure(frozen_run())[0],
+        "autopsy": render_autopsy(long_named(found))[0],
+        "claim": render_claim(data_of(last_record(find_claim("few_random_bits"), root), "altgrad reproduce")),
+        "advice": render_advice(advise_weights(torch.nn.ModuleDict({"blocks": model})).as_dict()),
+        "products": render_products(
+            "te_mxfp8", "x:MXFP8", "8", products, (64, 256), {"te_mxfp8": (0.01, 0.02)}, "altgrad"
+        ),
+        "watch": LivePage([report.parent]).html(),
+        "waiting": LivePage([root]).html(),
+    }
+    for name, html in made.items():
+        (root / f"{name}.html").write_text(html, "utf-8")
+    return {"comparison": report, "study": study, **{name: root / f"{name}.html" for name in made}}
+
+
+KINDS = ("comparison", "study", "failure", "autopsy", "claim", "advice", "products", "watch", "waiting")
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(360, "light"), (360, "dark"), (768, "light"), (1280, "light"), (1280, "dark")]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_page_fits_is_readable_and_quiet_and_asks_the_network_for_nothing(page, pages, kind, width, scheme):
+    page.open(pages[kind], width=width, scheme=scheme)
     assert page.overflow() <= 0
     assert page.complaints() == []
-    assert page.requests() == [report.resolve().as_uri()]
+    assert page.requests() == [pages[kind].resolve().as_uri()]
     paper = page.run("return getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(17, 23, 29)")
     assert page.run(TEXT_OFF_THE_PAGE) == []
+    assert page.run(BROKEN_NAMES) == []
+    assert page.run(PALE_TEXT) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_page_prints_on_white_without_controls_and_within_the_paper(page, pages, kind):
+    page.open(pages[kind], width=718, scheme="dark")
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        shown = [control for control in page.all(".switches, .table-tools, nav.contents") if control.is_displayed()]
+        assert shown == []
+        assert page.overflow() <= 0
+        assert page.run(PALE_TEXT) == []
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_on_a_phone_verdict_distance_and_stall_stand_first(page, report):
@@ -297,17 +383,6 @@ def test_markup_in_a_run_name_stays_text(page, tmp_path):
     assert page.complaints() == []
 
 
-def test_the_failure_report_fits_and_is_quiet(page, tmp_path):
-    path = tmp_path / "failure.html"
-    path.write_text(render_failure(frozen_run())[0], "utf-8")
-    for width in (360, 1280):
-        page.open(path, width=width)
-        assert page.overflow() <= 0
-        assert page.complaints() == []
-        assert page.requests() == [path.resolve().as_uri()]
-    assert page.one("h1").text == "E7M0 froze at step 410 of 500."
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
@@ -326,15 +401,6 @@ def study(tmp_path_factory):
                     onset=30,
                 )
     return write_study(root)
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
-def test_the_study_fits_and_is_quiet(page, study, width, scheme):
-    page.open(study, width=width, scheme=scheme)
-    assert page.overflow() <= 0
-    assert page.complaints() == []
-    assert page.requests() == [study.resolve().as_uri()]
-    assert page.run(TEXT_OFF_THE_PAGE) == []
 
 
 def test_the_study_filters_its_runs(page, study):
@@ -357,14 +423,3 @@ def test_the_study_reads_bands(page, study):
     text = page.one("#curves .readout").text
     assert "step 100" in text
     assert "[" in text.split("E3M4")[1]
-
-
-def test_the_study_prints_without_controls(page, study):
-    page.open(study)
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    try:
-        assert not page.one(".switches").is_displayed()
-        assert not page.one("#runs .filter").is_displayed()
-        assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    finally:
-        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

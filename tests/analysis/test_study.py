@@ -342,8 +342,8 @@ def test_the_sweet_spot_is_the_format_of_the_highest_sqnr(tmp_path):
             with (run / "metrics.jsonl").open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
     rows = {row[1]: row for row in sweet_spot_table(load_study(tmp_path)).rows}
-    assert rows["weight"][:3] == ["blocks.*.mlp", "weight", "E3M4"]
-    assert rows["input"][2].startswith("unresolved: ")
+    assert rows["weight w"][:3] == ["blocks.*.mlp", "weight w", "E3M4"]
+    assert rows["input x"][2].startswith("unresolved: ")
 
 
 def test_seeds_in_words():

@@ -9,6 +9,8 @@ from random import Random
 from typing import NamedTuple
 
 from altgrad.autopsy.fork import LOW, Fork, Outcome, Stop
+from altgrad.autopsy.forks import Forks
+from altgrad.autopsy.investigate import investigate
 
 ROLES = (("forward", "input"), ("forward", "weight"), ("input_grad", "grad_output"), ("weight_grad", "input"))
 
@@ -108,3 +110,11 @@ def sum_of(sizes: dict):
 def cured_by(damage, *names: str):
     """The damage is gone where all causes are changed by one of the interventions named."""
     return lambda low, change, changed: 0.0 if change in names else damage(low - frozenset(), None, frozenset())
+
+
+def page_data(oracle: Planted, **more) -> dict:
+    """What a page shows of the verdict on a planted run."""
+    verdict = investigate(Forks(oracle, budget=300), symptom=120)
+    places = {str(c): [c.layer, c.gemm, c.role] for c in CELLS}
+    losses = {path: oracle.history(name) for path, name in (("run", "low"), ("twin", "twin"))}
+    return {**verdict.as_dict(), "places": places, "losses": losses, **more}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from altgrad.report.charts.svg import UNIT, el, framing, stretched, text_width
+from altgrad.report.charts.svg import UNIT, breakable, el, framing, stretched, text_width
 from altgrad.report.numbers import number
 from altgrad.report.theme import HEAT_LEVELS
 
@@ -41,27 +41,38 @@ class Cell:
     text: str
     note: str = ""
     failed: bool = False
+    chosen: bool = False
+    """Framed."""
 
 
 def heat_table(
-    rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Cell]], *, caption: str, corner: str = ""
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[Cell]],
+    *,
+    caption: str,
+    corner: str = "",
+    among: Sequence[float] = (),
 ) -> Markup:
     """An HTML table whose cells are shaded by the order of their values (one outlier would swallow a ramp of values); the
-    number stays readable in each."""
-    values = np.unique([c.value for line in cells for c in line if c.value is not None and np.isfinite(c.value)])
-    head = el("tr", el("th", corner, scope="col"), *(el("th", c, scope="col") for c in columns))
+    number stays readable in each. Tables that share `among`, the values of all of them, share their shades."""
+    values = [*among, *(c.value for line in cells for c in line if c.value is not None and np.isfinite(c.value))]
+    ascending = np.unique(values)
+    head = el("tr", el("th", corner, scope="col"), *(el("th", breakable(c), scope="col") for c in columns))
     body = []
     for name, line in zip(rows, cells, strict=True):
         tds = []
         for cell in line:
-            level = _rank_level(cell.value, values)
+            level = _rank_level(cell.value, ascending)
             kind = "failed" if cell.failed else f"h{level}" if level >= 0 else "none"
             note = el("small", cell.note) if cell.note else None
-            tds.append(el("td", el("span", cell.text), note, class_=f"cell {kind}"))
-        body.append(el("tr", el("th", name, scope="row"), *tds))
-    table = el("table", el("thead", head), el("tbody", *body), class_="heat-table", aria_label=caption)
-    scroll = el("div", table, class_="table-scroll", tabindex="0", role="region", aria_label=caption)
-    return el("div", el("p", caption, class_="note"), scroll)
+            tds.append(el("td", el("span", cell.text), note, class_=f"cell {kind}{' chosen' if cell.chosen else ''}"))
+        body.append(el("tr", el("th", breakable(name), scope="row"), *tds))
+    table = el("table", el("thead", head), el("tbody", *body), class_="heat-table", aria_label=caption or corner)
+    scroll = el("div", table, class_="table-scroll", tabindex="0", role="region", aria_label=caption or corner)
+    return el(
+        "div", el("p", caption, class_="note") if caption else None, scroll, class_="heat" if len(rows) < 20 else None
+    )
 
 
 def _rank_level(value: float | None, ascending: np.ndarray) -> int:

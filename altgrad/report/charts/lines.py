@@ -11,6 +11,7 @@ from markupsafe import Markup
 from altgrad.report.charts.axes import Axis, axis_over
 from altgrad.report.charts.svg import band_data, dots_data, el, framing, path_data, stretched, text_width
 from altgrad.report.numbers import number
+from altgrad.report.text import shortened
 from altgrad.report.theme import BASELINE, Style
 
 
@@ -49,6 +50,7 @@ def thin(x: np.ndarray, y: np.ndarray, buckets: int) -> Thinned:
 
 
 MARK_ROW, LABEL_ROW = 16, 15  # px per stacked line of text
+MOST_BESIDE = 330  # px at the right for names of curves
 PHONE_CHARACTER = 0.024  # width of a character of a mark's label, in widths of a phone's plot
 
 
@@ -138,21 +140,21 @@ def line_chart(
         class_="chart line-chart",
         role="img",
         aria_label=f"{title}. {description}",
-        style=framing(top, plot_height, right=34 + min(170, text_width(names))),
+        style=framing(top, plot_height, right=34 + min(MOST_BESIDE, text_width(names))),
         data_scale="log" if log_y else "linear",
     )
 
 
 def _grid(x_axis: Axis, y_axis: Axis, y_line: float | None) -> list[Markup]:
     parts = []
-    across = 0.0 if y_line is None and not y_axis.log else y_line
-    if across is not None and y_axis.lo < across < y_axis.hi:
-        at = f"{100 * (1 - float(y_axis.at(across))):.3f}%"
-        parts.append(el("line", class_="reference", x1="0", x2="100%", y1=at, y2=at))
     for position, label in y_axis.ticks(5):
         y = f"{100 * (1 - position):.3f}%"
         parts.append(el("line", class_="grid", x1="0", x2="100%", y1=y, y2=y))
         parts.append(el("text", label, class_="tick", x="0", y=y, dx="-8", dy="4", text_anchor="end"))
+    across = 0.0 if y_line is None and not y_axis.log else y_line
+    if across is not None and y_axis.lo < across < y_axis.hi:
+        at = f"{100 * (1 - float(y_axis.at(across))):.3f}%"
+        parts.append(el("line", class_="reference", x1="0", x2="100%", y1=at, y2=at))
     for i, (position, label) in enumerate(x_axis.ticks(8)):
         x = f"{100 * position:.3f}%"
         parts.append(el("line", class_="tick-mark", x1=x, x2=x, y1="100%", y2="100%"))
@@ -289,7 +291,7 @@ def _end_labels(series: Sequence[Series], x_axis: Axis, y_axis: Axis, plot_heigh
     spread = spread_apart([height for height, _ in margin], LABEL_ROW, 4, plot_height - 4)
     for (height, s), y in zip(margin, spread, strict=True):
         lead = el("svg", el("path", d=f"M4 {height:.1f}L18 {y:.1f}h6"), x="100%", overflow="visible")
-        name = el("text", s.group, x="100%", y=f"{y:.1f}", dx="28", dy="4")
+        name = el("text", shortened(s.group, 46), x="100%", y=f"{y:.1f}", dx="28", dy="4")
         parts.append(el("g", lead, name, class_=f"end-label {s.style.css}", data_group=s.group))
     return parts
 

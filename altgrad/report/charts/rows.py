@@ -47,14 +47,11 @@ def interval_chart(
     if reference_band:
         left, right = (100 * float(axis.at(v)) for v in reference_band)
         parts.append(el("rect", class_="noise", x=f"{left:.3f}%", width=f"{right - left:.3f}%", y="0", height="100%"))
-    for position, label in axis.ticks(6):
-        x = f"{100 * position:.3f}%"
-        parts.append(el("line", class_="grid", x1=x, x2=x, y1="0", y2="100%"))
-        parts.append(el("text", label, class_="tick", x=x, y="100%", dy="17", text_anchor="middle"))
+    parts += _ticks(axis)
     if reference is not None:
         x = f"{100 * float(axis.at(reference)):.3f}%"
         parts.append(el("line", class_="reference", x1=x, x2=x, y1="-4", y2="100%"))
-        parts.append(el("text", reference_label, class_="tick", x=x, y="-9", text_anchor="middle"))
+        parts.append(el("text", reference_label, class_="tick reference-label", x=x, y="-9", text_anchor="middle"))
     for i, row in enumerate(rows):
         parts.append(_row(row, (i + 0.5) * ROW, axis))
     parts.append(el("text", x_label, class_="axis-label", x="100%", y="100%", dy="35", text_anchor="end"))
@@ -71,6 +68,20 @@ def interval_chart(
             24, height, left=18 + text_width(r.name for r in rows), right=18 + text_width((r.text for r in rows), 11.5)
         ),
     )
+
+
+def _ticks(axis: Axis) -> list[Markup]:
+    """Grid lines with their values; of long ones a phone shows every second, and those at the ends stay on the page."""
+    parts = []
+    ticks = axis.ticks(6)
+    wide = max((len(label) for _, label in ticks), default=0) > 4
+    for i, (position, label) in enumerate(ticks):
+        x = f"{100 * position:.3f}%"
+        anchor = "start" if position < 0.04 else "end" if position > 0.96 else "middle"
+        parts.append(el("line", class_="grid", x1=x, x2=x, y1="0", y2="100%"))
+        named = "tick sparse" if wide and i % 2 else "tick"
+        parts.append(el("text", label, class_=named, x=x, y="100%", dy="17", text_anchor=anchor if wide else "middle"))
+    return parts
 
 
 def _row(row: IntervalRow, y: float, axis) -> Markup:
@@ -107,10 +118,7 @@ def timeline_chart(rows: Sequence[TimelineRow], *, last_step: int, title: str, d
     """The chart over steps 0..`last_step`."""
     axis = Axis(0, max(1, last_step))
     parts: list[Markup] = []
-    for position, label in axis.ticks(6):
-        x = f"{100 * position:.3f}%"
-        parts.append(el("line", class_="grid", x1=x, x2=x, y1="0", y2="100%"))
-        parts.append(el("text", label, class_="tick", x=x, y="100%", dy="17", text_anchor="middle"))
+    parts += _ticks(axis)
     parts.append(el("text", "step", class_="axis-label", x="100%", y="100%", dy="35", text_anchor="end"))
     for i, row in enumerate(rows):
         parts.append(_runs_row(row, (i + 0.5) * ROW, axis))

@@ -8,6 +8,7 @@ that is stretched to fill it (`preserveAspectRatio="none"`), their strokes kept 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,22 @@ _VOID = {"line", "path", "rect", "circle", "use", "br", "hr", "input"}
 
 def _plain(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
+
+
+_NAME = re.compile(r"[A-Za-z]\w*(?:[._/]\w[\w-]*)+")
+_JOINT = re.compile(r"([._/])(?=\w)")
+
+
+_LONG = 14
+
+
+def breakable(text: str) -> Markup:
+    """`text`, escaped; a dotted or underscored name of more than 14 characters may be broken at its joints, and only there."""
+
+    def joined(name: re.Match[str]) -> str:
+        return _JOINT.sub(r"\1<wbr>", name[0]) if len(name[0]) > _LONG else name[0]
+
+    return Markup(_NAME.sub(joined, str(escape(text))))
 
 
 def stretched(*children: Any, **attributes: Any) -> Markup:

@@ -12,10 +12,9 @@ from altgrad.report.charts.heat import Cell, heat_table
 from altgrad.report.numbers import count, difference, duration, listing, number, percent, plural
 from altgrad.report.pages.page import render_page
 from altgrad.report.tables import Column, Table, TableCell
+from altgrad.report.text import SYMBOLS, role_words
 
 Data = Mapping[str, Any]
-SYMBOLS = {"input": "x", "weight": "w", "grad_output": "dy"}
-"""How roles are written beside layers."""
 _STORAGES = {
     "nearest": "on the grid, nearest",
     "stochastic": "on the grid, stochastic",
@@ -42,7 +41,7 @@ def render_advice(data: Data) -> str:
         layers=layer_table(data),
         recipe=data["recipe_text"],
         map=_map(data),
-        map_says=_map_says(data),
+        map_says=_MAP_SAYS,
         whole=whole_table(data),
         whole_says=_WHOLE_SAYS,
         stalls=stall_table(data),
@@ -136,7 +135,7 @@ def layer_table(data: Data) -> Table:
             alike = ties.get((layer, role))
             cells.append(roles[role]["format"] + (f" (= {', '.join(alike)})" if alike else ""))
         rows.append(cells)
-    heads = ("Layer", "Input x", "Weight w", "Gradient dy")
+    heads = ("Layer", *(role_words(role).capitalize() for role in SYMBOLS))
     return Table([Column(head) for head in heads], rows, caption="Formats by layer; = marks ties")
 
 
@@ -150,6 +149,9 @@ def _map(data: Data) -> Markup:
     return heat_table(names, formats, cells, caption="Signal to noise in dB by operand and format", corner="Operand")
 
 
+_SHADE_DB = 3.0  # half a bit of resolution
+
+
 def _map_cell(row: Data | None) -> Cell:
     if row is None:
         return Cell(None, "–")
@@ -159,17 +161,18 @@ def _map_cell(row: Data | None) -> Cell:
     if row["limit"] not in ("resolution", "exact"):
         marks.append(row["limit"])
     if row["limit"] == "exact":
-        return Cell(200.0, "exact", note=", ".join(marks))
-    text = "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-    return Cell(row["sqnr_db"], text, note=", ".join(marks))
+        return Cell(200.0, "exact", note=", ".join(marks), chosen=row["chosen"])
+    if row["sqnr_db"] is None:
+        return Cell(None, "–", note=", ".join(marks), chosen=row["chosen"])
+    shade = _SHADE_DB * math.floor(row["sqnr_db"] / _SHADE_DB)
+    return Cell(shade, f"{row['sqnr_db']:.1f}", note=", ".join(marks), chosen=row["chosen"])
 
 
-def _map_says(data: Data) -> str:
-    return (
-        "Each number is the tensor's signal to noise ratio in dB under its own current scale. Resolution limits a format where "
-        "nothing else is named; “range below” means that most of the error is in values that become zero, “range above” in "
-        "values beyond the largest."
-    )
+_MAP_SAYS = (
+    "Each number is the tensor's signal to noise ratio in dB under its own current scale. Resolution limits a format where "
+    "nothing else is named; “range below” means that most of the error is in values that become zero, “range above” in "
+    "values beyond the largest. Shades change every 3 dB, half a bit; what was chosen is framed."
+)
 
 
 _WHOLE_SAYS = (

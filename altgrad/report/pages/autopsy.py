@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from markupsafe import Markup
 from altgrad.report.charts.figures import line_figure
 from altgrad.report.charts.lines import Mark, Series, thin
 from altgrad.report.charts.rows import IntervalRow, interval_chart
-from altgrad.report.charts.svg import el
+from altgrad.report.charts.svg import breakable, el
 from altgrad.report.numbers import count, duration, loss, number, percent, plural
 from altgrad.report.pages.page import render_markdown, render_page
 from altgrad.report.tables import Column, Table, TableCell
+from altgrad.report.text import shortened
 from altgrad.report.theme import Style
 
 Data = Mapping[str, Any]
@@ -213,22 +215,25 @@ def _sets(data: Data) -> list[tuple[str, Data]]:
 def _set_table(data: Data) -> Table | None:
     rows = [
         [
-            kind,
+            _set_cell(kind, one),
+            _word(kind, one),
             share_text(one.get("rescue")),
             share_text(one.get("alone")),
-            _word(kind, one),
-            ", ".join(one["cells"]) if len(one["cells"]) <= 4 else _set_name(one["cells"]),
         ]
         for kind, one in _sets(data)
     ]
     columns = [
-        Column("Set"),
+        Column("Set, and its cells"),
+        Column("Found"),
         Column("Rescue closes", True),
         Column("Alone does", True),
-        Column("Word"),
-        Column("Cells"),
     ]
     return Table(columns, rows, caption="Every set of cells that was rescued", sortable=False) if rows else None
+
+
+def _set_cell(kind: str, one: Data) -> TableCell:
+    cells = ", ".join(one["cells"]) if len(one["cells"]) <= 4 else _set_name(one["cells"])
+    return TableCell(f"{kind}: {cells}", Markup("{}{}").format(kind, el("small", breakable(cells))))
 
 
 def _word(kind: str, one: Data) -> str:
@@ -320,6 +325,10 @@ def _strip(data: Data) -> Markup | None:
     )
 
 
+_LONGEST_NAME = 44
+"""Characters beside a chart; the table below it has whole names."""
+
+
 def _ladder(data: Data) -> Markup | None:
     rows = []
     for kind, one in _sets(data):
@@ -329,7 +338,7 @@ def _ladder(data: Data) -> Markup | None:
         label = _set_name(one["cells"])
         name = {"all found": f"rescue {label}", "placebo": f"placebo: {label}"}.get(kind, f"{kind}: {label}")
         style = Style(3) if kind == "placebo" else Style(7)
-        rows.append(IntervalRow(name, share["value"], share["low"], share["high"], style, share_text(share)))
+        rows.append(IntervalRow(shortened(name, _LONGEST_NAME), share["value"], share["low"], share["high"], style, share_text(share)))
     if not rows:
         return None
     return _shares(
@@ -359,16 +368,22 @@ def _bars(data: Data) -> Markup | None:
 
 def _shares(rows: Sequence[IntervalRow], title: str, description: str, data: Data) -> Markup:
     noise, damage = data.get("noise"), data.get("damage")
-    spread = 2 * noise / damage if noise is not None and damage else None
-    return interval_chart(
-        rows,
+    spread = 200 * noise / damage if noise is not None and damage else None
+    drawn = interval_chart(
+        [replace(row, **{end: _in_percent(getattr(row, end)) for end in ("estimate", "low", "high")}) for row in rows],
         title=title,
         description=description,
-        x_label="share of the gap closed",
+        x_label="percent of the gap closed",
         reference=0.0,
         reference_band=None if spread is None else (-spread, spread),
         reference_label="no effect",
     )
+    grey = "" if spread is None else " Grey: what two standard deviations of a single draw of the rounding make."
+    return Markup("{}{}").format(drawn, el("p", f"{description} Bars: 95% intervals.{grey}", class_="note"))
+
+
+def _in_percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 # -- the map -------------------------------------------------------------------------------------------------------------
@@ -451,7 +466,7 @@ def _whole_roles(data: Data) -> dict[str, tuple[str, Data | None]]:
 
 
 def _map_row(name: str, roles: Sequence[str], cells: Mapping[str, tuple[str, Data | None]]) -> Markup:
-    line = [el("th", name, scope="row")]
+    line = [el("th", breakable(name), scope="row")]
     for role in roles:
         if role not in cells:
             line.append(el("td", class_="cell absent"))

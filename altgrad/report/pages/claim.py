@@ -19,6 +19,9 @@ OUTCOMES = {"holds": "holds", "fails": "fails", "open": "open", "told": ""}
 """How what became of a criterion is written; one without bounds decides nothing."""
 
 
+DRAWN = "Rings: seeds; dot and bar: mean and 95% interval; line or grey: what the mean must meet."
+
+
 def headline(data: Data) -> str:
     """The verdict in a line."""
     text = seeds_of(data)
@@ -41,7 +44,9 @@ def sentence(data: Data) -> str:
     parts = []
     of = {outcome: [f for f in data["findings"] if f["outcome"] == outcome] for outcome in OUTCOMES}
     decisive = sum(len(of[outcome]) for outcome in ("holds", "fails", "open"))
-    parts.append(f"{len(of['holds'])} of {plural(decisive, 'criterion', 'criteria')} hold.")
+    parts.append(
+        f"{len(of['holds'])} of {plural(decisive, 'criterion', 'criteria')} {'holds' if decisive == 1 else 'hold'}."
+    )
     if of["fails"]:
         parts.append(
             "Failed: " + "; ".join(f"{f['says']} is {interval(f)}, not {bounds(f)}" for f in of["fails"]) + "."
@@ -98,6 +103,7 @@ def render_claim(data: Data) -> str:
         says=sentence(data),
         criteria=criteria_table(data),
         charts=[_chart(finding) for finding in data["findings"] if finding["mean"] is not None],
+        charts_say=DRAWN,
         protocol=data["protocol"],
         watch=data["watch"],
         rates="; ".join(f"{arm}: {number(rate)}" for arm, rate in data["rates"].items()),
@@ -113,13 +119,15 @@ def criteria_table(data: Data) -> Table:
     rows: list[list[TableCell | str]] = [
         [
             finding["says"],
-            TableCell(interval(finding), sort=finding["mean"]),
-            bounds(finding),
             TableCell(OUTCOMES[finding["outcome"]] or "–", tone=tones.get(finding["outcome"], "")),
+            TableCell(interval(finding), sort=finding["mean"]),
+            bounds(finding) or "–",
         ]
         for finding in data["findings"]
     ]
-    return Table([Column("Measured"), Column("Mean [95%]", True), Column("Must be"), Column("")], rows, sortable=False)
+    return Table(
+        [Column("Measured"), Column("Criterion"), Column("Mean [95%]", True), Column("Must be")], rows, sortable=False
+    )
 
 
 def trial_table(data: Data) -> Table:
@@ -140,7 +148,7 @@ def _chart(finding: Data) -> Markup:
     edges = [bound for bound in (finding["low"], finding["high"]) if bound is not None]
     band = (edges[0], edges[1]) if len(edges) == 2 and edges[0] < edges[1] else None
     row = IntervalRow(
-        finding["quantity"],
+        "",
         finding["mean"],
         low,
         high,
@@ -151,7 +159,7 @@ def _chart(finding: Data) -> Markup:
     drawn = interval_chart(
         [row],
         title=finding["says"],
-        description="Small dots: seeds; large dot and bar: mean and 95% interval; line or band: what the mean must meet.",
+        description=DRAWN,
         x_label="",
         reference=edges[0] if len(edges) == 1 or (edges and band is None) else None,
         reference_band=band,

@@ -26,8 +26,9 @@ from altgrad.report.pages.failure_data import (
 )
 from altgrad.report.pages.page import render_markdown, render_page
 from altgrad.report.tables import Column, Table, TableCell
+from altgrad.report.text import role_words
 from altgrad.report.theme import styles_for
-from altgrad.report.verdicts import past_tense
+from altgrad.report.verdicts import evidence_words, past_tense
 
 __all__ = [
     "FailureData",
@@ -52,6 +53,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 def render_failure(data: FailureData) -> tuple[str, str]:
     """(html, markdown): one self-contained page that opens offline, and the same content as Markdown."""
     moved, still = _parted(data.trends or ())
+    columns, alike = _telling(data.layers or (), data.layer_columns)
     content = {
         "title": f"AltGrad: {headline(data)}",
         "kind": "failure report",
@@ -64,7 +66,8 @@ def render_failure(data: FailureData) -> tuple[str, str]:
         "gradient": _gradient(data.gradient),
         "zero_update": _zero_update(data),
         "zero_update_layers": list(data.zero_update_layers or ()),
-        "layers": _layer_table(data.layers, data.layer_columns) if data.layers else None,
+        "layers": _layer_table(data.layers, columns) if data.layers else None,
+        "layers_alike": _alike(data.layers or (), alike),
         "layers_step": data.layers_step,
         "trends": _trend_table(moved) if moved else None,
         "trends_known": bool(data.trends),
@@ -121,8 +124,7 @@ def _verdict(verdict: VerdictFacts) -> list[tuple[str, str]]:
         ("Detected", f"step {count(verdict.detected_step)}" if verdict.detected_step is not None else NOT_MEASURED),
     ]
     if verdict.metric:
-        limit = f", threshold {number(verdict.threshold)}" if verdict.threshold is not None else ""
-        pairs.append(("Evidence", f"{verdict.metric.replace('_', ' ')} = {number(verdict.value)}{limit}"))
+        pairs.append(("Evidence", evidence_words(verdict.metric, verdict.value, verdict.threshold)))
     if verdict.judged_on:
         pairs.append(("Judged on", verdict.judged_on))
     return pairs + list(verdict.evidence)
@@ -172,8 +174,26 @@ def _layer_table(rows: Sequence[LayerRow], metrics: Sequence[LayerColumn]) -> Ta
     body = []
     for row in rows:
         cells = [_metric_cell(metric, row.values.get(metric.name)) for metric in metrics]
-        body.append([TableCell(row.layer, sort=row.layer), _words(row.role), *cells])
+        body.append([TableCell(row.layer, sort=row.layer), role_words(row.role), *cells])
     return Table(columns, body)
+
+
+def _telling(rows: Sequence[LayerRow], columns: Sequence[LayerColumn]) -> tuple[list[LayerColumn], list[LayerColumn]]:
+    """Columns that differ between rows, what lost most first, and those of one value throughout."""
+    seen = {c.name: [v for row in rows if (v := row.values.get(c.name)) is not None] for c in columns}
+    alike = [
+        c for c in columns if len(seen[c.name]) > 1 and len(set(seen[c.name])) == 1 and not (c.lost and seen[c.name][0])
+    ]
+    telling = [c for c in columns if c not in alike]
+    telling.sort(key=lambda c: -max(seen[c.name], default=0.0) if c.lost else 1.0)
+    return telling, alike
+
+
+def _alike(rows: Sequence[LayerRow], columns: Sequence[LayerColumn]) -> str:
+    """What columns of one value would have said: "Overflow 0%."; "" for none."""
+    first = {c.name: next(v for row in rows if (v := row.values.get(c.name)) is not None) for c in columns}
+    said = [f"{c.heading} {in_unit(first[c.name], c.unit)}" for c in columns]
+    return f"The same wherever it was measured: {', '.join(said)}." if said else ""
 
 
 def _metric_cell(metric: LayerColumn, value: float | None) -> TableCell:
@@ -203,13 +223,21 @@ def _still(trends: Sequence[Trend]) -> str:
     """What stood still, with its value: "overflow of weight 0 (12 layers)"; "" for nothing."""
     found: dict[tuple[str, str, str], int] = {}
     for trend in trends:
-        key = trend.name, trend.role or "", number(float(trend.values[0]), 3)
+        key = trend.title or _words(trend.name), trend.role or "", _value(trend, trend.values[0])
         found[key] = found.get(key, 0) + 1
     said = [
-        f"{_words(name)}{f' of {_words(role)}' if role else ''} {value}" + (f" ({plural(n, 'row')})" if n > 1 else "")
+        f"{name}{f' of {role_words(role)}' if role else ''} {value}" + (f" ({plural(n, 'row')})" if n > 1 else "")
         for (name, role, value), n in found.items()
     ]
     return f"Of one value in all these steps: {', '.join(said)}." if said else ""
+
+
+def _title(trend: Trend) -> str:
+    return trend.title or _words(trend.name).capitalize()
+
+
+def _value(trend: Trend, value: float) -> str:
+    return number(float(value), 3) if trend.unit is Unit.NUMBER else in_unit(float(value), trend.unit)
 
 
 def _trend_table(trends: Sequence[Trend]) -> Table:
@@ -231,13 +259,13 @@ def _trend_table(trends: Sequence[Trend]) -> Table:
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (np.nan, np.nan)
         rows.append(
             [
-                _words(trend.name),
+                _title(trend),
                 trend.layer or "whole model",
-                _words(trend.role or "–"),
-                TableCell(number(float(values[0]), 3), sort=_key(float(values[0]))),
+                role_words(trend.role or "–"),
+                TableCell(_value(trend, values[0]), sort=_key(float(values[0]))),
                 TableCell(bars(values), sparkline(steps, values)),
-                TableCell(number(float(values[-1]), 3), sort=_key(float(values[-1]))),
-                TableCell(f"{number(low, 3)} to {number(high, 3)}", tone="nowrap"),
+                TableCell(_value(trend, values[-1]), sort=_key(float(values[-1]))),
+                TableCell(f"{_value(trend, low)} to {_value(trend, high)}", tone="nowrap"),
                 f"{count(steps[0])} to {count(steps[-1])}",
             ]
         )

@@ -99,6 +99,9 @@ class Trend:
     values: Sequence[float]
     layer: str | None = None
     role: str | None = None
+    unit: Unit = Unit.NUMBER
+    title: str = ""
+    """What it is called; "" makes a title of the name."""
 
 
 @dataclass(frozen=True)

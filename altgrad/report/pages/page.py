@@ -10,6 +10,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from altgrad.report.charts.svg import breakable
 from altgrad.report.numbers import count, difference, duration, loss, number, percent
 from altgrad.report.tables import table_html, table_markdown
 from altgrad.report.text import for_code_block, for_markdown
@@ -35,6 +36,7 @@ def _environment(html: bool) -> Environment:
         "percent": percent,
         "duration": duration,
         "count": count,
+        "breakable": breakable,
         "table": table_html if html else lambda table: Markup(table_markdown(table)),
         "code": lambda text: Markup(for_code_block(text)),
         "target": lambda path: Markup(quote(str(path), safe="/")),
