@@ -273,6 +273,7 @@ def test_help_is_fast_and_free_of_torch():
     shown = altgrad("--help")
     assert shown.returncode == 0
     assert "demo" in shown.stdout
+    assert "│" not in shown.stdout  # boxes are for terminals
     loaded = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "altgrad", "--help"], capture_output=True, text=True, check=True
     ).stderr

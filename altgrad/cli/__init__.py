@@ -19,6 +19,7 @@ app = typer.Typer(
     help="AltGrad: the wind tunnel and flight recorder for low-precision training.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout and sys.stdout.isatty() else None,  # no boxes in a pipe
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -392,11 +393,26 @@ def sweep(
     )
 
 
+_GROUPS = {  # as help shows them
+    "To begin": ("demo", "init"),
+    "Experiments": ("run", "compare", "sweep", "watch", "report"),
+    "Why, and what instead": ("autopsy", "replay", "advise"),
+    "Formats, recipes, claims": ("formats", "recipes", "reproduce"),
+    "Records": ("verify", "pack", "unpack"),
+}
+_ORDER = [name for names in _GROUPS.values() for name in names]
+for _command in app.registered_commands:
+    _command.name = _command.name or getattr(_command.callback, "__name__", "")
+    _command.short_help = getattr(_command.callback, "__doc__", None)  # click would cut it
+    _command.rich_help_panel = next(group for group, names in _GROUPS.items() if _command.name in names)
+app.registered_commands.sort(key=lambda command: _ORDER.index(str(command.name)))
+
+
 def main() -> None:
     """Entry point: a person's mistake, a full disk or a closed pipe ends in one line on stderr, never in a traceback."""
     from altgrad.errors import AltGradError
 
-    warnings.showwarning = _warn
+    warnings.showwarning = lambda message, *_: _tell(f"warning: {message}")
     _show_log()
     _wait_briefly()
     try:
@@ -424,12 +440,10 @@ def main() -> None:
 
 def _show_log() -> None:
     """What the package logs goes to stderr, as one line each: a first compilation, a cache that cannot be written."""
-    from altgrad.report.text import for_terminal
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            with contextlib.suppress(OSError):
-                print(f"altgrad: {for_terminal(record.getMessage())}", file=sys.stderr)
+            _tell(record.getMessage())
 
     log = logging.getLogger("altgrad")
     log.handlers, log.propagate = [Lines()], False
@@ -456,20 +470,18 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _warn(message: Warning | str, *_: object) -> None:
-    from altgrad.report.text import for_terminal, shortened
-
-    with contextlib.suppress(OSError):
-        print(f"altgrad: warning: {for_terminal(shortened(message, 4000))}", file=sys.stderr)
-
-
 def _fail(message: str, code: int = 2) -> NoReturn:
+    _forget_output()
+    _tell(message)
+    sys.exit(code)
+
+
+def _tell(line: str) -> None:
+    """On stderr, where there is one."""
     from altgrad.report.text import for_terminal, shortened
 
-    _forget_output()
     with contextlib.suppress(OSError):
-        print(f"altgrad: {for_terminal(shortened(message, 4000))}", file=sys.stderr)
-    sys.exit(code)
+        print(f"altgrad: {for_terminal(shortened(line, 4000))}", file=sys.stderr)
 
 
 def _end_with_its_reader() -> NoReturn:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from altgrad.autopsy.folder import threads_of
 from altgrad.autopsy.forks import Told
@@ -21,7 +20,7 @@ from altgrad.autopsy.run import fork_run, plan
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
 from altgrad.autopsy.workers import check_jobs
 from altgrad.errors import ConfigError
-from altgrad.report.console import Bars, Terminal, waiting
+from altgrad.report.console import Bars, Terminal, ruled_table, waiting
 from altgrad.report.numbers import duration, plural
 from altgrad.report.pages.autopsy import share_text
 
@@ -109,7 +108,9 @@ def _print(console: Terminal, verdict: Verdict) -> None:
     console.print(" · ".join(fact for fact in facts if fact), highlight=False)
     made = [one for one in verdict.interventions if one.closed is not None]
     if made:
-        table = Table("on the cells found", "gap closed", "bits it adds a value", box=None, header_style="dim")
+        table = ruled_table()
+        for head in ("on the cells found", "gap closed", "bits it adds a value"):
+            table.add_column(head, justify="left" if head.startswith("on") else "right")
         for one in sorted(made, key=lambda one: -one.closed.value):  # type: ignore[union-attr]
             table.add_row(one.says, share_text(vars(one.closed)), f"{one.cost_bits:g}" if one.cost_bits else "none")
         console.print(table)
@@ -137,7 +138,9 @@ def replay(run_dir: Path, step: int, steps: int, patterns: list[str]) -> None:
         highlight=False,
         markup=False,
     )
-    table = Table("step", "run", "fork", "difference", box=None, header_style="dim")
+    table = ruled_table()
+    for head in ("step", "run", "fork", "difference"):
+        table.add_column(head, justify="right")
     for i, loss in enumerate(forked):
         was = own[start + i] if start + i < len(own) else None
         difference = "" if was is None else f"{loss - was:+.4f}"

@@ -34,7 +34,7 @@ def print_recipes() -> None:
     """One row for each recipe."""
     table = ruled_table()
     table.add_column("recipe", no_wrap=True)
-    table.add_column("what it is", overflow="fold")
+    table.add_column("what it is", width=max(len(word) for row in NAMED.values() for word in row.title.split()))
     table.add_column("certainty", no_wrap=True)
     table.add_column("made of")
     for row in NAMED.values():

@@ -20,12 +20,12 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def number(value: float, digits: int = 10) -> str:
-    """A value in `digits` significant digits: powers of two outside 1 .. 2^17 as 2^k, far values as m x 2^k (m cut)."""
+    """A value in `digits` significant digits: powers of two outside 1/4 .. 2^17 as 2^k, far values as m x 2^k (m cut)."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     mantissa, exponent = math.frexp(abs(value))
     sign = "-" if value < 0 else ""
-    if mantissa == 0.5 and not 0 <= exponent - 1 <= 17:
+    if mantissa == 0.5 and not -2 <= exponent - 1 <= 17:
         return f"{sign}2^{exponent - 1}"
     if -14 <= exponent <= 20:
         return f"{value:.{digits}g}"

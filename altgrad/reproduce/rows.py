@@ -32,6 +32,5 @@ def find_claim(name: str) -> Claim:
     if name in by_name:
         return by_name[name]
     near = get_close_matches(name, by_name, n=3, cutoff=0.4)
-    raise OptionError(
-        f"no claim is called {name!r}; {'did you mean ' + ', '.join(near) if near else 'altgrad reproduce lists them'}"
-    )
+    then = f"did you mean {', '.join(near)}?" if near else "altgrad reproduce lists them"
+    raise OptionError(f"no claim is called {name!r}; {then}")

@@ -117,7 +117,7 @@ def test_trends_and_the_failure_report_have_it(records):
     column = [cell.strip() for cell in header.split("|")].index("Kurtosis")
     row = next(line for line in markdown.splitlines() if line.startswith("| up | weight"))
     assert float(row.split("|")[column]) > 1
-    assert "kurtosis (largest of layers)" in html
+    assert "Kurtosis (largest of layers)" in html
 
 
 def test_a_study_draws_it_and_its_csv_has_a_column(records, tmp_path):

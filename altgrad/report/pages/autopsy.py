@@ -338,7 +338,11 @@ def _ladder(data: Data) -> Markup | None:
         label = _set_name(one["cells"])
         name = {"all found": f"rescue {label}", "placebo": f"placebo: {label}"}.get(kind, f"{kind}: {label}")
         style = Style(3) if kind == "placebo" else Style(7)
-        rows.append(IntervalRow(shortened(name, _LONGEST_NAME), share["value"], share["low"], share["high"], style, share_text(share)))
+        rows.append(
+            IntervalRow(
+                shortened(name, _LONGEST_NAME), share["value"], share["low"], share["high"], style, share_text(share)
+            )
+        )
     if not rows:
         return None
     return _shares(
