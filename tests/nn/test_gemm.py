@@ -152,6 +152,7 @@ def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_l
     ],
 )
 def test_rule_on_a_gpu(a, b, route, monkeypatch):
+    monkeypatch.setattr(layer_state, "choose_route", choose_route)  # whatever route the command line forces
     layer = nn.Linear(8, 8)
     quantize_model(nn.Sequential(layer), Recipe(parse_layer(f"x:{a} w:{b} dy:E4M3")))
     rule = layer.__dict__[STATE].route

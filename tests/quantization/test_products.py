@@ -21,6 +21,7 @@ from altgrad.quantization.codec import scale_values
 from altgrad.quantization.products import multiply as multiply_module
 from altgrad.quantization.products.multiply import Codes, fits_exponents, multiply
 from altgrad.quantization.products.units import (
+    GROUP,
     LARGEST_DEPTH,
     Unit,
     common_unit,
@@ -167,6 +168,28 @@ def test_tiles_for_few_registers_give_the_same_bits(unit, emulated, monkeypatch)
             monkeypatch.setattr(multiply_module, "has_wide_vectors", lambda wide=wide: wide)
             found.append(multiply(a, b, unit, bias=bias, emulated=emulated or (wide and not has_wide_vectors())))
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("shape", [(40, 1600, 70), (2, 33, 1600, 35)], ids=str)
+@pytest.mark.parametrize("unit", list(Unit), ids=lambda unit: unit.value)
+def test_a_reduction_in_pieces_has_the_bits_of_one_in_one(unit, shape, monkeypatch):
+    fmt = get_format("E0M7" if unit.sums_integers else "MXFP8")
+    *batch, m, k, n = shape
+    if fmt.name == "MXFP8":
+        found = [Cast(fmt)(torch.randn(*batch, *sides), want=Want.CODES) for sides in ((m, k), (n, k))]
+        a, b = (Codes(one.codes, fmt, 1.0, one.scales, (1, 32)) for one in found)
+    else:
+        a, b = (coded(torch.randn(*batch, *sides), fmt) for sides in ((m, k), (n, k)))
+    found = []
+    for size in (1 << 30, 1):
+        monkeypatch.setattr(multiply_module, "PIECE_BYTES", size)
+        for threads in (1, 2):
+            monkeypatch.setattr(multiply_module, "_plans", {})
+            torch.set_num_threads(threads)
+            found.append(multiply(a, b.t(), unit, bias=torch.arange(float(n))))
+            (plan,) = multiply_module._plans.values()
+            assert len(plan.pieces) == (1 if size > 1 else {1: 5, 2: 5, 4: 3}[GROUP[unit]])
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_integers_have_one_sum_on_every_unit():

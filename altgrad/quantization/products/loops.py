@@ -47,6 +47,8 @@ class Product(NamedTuple):
     right_batch: int
     block_rows: int  # panels of a unit of work
     block_columns: int
+    first: int  # as `Packing`
+    slices: int
     factor: int  # bits of a float64
 
 
@@ -79,14 +81,15 @@ def _multiply(table, x, out, codes, scales, scale, inner, channels, seed, stream
     panels_down, panels_across = (p.rows + PANEL - 1) // PANEL, (p.columns + PANEL - 1) // PANEL
     blocks_down = (panels_down + p.block_rows - 1) // p.block_rows
     blocks_across = (panels_across + p.block_columns - 1) // p.block_columns
-    slices = (p.words + SLICE - 1) // SLICE
+    left_behind = (p.words + SLICE - 1) // SLICE - p.first
+    slices = min(p.slices, left_behind)
     for unit in range(start, stop):
         across = unit % blocks_across
         down = unit // blocks_across % blocks_down
         batch = unit // blocks_across // blocks_down
         for cut in range(slices):
-            words = min(SLICE, p.words - cut * SLICE)
-            adds, last = np.int64(cut > 0), np.int64(cut == slices - 1)
+            words = min(SLICE, p.words - (p.first + cut) * SLICE)
+            adds, last = np.int64(p.first + cut > 0), np.int64(cut == left_behind - 1)
             lefts = p.left + (batch * p.left_batch * slices + cut) * panels_down * PANEL_BYTES
             rights = p.right + (batch * p.right_batch * slices + cut) * panels_across * PANEL_BYTES
             for j in range(across * p.block_columns, min((across + 1) * p.block_columns, panels_across)):
@@ -135,7 +138,10 @@ def _tile(left, right, words, out, stride, adds, last, factor, bias):
 _TABLE_WORDS = 2 * len(Packing._fields) + len(Product._fields)
 _TABLE_BYTES = 8 * _TABLE_WORDS
 _RIGHT, _PRODUCT = 8 * len(Packing._fields), 16 * len(Packing._fields)
-_CODES, _SCALES, _PACKED = (Packing._fields.index(name) for name in ("codes", "scales", "packed"))
+_CODES, _SCALES, _PACKED, _FIRST = (Packing._fields.index(name) for name in ("codes", "scales", "packed", "first"))
+_WORDS, _PRODUCTS_FIRST, _SLICES, _FACTOR = (
+    Product._fields.index(name) for name in ("words", "first", "slices", "factor")
+)
 
 
 def multiply_here(
@@ -156,10 +162,16 @@ def multiply_here(
     store_word(product, 1, right)
     store_word(product, 2, out)
     store_word(product, 3, bias)
-    store_word(product, 11, factor)
-    call_loop(pack_left, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, m))
-    call_loop(pack_right, (table + _RIGHT, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, n))
-    call_loop(multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
+    store_word(product, _FACTOR, factor)
+    words = np.int64(load_word(np.uint64(0), product, _WORDS))
+    slices = np.int64(load_word(np.uint64(0), product, _SLICES))
+    for first in range(0, (words + SLICE - 1) // SLICE, slices):
+        store_word(table, _FIRST, first)
+        store_word(table + _RIGHT, _FIRST, first)
+        store_word(product, _PRODUCTS_FIRST, first)
+        call_loop(pack_left, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, m))
+        call_loop(pack_right, (table + _RIGHT, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, n))
+        call_loop(multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
 
 
 run_all = function(types.void(*[types.int64] * 9, types.float64, *[types.int64] * 6))(multiply_here)

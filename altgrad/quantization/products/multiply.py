@@ -29,6 +29,10 @@ from altgrad.quantization.products.units import (
 )
 
 KEPT_BYTES = 1 << 25  # of the memory for packed operands that a thread keeps from one product to the next
+PIECE_BYTES = (
+    3 << 20
+)  # of packed operands, about: long reductions are packed and multiplied piece by piece, near the cores
+PIECE_DEPTH = 384  # terms that a piece has at least, as its sums go through memory
 WORK_PER_ELEMENT = 64  # multiplications that take about as long as one element of a loop over memory
 MOST_BLOCK_ROWS = 4  # panels of rows in a block: their slices stay in the second-level cache
 
@@ -90,13 +94,15 @@ class Plan(NamedTuple):
     """A product resolved for shapes, strides and formats: all that the loops read but addresses and the factor.
 
     template: tables of the left, the right and the product, in this order. loops, units: those that pack left and right
-    and multiply, and how much work each has. sizes: bytes of the left operand when packed, and of both.
+    and multiply, and how much work each has. pieces: slices of the reduction to begin at, so many of which are packed and
+    multiplied together. sizes: bytes of the left operand's part of a piece when packed, and of both.
     """
 
     template: np.ndarray
     address: int  # of the template
     loops: tuple[int, int, int]
     units: tuple[int, int, int]
+    pieces: range
     sizes: tuple[int, int]
     shape: tuple[int, ...]
     exponent: int  # of the power of two that both operands carry
@@ -194,8 +200,11 @@ def _multiply(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: boo
     tables[-1:].view(np.float64)[0] = factor
     address, row = tables.ctypes.data, 8 * _packing_words()
     starts = (address, address + row, address + 2 * row)
-    for loop, table, units in zip(plan.loops, starts, plan.units, strict=True):
-        threads.run_table(loop, table, units, threads=plan.workers)
+    for first in plan.pieces:
+        for index in _given_first():
+            tables[index] = first
+        for loop, table, units in zip(plan.loops, starts, plan.units, strict=True):
+            threads.run_table(loop, table, units, threads=plan.workers)
     return out
 
 
@@ -228,6 +237,14 @@ def _given() -> tuple[tuple[int, ...], ...]:
     return (left[0],), (left[1],), (right[0],), (right[1],), *packed, (product[2],), (product[3],)
 
 
+@cache
+def _given_first() -> tuple[int, ...]:
+    """Where in the tables the first slice of a piece goes."""
+    loops, panels, _ = _machinery()
+    words, first = _packing_words(), panels.Packing._fields.index("first")
+    return first, words + first, 2 * words + loops.Product._fields.index("first")
+
+
 def _layout(operand: Codes) -> tuple:
     codes, fmt, _, blocks, tile = operand
     return codes.shape, codes.stride(), id(fmt), None if blocks is None else blocks.stride(), tile
@@ -253,22 +270,25 @@ def plan_of(a: Codes, b: Codes, unit: Unit, emulated: bool | None = None, batch:
     words = -(-depth // GROUP[unit])
     slices = -(-words // panels.SLICE)
     down, across = -(-rows // panels.PANEL_ROWS), -(-columns // panels.PANEL_ROWS)
-    left_bytes, right_bytes = (n * slices * panels.PANEL_BYTES for n in (left_count * down, right_count * across))
+    left_slice, right_slice = (n * panels.PANEL_BYTES for n in (left_count * down, right_count * across))
+    least = -(-PIECE_DEPTH // (panels.SLICE * GROUP[unit]))
+    together = max(min(max(PIECE_BYTES // max(left_slice + right_slice, 1), least), slices), 1)
     flips = OFFSET if unit is Unit.INT8 else 0
-    pack_left, left_row = _row(a, unit, (-2, -1), flips, 0)
-    pack_right, right_row = _row(b, unit, (-1, -2), 0, 1)
+    pack_left, left_row = _row(a, unit, (-2, -1), flips, 0, together)
+    pack_right, right_row = _row(b, unit, (-1, -2), 0, 1, together)
     workers = threads.threads_for(count * rows * columns * depth // WORK_PER_ELEMENT)
     block_rows, block_columns = _blocks(down, across, -(-4 * workers // max(count, 1)) if workers > 1 else 1)
     blocks = -(-down // block_rows) * -(-across // block_columns) if rows and columns and depth else 0
     stacked = (int(left_count > 1), int(right_count > 1))
-    product = (0, 0, 0, 0, rows, columns, words, *stacked, block_rows, block_columns, 0)
+    product = (0, 0, 0, 0, rows, columns, words, *stacked, block_rows, block_columns, 0, together, 0)
     template = np.array([*left_row, *right_row, *product], np.int64)
     return Plan(
         template,
         template.ctypes.data,
         (pack_left, pack_right, _multiplying(unit, emulated, not has_wide_vectors())),
         (left_count * down, right_count * across, count * blocks),
-        (left_bytes, left_bytes + right_bytes + 64),
+        range(0, slices, together),
+        (left_slice * together, (left_slice + right_slice) * together + 64),
         (*batch, rows, columns),
         -power(a.fmt, unit) - power(b.fmt, unit),
         workers,
@@ -298,7 +318,9 @@ def _reshaped(operand: Codes, change: Callable[[Tensor], Tensor]) -> Codes:
     return operand._replace(codes=change(operand.codes), blocks=blocks)
 
 
-def _row(operand: Codes, unit: Unit, axes: tuple[int, int], flips: int, sums: int) -> tuple[int, tuple[int, ...]]:
+def _row(
+    operand: Codes, unit: Unit, axes: tuple[int, int], flips: int, sums: int, slices: int
+) -> tuple[int, tuple[int, ...]]:
     """(packing loop, its table without addresses of a call); axes: which of the last two are rows and steps."""
     codes, fmt, _, blocks, tile = operand
     row, step = axes
@@ -324,6 +346,8 @@ def _row(operand: Codes, unit: Unit, axes: tuple[int, int], flips: int, sums: in
         tile[step],
         flips,
         sums,
+        0,
+        slices,
     )
     return loop, table
 

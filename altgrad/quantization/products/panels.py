@@ -57,6 +57,8 @@ class Packing(NamedTuple):
     block_steps: int
     flips: int  # xored into each word
     sums: int  # whether sums start from this operand's panels
+    first: int  # slice of the reduction that is packed, and how many follow it
+    slices: int
 
 
 _read = table_reader(Packing, lambda i, _: f"np.int64(load_word(np.uint64(0), table, {i}))", load_word=load_word, np=np)
@@ -184,18 +186,18 @@ def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
 
 
 def _pack(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
-    """Panels start .. stop - 1 of all batches, each over the whole reduction."""
+    """Panels start .. stop - 1 of all batches, each over `slices` slices of the reduction from the first on."""
     p = read(0, table)
     facts = read_codes(np.uint32(0), p.facts)
     panels = (p.rows + PANEL - 1) // PANEL
     words = (p.steps + GROUP_SIZE - 1) // GROUP_SIZE
-    slices = (words + SLICE - 1) // SLICE
+    slices = min(p.slices, (words + SLICE - 1) // SLICE - p.first)
     for unit in range(start, stop):
         batch, panel = unit // panels, unit % panels
         for cut in range(slices):
             target = p.packed + ((batch * slices + cut) * panels + panel) * PANEL_BYTES
-            here = min(SLICE, words - cut * SLICE)
-            first = cut * SLICE * GROUP_SIZE
+            here = min(SLICE, words - (p.first + cut) * SLICE)
+            first = (p.first + cut) * SLICE * GROUP_SIZE
             codes_here, scales_here = p.codes + batch * p.batch_bytes, p.scales + batch * p.scale_batch
             fill(p, facts, codes_here, scales_here, panel * PANEL, first, here, target)
             if p.sums != 0:
