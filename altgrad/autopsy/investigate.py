@@ -18,7 +18,7 @@ from altgrad.autopsy.damage import Yardstick, floor_of
 from altgrad.autopsy.fork import LOW, TWIN
 from altgrad.autopsy.forks import BudgetSpent, Forks
 from altgrad.autopsy.gates import first_loss_ceiling, not_precision, own_damage, too_fast, unwell
-from altgrad.autopsy.objections import MOST, alone_over_run, too_weak
+from altgrad.autopsy.objections import alone_over_run, too_weak
 from altgrad.autopsy.search import Found, Prior, Search, Settings, expected_forks, names
 from altgrad.autopsy.verdict import (
     CAUSE,
@@ -45,6 +45,7 @@ from altgrad.autopsy.window import (
     recovery,
     to_the_end,
 )
+from altgrad.report.verdicts import CAUSED
 
 
 def investigate(
@@ -119,7 +120,7 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         forks.stage = "proof"
         over_run = over_the_run(forks, window, found.cells, top, settings.longest)
         so_far = search.so_far = replace(so_far, over_run=over_run)
-        if over_run is None or over_run.value >= MOST or found.spread:
+        if over_run is None or over_run.value >= CAUSED or found.spread:
             break
         least = len(low)  # these cells did damage first, and others in the end: look again over all that the proof saw
         so_far = replace(so_far, first=so_far.first or names(found.cells))
@@ -140,15 +141,15 @@ def _stages(search: Search, so_far: Verdict, low: list[float], twin: list[float]
         structure=_structure(found, parts),
     )
     search.so_far = so_far
-    if found.spread or whole.rescue.value < MOST:
+    if found.spread or whole.rescue.value < CAUSED:
         sentence = (
             f"Inconclusive: {joined(so_far.cells)} close {whole.rescue} of the gap, and the other cells still do damage; "
             f"the damage is spread over more than {len(found.sets)} sets of cells."
         )
         return replace(so_far, sentence=sentence)
-    if whole.alone.value < MOST:
+    if whole.alone.value < CAUSED:
         so_far = search.so_far = replace(so_far, alone_over_run=alone_over_run(search, found.cells))
-    if max(share.value for share in (whole.alone, so_far.alone_over_run) if share) < MOST:
+    if max(share.value for share in (whole.alone, so_far.alone_over_run) if share) < CAUSED:
         sentence = (
             f"Inconclusive: rescuing {joined(so_far.cells)} closes {whole.rescue} of the gap, but low alone they do only "
             f"{whole.alone} of the damage: others have a part in it."

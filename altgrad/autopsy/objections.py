@@ -6,9 +6,8 @@ from altgrad.autopsy.damage import Share
 from altgrad.autopsy.search import Search
 from altgrad.autopsy.verdict import Effect, Verdict, joined
 from altgrad.autopsy.window import CLEAR, CLEARLY, over_the_run
+from altgrad.report.verdicts import CAUSED
 
-MOST = 2 / 3
-"""Share that a cause closes by its rescue, and does alone: what others have a part in is less than half of what it does."""
 INNOCENT = 0.5
 """Share of the gap that innocent cells may seem to close (or to widen) before nothing can be told by such shares."""
 ALL = 0.9
@@ -42,14 +41,14 @@ def too_weak(search: Search, v: Verdict, floor: float) -> str | None:
 
 
 def _mere_helper(v: Verdict, floor: float) -> str | None:
-    """One of two cells that do damage only together, without which the rescue closes as much, and whose own closes less than `MOST`.
+    """One of two cells that do damage only together, without which the rescue closes as much, and whose own closes less than `CAUSED`.
 
     The other needs it, and is cured without it: whether it is a cause or only what any cell does there, shares do not tell.
     """
     if v.structure != "interacting" or v.rescue is None or v.damage is None or len(v.members) != 2:
         return None
     a, b = sorted(v.members, key=lambda e: e.rescue.value if e.rescue else 0.0)
-    if a.rescue is None or b.rescue is None or a.rescue.value >= MOST:
+    if a.rescue is None or b.rescue is None or a.rescue.value >= CAUSED:
         return None
     adds = (v.rescue.value - b.rescue.value) * v.damage
     return joined(a.cells) if adds < floor else None

@@ -22,6 +22,7 @@ from altgrad.autopsy.verdict import (
     Verdict,
 )
 from altgrad.autopsy.window import CLEAR, Window
+from altgrad.report.verdicts import CONTRIBUTED
 
 Prior = Callable[[int, Sequence[Any]], Mapping[Any, float]]
 """(step of the captured state, cells) -> suspicion of each cell."""
@@ -39,7 +40,7 @@ class Settings:
     draws: int = 8
     confirm: int = 4
     most_draws: int = 4
-    matters: float = 0.25
+    matters: float = CONTRIBUTED
     longest: int = 400
     most_groups: int = 4
     placebos: int = 3
@@ -121,8 +122,11 @@ class Search:
         if not low:
             return False
         values = []
-        for draw in range(self.settings.most_draws):
-            outcome = self.forks(self.window.fork(low, path, draw=draw), stop)
+        draws = [self.window.fork(low, path, draw=draw) for draw in range(self.settings.most_draws)]
+        for draw, fork in enumerate(draws):
+            if draw:
+                self.forks.ahead(draws[draw:], stop)
+            outcome = self.forks(fork, stop)
             values.append(stop.yardstick.damage(outcome))
             distance = abs(float(np.mean(values)) - stop.limit)
             if distance > 2.5 * self.window.null.noise / math.sqrt(len(values)):
@@ -170,9 +174,9 @@ class Search:
         least = max(self.settings.matters * null.damage, null.low.floor)
         return any(not self._from_twin(self.everything - union | one, least) for one in sets)
 
-    def ahead(self, sets: Sequence[frozenset]) -> None:
-        """Try sets that `damaged` may be asked about next, where there are idle hands."""
-        self.forks.ahead([self.window.fork(low) for low in sets], self._rule)
+    def ahead(self, sets: Sequence[frozenset], stop: Settled | None = None) -> None:
+        """Try sets that `damaged` (or `_beyond` with `stop`) may be asked about next, where there are idle hands."""
+        self.forks.ahead([self.window.fork(low) for low in sets], stop or self._rule)
 
     def gather(self, sets: Sequence[frozenset], draws: Sequence[int]) -> None:
         """Run what the effects of these sets will ask for, side by side."""
@@ -245,9 +249,11 @@ class Search:
             half, least = (self._rule_at(null.high.mean + nats) for nats in (left / 2, max(left / 2, null.low.floor)))
             if not self._beyond(outside, least):
                 break
-            one = minimal(self.order([c for c in self.cells if c in outside]), partial(self._beyond, stop=least))
+            suspects = self.order([c for c in self.cells if c in outside])
             most = MOST_BEHIND if left >= CLEAR * null.low.floor else 1
-            if len(one) > most or self._beyond(outside - one, half):
+            asked = partial(self._beyond, stop=least)
+            one = minimal(suspects, asked, ahead=partial(self.ahead, stop=least), most=most)
+            if one is None or self._beyond(outside - one, half):
                 break
             sets.append(one)
             cells |= one

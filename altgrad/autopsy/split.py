@@ -11,6 +11,7 @@ causes, which no single rescue shows, come out as several groups; an interaction
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +26,24 @@ def _alone(sets: Sequence[frozenset]) -> None:
 
 
 def minimal(
-    cells: Sequence[Any], damaged: Damaged, background: frozenset = frozenset(), ahead: Ahead = _alone
-) -> frozenset:
+    cells: Sequence[Any],
+    damaged: Damaged,
+    background: frozenset = frozenset(),
+    ahead: Ahead = _alone,
+    most: float = math.inf,
+) -> frozenset | None:
     """A minimal set of `cells` that does damage together with `background`; all of them together must.
 
     Args:
         cells: in the order of suspicion, the most suspect first.
         damaged: whether a set of cells, low alone, does damage; asked about 2 log2(n) times for each member.
+        most: members after which the search is given up, with None, as soon as one more is needed.
     """
     found = background
     candidates = list(cells)
     while candidates and not damaged(found):
+        if len(found - background) >= most:
+            return None
         size = _shortest(candidates, damaged, found, ahead)
         found |= {candidates[size - 1]}
         candidates = candidates[: size - 1]
@@ -91,6 +99,7 @@ def groups(cells: Sequence[Any], damaged: Damaged, most: int = 4, ahead: Ahead =
     rest, sets = list(cells), []
     while len(sets) < most and rest and damaged(frozenset(rest)):
         one = minimal(rest, damaged, ahead=ahead)
+        assert one is not None
         sets.append(one)
         rest = [cell for cell in rest if cell not in one]
     return Groups(tuple(sets), complete=not rest or not damaged(frozenset(rest)))

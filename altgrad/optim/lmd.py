@@ -67,7 +67,7 @@ class LMD(GridOptimizer):
         self._drawn = {}
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_adam({**group, "eps": 0.0})
+        check_adam(group)
         check_range(group, "noise", 0, math.inf)
         check_range(group, "spread", 0, math.inf)
         if not group["spread"] > 0:

@@ -146,7 +146,7 @@ class SRAdamW(ManifoldAdamW):
 
 
 def check_adam(group: dict[str, Any]) -> None:
-    """Refuse betas, eps or weight_decay out of range.
+    """Refuse betas, eps (where there is one) or weight_decay out of range.
 
     Raises:
         OptionError: with value and range.
@@ -154,5 +154,6 @@ def check_adam(group: dict[str, Any]) -> None:
     for beta in group["betas"]:
         if not 0 <= beta < 1:
             raise OptionError(f"betas {group['betas']} must both be in [0, 1)")
-    check_range(group, "eps", 0)
-    check_range(group, "weight_decay", 0)
+    for option in ("eps", "weight_decay"):
+        if option in group:
+            check_range(group, option, 0)

@@ -70,7 +70,7 @@ class Lion(_SignBased):
         super().__init__(params, {"format": format, "lr": lr, "betas": betas, "weight_decay": weight_decay, **options})
 
     def _check(self, group: dict[str, Any]) -> None:
-        check_adam({**group, "eps": 0.0})
+        check_adam(group)
 
     def _fused(self, group: dict[str, Any], slot: Slot) -> Tensor | None:
         return self._fuse(group, slot, fused.LION, 1 - group["betas"][0], 1 - group["betas"][1])

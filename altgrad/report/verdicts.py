@@ -24,6 +24,9 @@ GRADES = (
     f"On par: within {PAR:.0%} of what FP32 gained. Behind: further below it. Barely learned: less than "
     f"{1 - BARELY:.0%} of what FP32 gained."
 )
+CONTRIBUTED, CAUSED = 0.25, 2 / 3
+"""Shares of the gap from which a set of cells contributed to the damage, and from which it can have caused it: what others have a
+part in is then less than half of what it does."""
 _IN_A_CELL = {"far_above": "far above FP32"}
 
 

@@ -13,7 +13,7 @@ from altgrad.quantization import E4M3, amax_scale, get_format, grid_spacing, qua
 from altgrad.reproduce.claim import Claim, Criterion, Facts, Protocol, Values
 from altgrad.reproduce.small_gpt import step, trained, trainer_of, validation_loss
 from altgrad.reproduce.tensors import drawing
-from altgrad.reproduce.training import final_loss, losses, stored
+from altgrad.reproduce.training import differences, final_loss, losses, stored
 from altgrad.training.trainer import Trainer
 
 Arms = Mapping[str, Values]
@@ -177,6 +177,11 @@ def _parts(arms: Arms) -> Values:
 # -- corrections of the first study of custom formats --------------------------------------------------------------
 
 
+def _moved(arms: Arms) -> Values:
+    above = differences(refreshed="refreshed - float32", fixed="fixed - float32")(arms)
+    return {"moves": (above["refreshed"] - above["fixed"]) / above["refreshed"], **above}
+
+
 def _shares(arms: Arms) -> Values:
     """Of the gap of all layers to float32, what is gone where one kind of layer, or both, stay in float32."""
     found = losses(arms)
@@ -335,12 +340,7 @@ OWN: tuple[Claim, ...] = (
                 "refreshed": {"config": _UNIFORM},
                 "fixed": {"config": {**_UNIFORM, "storage_refresh_interval": 0}},
             },
-            lambda arms: {
-                "moves": (arms["refreshed"]["loss"] - arms["fixed"]["loss"])
-                / (arms["refreshed"]["loss"] - arms["float32"]["loss"]),
-                "refreshed": arms["refreshed"]["loss"] - arms["float32"]["loss"],
-                "fixed": arms["fixed"]["loss"] - arms["float32"]["loss"],
-            },
+            _moved,
         ),
     ),
     Claim(
@@ -362,11 +362,7 @@ OWN: tuple[Claim, ...] = (
                 **{name: {"factor": name, "beta2": 0.95, "lr": 3e-3} for name in ("none", "spacing", "permuted")},
                 "stochastic": {"config": stored("E7M0", "stochastic"), "lr": 3e-3},
             },
-            lambda arms: {
-                "none - spacing": arms["none"]["loss"] - arms["spacing"]["loss"],
-                "permuted - spacing": arms["permuted"]["loss"] - arms["spacing"]["loss"],
-                "noise": arms["stochastic"]["loss"] - arms["none"]["loss"],
-            },
+            differences("none - spacing", "permuted - spacing", noise="stochastic - none"),
             seeds=8,
         ),
     ),
@@ -395,11 +391,7 @@ OWN: tuple[Claim, ...] = (
                 },
                 "everywhere": {"config": {**_LAYERNORM, "fp8_format": "E1M6", "scaling": "none"}},
             },
-            lambda arms: {
-                "after": arms["after"]["loss"] - arms["float32"]["loss"],
-                "everywhere": arms["everywhere"]["loss"],
-                "float32": arms["float32"]["loss"],
-            },
+            lambda arms: {**losses(arms), **differences(after="after - float32")(arms)},
             seeds=8,
         ),
     ),

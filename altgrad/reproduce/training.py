@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,17 @@ def final_loss(facts: Facts, seed: int, quick: bool) -> Values:
 def losses(arms: Arms) -> dict[str, float]:
     """Final losses by arm."""
     return {name: values["loss"] for name, values in arms.items()}
+
+
+def differences(*pairs: str, **named: str) -> Callable[[Arms], Values]:
+    """Quantities that are differences of two arms' losses, each written "arm - other", and called so if not named."""
+
+    def found(arms: Arms) -> Values:
+        of = losses(arms)
+        both = {name: text.split(" - ") for name, text in {**{p: p for p in pairs}, **named}.items()}
+        return {name: of[arm] - of[other] for name, (arm, other) in both.items()}
+
+    return found
 
 
 # -- who freezes, by a float32 trace alone -----------------------------------------------------------------------
@@ -322,18 +333,3 @@ def compensation(arms: Arms) -> Values:
         "stochastic_kahan_e8m2": found["stochastic E8M2"] - found["kahan E8M2"],
         "gap": gap,
     }
-
-
-def eco(arms: Arms) -> Values:
-    found = losses(arms)
-    return {
-        "nearest_eco": found["nearest"] - found["eco"],
-        "eco_master": found["eco"] - found["master"],
-        "stochastic_eco": found["stochastic"] - found["eco"],
-    }
-
-
-def layouts(arms: Arms) -> Values:
-    found = losses(arms)
-    pairs = [("E7M0", "E6M1"), ("E6M1", "E4M3"), ("E1M2", "E2M1"), ("E3M0", "E2M1"), ("E5M2", "E4M3"), ("E2M5", "E4M3")]
-    return {f"{a} - {b}": found[a] - found[b] for a, b in pairs}

@@ -399,6 +399,19 @@ def test_minimal_sets_of_monotone_damage(causes):
     assert minimal(range(64), lambda low: causes <= low) == causes
 
 
+def test_a_minimal_set_of_more_members_than_are_wanted_is_given_up_before_they_are_all_found():
+    asked = []
+
+    def damaged(low):
+        asked.append(low)
+        return causes <= low
+
+    causes = frozenset(range(3, 64, 4))
+    assert minimal(range(64), damaged, most=2) is None
+    assert len(asked) < 30
+    assert minimal(range(64), damaged, most=16) == causes
+
+
 def test_groups_are_disjoint_and_complete():
     found = groups(range(32), lambda low: 4 in low or {9, 20} <= low)
     assert set(found.sets) == {frozenset({4}), frozenset({9, 20})}

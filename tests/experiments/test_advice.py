@@ -7,7 +7,15 @@ import json
 import pytest
 
 from experiments.advice import DECAYS, DY, FORMATS, HELD_OUT, SEEDS, STORAGES, W, X, jobs, main, read_record
-from experiments.advice_scores import freeze_table, rank_table, ratchet_table, regret_table, stall_table, tell
+from experiments.advice_scores import (
+    freeze_table,
+    gap_table,
+    rank_table,
+    ratchet_table,
+    regret_table,
+    stall_table,
+    tell,
+)
 
 ALL = (*FORMATS, *HELD_OUT)
 
@@ -51,6 +59,18 @@ def planted(*, right: bool) -> dict:
 def test_a_table_tells_a_prediction_that_holds_from_one_that_does_not(table):
     assert all(str(row[-1]).startswith("met") or row[-1] == "" for row in table(planted(right=True)).rows)
     assert any(str(row[-1]).startswith("missed") for row in table(planted(right=False)).rows)
+
+
+def test_the_table_of_gaps_has_each_seeds_mean_of_both_schedules_and_the_error_over_seeds():
+    one = planted(right=True)
+    shifted = {
+        k.replace("|0", "|1"): v | ({"loss": v["loss"] + 0.2} if "|FP32|" not in k and "loss" in v else {})
+        for k, v in one.items()
+    }
+    rows = gap_table({**one, **shifted}).rows
+    assert [row[:3] for row in rows] == [[storage, "gpt-S", "2"] for storage in STORAGES]
+    assert rows[0][3:5] == ["+0.100 (0.100)", "+0.200 (0.100)"]
+    assert gap_table(one).rows == []  # one seed has no error
 
 
 def test_what_is_not_there_is_said_and_a_record_that_was_cut_off_goes_on(tmp_path, capsys):

@@ -68,7 +68,7 @@ class Override:
     @property
     def names_one(self) -> bool:
         """Whether its name is one layer's own and no pattern."""
-        return self.name is not None and not self.name.startswith("re:") and not any(c in self.name for c in "*?[")
+        return self.name is not None and self.name == _exactly(self.name)
 
     @property
     def leaves_high(self) -> bool:

@@ -23,10 +23,9 @@ from altgrad.report.pages.page import render_markdown, render_page
 from altgrad.report.tables import Column, Table, TableCell
 from altgrad.report.text import shortened
 from altgrad.report.theme import Style
+from altgrad.report.verdicts import CAUSED, CONTRIBUTED
 
 Data = Mapping[str, Any]
-MATTERS, MOST = 0.25, 2 / 3
-"""Shares of the gap from which a set contributed, and from which it can have caused the damage."""
 
 _LEVELS = {
     "phenomenon": "that there is, or is no, damage",
@@ -183,11 +182,11 @@ def word_for(rescue: Data | None, alone: Data | None) -> str:
     known = [share for share in (rescue, alone) if share is not None]
     if not known:
         return "inconclusive"
-    if len(known) == 2 and all(share["value"] >= MOST for share in known):
+    if len(known) == 2 and all(share["value"] >= CAUSED for share in known):
         return "caused"
-    if any(share["low"] >= MATTERS for share in known):
+    if any(share["low"] >= CONTRIBUTED for share in known):
         return "contributed"
-    return "exonerated" if all(share["high"] < MATTERS for share in known) else "inconclusive"
+    return "exonerated" if all(share["high"] < CONTRIBUTED for share in known) else "inconclusive"
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
