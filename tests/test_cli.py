@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import altgrad as altgrad_package
 from altgrad.analysis import find_runs, read_run
-from altgrad.cli import app
+from altgrad.cli import app, demo_pages
 from altgrad.cli.run_pages import exit_code
 from altgrad.errors import ConfigError, RecipeError
 from altgrad.records.schema import ExperimentResult
-from altgrad.sweep import read_matrix
+from altgrad.sweep import read_matrix, run_sweep
 from altgrad.training.config.loading import key_paths, load_config
 from tests.training.tiny import TINY, losses
 
@@ -151,6 +151,7 @@ def test_the_demo_trains_six_formats_saves_the_worst_and_says_why(tmp_path, monk
     monkeypatch.setitem(demo.DEMO_SIZE, "model", {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 16})
     monkeypatch.setitem(demo.DEMO_SIZE, "data", {"batch_size": 2, "max_bytes": 20_000})
     monkeypatch.setitem(demo.DEMO_SIZE, "optimizer", {"lr": 5e-3, "warmup_steps": 2})
+    monkeypatch.setattr(demo_pages, "available_cores", lambda: 1)
     given = ["demo", "--runs-dir", tmp_path / "demo", "--steps", "30", "--minutes", "0"]
     result = invoke(*given)
     assert result.exit_code == 0
@@ -169,6 +170,34 @@ def test_the_demo_trains_six_formats_saves_the_worst_and_says_why(tmp_path, monk
     page = (tmp_path / "demo" / "report.html").read_text()
     for words in ("Update over half a grid step", "Learning rate", "Where numbers were lost first", "What saves it."):
         assert words in page
+
+
+def test_the_demo_trains_formats_side_by_side_and_holds_each_against_the_float32_run(tmp_path, monkeypatch):
+    from altgrad.training.run import demo
+
+    monkeypatch.setitem(demo.DEMO_SIZE, "model", {"n_layer": 1, "n_embd": 16, "n_head": 1, "block_size": 8})
+    monkeypatch.setitem(demo.DEMO_SIZE, "data", {"batch_size": 2, "max_bytes": 20_000})
+    monkeypatch.setattr(demo, "DEMO_FORMATS", ("FP32", "E3M4", "E7M0"))
+    monkeypatch.setattr(demo_pages, "available_cores", lambda: 2)
+    asked = {}
+    monkeypatch.setattr(
+        demo_pages,
+        "run_sweep",
+        lambda plan, options, make_job: (
+            asked.update({run.config.name: make_job(run, 1) for run in plan.runs})
+            or run_sweep(plan, options, make_job=make_job)
+        ),
+    )
+    result = invoke("demo", "--runs-dir", tmp_path, "--steps", "12", "--minutes", "0")
+    assert result.exit_code == 0
+    twin = next(tmp_path.glob("fp32-*"))
+    assert {name: job.arguments(Path("c.yaml"))[-2:] for name, job in asked.items()} == {
+        key: ["--twin", str(twin)] for key in ("e3m4", "e7m0")
+    }
+    assert all((next(tmp_path.glob(f"{name}-*")) / "log.txt").read_text() for name in asked)
+    assert (tmp_path / "report.html").exists()
+    with pytest.raises(ConfigError, match=r"is not .* in FP32"):
+        invoke("run", E3M4, "--twin", twin)
 
 
 def test_two_rows_of_one_experiment_are_refused(config, tmp_path):

@@ -121,12 +121,15 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config, and stop.")] = False,
     fail_on_collapse: _FailOnCollapse = False,
+    twin: Annotated[
+        Path | None, typer.Option("--twin", help="Folder of the same run in FP32, which the loss is held against.")
+    ] = None,
 ) -> None:
     """Run one experiment; a finished one is looked up, an interrupted one continued."""
     _load_torch()
     from altgrad.cli import run_pages
 
-    result = run_pages.train(config, overrides or [], device, dry_run=dry_run, print_config=print_config)
+    result = run_pages.train(config, overrides or [], device, dry_run=dry_run, print_config=print_config, twin=twin)
     raise typer.Exit(run_pages.exit_code([result], fail_on_collapse=fail_on_collapse))
 
 

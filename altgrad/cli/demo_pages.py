@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,12 +14,18 @@ from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.analysis.remedies import cause_of, damaged, is_damaged, remedy_of
 from altgrad.cli.run_pages import print_comparison, run_all, terminal
 from altgrad.errors import AltGradError
+from altgrad.records.documents import load_result
+from altgrad.records.lock import is_locked
 from altgrad.records.run import read_run
 from altgrad.records.schema import ExperimentResult
 from altgrad.report.console import waiting
 from altgrad.report.numbers import difference, duration
+from altgrad.sweep import Plan, PlannedRun, SweepOptions, run_sweep
+from altgrad.sweep.job import state_of
 from altgrad.sweep.local import available_cores
+from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.run.demo import demo_configs, saving_arm
+from altgrad.training.run.folder import plan_run
 
 MOST_JOBS = 4
 """Forks of an autopsy at a time."""
@@ -32,19 +40,38 @@ def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[
     ends = time.monotonic() + 60 * minutes
     console = terminal()
     configs = demo_configs(runs_dir, steps, device)
-    results = run_all(console, configs)
+    results = run_all(console, configs[:1])
+    if results[0].finished:
+        results += _formats(console, configs[1:], (configs[0], results[0].run_dir))
     if all(result.finished for result in results):
         worst = damaged(label_runs([read_run(r.run_dir) for r in results]))[:1]
         arms = [
             saving_arm(c) for c, r in zip(configs, results, strict=True) if worst and r.run_dir == worst[0].run.path
         ]
-        results += run_all(console, arms, made=list(zip(configs, results, strict=True)))
+        results += run_all(console, arms, made=[(configs[0], results[0].run_dir)])
     if all(result.finished for result in results):
         _explain(console, damaged(label_runs([read_run(r.run_dir) for r in results])), ends)
     print_comparison(console, results, Path(runs_dir) / "report.html", reasons=False)
     if not console.quiet and all(result.finished for result in results):
         _print_story(console, label_runs([read_run(r.run_dir) for r in results]))
     return results
+
+
+def _formats(
+    console: Console, configs: Sequence[ExperimentConfig], twin: tuple[ExperimentConfig, Path]
+) -> list[ExperimentResult]:
+    """The runs of the formats, on CPUs as many at a time as there are cores: none has work for more than one."""
+    jobs = min(len(configs), available_cores()) if configs[0].device == "cpu" else 1
+    if jobs > 1:
+        folders = [plan_run(config).path for config in configs]
+        planned = [PlannedRun(c, {}, f, state_of(f, is_locked(f))) for c, f in zip(configs, folders, strict=True)]
+        command = (sys.executable, "-m", "altgrad", "run", "{config}", "--twin", str(twin[1]))
+        made = run_sweep(
+            Plan(planned), SweepOptions(jobs=jobs), make_job=lambda run, _: replace(run.job(), command=command)
+        )
+        if made.count("stopped"):
+            return [found for found in map(load_result, folders) if found is not None]
+    return run_all(console, configs, made=[twin])  # looks up what is made; what failed says why
 
 
 def _explain(console: Console, runs: Sequence[Outcome], ends: float) -> None:

@@ -103,9 +103,19 @@ class LiveProgress(RunListener):
 
 
 def train(
-    config: Path, overrides: list[str], device: str | None, *, dry_run: bool, print_config: bool
+    config: Path,
+    overrides: list[str],
+    device: str | None,
+    *,
+    dry_run: bool,
+    print_config: bool,
+    twin: Path | None = None,
 ) -> ExperimentResult | None:
-    """`altgrad run`: one experiment, its result and its report; None if nothing was to run."""
+    """`altgrad run`: one experiment, its result and its report; None if nothing was to run.
+
+    Raises:
+        ConfigError: `twin` is another experiment than this one in FP32.
+    """
     console = terminal()
     loaded = load_config(config, [*overrides, *([f"device={device}"] if device else [])])
     if print_config:
@@ -114,7 +124,15 @@ def train(
     if dry_run:
         _print_plan(console, loaded)
         return None
-    result = run_all(console, [loaded], commands=[shlex.join(["altgrad", "run", str(config), *overrides])])[0]
+    made = []
+    if twin is not None:
+        of_twin = load_config(read_run(twin).config)
+        if not is_twin(of_twin, loaded):
+            raise ConfigError(f"--twin {twin} is not {config} in FP32; it may differ in nothing but its formats")
+        made = [(of_twin, twin)]
+    result = run_all(console, [loaded], commands=[shlex.join(["altgrad", "run", str(config), *overrides])], made=made)[
+        0
+    ]
     _print_result(console, result)
     return result
 
@@ -163,20 +181,20 @@ def run_all(
     console: Console,
     configs: Sequence[ExperimentConfig],
     commands: Sequence[str | None] | None = None,
-    made: Sequence[tuple[ExperimentConfig, ExperimentResult]] = (),
+    made: Sequence[tuple[ExperimentConfig, Path]] = (),
 ) -> list[ExperimentResult]:
     """Run (or look up) experiments one after another, up to the first that is interrupted.
 
     Args:
         commands: what repeats each, for its failure report.
-        made: runs of before, among which a float32 twin may be.
+        made: runs of before with their folders, among which a float32 twin may be.
     """
     results: list[ExperimentResult] = []
     progress = LiveProgress(console, configs)
     with progress.bars:
         for config, command in zip(configs, commands or [None] * len(configs), strict=True):
-            known = [*made, *zip(configs, results, strict=False)]
-            twin = next((r.run_dir for c, r in known if is_twin(c, config)), None)
+            known = [*made, *zip(configs, (r.run_dir for r in results), strict=False)]
+            twin = next((folder for c, folder in known if is_twin(c, config)), None)
             result = FormatExperimentRunner(config, listener=progress, command=command, twin=twin).run()
             if result.already_finished:
                 progress.over(result)

@@ -411,7 +411,6 @@ TRAINING: tuple[Claim, ...] = (
             "0.13M after 300 float32 steps; the weights of its 8 inner linear layers rounded to MXFP4 or not, all 256 subsets, "
             "validation loss on 4 batches.",
             damage_of_subsets,
-            differences,
             {"MXFP4": {"format": "MXFP4"}},
             seeds=3,
         ),
