@@ -16,7 +16,7 @@ from altgrad.quantization import amax_scale, decode, encode, quantize
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
 from altgrad.quantization.kernels.cuda import clock, operands, products
 from altgrad.quantization.kernels.cuda import scalar as cuda
-from benchmarks import bench_cuda
+from benchmarks import bench_cuda, cuda_fusion
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
 from benchmarks.cuda_traffic import MOST_BYTES, MOST_OPERATIONS, counted, of_linear
 from benchmarks.cuda_traffic import ROWS as ROWS_OF_LAYERS
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ["kernels", "layers", "graphs"])
+@pytest.mark.parametrize("part", ["kernels", "layers", "graphs", "generated"])
 def test_kernels_have_the_cpus_bits_in_the_interpreter(part):
     command = [sys.executable, "-m", "tests.quantization.interpreter_checks", part]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
@@ -34,6 +34,13 @@ def test_kernels_have_the_cpus_bits_in_the_interpreter(part):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
 
 
+def of_the_page(head: str) -> dict[str, list[str]]:
+    """A table of docs/benchmarks.md by the first cell of its rows."""
+    rows = (ROOT / "docs" / "benchmarks.md").read_text().partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (r.strip("|").split("|") for r in rows)}
+
+
+TRAFFIC, COMPILED = of_the_page("| layer | operations"), of_the_page("| compiled code")
 SCALAR_NAMES = ("E4M3", "E5M2", "E3M4", "INT8", "E0M7", "E7M0", "E2M1", "BF16", "FP16", "binary8p3", "E4M3FNUZ")
 BLOCK_NAMES = ("MXFP8", "MXFP8_E5M2", "MXFP6", "MXINT8", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/128x128:FP32")
 
@@ -127,6 +134,22 @@ def test_instructions_per_element_are_within_their_budget(row):
     assert row.per_element() <= row.budget
 
 
+@pytest.mark.parametrize("row", cuda_fusion.ROWS_OF_CODE, ids=lambda row: row.name)
+def test_compiled_code_rounds_within_the_kernel_that_makes_the_tensor(row):
+    found, kernels = cuda_fusion.cost(row)
+    large = [kernel for kernel in kernels if kernel.elements >= 1]
+    assert len({kernel.name for kernel in large}) == 1
+    for kernel in large:
+        code = kernel.asm["ptx"]
+        assert "f64" not in code
+        assert ".local" not in code, "registers spill"
+        assert code.count("div.rn.f32") == ("nearest" in row.name), "one of the scale, none of elements"
+        assert "div.full" not in code
+    for number, cell in zip(found, COMPILED[row.name], strict=True):
+        assert (number is None) == (cell == "")
+        assert number is None or round(number, 1) <= float(cell), "Triton 3.9's; no version of it may need more"
+
+
 def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
     pointers = {**POINTERS, "out": "*bf16", "factor": "*fp32", "amax": "*i32", "scale": "*fp32"}
     facts = {
@@ -215,13 +238,6 @@ def test_kernels_compile_with_every_integer_at_one():
         left = {name for name in kernel.arg_names if name not in known and name not in pointers}
         assert left <= set(FLOATS), f"an integer is not covered: {left}"
         assert compiled(kernel, pointers, known).asm["cubin"]
-
-
-TRAFFIC = {  # the table of docs/benchmarks.md
-    cells[0]: cells[1:]
-    for line in (ROOT / "docs" / "benchmarks.md").read_text().partition("| layer | operations")[2].splitlines()
-    if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 6
-}
 
 
 def test_the_page_has_rows_of_this_table():
