@@ -156,6 +156,12 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
     return rms_norm(x, (x.shape[1],), weight)
 
 
+def unit_operand(x: Tensor, scale: Tensor) -> Tensor:
+    """What it makes of one for an FP8 unit."""
+    assert FACTS is not None
+    return pointwise.codes(x, scale, FACTS, torch.float8_e4m3fn)
+
+
 class Row(NamedTuple):
     """A piece of a model: what it is called, the function, shapes and dtypes of its tensors."""
 
@@ -166,6 +172,7 @@ class Row(NamedTuple):
 
 ROWS_OF_CODE = [
     Row("nearest", operand, (WIDE, SCALE)),
+    Row("nearest, codes of FP8", unit_operand, (WIDE, SCALE)),
     Row("gelu", gelu, (WIDE,)),
     Row("gelu, nearest", lambda x, scale: operand(gelu(x), scale), (WIDE, SCALE)),
     Row("norm", normed, (ROWS, WEIGHT)),

@@ -122,6 +122,7 @@ def counted():
         for module in (scalar, blocks, operands, products, clock):
             enter(mock.patch.object(module, "on_device", side_effect=lambda x: nullcontext()))
         enter(mock.patch.object(JITFunction, "run", run))
+        enter(mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))
         enter(
             mock.patch.object(Tensor, "__invert__", lambda x: x.bitwise_not())
         )  # the operator looks for a real device
@@ -199,6 +200,7 @@ ROWS: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("MXFP8", "MXFP8", {}),
     ("NVFP4", "NVFP4", {}),
     ("BF16", "BF16", {}),
+    ("E4M3, sums of the FP8 unit", uniform("E4M3").with_(accumulator="fp8_unit"), {}),
 ]
 
 

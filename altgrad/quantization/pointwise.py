@@ -2,6 +2,7 @@
 
     nearest    values, as `quantize` gives them
     payload    an operand of a tensor core, as `kernels.cuda.operands.payload` gives it
+    codes      an operand of an FP8 unit, as `kernels.cuda.operands.codes` gives it
 
 Adding 2^(e + 23 - M) to a quotient in [2^e, 2^(e + 1)) leaves it in steps of 2^(e - M), rounded to nearest even, as
 `kernels.cuda.bits.lean_round` does. Where that does not serve (`facts_of`) a graph has the kernel as one operator.
@@ -118,3 +119,10 @@ def payload(x: Tensor, scale: Tensor | float, facts: Facts, powers: tuple[int, i
     up = ((exponent + 127) << 23).view(torch.float32)
     down = torch.where(exponent < 127, (127 - exponent) << 23, 0x400000).view(torch.float32)
     return (_payload(x.float(), scale, facts) * up).bfloat16(), given * down
+
+
+def codes(x: Tensor, scale: Tensor | float, facts: Facts, dtype: torch.dtype) -> Tensor:
+    """x as an operand of an FP8 unit in a float8 dtype without inf, which becomes NaN."""
+    x = x.float()
+    found = _payload(x, scale, facts)
+    return torch.where(x.isinf(), torch.nan, found).to(dtype) if facts.keeps_inf else found.to(dtype)

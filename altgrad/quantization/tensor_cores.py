@@ -155,32 +155,77 @@ FP8_UNIT = (9, 0)  # compute capability of the FP8 unit whose sums `formats.accu
 _FP8_ALIGNED = 16  # what the library wants sizes to be multiples of
 
 
-def fp8_sums(a: Tensor, b: Tensor, format_a: str, format_b: str) -> Tensor:
-    """a @ b^T by a GPU's FP8 unit, float32 [rows of a, rows of b], for values on the formats' grids.
+def codes(
+    x: Tensor, cast: Cast, scale: Tensor | float, key: Tensor | None = None, amax: Tensor | None = None
+) -> Tensor:
+    """x rounded as the cast says, as an FP8 unit takes it: float8 of x's shape, without the scale; `amax` as in `payload`.
+
+    A NaN stays one; an inf becomes one where the format has no inf.
+    """
+    dtype = FP8[cast.grid.name]
+    if not traced(x):
+        plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
+        return load("cuda", "operands").codes(plan, _at_hand(x), scale, key=key, amax=amax).view(dtype)
+    facts = _pointwise_facts(cast.spec) if amax is None and torch.compiler.is_compiling() else None
+    if facts is not None and not cast.grid.has_inf:  # a GPU's conversion saturates an inf, and keeps a NaN
+        return pointwise.codes(x.detach(), scale, facts, dtype)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
+    return torch.ops.altgrad.codes(x, scale, key, cast.spec, amax).view(dtype)
+
+
+def fp8_product(
+    a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """((a @ b) * of_a) * of_b + bias of float8 matrices [rows, K] and [K, columns] by a GPU's FP8 unit, in `dtype`.
 
     Args:
-        a, b: [rows, K], payloads without scales. A NaN stays one; an inf becomes one where the format has no inf.
+        of_a, of_b: as in `finished`. One factor each multiplies where the unit adds up; its library rounds that as it likes.
 
     Raises:
         KernelError: the GPU has no FP8 unit, or one with other sums than Hopper's.
     """
-    capability = torch.cuda.get_device_capability(a.device)
+    _check_unit(a.device.index)
+    (rows, depth), columns = a.shape, b.shape[1]
+    if not rows * depth * columns:
+        sums = torch.zeros(rows, columns, dtype=torch.float32, device=a.device)
+        return finished(sums, None, None, bias, dtype)
+    a = _padded(a, 0, -depth % _FP8_ALIGNED)
+    b = _padded(b.t(), -columns % _FP8_ALIGNED, -depth % _FP8_ALIGNED).t()
+    factors = of_a, of_b
+    scales = [
+        torch.ones((), dtype=torch.float32, device=a.device) if f is None or f.numel() > 1 else f.reshape(())
+        for f in factors
+    ]
+    after = [None if f is None or f.numel() == 1 else f for f in factors]
+    plain = bias is None and after == [None, None]
+    sums = torch._scaled_mm(a, b, *scales, out_dtype=dtype if plain else torch.float32, use_fast_accum=False)
+    if sums.shape[1] != columns:
+        sums = sums.narrow(1, 0, columns).clone(memory_format=torch.contiguous_format)
+    return sums if plain else finished(sums, *after, bias, dtype)
+
+
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+_capability._dynamo_marked_constant = True
+
+
+def _check_unit(index: int | None) -> None:
+    capability = _capability(index)
     if capability != FP8_UNIT:
         raise KernelError(
             f"accumulator fp8_unit on a GPU of compute capability {'.'.join(map(str, capability))}; the unit that it names "
             'is that of 9.0 (Hopper); use accumulator "hopper_fp8_promoted", which emulates it anywhere'
         )
-    columns, deep = len(b), -a.shape[1] % _FP8_ALIGNED
-    a = _padded(a, 0, deep).to(FP8[format_a])
-    b = _padded(b, -columns % _FP8_ALIGNED, deep).to(FP8[format_b])
-    one = torch.ones((), dtype=torch.float32, device=a.device)
-    sums = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False)
-    return sums.narrow(1, 0, columns)
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     """x, contiguous, with so many more rows and columns of zeros."""
-    return torch.nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()
+    if not rows and not columns:
+        return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    return torch.nn.functional.pad(x.view(torch.uint8), (0, columns, 0, rows)).view(x.dtype)
 
 
 def _at_hand(x: Tensor) -> Tensor:
@@ -257,3 +302,18 @@ def _two_level_payload(x, key, spec, powers):
 @_two_level_payload.register_fake
 def _(x, key, spec, powers):
     return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "altgrad::codes",
+    mutates_args=("amax",),
+    schema="(Tensor x, Tensor scale, Tensor? key, str spec, Tensor(a!)? amax) -> Tensor",
+)
+def _codes(x, scale, key, spec, amax):
+    plan = Cast.parse(spec).plan(x.dtype, x.device, Want.VALUES, "cuda")
+    return load("cuda", "operands").codes(plan, x, scale, key=key, amax=amax)
+
+
+@_codes.register_fake
+def _(x, scale, key, spec, amax):
+    return x.new_empty(x.shape, dtype=torch.uint8)

@@ -7,8 +7,7 @@ Values go through `eager` where the compiled CPU kernel would need a variant of 
 import os
 import sys
 import warnings
-from functools import partial
-from types import SimpleNamespace
+from contextlib import contextmanager
 from unittest import mock
 
 if __name__ == "__main__":
@@ -21,9 +20,10 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from altgrad.errors import RecipeError
 from altgrad.formats.rounding import Overflow, Rounding
 from altgrad.nn import Recipe, quantize_model, set_step, uniform
-from altgrad.nn.layer import gemm
+from altgrad.nn.layer import emulated, gemm
 from altgrad.nn.layer import tensor_cores as cores
 from altgrad.nn.session import STATE
 from altgrad.quantization import (
@@ -38,7 +38,7 @@ from altgrad.quantization import (
     tensor_cores,
 )
 from altgrad.quantization.kernels.choose import load
-from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient, signed_as
+from altgrad.quantization.kernels.cuda.bits import divisor_of, lean_quotient
 from altgrad.quantization.kernels.eager import blocks as eager_blocks
 from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.scaling import DelayedScaling, DelayedState
@@ -280,6 +280,62 @@ def check_layers() -> list[str]:
     return bad
 
 
+UNIT = [
+    uniform("E4M3"),
+    uniform("E4M3", grad="E5M2", rounding="stochastic"),
+    uniform("E4M3", scaling={"policy": "delayed", "history": 1}),
+    uniform("E4M3", scaling={"policy": "static", "scale": 0.05}),
+    by_channel("E4M3"),
+]
+
+
+@contextmanager
+def on_an_fp8_unit():
+    """A CPU passes for a GPU with Hopper's unit; it adds up in float32."""
+    with (
+        mock.patch.object(emulated, "on_unit", lambda x: True),  # noqa: PT008 - which the compiler traces
+        mock.patch.object(torch.cuda, "get_device_capability", lambda index: (9, 0)),  # noqa: PT008
+    ):
+        yield
+
+
+def check_fp8_unit() -> list[str]:
+    """Layers whose codes go to an FP8 unit against layers in float32: NaN and inf in place, too; in bf16 as well."""
+    bad = []
+    for recipe in UNIT:
+        for autocast in (False, True) if recipe == UNIT[0] else (False,):
+            with on_an_fp8_unit(), mock.patch.object(torch, "_scaled_mm", side_effect=torch._scaled_mm) as products:
+                got = layer_results(recipe.with_(accumulator="fp8_unit"), {}, True, autocast)
+            wanted = layer_results(recipe, {}, False, autocast)
+            if products.call_count != 3 * 3 + 1:
+                bad.append(f"unit {recipe} has {products.call_count} products")
+            bound = 2.0**-8 if autocast else 2e-6
+            for a, b in zip(got, wanted, strict=True):
+                here = b.isfinite()
+                close = torch.equal(here, a.isfinite()) and a.dtype == b.dtype
+                if not (close and float((a - b)[here].norm()) <= bound * float(b[here].norm())):
+                    bad.append(f"unit {recipe} {autocast}")
+    model, x = torch.nn.Sequential(torch.nn.Linear(16, 16)), torch.randn(4, 16, requires_grad=True)
+    quantize_model(model, uniform("E4M3").with_(accumulator="fp8_unit"))
+    with on_an_fp8_unit():
+        torch.autograd.grad(model(x).sum(), x)
+        try:
+            torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            bad.append("unit differentiated twice")
+        except RecipeError as refused:
+            bad += [] if "is differentiated once; drop create_graph" in str(refused) else [str(refused)]
+    x = scalar_samples()
+    for cast in (CAST, Cast("E5M2", overflow="saturate_finite"), Cast("E4M3", Rounding.UP, Overflow.SATURATE)):
+        found = tensor_cores.codes(x, cast, torch.tensor(0.3)).float()
+        wanted = cast(x, 0.3, kernel="eager", want=BOTH)
+        plain = wanted.values.isfinite()
+        exact = cast.decode(wanted.codes, kernel="eager")
+        kept = torch.where(x.isinf() & ~plain, x if cast.grid.has_inf else nan, nan)
+        if not same(found, torch.where(plain, exact, kept)):
+            bad.append(f"codes {cast}")
+    return bad
+
+
 CAST = Cast("E4M3", overflow="saturate_finite")
 
 
@@ -330,69 +386,20 @@ def check_compiled_layers() -> list[str]:
         nodes.extend(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 
-    torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(32, 16)), torch.randn(24, 32)
-    quantize_model(model, uniform("E4M3", scaling={"policy": "static", "scale": 0.05}))
-    with torch.no_grad():
-        eager, compiled = model(x), torch.compile(model, backend=backend, fullgraph=True)(x)
-    if not same(eager, compiled):
-        bad.append("compiled layer")
-    if not any("copysign" in node for node in nodes) or any("payload" in node for node in nodes):
-        bad.append(f"compiled layer has {nodes}")
-    return bad
-
-
-def generated(function, out: torch.dtype, *like: torch.Tensor):
-    """The first kernel that torch's compiler writes for a function of such CUDA tensors, as a function of them."""
-    from torch._inductor.runtime import triton_heuristics
-
-    from benchmarks import cuda_fusion
-
-    code = cuda_fusion.lowered(function, *((tuple(t.shape), t.dtype) for t in like))
-    name, source = next(iter(cuda_fusion.sources(code).items()))
-    with mock.patch.object(triton_heuristics, "pointwise", return_value=lambda kernel: kernel):
-        module = cuda_fusion.loaded(name, source)
-    module.libdevice = SimpleNamespace(copysign=signed_as)  # machine code, which the interpreter has not
-    kernel = getattr(module, name)
-
-    def run(*given: torch.Tensor) -> torch.Tensor:
-        made, inputs = torch.empty(given[0].shape, dtype=out), iter(given)
-        pointers = [next(inputs) if arg.startswith("in_ptr") else made for arg in kernel.arg_names if "ptr" in arg]
-        kernel[(triton.cdiv(made.numel(), 1024),)](*pointers, made.numel(), XBLOCK=1024)
-        return made
-
-    return run
-
-
-def ties(fmt, scale: torch.Tensor) -> torch.Tensor:
-    """1023 float32 numbers at and right beside scale times what lies halfway between two neighbours of a format."""
-    odd = torch.arange(1, 2 ** (fmt.mantissa_bits + 1), 2) + 2 ** (fmt.mantissa_bits + 1)
-    halves = (
-        odd * torch.exp2(torch.arange(min(fmt.emin, fmt.emax), fmt.emax + 1) - fmt.mantissa_bits - 1.0)[:, None]
-    ).flatten()
-    at = halves[torch.arange(341) * len(halves) // 341] * scale
-    return torch.cat([at, at.nextafter(at * 2), at.nextafter(at * 0)])
-
-
-def check_generated() -> list[str]:
-    """Rounding in pointwise operations, as torch's compiler writes it for a GPU, against the kernels."""
-    bad, x = [], scalar_samples()
-    for name in ("E4M3", "E0M7", "E7M0", "E2M1", "E7M10"):
-        cast = Cast(name, overflow="saturate_finite")
-        facts = pointwise.facts_of(cast.format, cast.grid, cast.rounding, cast.overflow)
-        assert facts is not None
-        assert facts.short == (name != "E7M10")
-        nearest = generated(partial(pointwise.nearest, facts=facts), x.dtype, x, torch.ones(()))
-        for given in (1.0, 0.3, 1.9999999, 1e-40, 1.5 * 2.0**-126, 3e38):
-            scale = torch.tensor(given)
-            x[3, :1023] = ties(cast.format, scale)
-            if not same(nearest(x, scale), cast(x, scale, kernel="eager").values):
-                bad.append(f"generated {name} scale {given}")
-        for values in (x, x.bfloat16()) if name == "E4M3" else ():
-            powers, scale = (-117, 119), torch.tensor(0.3)
-            operand = generated(lambda x, s: pointwise.payload(x, s, facts, powers)[0], torch.bfloat16, values, scale)  # noqa: B023
-            if not same(operand(values, scale), tensor_cores.payload(values, cast, scale, powers)[0]):
-                bad.append(f"generated payload {values.dtype}")
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    recipe = uniform("E4M3", scaling={"policy": "static", "scale": 0.05})
+    x[0, :2] = torch.tensor([inf, nan])
+    for unit in (False, True):
+        model = torch.nn.Sequential(torch.nn.Linear(32, 16))
+        quantize_model(model, recipe.with_(accumulator="fp8_unit") if unit else recipe)
+        nodes.clear()
+        with torch.no_grad(), on_an_fp8_unit():
+            eager, compiled = model(x), torch.compile(model, backend=backend, fullgraph=True)(x)
+        if not same(eager, compiled):
+            bad.append(f"compiled layer {unit}")
+        operators = ("payload", "codes") if not unit else ("altgrad",)
+        if not any("copysign" in node for node in nodes) or any(one in node for one in operators for node in nodes):
+            bad.append(f"compiled layer {unit} has {nodes}")
     return bad
 
 
@@ -427,6 +434,12 @@ def check_graphs() -> list[str]:
     return captured_steps.check_graphs()
 
 
+def check_generated() -> list[str]:
+    from tests.quantization import generated_code
+
+    return generated_code.check_generated(scalar_samples())
+
+
 PARTS = {
     "kernels": [check_kernels],
     "layers": [
@@ -437,6 +450,7 @@ PARTS = {
         check_products,
         check_large_scales,
         check_compiled_layers,
+        check_fp8_unit,
     ],
     "graphs": [check_graphs],
     "generated": [check_generated],

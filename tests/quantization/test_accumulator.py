@@ -13,7 +13,7 @@ from altgrad.formats.accumulator import ACCUMULATORS, Accumulator, chunked
 from altgrad.nn import quantize_model, uniform
 from altgrad.quantization import accumulate, get_format, quantize
 from altgrad.quantization.accumulation import accumulate_terms, group_terms, terms
-from altgrad.quantization.tensor_cores import fp8_sums
+from altgrad.quantization.tensor_cores import fp8_product
 
 KERNELS = ("cpu", "eager", "reference")
 
@@ -248,23 +248,32 @@ def test_a_gpus_own_unit_gets_codes_and_sizes_that_its_library_takes(monkeypatch
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "_scaled_mm" in func.name():
-                seen.append((args[0], args[1], args[-1] if len(args) > 7 else kwargs.get("use_fast_accum", False)))
+                given = dict(zip([arg.name for arg in func._schema.arguments], args, strict=False)) | (kwargs or {})
+                seen.append((args[0], args[1], given.get("use_fast_accum", False), given["out_dtype"]))
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(), Watch():
-        a, b = torch.empty(5, 20, device="cuda"), torch.empty(7, 20, device="cuda")
-        sums = fp8_sums(a, b, "E5M2", "E4M3")
+        a, b = (
+            torch.empty(shape, device="cuda", dtype=dtype)
+            for shape, dtype in (((5, 20), torch.float8_e5m2), ((7, 20), torch.float8_e4m3fn))
+        )
+        one, rows = torch.empty((), device="cuda"), torch.empty(5, 1, device="cuda")
+        product = fp8_product(a, b.t(), one, one, None, torch.bfloat16)
+        of_rows = fp8_product(a, b.t(), rows, one, torch.empty(7, device="cuda"), torch.bfloat16)
         capability[0] = (10, 0)
         with pytest.raises(
             KernelError, match=r"capability 10\.0; the unit that it names is that of 9\.0 \(Hopper\); use"
         ):
-            fp8_sums(a, b, "E5M2", "E4M3")
-    ((left, right, fast),) = seen
-    assert (sums.shape, sums.dtype, fast) == ((5, 7), torch.float32, False)
-    assert (left.dtype, right.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
-    assert left.shape[1] == right.shape[0] == 32
-    assert right.shape[1] == 16
-    assert (left.stride(1), right.stride(0)) == (1, 1), "rows by columns"
+            fp8_product(a, b.t(), one, one, None, torch.float32)
+    assert product.shape == of_rows.shape == (5, 7)
+    assert product.dtype == of_rows.dtype == torch.bfloat16
+    assert [dtype for *_, dtype in seen] == [torch.bfloat16, torch.float32], "rows' scales and a bias follow the sums"
+    for left, right, fast, _ in seen:
+        assert not fast
+        assert (left.dtype, right.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
+        assert left.shape[1] == right.shape[0] == 32
+        assert right.shape[1] == 16
+        assert (left.stride(1), right.stride(0)) == (1, 1), "rows by columns"
 
 
 def test_a_recipe_that_asks_for_the_unit_emulates_it_on_a_cpu():

@@ -47,7 +47,7 @@ from altgrad.quantization.inverse_scaling import (
 )
 from altgrad.quantization.mxfp4 import between_neighbours, power_blocks
 from altgrad.quantization.stats import measure
-from altgrad.quantization.tensor_cores import fp8_sums
+from altgrad.quantization.tensor_cores import FP8, fp8_product
 from altgrad.randomness import stream_base
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -91,6 +91,23 @@ class Laid(NamedTuple):
             return terms(self.payload, grid, scales=self.blocks)
         spread = self.blocks.repeat_interleave(across, 1)[:, : self.payload.shape[1]]
         return terms(self.payload, grid, multipliers=spread)
+
+
+def serves(state: LayerState, products: Contraction, x: Tensor, w: Tensor) -> bool:
+    """Whether a call's arithmetic is emulated here: that of a recipe that `is_emulated`, unless a GPU's own unit has all of it."""
+    recipe, plain = state.recipe, isinstance(products, Matrices) and x.ndim == 2 and w.ndim == 2
+    unit = recipe.by_unit and plain and on_unit(x) and not torch._C._are_functorch_transforms_active()
+    return recipe.is_emulated and not unit
+
+
+def on_unit(x: Tensor) -> bool:
+    """Whether a tensor is where `fp8_product` multiplies."""
+    return x.device.type == "cuda" and x.dtype != torch.float64
+
+
+def once(state: LayerState) -> str:
+    """Why a second derivative is refused."""
+    return f"layer {state.name!r}: {state.recipe} adds up as a unit does, and is differentiated once; drop create_graph"
 
 
 def multiply(
@@ -213,7 +230,8 @@ class _Call(NamedTuple):
         if one.accumulator.by_unit and a.values.is_cuda:
             assert a.payload is not None
             assert b.payload is not None
-            sums = fp8_sums(a.payload, b.payload, left.format, right.format)  # type: ignore[arg-type]
+            codes = (laid.payload.to(FP8[spec.format]) for laid, spec in ((a, left), (b, right)))  # type: ignore[union-attr]
+            sums = fp8_product(next(codes), next(codes).t(), None, None, None, torch.float32)
         else:
             sums = accumulate_terms(
                 a.terms(left, one.accumulator), b.terms(right, one.accumulator), one.accumulator

@@ -46,19 +46,22 @@ class Route(Enum):
     INT8_CODES = "int8 codes"
     FLOAT32_CODES = "float32 codes"
     INT16_CODES = "int16 codes"
+    FP8 = "fp8"  # by a GPU's own unit, of whose sums a recipe asks
 
     def __init__(self, says: str) -> None:
         unit, _, what = says.partition(" ")
-        self.unit = Unit(unit) if what else None  # of codes; None for values
+        self.unit = Unit(unit) if what else None  # of codes on a CPU; else None
+        self.on_cores = says in ("bf16", "fp8")  # of a GPU
 
 
 class Needs(NamedTuple):
     """What a GEMM's operands allow: the narrowest route of values, the fastest unit for codes (None: none), and whether
-    a GPU's tensor cores multiply them (`tensor_cores.take`)."""
+    a GPU's tensor cores multiply them (`tensor_cores.take`), or its FP8 unit (`LayerRecipe.by_unit`)."""
 
     values: Route
     unit: Unit | None = None
     cores: bool = False
+    fp8: bool = False
 
 
 def power_range(fmt: FloatFormat) -> tuple[int, int]:
@@ -150,6 +153,8 @@ def choose_route(
     if dtype != torch.float32:
         return Route.FLOAT32
     if device_type == "cuda" or interpreted():
+        if needed.fp8:
+            return Route.FP8
         return Route.BF16 if needed.cores and accumulate_in_float32() else Route.FLOAT32
     if device_type != "cpu":
         return Route.FLOAT32

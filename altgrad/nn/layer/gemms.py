@@ -61,6 +61,8 @@ class Call(NamedTuple):
         self, gemm: str, dy: Tensor, other: torch.Size, operand: Operand, saved: Saved, again: bool
     ) -> Route:
         """The unit of a gradient; float32 where that is differentiated again, or for what was saved."""
+        if again and self.state.recipe.by_unit:
+            raise RecipeError(emulated.once(self.state))
         return Route.FLOAT32 if again or operand.needs_float32(saved) else self.route(gemm, dy, other)
 
 
@@ -87,7 +89,7 @@ def multiply(
     """
     if type(w) not in PLAIN_TYPES and is_spread(w):
         raise RecipeError(f"layer {state.name!r}: {TENSOR_PARALLEL}")
-    if state.recipe.is_emulated:
+    if emulated.serves(state, products, as_matrix(x) if rows else x, w):
         y = emulated.multiply(state, products, as_matrix(x) if rows else x, w, bias, output_dtype(x, w), training)
         return _with_axes(y, x if rows else None)
     record = state.records(training)
@@ -335,7 +337,8 @@ def _gradient(
     ready = before.ready if before is not None and before.route is route else cast.ready(route)
     a, b = ready, restored(operand, kept[other], kept[f"s{other}"], route, work_dtype(dy))
     if again:
-        a, b = Ready(straight(_Given(a.values), dy)), _standing_in(ctx, kept["place"], b, 1 - mine)
+        a, place = Ready(straight(_Given(a.values), dy)), kept["place"]
+        b = b if place is None else Ready(_StandIn.apply(place, b.values, ctx.post, 1 - mine))  # type: ignore[arg-type]
     dtype, shape = ctx.dtypes[mine], ctx.shapes[mine]
     if call.once is None:
         grad = call.products.multiply(gemm, a, b, route, shape, None, dtype if added is None else None)
@@ -343,10 +346,6 @@ def _gradient(
         grad = call.products.multiply(gemm, a, b, route).reshape(shape)
     mask = kept["mask_w" if mine else "mask_x"]
     return _select(_sum(grad, added), mask).to(dtype), _Taken(cast, route, ready)
-
-
-def _standing_in(ctx, place: Tensor | None, ready: Ready, slot: int) -> Ready:
-    return ready if place is None else Ready(_StandIn.apply(place, ready.values, ctx.post, slot))  # type: ignore[arg-type]
 
 
 def _sum(grad: Tensor, other: Tensor | None) -> Tensor:

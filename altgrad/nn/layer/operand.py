@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
 
 _VALUES_CODES = Want.VALUES | Want.CODES
+_PAYLOADS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 UNSEEN = -1.0  # a pending amax of a step in which the operand was not used, or a place in a history for one
 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
@@ -453,8 +454,8 @@ class Operand:
 
 
 def is_payload(saved: Saved) -> bool:
-    """Whether an operand was kept as tensor cores take it: payload * 2^p in bf16, and its factor unless that is 1."""
-    return bool(saved) and saved[0].dtype == torch.bfloat16
+    """Whether an operand was kept as tensor cores take it, with its factor unless that is 1: payload * 2^p in bf16, or float8."""
+    return bool(saved) and saved[0].dtype in _PAYLOADS
 
 
 def _with_room(window: Tensor | None, history: int, beside: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ def quantized(
     scale: None if it is that of x itself (`Operand.scale_before`).
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if route is Route.BF16 and serve(x):
-        return Cast(operand, None, *tensor_cores.quantized(operand, x, scale, options, observed), dtype)
+    if route.on_cores and serve(x):
+        return Cast(operand, None, *tensor_cores.quantized(operand, x, scale, options, observed, route), dtype)
     if scale is None:
         found = operand.encoded_by_amax(x) if route.unit is not None and not observed else None
         if found is not None:
@@ -102,8 +102,8 @@ def saved_apart(
     operand: Operand, x: Tensor, scale: Tensor | float | None, options: dict, route: Route, observed: bool
 ) -> tuple[Saved, Tensor | float]:
     """What a gradient on `route` keeps of x, which the forward does not multiply like that, and the scale."""
-    if route is Route.BF16 and serve(x):
-        return tensor_cores.quantized(operand, x, scale, options, observed)
+    if route.on_cores and serve(x):
+        return tensor_cores.quantized(operand, x, scale, options, observed, route)
     scale = operand.scale_of(x, False) if scale is None else scale
     return operand.save(x, scale, options, observed), scale
 
@@ -130,6 +130,8 @@ def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None, dtype:
 
     dtype: of the result where it costs nothing to give it another one; else it stays in the carrier.
     """
+    if route is Route.FP8:
+        return tensor_products.fp8_product(a.values, b.values, a.factor, b.factor, bias, dtype or torch.float32)
     if a.values.dtype == torch.bfloat16:
         factors, wanted = (a.factor, b.factor), dtype or torch.float32
         plain = bias is None and factors == (None, None)

@@ -159,7 +159,8 @@ class LayerState:
         left, right = (self._coded_format(gemm, role) for role in GEMMS[gemm])
         unit = None if left is None or right is None else common_unit(left, right)
         values = needed_route(*(self._pulled_format(gemm, role) for role in GEMMS[gemm]))
-        return Needs(values, unit, all(self._taken_by_tensor_cores(gemm, role) for role in GEMMS[gemm]))
+        cores = all(self._taken_by_tensor_cores(gemm, role) for role in GEMMS[gemm])
+        return Needs(values, unit, cores, self.recipe.by_unit)
 
     def _taken_by_tensor_cores(self, gemm: str, role: str) -> bool:
         operand, reduced = self.operands[(gemm, role)], self.reduced[(gemm, role)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
-from altgrad.nn.layer.gemm import power_range
+from altgrad.nn.layer.gemm import Route, power_range
 from altgrad.nn.layer.operand import Operand, Saved
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, NoScaling
 from altgrad.quantization import Want
@@ -73,9 +73,9 @@ def take(operand: Operand, along_sums: bool) -> bool:
 
 
 def quantized(
-    operand: Operand, x: Tensor, scale: Tensor | float | None, key: Tensor | None, observed: bool
+    operand: Operand, x: Tensor, scale: Tensor | float | None, key: Tensor | None, observed: bool, route: Route
 ) -> tuple[Saved, Tensor | float]:
-    """(payload and factor as the backward keeps them, the scale) of x.
+    """(payload and factor as the backward keeps them, the scale) of x; for an FP8 unit (codes, the scale).
 
     scale: None if it is x's own current one; under a format with a tensor scale that one, if it is known.
     """
@@ -93,10 +93,16 @@ def quantized(
             policy = operand.spec.scaling
             assert isinstance(policy, CurrentScaling)
             scale = kernels.largest(x, operand.fmt.max, policy.power_of_two, operand.channel)
-        powers = powers_of(operand)
-        assert powers is not None
-        values, factor = kernels.payload(x, operand.cast, scale, powers, key, operand.collected(x))
-        found = (values,) if factor is None or has_power_of_two(operand) else (values, factor)
+        if route is Route.FP8:
+            values, factor = kernels.codes(x, operand.cast, scale, key, operand.collected(x)), scale
+            if not isinstance(factor, Tensor):
+                factor = None if scale == 1 else torch.full((), factor, dtype=torch.float32, device=x.device)
+            found = (values,) if factor is None else (values, factor)
+        else:
+            powers = powers_of(operand)
+            assert powers is not None
+            values, factor = kernels.payload(x, operand.cast, scale, powers, key, operand.collected(x))
+            found = (values,) if factor is None or has_power_of_two(operand) else (values, factor)
     if observed:
         operand.publish(operand.cast(x.float(), scale, key=key, want=Want.STATS).stats, scale)
     return found, scale

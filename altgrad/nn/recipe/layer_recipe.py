@@ -160,6 +160,14 @@ class LayerRecipe:
             for _, _, spec in self.entries()
         )
 
+    @cached_property
+    def by_unit(self) -> bool:
+        """Whether a GPU's own FP8 unit adds up all products, of operands that need nothing else emulated."""
+        return all(one.accumulator is not None and one.accumulator.by_unit for one in self.gemms.values()) and not any(
+            spec.hadamard is not None or spec.requantize or is_foreign(spec.scaling) or not spec.subnormals
+            for _, _, spec in self.entries()
+        )
+
     def __str__(self) -> str:
         """One line that `altgrad.nn.recipe.text` reads back to an equal recipe."""
         by_role: dict[str, list[OperandSpec]] = {"input": [], "weight": [], "grad_output": []}

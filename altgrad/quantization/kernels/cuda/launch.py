@@ -38,15 +38,20 @@ def device_table(
     wide: bool,
     saturate_finite: bool,
     device: torch.device,
+    inf_as_nan: bool = False,
 ) -> torch.Tensor:
     """The facts that `read_grid` reads, as an int64 tensor on the device; kept for the life of the process.
 
-    saturate_finite: finite elements become max even where the policy would give inf.
+    saturate_finite: finite elements become max even where the policy would give inf. inf_as_nan: an inf without a code
+    takes NaN's.
     """
     table = grid_table(fmt, rounding, overflow, clamp, 24, wide).copy()
     if saturate_finite:
         for name in ("overflow_positive", "overflow_negative"):
             table[GRID_FIELDS.index(name)] = table[GRID_FIELDS.index("max_bits")]
+    if inf_as_nan and special_codes(fmt)[0] < 0:
+        table[GRID_FIELDS.index("inf_code")] = table[GRID_FIELDS.index("nan_code")]
+        table[GRID_FIELDS.index("inf_problem")] = 0
     return torch.from_numpy(table[_PICKED].view(np.int64)).to(device)
 
 

@@ -22,10 +22,12 @@ from torch import Tensor
 from altgrad.formats.rounding import Overflow
 from altgrad.quantization.kernels.cuda.bits import (
     STOCHASTIC,
+    code_of,
     divisor_of,
     finite_bits,
     float_of,
     key_words,
+    lean_code,
     lean_finite,
     lean_quotient,
     lean_round,
@@ -237,12 +239,14 @@ def _payload(
     ON_DEVICE: tl.constexpr,
     CHANNELS: tl.constexpr,
     COLLECTS: tl.constexpr,
+    CODES: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     """payload * 2^p of ELEMENTS neighbouring elements; scale = m * 2^p with p within low .. high, m goes to `factor`.
 
     ON_DEVICE: the scale is read from memory, else it is `number`. CHANNELS: element i has scale i // inner % channels, and
-    there are as many factors. COLLECTS: raise `amax` to the largest finite magnitude.
+    there are as many factors. COLLECTS: raise `amax` to the largest finite magnitude. CODES: their codes instead, and no
+    factor.
     """
     program = tl.program_id(0)
     start = program.to(tl.int64) * ELEMENTS
@@ -255,7 +259,9 @@ def _payload(
     else:
         s = tl.load(scale) if ON_DEVICE else tl.cast(number, tl.float32)
     up, significand = pulled_apart(s, low, high)
-    if CHANNELS:
+    if CODES:
+        pass
+    elif CHANNELS:
         tl.store(factor + line, significand, mask=valid & (line < channels) & ((start + offset) % inner == 0))
     elif ON_DEVICE and program == 0:
         tl.store(factor, significand)
@@ -266,12 +272,21 @@ def _payload(
         word = random_words(start.to(tl.uint32) + word, before, between)
     if LEAN:
         quotient = tl.math.div_rn(tl.abs(v), s) if CHANNELS else lean_quotient(v, divisor_of(s))
-        magnitude, _ = lean_round(quotient, word, grid, MODE)
-        result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v)
+        magnitude, code = lean_round(quotient, word, grid, MODE)
+        if CODES:
+            result = lean_code(code, v, grid, KEEPS_INF)
+        else:
+            result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v)
     else:
         payload, _ = round_element(v, tl.math.div_rn(v, s + tl.zeros_like(v)), word, random_bits, grid, MODE, False)
-        result = float_of(payload, False) * up
-    tl.store(out + start + offset, narrow(result, out.dtype.element_ty), mask=valid)
+        if CODES:
+            result, _ = code_of(payload, grid, False)
+        else:
+            result = float_of(payload, False) * up
+    if CODES:
+        tl.store(out + start + offset, result.to(tl.uint8), mask=valid)
+    else:
+        tl.store(out + start + offset, narrow(result, out.dtype.element_ty), mask=valid)
     if COLLECTS:
         tl.atomic_max(amax, tl.max(finite_bits(v)).to(tl.int32, bitcast=True))
 
@@ -304,46 +319,73 @@ def payload(
         powers: lowest and highest p for which the format's values times 2^p are bf16 numbers.
         amax: 0-d float32 that is raised to x's largest finite magnitude, in place.
     """
-    fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
-    source, size = x.contiguous(), x.numel()
+    source = x.contiguous()
     out = torch.empty_like(source, dtype=torch.bfloat16)
-    on_host = not isinstance(scale, Tensor)
-    if on_host:
+    if not isinstance(scale, Tensor):
         factor = factor_of(scale, powers, x.device)
     else:
-        factor = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
+        factor = (torch.empty if x.numel() else torch.ones)(scale.shape, dtype=torch.float32, device=x.device)
+    _rounded(plan, source, out, scale, factor, powers, key, amax)
+    return Payload(out.view(x.shape), factor, scale)
+
+
+def codes(
+    plan: Plan, x: Tensor, scale: Tensor | float, *, key: Tensor | None = None, amax: Tensor | None = None
+) -> Tensor:
+    """The codes of x rounded as the plan says, uint8 of x's shape; arguments as for `payload`.
+
+    An inf that the policy lets pass, and that has no code, has that of NaN.
+    """
+    source = x.contiguous()
+    out = torch.empty_like(source, dtype=torch.uint8)
+    _rounded(plan, source, out, scale, None, (0, 0), key, amax)
+    return out.view(x.shape)
+
+
+def _rounded(
+    plan: Plan,
+    source: Tensor,
+    out: Tensor,
+    scale: Tensor | float,
+    factor: Tensor | None,
+    powers: tuple[int, int],
+    key: Tensor | None,
+    amax: Tensor | None,
+) -> None:
+    """Launch `_payload`: payloads and their factor into bf16, or codes into uint8."""
+    fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
+    size, on_host, as_codes = source.numel(), not isinstance(scale, Tensor), out.dtype == torch.uint8
     inner = channels = 1
     if not on_host and scale.numel() > 1:
-        inner, channels = (x.shape[1] if scale.shape[1] == 1 else 1), scale.numel()
+        inner, channels = (source.shape[1] if scale.shape[1] == 1 else 1), scale.numel()
     lean = is_lean(fmt, rounding, overflow, plan.random_bits, False)
-    if size:
-        with on_device(source):
-            _payload[(-(-size // ELEMENTS),)](
-                source,
-                out,
-                factor,
-                None if amax is None else amax.view(torch.int32),
-                None if on_host else scale,
-                scale if on_host else 1.0,
-                device_table(fmt, rounding, overflow, plan.clamp, False, False, x.device),
-                key_tensor(key, x.device),
-                plan.random_bits,
-                size,
-                inner,
-                channels,
-                *powers,
-                MODE=mode_of(fmt, rounding, overflow, plan.random_bits, False, lean),
-                LEAN=lean,
-                KEEPS_INF=overflow is not Overflow.SATURATE,
-                ON_DEVICE=not on_host,
-                CHANNELS=channels > 1,
-                COLLECTS=amax is not None,
-                ELEMENTS=ELEMENTS,
-                enable_fp_fusion=False,
-            )
-    elif not on_host:
-        factor = torch.ones(scale.shape, dtype=torch.float32, device=x.device)
-    return Payload(out.view(x.shape), factor, scale)
+    if not size:
+        return
+    with on_device(source):
+        _payload[(-(-size // ELEMENTS),)](
+            source,
+            out,
+            factor,
+            None if amax is None else amax.view(torch.int32),
+            None if on_host else scale,
+            scale if on_host else 1.0,
+            device_table(fmt, rounding, overflow, plan.clamp, False, False, source.device, as_codes),
+            key_tensor(key, source.device),
+            plan.random_bits,
+            size,
+            inner,
+            channels,
+            *powers,
+            MODE=mode_of(fmt, rounding, overflow, plan.random_bits, False, lean),
+            LEAN=lean,
+            KEEPS_INF=overflow is not Overflow.SATURATE,
+            ON_DEVICE=not on_host,
+            CHANNELS=channels > 1,
+            COLLECTS=amax is not None,
+            CODES=as_codes,
+            ELEMENTS=ELEMENTS,
+            enable_fp_fusion=False,
+        )
 
 
 @triton.jit
