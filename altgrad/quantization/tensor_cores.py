@@ -199,10 +199,12 @@ def fp8_product(
     ]
     after = [None if f is None or f.numel() == 1 else f for f in factors]
     plain = bias is None and after == [None, None]
-    sums = torch._scaled_mm(a, b, *scales, out_dtype=dtype if plain else torch.float32, use_fast_accum=False)
+    sums = torch._scaled_mm(
+        a, b, scales[0], scales[1], out_dtype=dtype if plain else torch.float32, use_fast_accum=False
+    )
     if sums.shape[1] != columns:
         sums = sums.narrow(1, 0, columns).clone(memory_format=torch.contiguous_format)
-    return sums if plain else finished(sums, *after, bias, dtype)
+    return sums if plain else finished(sums, after[0], after[1], bias, dtype)
 
 
 def _capability(index: int | None) -> tuple[int, int]:

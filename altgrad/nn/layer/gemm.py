@@ -127,7 +127,7 @@ PROCESSOR = this_processor()
 # Below these the conversion to bf16 and back outweighs the matrix units, or a call that of another product.
 CPU_BF16_MIN_PRODUCTS, CPU_CODES_MIN_PRODUCTS = 2**21, 2**17
 CPU_BF16_MIN_SIDE = 16
-_OF_CODES = {route.unit: route for route in Route if route is not Route.BF16}
+_OF_CODES = {route.unit: route for route in Route if not route.on_cores}
 
 
 def choose_route(

@@ -72,7 +72,7 @@ def quantized(
     operand: Operand,
     x: Tensor,
     scale: Tensor | float | None,
-    options: dict,
+    key: Tensor | None,
     route: Route,
     observed: bool,
     *,
@@ -84,28 +84,28 @@ def quantized(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if route.on_cores and serve(x):
-        return Cast(operand, None, *tensor_cores.quantized(operand, x, scale, options, observed, route), dtype)
+        return Cast(operand, None, *tensor_cores.quantized(operand, x, scale, key, observed, route), dtype)
     if scale is None:
         found = operand.encoded_by_amax(x) if route.unit is not None and not observed else None
         if found is not None:
             return Cast(operand, None, *found, dtype)
         scale = operand.scale_of(x, False)
     if route.unit is not None:
-        return Cast(operand, None, operand.save(x, scale, options, observed), scale, dtype)
+        return Cast(operand, None, operand.save(x, scale, key, observed), scale, dtype)
     if route is Route.FLOAT32 and not keep and not operand.block:
-        return Cast(operand, operand.quantize(x, scale, options, observed), (), scale, dtype)
-    values, saved = operand.quantize_and_save(x, scale, options, observed)
+        return Cast(operand, operand.quantize(x, scale, key, observed), (), scale, dtype)
+    values, saved = operand.quantize_and_save(x, scale, key, observed)
     return Cast(operand, values, saved, scale, dtype)
 
 
 def saved_apart(
-    operand: Operand, x: Tensor, scale: Tensor | float | None, options: dict, route: Route, observed: bool
+    operand: Operand, x: Tensor, scale: Tensor | float | None, key: Tensor | None, route: Route, observed: bool
 ) -> tuple[Saved, Tensor | float]:
     """What a gradient on `route` keeps of x, which the forward does not multiply like that, and the scale."""
     if route.on_cores and serve(x):
-        return tensor_cores.quantized(operand, x, scale, options, observed, route)
+        return tensor_cores.quantized(operand, x, scale, key, observed, route)
     scale = operand.scale_of(x, False) if scale is None else scale
-    return operand.save(x, scale, options, observed), scale
+    return operand.save(x, scale, key, observed), scale
 
 
 def restored(operand: Operand, saved: Saved, scale: Tensor | float, route: Route, dtype: torch.dtype) -> Ready:
