@@ -71,29 +71,40 @@ def print_runs(name: str) -> None:
             )
 
 
-def print_paired() -> None:
-    """E3M4 minus E5M2 in final validation loss, per storage, and the seed-to-seed spread of FP32."""
-    runs = by_name(group("a"))
-    losses = {name: {s: r.result["final_val_loss"] for s, r in found.items()} for name, found in runs.items()}
-    pairs = [
-        ("E3M4 - E5M2, grid", "a", "a-e5m2"),
-        ("E3M4 - E5M2, master", "a-master", "a-e5m2-master"),
-        ("E3M4 - FP32, grid", "a", "a-fp32-master"),
-        ("E5M2 - FP32, grid", "a-e5m2", "a-fp32-master"),
-        ("E3M4 - FP32, master", "a-master", "a-fp32-master"),
-        ("E5M2 - FP32, master", "a-e5m2-master", "a-fp32-master"),
-    ]
+PAIRS = {
+    "a": {
+        "E3M4 - E5M2, grid": ("a", "a-e5m2"),
+        "E3M4 - E5M2, master": ("a-master", "a-e5m2-master"),
+        "E3M4 - FP32, grid": ("a", "a-fp32-master"),
+        "E5M2 - FP32, grid": ("a-e5m2", "a-fp32-master"),
+        "E3M4 - FP32, master": ("a-master", "a-fp32-master"),
+        "E5M2 - FP32, master": ("a-e5m2-master", "a-fp32-master"),
+    },
+    "b": {
+        "E1M6 behind LayerNorms - FP32": ("b-recipe_e60858", "b"),
+        "E1M6 on every operand - FP32": ("b-e1m6-none", "b"),
+        "E1M6 on every operand, grid - FP32": ("b-e1m6-none-grid", "b"),
+    },
+}
+FP32 = {"a": "a-fp32-master", "b": "b"}
+
+
+def print_paired(name: str) -> None:
+    """Differences in final validation loss by seed, and the seed-to-seed spread of FP32."""
+    losses = {
+        run: {s: r.result["final_val_loss"] for s, r in found.items()} for run, found in by_name(group(name)).items()
+    }
     print(
-        "\n### a: paired differences in final validation loss (nats per byte)\n\n| pair | difference, 95% interval | Hedges' g |"
+        f"\n### {name}: paired differences in final validation loss (nats per byte)\n\n| pair | difference, 95% interval | Hedges' g |"
     )
     print("|---|---|---|")
-    for label, first, second in pairs:
+    for label, (first, second) in PAIRS[name].items():
         found = paired(losses.get(first, {}), losses.get(second, {}))
         if found:
             print(f"| {label} | {interval(found.difference)} | {number(found.effect, 1)} |")
-    if floor := noise_floor(losses.get("a-fp32-master", {})):
+    if floor := noise_floor(losses[FP32[name]]):
         print(f"\nFP32 varies from seed to seed with a standard deviation of {floor.sd:.4f}.")
-        print(f"FP32 final validation loss: {interval(estimate(list(losses['a-fp32-master'].values())))}")
+        print(f"FP32 final validation loss: {interval(estimate(list(losses[FP32[name]].values())))}")
 
 
 def print_overflow() -> None:
@@ -239,7 +250,8 @@ def losses_of(run: Run) -> dict[tuple[str, int], float]:
 
 def main() -> None:
     """Print every table."""
-    print_paired()
+    for name in PAIRS:
+        print_paired(name)
     for name in "abcde":
         print_runs(name)
     print_overflow()

@@ -378,7 +378,7 @@ OWN: tuple[Claim, ...] = (
         ),
         1.2,
         Protocol(
-            "Experiment b of docs/findings/custom-formats.md, which has one seed of 0.85M, on 0.13M with LayerNorm: 300 steps at 1e-3; E1M6 "
+            "Experiment b of docs/findings/custom-formats.md, which has five seeds of 0.85M, on 0.13M with LayerNorm: 300 steps at 1e-3; E1M6 "
             "without scales on the inputs of layers behind a norm, or on all operands of all layers; float32.",
             final_loss,
             {
