@@ -1,12 +1,16 @@
 """On an NVIDIA GPU: bits against the CPU, bandwidth of the Triton kernels, and training steps against the BF16 step.
 
-    python -m benchmarks.bench_cuda [--size 28] [--rounds 20] [--steps 8 32] [--json FILE]
+    python -m benchmarks.bench_cuda [--seconds 540] [--record benchmarks/results/cuda.json]
+    python -m benchmarks.bench_cuda --dry        the same on this CPU, as small as can be: whether it runs, no figure
 
-First what must hold: casts and layers have the CPU's bits, or float32's error where sums have another order; a layer's
-forward and backward wait for nothing; a captured graph repeats them. Then bandwidths: every ratio is the median over rounds
-that time the variant and `out.copy_(x)` alternately between CUDA events; the budget is 0.9 of the copy, the tensor (1 GiB
-by default) is larger than any cache. Then steps of GPT 124M at the batches given, under bf16 autocast, against the compiled
-unquantized step, in rounds; the budget is 1.2. The exit code is 1 where something does not hold. Not run on a GPU yet.
+One command for a whole session on a GPU. First what must hold: casts and layers have the CPU's bits, or float32's error where
+sums have another order; a layer's forward and backward wait for nothing; a captured graph repeats them. Then bandwidths: every
+ratio is the median over rounds that time the variant and `out.copy_(x)` alternately between CUDA events; the budget is
+0.9 of the copy, the tensor (1 GiB by default) is larger than any cache. Then steps of GPT 124M at the batches given, under bf16
+autocast, against the compiled unquantized step, in rounds (budget 1.2), with their peak memory; where a step waits for the
+device, and where its time goes. What fails is said and recorded, and the rest goes on; where the seconds end, what is left
+is recorded as not measured. The record is written after each part. The exit code is 1 where something does not hold or failed.
+Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -14,7 +18,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +165,17 @@ def replayed(recipe: Recipe) -> int:
 class Training:
     """A model's training step under bf16 autocast.
 
-    compiled: by torch.compile, as a whole.
+    compiler: the backend of torch.compile for the whole model; None: eager.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, device: str, recipe: Recipe | None, *, compiled: bool) -> None:
+    def __init__(self, config: GPTConfig, batch: int, device: str, recipe: Recipe | None, compiler: str | None) -> None:
         model = GPT(config).to(device)
         if recipe is not None:
             quantize_model(model, recipe)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if recipe is not None:
             attach_optimizer(model, self.optimizer)
-        self.model = torch.compile(model) if compiled else model
+        self.model = model if compiler is None else torch.compile(model, backend=compiler)
         self.x = torch.randint(config.vocab_size, (batch, config.block_size), device=device)
 
     def __call__(self) -> None:
@@ -180,104 +188,232 @@ class Training:
 
 GPT_124M = GPTConfig(vocab_size=50304, n_layer=12, n_head=12, n_embd=768, block_size=1024, style="gpt2")
 STEP_BUDGET = 1.2
+BASELINE = "bf16, compiled"
+VARIANTS: dict[str, tuple[Recipe | None, bool]] = {  # recipe, and whether it is compiled; the budget is for E4M3's
+    BASELINE: (None, True),
+    "E4M3, compiled": (uniform("E4M3"), True),
+    "E4M3": (uniform("E4M3"), False),
+    "E4M3, delayed, compiled": (uniform("E4M3", scaling="delayed"), True),
+    "MXFP8": (uniform("MXFP8"), False),
+    "E4M3, delayed": (uniform("E4M3", scaling="delayed"), False),
+    "E4M3, sums of the FP8 unit": (
+        uniform("E4M3").with_(accumulator="fp8_unit", high=("embedding", "positions")),
+        False,
+    ),
+}
+LOOKED_INTO = ("E4M3, compiled", "E4M3")
 
 
-def steps(
-    config: GPTConfig, batch: int, device: str, rounds: int, seconds: Callable[[Callable[[], object]], float]
-) -> list[tuple[str, float, float]]:
-    """(variant, median seconds of a step, median ratio to the compiled bf16 step)."""
-    variants = {
-        "bf16, compiled": Training(config, batch, device, None, compiled=True),
-        "E4M3": Training(config, batch, device, uniform("E4M3"), compiled=False),
-        "E4M3, compiled": Training(config, batch, device, uniform("E4M3"), compiled=True),
-        "E4M3, delayed": Training(config, batch, device, uniform("E4M3", scaling="delayed"), compiled=False),
-        "MXFP8": Training(config, batch, device, uniform("MXFP8"), compiled=False),
-    }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for step in variants.values():
-        for _ in range(3):
-            step()
-    for _ in range(rounds):
-        for name, step in variants.items():
-            times[name].append(seconds(step))
-    base = times["bf16, compiled"]
-    return [
-        (name, statistics.median(own), statistics.median(a / b for a, b in zip(own, base, strict=True)))
-        for name, own in times.items()
-    ]
+class Session:
+    """A session on a device: what it is, how much time is left, and the records so far.
+
+    dry: on the CPU and tiny.
+    """
+
+    def __init__(self, seconds: float, record: Path | None, *, dry: bool) -> None:
+        self.device = "cpu" if dry else "cuda"
+        self.compiler = "aot_eager" if dry else "inductor"
+        self.ends, self.path = time.monotonic() + seconds, record
+        self.records: list[dict[str, Any]] = []
+        self.failures: list[str] = []
+        self.console = Console(width=110)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.ends - time.monotonic()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of the session: what it raises is recorded, and what it recorded is written."""
+        began = time.monotonic()
+        try:
+            yield
+        except Exception as error:  # a session on a GPU is dear: the next part may still tell something
+            self.failures.append(f"{name}: {type(error).__name__}: {error}")
+            self.records.append({"failed": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+            print(f"FAILED  {self.failures[-1][:300]}", flush=True)
+        print(f"        {name} took {time.monotonic() - began:.0f} s, {self.left:.0f} s are left", flush=True)
+        if self.path is not None:
+            keep_record(self.path, "cuda", self.records)
+
+    def seconds_of(self, call: Callable[[], object]) -> float:
+        """Seconds of one call, on a GPU between events."""
+        if self.device == "cpu":
+            began = time.perf_counter()
+            call()
+            return time.perf_counter() - began
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    def memory_of(self, call: Callable[[], object]) -> int:
+        """Bytes that a call adds at its peak; 0 on a CPU."""
+        if self.device == "cpu":
+            call()
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def waits_of(self, call: Callable[[], object]) -> list[str]:
+        """Where a call makes the host wait for the device, as torch warns of it."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if self.device == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                call()
+            finally:
+                if self.device == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        return [f"{one.filename}:{one.lineno}" for one in said if "synchroniz" in str(one.message)]
+
+    def profile_of(self, call: Callable[[], object], rows: int = 25) -> list[dict[str, Any]]:
+        """Where a call's time goes: the kernels that take most of it."""
+        activity, field = (
+            torch.profiler.ProfilerActivity,
+            f"self_{'device' if self.device == 'cuda' else 'cpu'}_time_total",
+        )
+        kinds = [activity.CPU, activity.CUDA] if self.device == "cuda" else [activity.CPU]
+        with torch.profiler.profile(activities=kinds) as profile:
+            call()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        found = sorted(profile.key_averages(), key=lambda event: -getattr(event, field))[:rows]
+        return [{"kernel": e.key, "calls": e.count, "microseconds": round(getattr(e, field), 1)} for e in found]
 
 
-def device_seconds(call: Callable[[], object]) -> float:
-    """Seconds between CUDA events around one call."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+def check(session: Session) -> None:
+    """Whether bits, errors, waits and graphs are what they must be."""
+    for name, holds, figure in checks(session.device):
+        print(f"{'holds' if holds else 'BROKEN':6}  {name}  {figure}", flush=True)
+        session.records.append({"check": name, "holds": holds, "figure": figure})
+        session.failures += [] if holds else [name]
 
 
-def bandwidths(side: int, rounds: int) -> list[dict]:
-    """Measure and print every row for a tensor of side x side; the records."""
-    x = torch.randn(side, side, device="cuda")
+def bandwidths(session: Session, side: int, rounds: int) -> None:
+    """Measure and print every row for a tensor of side x side."""
+    x = torch.randn(side, side, device=session.device)
     target = torch.empty_like(x)
-    table = Table(title=f"{side} x {side} float32 on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    table = Table(title=f"{side} x {side} float32, torch {torch.__version__}")
     for column in ("what", "of copy bandwidth", "GB/s", "budget"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    records = []
     for name, call, bytes_ratio, budget in rows(x):
         for _ in range(3):
             call()
         ratios, seconds = [], []
         for _ in range(rounds):
-            copied = device_seconds(lambda: target.copy_(x))
-            seconds.append(device_seconds(call))
+            copied = session.seconds_of(lambda: target.copy_(x))
+            seconds.append(session.seconds_of(call))
             ratios.append(copied / seconds[-1] * bytes_ratio)
         ratio, taken = statistics.median(ratios), statistics.median(seconds)
         verdict = "" if budget is None else f"{budget} {'holds' if ratio >= budget else 'MISSED'}"
         bandwidth = 8 * x.numel() * bytes_ratio / taken / 1e9
         table.add_row(name, f"{ratio:.2f}", f"{bandwidth:.0f}", verdict)
-        records.append({"row": name, "ratio": ratio, "gb_per_s": bandwidth, "budget": budget})
-    Console(width=110).print(table)
-    return records
+        session.records.append({"row": name, "ratio": ratio, "gb_per_s": bandwidth, "budget": budget})
+    session.console.print(table)
 
 
-def main() -> int:
-    """Check, measure and print; without a GPU, say so. 1 where a check does not hold."""
+def warmed(session: Session, config: GPTConfig, batch: int, names: Iterable[str]) -> dict[str, Training]:
+    """The steps of variants, each run three times; one that fails, or for which no time is left, is recorded."""
+    found = {}
+    for name in names:
+        recipe, compiled = VARIANTS[name]
+        if session.left < 45:
+            session.records.append({"step": name, "batch": batch, "not_measured": "no time was left"})
+            continue
+        with session.part(f"first steps of {name}, batch {batch}"):
+            step = Training(config, batch, session.device, recipe, session.compiler if compiled else None)
+            for _ in range(3):
+                step()
+            found[name] = step
+    return found
+
+
+def steps(session: Session, config: GPTConfig, batch: int, rounds: int) -> None:
+    """Time the variants in rounds, and look into some of them."""
+    made = warmed(session, config, batch, VARIANTS)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds):
+        if session.left < 20 and all(times.values()):
+            break
+        for name, step in made.items():
+            times[name].append(session.seconds_of(step))
+    table = Table(title=f"GPT {config.n_layer} x {config.n_embd}, batch {batch} x {config.block_size}, bf16 autocast")
+    for column in ("step", "ms", "of compiled BF16", "budget", "GB at the peak"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    base = times.get(BASELINE)
+    for name, own in times.items():
+        ratio = None if base is None else statistics.median(a / b for a, b in zip(own, base, strict=True))
+        taken, memory = statistics.median(own), session.memory_of(made[name])
+        judged = ratio is not None and name.startswith("E4M3")
+        verdict = f"{STEP_BUDGET} {'holds' if ratio <= STEP_BUDGET else 'MISSED'}" if judged else ""  # type: ignore[operator]
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        table.add_row(name, f"{1e3 * taken:.1f}", shown, verdict, f"{memory / 1e9:.1f}")
+        session.records.append(
+            {"step": name, "batch": batch, "seconds": taken, "ratio": ratio, "bytes": memory, "rounds": len(own)}
+        )
+    session.console.print(table)
+    for name in LOOKED_INTO:
+        if name in made and session.left > 15:
+            look_into(session, name, batch, made[name])
+
+
+def look_into(session: Session, name: str, batch: int, step: Callable[[], object]) -> None:
+    """Where a step waits, and where its time goes."""
+    with session.part(f"look into {name}, batch {batch}"):
+        waits, kernels = session.waits_of(step), session.profile_of(step)
+        print(f"        {name}: {len(waits)} waits for the device {sorted(set(waits))[:5]}", flush=True)
+        table = Table(title=f"{name}, batch {batch}: where a step's time goes")
+        for column in ("kernel", "calls", "microseconds"):
+            table.add_column(
+                column, justify="left" if column == "kernel" else "right", overflow="ellipsis", no_wrap=True
+            )
+        for row in kernels:
+            table.add_row(row["kernel"][:80], str(row["calls"]), str(row["microseconds"]))
+        session.console.print(table)
+        session.records.append({"inside": name, "batch": batch, "waits": waits, "kernels": kernels})
+
+
+def run(session: Session, size: int, rounds: int, batches: Iterable[int], config: GPTConfig) -> int:
+    """Check, measure, print and record; 1 where something does not hold or failed."""
+    parts: list[tuple[str, Callable[[], None]]] = [("checks", partial(check, session))]
+    parts.append(("bandwidths", partial(bandwidths, session, 2 ** (size // 2), rounds)))
+    parts += [(f"steps, batch {batch}", partial(steps, session, config, batch, rounds)) for batch in batches]
+    for name, measure in parts:
+        with session.part(name):
+            measure()
+    if session.failures:
+        print(f"{len(session.failures)} do not hold or failed:", *session.failures, sep="\n    ")
+    return int(bool(session.failures))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The session, by the command line; without a GPU, say so."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=28, help="log2 of the element count, even")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=None, help="also keep the records in this file")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
         "--steps", type=int, nargs="*", default=[8, 32], help="batches of the 124M steps; none skips them"
     )
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=540.0, help="after which nothing new is begun")
+    parser.add_argument("--record", type=Path, default=Path("benchmarks/results/cuda.json"))
+    parser.add_argument("--dry", action="store_true", help="on this CPU, as small as can be, without a record")
+    options = parser.parse_args(arguments)
+    if options.dry:
+        tiny = GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32, block_size=32, style="gpt2")
+        return run(Session(options.seconds, None, dry=True), 14, 2, [2], tiny)
     if not torch.cuda.is_available():
-        print("no NVIDIA GPU here: nothing measured")
+        print("no NVIDIA GPU here: nothing measured; --dry shows whether this runs")
         return 0
-    records: list[dict] = []
-    broken = 0
-    for name, holds, figure in checks("cuda"):
-        print(f"{'holds' if holds else 'BROKEN':6}  {name}  {figure}", flush=True)
-        records.append({"check": name, "holds": holds, "figure": figure})
-        broken += not holds
-    records += bandwidths(2 ** (options.size // 2), options.rounds)
-    for batch in options.steps:
-        table = Table(title=f"GPT 124M, batch {batch} x {GPT_124M.block_size}, bf16 autocast")
-        for column in ("step", "ms", "of compiled BF16", "budget"):
-            table.add_column(column, justify="left" if column == "step" else "right")
-        for name, taken, ratio in steps(GPT_124M, batch, "cuda", options.rounds, device_seconds):
-            verdict = (
-                f"{STEP_BUDGET} {'holds' if ratio <= STEP_BUDGET else 'MISSED'}" if name.startswith("E4M3") else ""
-            )
-            table.add_row(name, f"{1e3 * taken:.1f}", f"{ratio:.2f}", verdict)
-            records.append({"step": name, "batch": batch, "seconds": taken, "ratio": ratio})
-        Console(width=110).print(table)
-    if options.json:
-        keep_record(options.json, "cuda", records)
-    if broken:
-        print(f"{broken} checks do not hold")
-    return int(broken > 0)
+    session = Session(options.seconds, options.record, dry=False)
+    return run(session, options.size, options.rounds, options.steps, GPT_124M)
 
 
 if __name__ == "__main__":

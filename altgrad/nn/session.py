@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from altgrad.randomness import as_int64, stream_at
 if TYPE_CHECKING:
     from altgrad.nn.recipe.recipe import Recipe
 
+_NUMBERS = count()
+_BY_NUMBER: WeakValueDictionary[int, Any] = WeakValueDictionary()
 STATE = "_altgrad"  # attribute of a quantized module that holds its LayerState
 REACH = "_altgrad_reach"  # of every module that a recipe may quantize, whether it does now or not: parameter -> Reach
 
@@ -50,7 +54,20 @@ class Stepped(Protocol):
         """Close a step: what the step saw enters the history."""
 
 
-class Session:
+class Numbered:
+    """What compiled code finds by its number when it runs; a copy has one of its own."""
+
+    def register(self) -> None:
+        """Take a number."""
+        self.number = next(_NUMBERS)
+        _BY_NUMBER[self.number] = self
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.register()
+
+
+class Session(Numbered):
     """Clock, seed, observer and the operands with state of one `quantize_model` call."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -71,6 +88,7 @@ class Session:
         )
         self.model: Callable[[], nn.Module | None] | None = None  # weak reference to the model that was quantized
         self.operands: list[Stepped] = []  # those with random keys or scale histories, and counts of uses
+        self.register()
 
     def __getstate__(self) -> dict:
         # A copy of the model is neither observed nor part of the process group.
@@ -100,12 +118,18 @@ class Session:
         """(seed, stream) of a tensor now."""
         return self.seed, stream_at(base, self.step, self.micro_batch, self._rank_of(per_rank))
 
-    def key_beside(self, x: Tensor, base: int, per_rank: bool, shift: int = 0) -> Tensor:
-        """`key` as an int64 tensor on the GPU that x is on, found there by its own clock.
+    def key_beside(self, x: Tensor, base: int, per_rank: bool, shift: int | Tensor = 0) -> Tensor:
+        """`key` as an int64 tensor on the GPU that x is on, found there by its own clock; compiled code asks when it runs.
 
-        shift: what is added to the stream, an int64 word.
+        shift: what is added to the stream, an int64 word; in compiled code also as `uses.offset` has it.
         """
-        clock, rank = self._clock_on(x.device), self._rank_of(per_rank)
+        if torch.compiler.is_compiling():
+            offset = shift if isinstance(shift, Tensor) else torch.tensor([0, shift], dtype=torch.int64)
+            return torch.ops.altgrad.key_beside(offset, self.number, base, per_rank, x.device)
+        return self._key_on(x.device, base, per_rank, int(shift))
+
+    def _key_on(self, device: torch.device, base: int, per_rank: bool, shift: int) -> Tensor:
+        clock, rank = self._clock_on(device), self._rank_of(per_rank)
         return load("cuda", "clock").key_at(clock, as_int64(self.seed), as_int64(base), rank, shift)
 
     def _rank_of(self, per_rank: bool) -> int:
@@ -316,3 +340,27 @@ def recomputing() -> bool:
 def as_key_tensor(key: tuple[int, int]) -> Tensor:
     """A key as the int64 tensor that kernels take."""
     return torch.tensor([as_int64(word) for word in key], dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "altgrad::key_beside",
+    mutates_args=(),
+    schema="(Tensor offset, int session, int base, bool per_rank, Device device) -> Tensor",
+)
+def _key_beside(offset, session, base, per_rank, device):
+    return _BY_NUMBER[session]._key_on(device, base, per_rank, int(offset[1]))
+
+
+@_key_beside.register_fake
+def _(offset, session, base, per_rank, device):
+    return offset.new_empty((2,), device=device)
+
+
+@torch.library.custom_op("altgrad::delayed_scale", mutates_args=())
+def _delayed_scale(seen: Tensor, operand: int, record: bool) -> Tensor:
+    return _BY_NUMBER[operand].delayed_scale(seen.clone(), record)
+
+
+@_delayed_scale.register_fake
+def _(seen, operand, record):
+    return seen.new_empty(seen.shape, dtype=torch.float32)

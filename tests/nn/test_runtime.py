@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from altgrad.nn import (
@@ -21,9 +22,11 @@ from altgrad.nn import (
     set_step,
     uniform,
 )
-from altgrad.nn.session import STATE
+from altgrad.nn.layer.operand import Operand
+from altgrad.nn.session import STATE, sessions_of
 from altgrad.quantization import amax_scale, get_format, ops, quantize_with_stats
 from altgrad.quantization.stats import SUM_ERROR
+from altgrad.training.model import GPT, GPTConfig
 
 RECIPES = {
     "amax": uniform("E4M3", grad="E5M2"),
@@ -187,7 +190,7 @@ def test_stochastic_bits_are_functions_of_step_and_micro_batch():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
-@pytest.mark.parametrize("name", ["amax", "stochastic", "MXFP8"])
+@pytest.mark.parametrize("name", ["amax", "stochastic", "delayed", "MXFP8"])
 def test_compile_in_one_graph_gives_the_eager_bits(name):
     torch._dynamo.reset()
     eager, model = Net(), Net()
@@ -205,6 +208,47 @@ def test_compile_in_one_graph_gives_the_eager_bits(name):
         assert torch.equal(*outputs)
     for p, q in zip(eager.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
+@pytest.mark.parametrize("name", ["amax", "delayed"])
+def test_a_model_is_compiled_once_as_a_whole_and_goes_on_as_the_eager_one(name):
+    torch._dynamo.reset()
+    config = GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32, block_size=16, style="gpt2")
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    counter, losses = CompileCounterWithBackend("aot_eager"), []
+
+    def train(compiles: bool, model: nn.Module, steps: int) -> list[torch.Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attach_optimizer(model, optimizer)
+        call = torch.compile(model, fullgraph=True, backend=counter) if compiles else model
+        for _ in range(steps):
+            _, loss = call(tokens, tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return remembered(model)
+
+    def remembered(model: nn.Module) -> list[torch.Tensor]:
+        return [
+            o.window.clone() for o in sessions_of(model)[0].operands if isinstance(o, Operand) and o.window is not None
+        ]
+
+    found = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = GPT(config)
+        quantize_model(model, RECIPES[name])
+        found.append(train(compiles, model, 4))
+    assert counter.frame_count == 1
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+    assert len(found[0]) == len(found[1])
+    assert bool(found[0]) == (name == "delayed")
+    train(True, copy.deepcopy(model), 1)  # a copy's histories are its own
+    assert all(map(torch.equal, found[1], remembered(model)))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-6)
 
 
 def _ddp_worker(rank: int, port: int, out: str) -> None:

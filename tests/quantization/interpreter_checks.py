@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch._dynamo.backends.common import aot_autograd
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from altgrad.errors import RecipeError
@@ -403,6 +404,38 @@ def check_compiled_layers() -> list[str]:
     return bad
 
 
+def check_compiled_keys() -> list[str]:
+    """Compiled stochastic layers draw the bits of eager ones, by keys that are found where the tensors are."""
+    bad, keys = [], []
+
+    def kept(graph, inputs):
+        payloads = [node for node in graph.graph.nodes if node.args and str(node.args[0]) == "altgrad.payload.default"]
+        keys.extend(str(node.kwargs["key"].target) for node in payloads)
+        return graph.forward
+
+    def trained(compiles: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 32))
+        quantize_model(model, uniform("E4M3", rounding="stochastic"))
+        optimizer, found = torch.optim.SGD(model.parameters(), 0.1), []
+        run = torch.compile(model, backend=aot_autograd(fw_compiler=kept, bw_compiler=kept)) if compiles else model
+        for _ in range(3):
+            x = torch.randn(24, 32, requires_grad=True)
+            for _ in range(2):  # uses of one step
+                run(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(x.grad)
+        with torch.no_grad():
+            return [*found, *model.parameters(), run.eval()(x)]
+
+    if not all(map(same, trained(True), trained(False))):
+        bad.append("compiled stochastic layers")
+    if not keys or not all("key_beside" in key for key in keys):  # made in the graph, or kept by its forward
+        bad.append(f"keys of compiled layers: {keys}")
+    return bad
+
+
 def check_products() -> list[str]:
     """Products that end in their epilogue against sums in float64."""
     bad, kernels = [], load("cuda", "products")
@@ -450,6 +483,7 @@ PARTS = {
         check_products,
         check_large_scales,
         check_compiled_layers,
+        check_compiled_keys,
         check_fp8_unit,
     ],
     "graphs": [check_graphs],

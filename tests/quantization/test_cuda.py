@@ -1,5 +1,6 @@
 """The Triton kernels: the CPU's bits in Triton's interpreter and on a real GPU, and machine code that keeps them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -270,6 +271,22 @@ def test_an_update_is_measured_on_a_gpu_without_a_wait(name):
             measure_update(before, after, gradient=gradient, attempted=after, format=name, scale=0.5)
     assert traffic.waits == []
     assert len(traffic.names) > 100
+
+
+def test_a_session_on_a_gpu_runs_through_on_a_cpu_and_says_what_fails(capsys, monkeypatch, tmp_path):
+    assert bench_cuda.main(["--dry"]) == 0
+    said = capsys.readouterr().out
+    assert "FAILED" not in said
+    assert all(name in said for name in bench_cuda.VARIANTS)
+    assert said.count("where a step's time goes") == len(bench_cuda.LOOKED_INTO)
+    monkeypatch.setattr(bench_cuda, "checks", lambda device: [("bits", False, "3 differ")])
+    monkeypatch.setattr(bench_cuda, "rows", lambda x: 1 / 0)
+    session = bench_cuda.Session(0.0, tmp_path / "cuda.json", dry=True)
+    assert bench_cuda.run(session, 4, 1, [1], bench_cuda.GPT_124M) == 1
+    assert [entry["figure"] for entry in session.records[:1]] == ["3 differ"]
+    assert session.records[1]["error"] == "ZeroDivisionError: division by zero"
+    assert [entry["not_measured"] for entry in session.records[2:]] == ["no time was left"] * len(bench_cuda.VARIANTS)
+    assert json.loads((tmp_path / "cuda.json").read_text())["cuda"] == session.records
 
 
 def test_the_checks_of_the_benchmark_see_a_wrong_gradient(monkeypatch):

@@ -170,7 +170,6 @@ def transformed() -> bool:
 
 
 def _select(grad: Tensor, kept: Tensor | None) -> Tensor:
-    """The gradient where the mask lets it through, else 0."""
     return grad if kept is None else torch.where(kept, grad, 0)
 
 
@@ -278,7 +277,7 @@ class _Products(torch.autograd.Function):
             found = _gradients(ctx, dy, again, of_x, of_w)
         elif of_place is not None:
             found = tuple(
-                None if grad is None else _sum(grad, of) for grad, of in zip(found, (of_x, of_w), strict=True)
+                grad if grad is None or of is None else grad + of for grad, of in zip(found, (of_x, of_w), strict=True)
             )
         db = None
         if ctx.needs_input_grad[3]:
@@ -345,11 +344,7 @@ def _gradient(
     else:
         grad = call.products.multiply(gemm, a, b, route).reshape(shape)
     mask = kept["mask_w" if mine else "mask_x"]
-    return _select(_sum(grad, added), mask).to(dtype), _Taken(cast, route, ready)
-
-
-def _sum(grad: Tensor, other: Tensor | None) -> Tensor:
-    return grad if other is None else grad + other
+    return _select(grad if added is None else grad + added, mask).to(dtype), _Taken(cast, route, ready)
 
 
 # -- pieces that every transform knows ----------------------------------------------------------------------------------
@@ -413,25 +408,31 @@ class _Straight(torch.autograd.Function):
         return None, _select(grad.to(ctx.dtype), ctx.saved_tensors[0] if ctx.masks else None)
 
     @staticmethod
+    def vmap(info, in_dims, quantize, x):
+        if in_dims[1] is None:
+            return _StraightForward.apply(quantize, x), (None, None)
+        samples = [_StraightForward.apply(quantize, one) for one in x.unbind(in_dims[1])]
+        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0, 0)  # type: ignore[arg-type]
+
+
+class _StraightForward(_Straight):
+    """The same with a derivative in forward mode, which the compiler would not trace."""
+
+    @staticmethod
     def jvp(ctx, _, tangent):
         if tangent is None:
             return None, None
         return _select(carrier(tangent), ctx.saved_tensors[0] if ctx.masks else None), None
 
-    @staticmethod
-    def vmap(info, in_dims, quantize, x):
-        if in_dims[1] is None:
-            return _Straight.apply(quantize, x), (None, None)
-        samples = [_Straight.apply(quantize, one) for one in x.unbind(in_dims[1])]
-        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0, 0)  # type: ignore[arg-type]
-
 
 def straight(quantize: Quantizer | _Given, x: Tensor) -> Tensor:
     """Values of x on the grid, in the carrier, with the straight-through gradient."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return _Straight.apply(quantize, x)[0]
-    # what `apply` does without a transform, less its reading of the forward's signature at every call
-    return super(torch.autograd.Function, _Straight).apply(quantize, x)[0]  # type: ignore[misc]
+    if torch._C._are_functorch_transforms_active():
+        return _StraightForward.apply(quantize, x)[0]
+    # as in `_multiply`
+    return super(torch.autograd.Function, _StraightForward).apply(quantize, x)[0]  # type: ignore[misc]
 
 
 class _Pieces(torch.autograd.Function):

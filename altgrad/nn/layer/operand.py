@@ -21,7 +21,7 @@ from altgrad.jit.grid_table import special_codes
 from altgrad.nn.layer.uses import shift_of
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.recipe.spec import OperandSpec
-from altgrad.nn.session import Session, as_key_tensor
+from altgrad.nn.session import Numbered, Session, as_key_tensor
 from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.block_stats import measure_blocks
 from altgrad.quantization.checks import traced
@@ -31,7 +31,7 @@ from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes, fits_exponents
 from altgrad.quantization.scaling import DelayedState, host_scale
 from altgrad.quantization.tensor_cores import roll, serve, tensor_scale
-from altgrad.randomness import stream_base
+from altgrad.randomness import as_int64, stream_base
 
 if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
@@ -43,7 +43,7 @@ UNSEEN = -1.0  # a pending amax of a step in which the operand was not used, or 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
 
 
-class Operand:
+class Operand(Numbered):
     """How a layer quantizes one of its tensors, for the GEMMs that share the entry.
 
     Args:
@@ -80,11 +80,12 @@ class Operand:
         # A stored weight was rounded when it was written; reading it must not round it another way.
         rounding = Rounding.NEAREST_EVEN if self.follows_storage else spec.rounding
         self.stochastic = rounding is Rounding.STOCHASTIC
-        self._base = stream_base(layer, role, gemm)
+        self._base = as_int64(stream_base(layer, role, gemm))
         cast, along = spec.cast, self.block_axis if self.block else -1
         self.cast = None if cast is None else replace(cast, rounding=rounding, axis=along)
         if self.stochastic or self.delayed:
             session.operands.append(self)
+        self.register()
         self.renew_key()
 
     @property
@@ -196,13 +197,22 @@ class Operand:
             return self.storage.scale_of(x)
         if not isinstance(policy, DelayedScaling):
             return 1.0
-        if not record and self.window is not None:
-            return policy.update(self.window.select(0, 0), DelayedState(self.window), self.fmt)[0]
-        seen = self._amax(x)
-        if record and self.window is None and self.shares_amax and self.everywhere:
-            seen = self.session.largest_of_group(seen)
+        if torch.compiler.is_compiling():
+            return torch.ops.altgrad.delayed_scale(self._amax(x), self.number, record)
+        return self.delayed_scale(
+            self.window.select(0, 0) if self.window is not None and not record else self._amax(x), record
+        )
+
+    def delayed_scale(self, seen: Tensor, record: bool) -> Tensor:
+        """The scale of a use with this amax, which the step remembers if `record`; compiled code asks when it runs."""
+        policy = self.spec.scaling
+        assert isinstance(policy, DelayedScaling)
         if record:
+            if self.window is None and self.shares_amax and self.everywhere:
+                seen = self.session.largest_of_group(seen)
             self.pending = seen if self.pending is None else torch.maximum(self.pending, seen)
+        elif self.window is not None:
+            seen = self.window.select(0, 0)
         return policy.update(seen, DelayedState(self.window), self.fmt)[0]
 
     def scale_before(self, x: Tensor, record: bool) -> Tensor | float | None:
@@ -243,9 +253,9 @@ class Operand:
     def _waits_for_no_amax(self, x: Tensor) -> bool:
         """Whether the scale is that of the history alone, and the amax of x is found while x is rounded."""
         policy = self.spec.scaling
-        if not isinstance(policy, DelayedScaling) or self.window is None or self.axis is not None:
+        if torch.compiler.is_compiling() or not isinstance(policy, DelayedScaling) or self.axis is not None:
             return False
-        if not self._found_on_tensor_cores(x):
+        if self.window is None or not self._found_on_tensor_cores(x):
             return False
         return len(self.window) == policy.history or policy.warm_up == 1
 
@@ -285,10 +295,12 @@ class Operand:
         """
         if self.key is None:
             return None
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if serve(x) and (compiled or not traced(x)):
+            shift = shift_of(use) if isinstance(use, int) else use
+            return self.session.key_beside(x, self._base, self._per_rank, shift)
         if not isinstance(use, int):
             return self.key + use
-        if serve(x) and not traced(x):
-            return self.session.key_beside(x, self._base, self._per_rank, shift_of(use))
         key = self.key.clone()
         if use:
             key[1:].add_(shift_of(use))
