@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from altgrad.errors import OptionError
-from altgrad.formats.rounding import as_option
-from altgrad.randomness import random_bits
+from altgrad.formats.rounding import Rounding, as_option
+from altgrad.quantization.cast import Cast
 
 TRANSFORMER_ENGINE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
@@ -56,13 +57,18 @@ class Hadamard:
             raise OptionError(f"the fixed signs are 16, the transform mixes {self.size}; use signs none or random")
 
     def draw(self, key: Tensor | None, device: torch.device) -> Tensor | None:
-        """The signs of a block as float32 [size], or None; `key` (seed, stream) for random ones."""
+        """The signs of a block as float32 [size], or None; `key` (seed, stream) for random ones, by the first of its bits."""
         if self.signs is Signs.NONE:
             return None
         if self.signs is Signs.FIXED:
-            return torch.tensor(TRANSFORMER_ENGINE_SIGNS, dtype=torch.float32, device=device)
+            return _fixed(device)
         assert key is not None
-        return 1 - 2 * random_bits(key, self.size, 1).to(device, torch.float32)
+        half = torch.full(
+            (self.size,), _DRAWN.grid.min_subnormal / 2, device=device
+        )  # goes up where the first bit is 1
+        drawn = _DRAWN(half, key=key).values
+        assert drawn is not None
+        return torch.where(drawn > 0, -1.0, 1.0)
 
     def __call__(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
         """x [..., k] with every `size` neighbours mixed, in float32; the last block is filled up with zeros.
@@ -80,6 +86,14 @@ class Hadamard:
         """The inverse of the transform, cut to `length` along the last axis (H is its own inverse)."""
         mixed = _butterflies(x.float().unflatten(-1, (-1, self.size))) * (1 / math.sqrt(self.size))
         return (mixed if signs is None else mixed * signs).flatten(-2)[..., :length]
+
+
+_DRAWN = Cast("E4M3", Rounding.STOCHASTIC)
+
+
+@cache
+def _fixed(device: torch.device) -> Tensor:
+    return torch.tensor(TRANSFORMER_ENGINE_SIGNS, dtype=torch.float32, device=device)
 
 
 def _butterflies(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from altgrad.errors import OptionError, RecipeError
 from altgrad.nn import (
+    Recipe,
     StorageSpec,
     attach_optimizer,
     change_format,
@@ -19,6 +20,8 @@ from altgrad.nn import (
     set_step,
     uniform,
 )
+from altgrad.nn import storage as grids
+from altgrad.nn.layer import operand
 from altgrad.nn.session import STATE
 from altgrad.optim import SRAdamW
 from altgrad.quantization import quantize
@@ -250,3 +253,66 @@ def test_a_history_that_is_made_anew_cannot_be_captured(capture):
     capture()
     with pytest.raises(RecipeError, match="the scale history of '0'"):
         optimizer.step()
+
+
+def in_capture(capture, recipe, *, steps: int = 0):
+    """(a model after so many steps, its optimizer), and a capture begins."""
+    model, optimizer = make(recipe)
+    train(model, optimizer, steps)
+    capture()
+    return model, optimizer
+
+
+def test_keys_that_no_gpu_has_yet_cannot_be_captured(capture):
+    model, _ = in_capture(capture, uniform("E4M3", rounding="stochastic"))
+    session = model[0].__dict__[STATE].session
+    with pytest.raises(
+        RecipeError, match="the random keys are not on the GPU yet; take a step of the same kind before"
+    ):
+        session.key_beside(torch.ones(2), 1, False)
+
+
+def test_amaxes_that_processes_exchange_cannot_be_captured(capture):
+    model, _ = in_capture(capture, uniform("E4M3", scaling="delayed"))
+    session = model[0].__dict__[STATE].session
+    session.group = object()
+    with pytest.raises(RecipeError, match="exchange their amaxes; step outside of it"):
+        session.advance()
+
+
+def test_a_history_that_no_step_has_begun_cannot_be_captured(capture, monkeypatch):
+    monkeypatch.setattr(operand, "serve", lambda x: True)
+    model, _ = in_capture(capture, uniform("E4M3", scaling="delayed"))
+    one = model[0].__dict__[STATE].x
+    one.pending = torch.ones(())
+    with pytest.raises(
+        RecipeError, match=r"the scale history of '0' \(input\) grows, from 0 entries to 16; take steps until"
+    ):
+        one.roll()
+
+
+def test_scales_of_regions_that_none_has_closed_cannot_be_captured(capture):
+    model, _ = in_capture(capture, uniform("E4M3", scaling="regions"))
+    with pytest.raises(
+        RecipeError, match=r"the scale history of '0' \(input\) grows, from 0 entries to 1025; take steps until"
+    ):
+        model(torch.ones(2, 16))
+
+
+def test_an_average_that_does_not_decide_yet_cannot_be_captured(capture):
+    model, _ = in_capture(capture, Recipe.from_dict("x:MXFP4 w:MXFP4(ema(decay=0.9,start=10))|MXFP4 dy:MXFP4"), steps=2)
+    with pytest.raises(
+        RecipeError, match=r"'0' has averaged its weight over 1 of its first 10 steps; take those before"
+    ):
+        model(torch.ones(2, 16))
+
+
+def test_an_update_that_an_observer_reads_cannot_be_captured(capture, monkeypatch):
+    model, _ = in_capture(capture, RECIPES["grid"], steps=1)
+    storage, weight = model[0].__dict__[STATE].storage, model[0].weight
+    with pytest.raises(RecipeError, match=r"an observer reads each step's update; set_observer\(model, None\) before"):
+        storage.round_back(weight, observer=object())
+    monkeypatch.setattr(grids, "serve", lambda x: True)
+    monkeypatch.setattr(storage, "_key", lambda weight: (1, 2))
+    with pytest.raises(RecipeError, match=r"'0\.weight' has not been stepped yet; take a step of the same kind before"):
+        storage.round_back(weight)

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-from altgrad.nn import StorageSpec, quant_state, quantize_model, storage, uniform
+from altgrad.nn import Recipe, StorageSpec, quant_state, quantize_model, storage, uniform
 from altgrad.nn.layer import gemms, operand, products
 from altgrad.nn.session import Session
 from altgrad.quantization import checks, scaling
+from altgrad.quantization.hadamard import Hadamard, Signs
 from altgrad.quantization.kernels import choose
 from altgrad.quantization.kernels.choose import load
 from benchmarks.cuda_traffic import taken_for_plain
@@ -71,20 +72,27 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
+# signs that are drawn, and an average of the weight that decides from the second step on
+MIXED = Recipe.from_dict("x:MXFP4 w:MXFP4(ema(decay=0.9,start=1))|MXFP4 dy:MXFP4(stochastic)").with_(
+    hadamard=Hadamard(16, Signs.RANDOM)
+)
 GRAPHS = [
     ("E4M3", {"scaling": {"policy": "delayed", "history": 5}, "rounding": "stochastic"}),
     ("NVFP4", {"rounding": "stochastic"}),
     ("E4M3", {"scaling": {"policy": "amax", "axis": 0}}),
     ("E3M4", {"storage": StorageSpec("E3M4", "stochastic", refresh_every=2)}),
+    ("E4M3", {"scaling": "regions"}),
+    ("E4M3", {"scaling": {"policy": "delayed", "history": 2, "axis": 0}}),
+    (MIXED, {}),
     ("E4M3", {"storage": StorageSpec("E4M3", per_channel=True, power_of_two=False, refresh_every=1)}),
 ]
 
 
-def training(fmt: str, recipe: dict):
+def training(fmt: str | Recipe, recipe: dict):
     """(model, its input, one step of SGD with momentum on what the input holds)."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 16))
-    quantize_model(model, uniform(fmt, **recipe))
+    quantize_model(model, fmt if isinstance(fmt, Recipe) else uniform(fmt, **recipe))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x, target = torch.zeros(24, 32), torch.randn(24, 16)
 
@@ -97,10 +105,16 @@ def training(fmt: str, recipe: dict):
 
 
 def kept_by(model) -> list[torch.Tensor]:
-    """What a model is after a step."""
+    """What a model is after a step; how often an average was moved decides nothing once it has begun."""
     state = quant_state(model)
     own = [*model.parameters(), torch.tensor(state["clocks"][0]["step"])]
-    own += [t for layer in state["operands"].values() for memory in layer.values() for t in memory.values()]
+    own += [
+        t
+        for layer in state["operands"].values()
+        for memory in layer.values()
+        for name, t in memory.items()
+        if name != "averaged"
+    ]
     return [*own, *(torch.as_tensor(n) for storage in state["storage"].values() for n in storage.values())]
 
 

@@ -29,6 +29,7 @@ from altgrad.quantization.kernels.cpu.scalar import encode_by_amax
 from altgrad.quantization.kernels.eager.blocks import raw_scales
 from altgrad.quantization.quantized import Want
 from altgrad.quantization.scaling import host_scale, round_up_to_power_of_two, two_level_scale
+from altgrad.randomness import random_bits
 
 inf, nan = float("inf"), float("nan")
 
@@ -197,6 +198,12 @@ def test_the_fixed_signs_are_those_of_transformer_engine():
     unit = torch.zeros(16)
     unit[3] = 1
     assert mixed(unit, signs).tolist() == [-0.25, 0.25, 0.25, -0.25] * 4
+
+
+def test_random_signs_are_the_first_bits_of_their_key():
+    key = torch.tensor([7, -3])
+    signs = Hadamard(64, "random").draw(key, torch.device("cpu"))
+    assert signs.tolist() == (1 - 2 * random_bits(key, 64, 1)).tolist()
 
 
 def test_ms_amp_and_torchao_rows_round_the_inverse_scale_down():

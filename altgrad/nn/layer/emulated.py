@@ -28,7 +28,7 @@ from altgrad.nn.layer.contractions import Contraction, Matrices
 from altgrad.nn.layer.gemm import Route, mm
 from altgrad.nn.layer.operand import Operand, carrier
 from altgrad.nn.layer.state import LayerState
-from altgrad.nn.layer.uses import offset
+from altgrad.nn.layer.uses import offset, shift_of
 from altgrad.nn.recipe.scaling_choice import BlockScaling, CurrentScaling, is_block, multiplies
 from altgrad.nn.recipe.spec import GEMMS, REDUCED, OperandSpec, grid_of
 from altgrad.nn.session import as_key_tensor, recomputing
@@ -47,7 +47,7 @@ from altgrad.quantization.inverse_scaling import (
 )
 from altgrad.quantization.mxfp4 import between_neighbours, power_blocks
 from altgrad.quantization.stats import measure
-from altgrad.quantization.tensor_cores import FP8, fp8_product
+from altgrad.quantization.tensor_cores import FP8, fp8_product, serve
 from altgrad.randomness import stream_base
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -157,7 +157,7 @@ class _Call(NamedTuple):
         if spec.format is None:
             return Laid(x)
         if spec.hadamard is not None:
-            x = spec.hadamard(x, self.signs(gemm, x.device))
+            x = spec.hadamard(x, self.signs(gemm, x))
         key = operand.key_of(self.use, x)
         if operand.block:
             found = _blocks(spec, x, key, operand.move_average(x) if gemm == "forward" else None)
@@ -171,19 +171,20 @@ class _Call(NamedTuple):
         """Whether scale histories and observers hear of this quantization: not where a forward is recomputed."""
         return self.record and (role == "grad_output" or not recomputing())
 
-    def signs(self, gemm: str, device: torch.device) -> Tensor | None:
-        """The signs that both operands of a GEMM are mixed with."""
+    def signs(self, gemm: str, x: Tensor) -> Tensor | None:
+        """The signs that both operands of a GEMM are mixed with, where x is."""
         one = getattr(self.state.recipe, gemm)
         hadamard = one.named()[0][1].hadamard
         if hadamard is None:
             return None
         key = None
         if hadamard.signs is Signs.RANDOM:
-            session = self.state.session
-            session.refuse_capture(f"layer {self.state.name!r} draws signs on the host", "use fixed signs")
-            key = as_key_tensor(session.key(stream_base(self.state.name, "hadamard", gemm), per_rank=False))
-            key = key + offset(self.use)
-        return hadamard.draw(key, device)
+            session, base = self.state.session, stream_base(self.state.name, "hadamard", gemm)
+            if serve(x):
+                key = session.key_beside(x, base, False, shift_of(self.use))
+            else:
+                key = as_key_tensor(session.key(base, per_rank=False)) + offset(self.use)
+        return hadamard.draw(key, x.device)
 
     def _scaled(self, operand: Operand, x: Tensor, turned: bool, key: Tensor | None) -> Laid:
         """An operand in a scalar format, x with the reduced axis last."""
@@ -246,11 +247,9 @@ class _Call(NamedTuple):
         for operand in {id(o): o for o in (self.state.operands[place] for place in places)}.values():
             policy = operand.spec.scaling
             if isinstance(policy, RegionScaling) and operand.pending is not None:
-                operand.session.refuse_capture(
-                    f"{operand.layer!r} scales by regions, whose state is made anew", "use delayed amax"
-                )
                 after = policy.close(operand.pending, region_state(operand, policy), operand.fmt)
-                operand.window, operand.pending = torch.cat([after.s.reshape(1), after.window]), None
+                operand.keep_window(torch.cat([after.s.reshape(1), after.window]))
+                operand.pending = None
 
 
 def forward_weight(state: LayerState, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +264,7 @@ def forward_weight(state: LayerState, weight: Tensor) -> tuple[Tensor, Tensor]:
     call = _Call(state, False, 0, torch.float32, state.transposed)
     laid = carrier(weight.t() if state.transposed else weight)
     mixed = operand.spec.hadamard
-    kept = laid.clone() if mixed is None else mixed(laid, call.signs("forward", laid.device))
+    kept = laid.clone() if mixed is None else mixed(laid, call.signs("forward", laid))
     return kept, call.laid("forward", "weight", laid).values
 
 
@@ -345,7 +344,7 @@ def _unmixed(call: _Call, grad: Tensor, role: str, gemm: str, length: int) -> Te
     hadamard = getattr(recipe.forward, role).hadamard
     if hadamard is None or not getattr(getattr(recipe, gemm), role).requantize:
         return grad
-    return hadamard.back(grad, call.signs("forward", grad.device), length)
+    return hadamard.back(grad, call.signs("forward", grad), length)
 
 
 def _mask(state: LayerState, role: str, x: Tensor, laid: Laid) -> Tensor | None:

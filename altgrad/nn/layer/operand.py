@@ -72,6 +72,7 @@ class Operand(Numbered):
         self._scale: Tensor | None = None  # of a full history on a GPU, kept as long as that
         self._collects = False  # whether the next use of x raises `pending` while it is rounded
         self.key: Tensor | None = None
+        self.per_rank = role != "weight"  # whether each process draws bits of its own
         self.as_values = 0  # uses in which a NaN or inf without a code made the operand travel as values
         self.delayed = isinstance(spec.scaling, DelayedScaling)
         self.shares_amax = self.delayed and role != "weight" and axis is None
@@ -98,12 +99,8 @@ class Operand(Numbered):
     def renew_key(self) -> None:
         """Set the random key of the session's present step; in place, so that compiled code sees it."""
         if self.stochastic and not self.session.capturing():
-            fresh = as_key_tensor(self.session.key(self._base, per_rank=self._per_rank))
+            fresh = as_key_tensor(self.session.key(self._base, per_rank=self.per_rank))
             self.key = fresh if self.key is None else self.key.copy_(fresh)
-
-    @property
-    def _per_rank(self) -> bool:
-        return self.role != "weight"
 
     def roll(self) -> None:
         """Close a step: the step's largest amax enters the history, which leaves it alone where nothing was seen.
@@ -117,15 +114,25 @@ class Operand(Numbered):
             self.pending = None
             return
         if not self._stays(policy):
-            self.session.refuse_capture(f"the scale history of {self.layer!r} ({self.role}) is made anew by each step")
-            self.window, self.pending = policy.update(pending, DelayedState(self.window), self.fmt)[1].window, None
+            self.keep_window(policy.update(pending, DelayedState(self.window), self.fmt)[1].window)
+            self.pending = None
             return
         if self.window is None or len(self.window) < policy.history:
-            self.session.refuse_capture(f"layer {self.layer!r} has no scale history yet")
-            self.window = _with_room(self.window, policy.history, pending)
+            self.keep_window(_with_room(self.window, policy.history, pending))
+            assert self.window is not None
         if self._scale is None:
             self._scale = torch.empty_like(pending)
         roll(self.window, pending, self._scale, self.fmt.max, policy.margin, policy.power_of_two)
+
+    def keep_window(self, window: Tensor) -> None:
+        """Go on with another history of that length; on a GPU in the tensor that CUDA graphs go on reading."""
+        if self.window is not None and serve(window) and self.window.shape == window.shape:
+            self.window.copy_(window)
+        else:
+            before = 0 if self.window is None else len(self.window)
+            why = f"the scale history of {self.layer!r} ({self.role}) grows, from {before} entries to {len(window)}"
+            self.session.refuse_capture(why, "take steps until it is full")
+            self.window = window
 
     def _stays(self, policy: DelayedScaling) -> bool:
         """Whether the history is one of float32 amaxes on a GPU, and serves before it is full."""
@@ -136,31 +143,24 @@ class Operand(Numbered):
             return policy.warm_up == 1
         return window.ndim == 1 and window.device == pending.device and len(window) >= policy.warm_up
 
-    def _scale_of_window(self) -> Tensor:
-        policy = self.spec.scaling
-        assert isinstance(policy, DelayedScaling)
-        assert self.window is not None
-        return policy.update(self.window.select(0, 0), DelayedState(self.window), self.fmt)[0]
-
     def memory(self) -> dict[str, Tensor]:
         """What the next scale depends on, apart from the spec; never written in place afterwards."""
-        found = {"window": self.window, "pending": self.pending, "average": self.average}
-        kept = {name: t.clone() if serve(t) else t for name, t in found.items() if t is not None}
+        found = [("window", self.window), ("pending", self.pending), ("average", self.average)]
+        kept = {name: t.clone() if serve(t) else t for name, t in found if t is not None}
         return kept if self.average is None else {**kept, "averaged": torch.tensor(self.averaged)}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Go on from what `memory` gave; into the tensors that are there, where they are kept."""
-        window, pending, self.average = (memory.get(name) for name in ("window", "pending", "average"))
-        moves, last = memory["averaged"].tolist() if "averaged" in memory else (0, -1)
-        self.averaged = (moves, last)
+        window, pending, average = (memory.get(name) for name in ("window", "pending", "average"))
+        self.averaged = tuple(memory["averaged"].tolist()) if "averaged" in memory else (0, -1)
         if window is not None and self.window is not None and serve(self.window) and window.ndim == 1:
             window = _with_room(window, max(len(window), len(self.window)), self.window)
-        self.window, self.pending = (
+        self.window, self.pending, self.average = (
             old.copy_(new) if old is not None and new is not None and serve(old) and old.shape == new.shape else new
-            for old, new in ((self.window, window), (self.pending, pending))
+            for old, new in ((self.window, window), (self.pending, pending), (self.average, average))
         )
         if self._scale is not None:
-            self._scale = None if self.window is None else self._scale.copy_(self._scale_of_window())
+            self._scale = None if self.window is None else self._scale.copy_(self.delayed_scale(self.window, False))
 
     def move_average(self, weight: Tensor) -> Tensor | None:
         """The average of the weight after the steps so far, once it decides; None before that, or where none is kept.
@@ -170,14 +170,16 @@ class Operand(Numbered):
         policy = self.spec.average
         if policy is None:
             return None
-        self.session.refuse_capture(
-            f"{self.layer!r} moves an average of its weight by the host's clock", "capture without"
-        )
+        if self.average is None or self.average.shape != weight.shape or self.averaged[0] < policy.start:
+            why = f"{self.layer!r} has averaged its weight over {self.averaged[0]} of its first {policy.start} steps"
+            self.session.refuse_capture(why, "take those before the capture")
         now = self.session.step
         if self.average is None or self.average.shape != weight.shape:
             self.average, self.averaged = weight.detach().clone(), (0, now)
         elif now > self.averaged[1]:
-            self.average = policy.moved(self.average.to(weight.device), weight.detach())
+            moved = policy.moved(self.average.to(weight.device), weight.detach())
+            stays = serve(moved) and self.average.device == moved.device  # where CUDA graphs go on reading it
+            self.average = self.average.copy_(moved) if stays else moved
             self.averaged = (self.averaged[0] + 1, now)
         return self.average if self.averaged[0] >= policy.start else None
 
@@ -204,7 +206,7 @@ class Operand(Numbered):
         )
 
     def delayed_scale(self, seen: Tensor, record: bool) -> Tensor:
-        """The scale of a use with this amax, which the step remembers if `record`; compiled code asks when it runs."""
+        """The scale of a use with this amax, which the step remembers if `record`; else of the history, if there is one."""
         policy = self.spec.scaling
         assert isinstance(policy, DelayedScaling)
         if record:
@@ -220,7 +222,8 @@ class Operand(Numbered):
         if self._waits_for_no_amax(x):
             self._collects = record
             if self._scale is None:
-                self._scale = self._scale_of_window()
+                assert self.window is not None
+                self._scale = self.delayed_scale(self.window, False)
             return self._scale
         if self.block and self.fmt.tensor_scale and self._found_at_once(x):
             return tensor_scale(x, self.fmt)
@@ -298,7 +301,7 @@ class Operand(Numbered):
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if serve(x) and (compiled or not traced(x)):
             shift = shift_of(use) if isinstance(use, int) else use
-            return self.session.key_beside(x, self._base, self._per_rank, shift)
+            return self.session.key_beside(x, self._base, self.per_rank, shift)
         if not isinstance(use, int):
             return self.key + use
         key = self.key.clone()
