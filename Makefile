@@ -71,6 +71,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_blocks
 	$(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.bench_step --without-units --models 10M,0.8M
+	$(BIN)/python -m benchmarks.bench_step --like avx2 --models 10M,0.8M
 	$(BIN)/python -m benchmarks.bench_step --convolutions
 	$(BIN)/python -m benchmarks.bench_beside
 	$(BIN)/python -m benchmarks.bench_first_use

@@ -5,8 +5,9 @@
 Every ratio compares medians of rounds that alternate between the variants (FP32 first in one round, last in the next),
 so that a drift of the machine's speed meets all of them. Peak memory is the largest sum of tensors that torch's
 allocator held during one step, parameters, optimizer state and the layers' room for packed operands included. Budgets are
-those of the design document for the class of CPU; misses are printed with their factor. `--without-units` measures the
-float32 route, as on CPUs that multiply nothing faster. `--recipes named` takes every recipe that has a name
+those of the design document for the class of CPU; misses are printed with their factor. `--without-units` measures what
+CPUs take that multiply nothing faster than float32 and int16, with this CPU's vectors; `--like avx2` holds every library to
+those of an older CPU (`benchmarks.cpu_classes`), the float32 baseline's included. `--recipes named` takes every recipe that has a name
 (`altgrad recipes`); those that emulate a library's arithmetic or a unit's sums have no budget. `--convolutions` measures why
 layers leave those to torch's own loops on values: the same product of codes, unfolded into a matrix.
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +42,7 @@ from altgrad.quantization.products.multiply import Codes, leave_room, multiply, 
 from altgrad.quantization.products.units import Unit, unit_of
 from altgrad.training.model import GPT, GPTConfig
 from benchmarks._timing import interleaved, keep_record
+from benchmarks.cpu_classes import CLASSES, ROOT
 
 MODELS = {
     "10M": (GPTConfig(vocab_size=256, n_layer=6, n_head=6, n_embd=384, block_size=256, style="gpt2"), 8),
@@ -324,7 +328,11 @@ def main() -> None:
         "--without-units", action="store_true", help="take the float32 route, as a CPU without units does"
     )
     parser.add_argument("--convolutions", action="store_true", help="measure convolutions alone")
+    parser.add_argument("--like", choices=[n for n in CLASSES if CLASSES[n].switches], help="a class of older CPUs")
     args = parser.parse_args()
+    if args.like and "NUMBA_CPU_NAME" not in os.environ:  # libraries read the switches when they are loaded
+        here = {**os.environ, **CLASSES[args.like].switches, "NUMBA_CACHE_DIR": str(ROOT / ".cpu_classes" / args.like)}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:]], here)
     if args.without_units:
         gemm.PROCESSOR = gemm.PROCESSOR.without_units()
     torch.set_num_threads(args.threads)
@@ -339,7 +347,8 @@ def main() -> None:
     results = [bench(name, recipes, args.rounds, args.device) for name in args.models.split(",")]
     if args.json is not None:
         what = "step of named recipes" if args.recipes == "named" else "step"
-        keep_record(args.json, f"{what} without units" if args.without_units else what, results)
+        what += " without units" * args.without_units + f" like {args.like}" * bool(args.like)
+        keep_record(args.json, what, results)
 
 
 if __name__ == "__main__":
