@@ -347,3 +347,21 @@ def test_a_wrong_name_ends_in_one_line_and_exit_code_2():
 def test_help_does_not_import_torch(arguments):
     code = f"import sys; sys.argv = ['altgrad', *{arguments!r}]\nfrom altgrad.cli import main\ntry:\n main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [("formats", "E3M4"), ("reproduce",), ("formats", "--equivalent"), ("recipes",)])
+def test_a_terminal_of_ascii_alone_is_enough(command):
+    narrow = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = altgrad(*command, env=narrow)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    assert "?" not in done.stdout  # every character that commands print has a plain one
+
+
+def test_closed_streams_drop_what_they_are_told(config, tmp_path):
+    for closed in (">&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        command = f"{sys.executable} -m altgrad run {config} seed={len(closed)} {closed}"
+        assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+        assert len(list((tmp_path / "runs").glob(f"*-s{len(closed)}-*/result.json"))) == 1
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m altgrad formats >&-"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

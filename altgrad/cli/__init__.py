@@ -414,7 +414,9 @@ app.registered_commands.sort(key=lambda command: _ORDER.index(str(command.name))
 def main() -> None:
     """Entry point: a person's mistake, a full disk or a closed pipe ends in one line on stderr, never in a traceback."""
     from altgrad.errors import AltGradError
+    from altgrad.report.text import mend_streams
 
+    mend_streams()
     warnings.showwarning = lambda message, *_: _tell(f"warning: {message}")
     _show_log()
     _wait_briefly()

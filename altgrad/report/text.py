@@ -1,12 +1,15 @@
 """Text on its way out: roles by the words that all pages share; names, paths and messages made harmless for a terminal,
-Markdown and a spreadsheet.
+Markdown and a spreadsheet; any text made printable where the encoding is narrow or the stream closed.
 
 HTML needs none of this: the templates escape by themselves.
 """
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
+import sys
 import unicodedata
 
 SYMBOLS = {"input": "x", "weight": "w", "grad_output": "dy"}
@@ -16,6 +19,26 @@ _TO_A_JOINT, _FROM_A_JOINT = re.compile(r"(?<=[\s._/])\w{1,12}$"), re.compile(r"
 _MARKDOWN = re.compile(r"[`\[\]]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what CommonMark reads as HTML
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+_PLAIN = dict(zip("▁▂▃▄▅▆▇█–—−·×…∞", [*".:-=+*%#---.x.", "inf"], strict=True))
+
+
+def mend_streams() -> None:
+    """Let stdout and stderr take any text: what their encoding lacks is printed in ASCII; a closed one drops what it is told."""
+    codecs.register_error("plain", _plainly)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="plain")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
 
 
 def role_words(role: str) -> str:
