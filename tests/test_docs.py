@@ -94,7 +94,10 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_tutorial_prints_what_it_shows(path, tmp_path):
-    """Word by word; numbers within a tenth, or two of their last digits: processors add up in different orders."""
+    """Word by word; numbers within a tenth, or two of their last digits: processors add up in different orders.
+
+    What was trained on the source of Python's own library has these numbers under that Python only.
+    """
     ran = tmp_path / path.name
     shutil.copy(path, ran)
     execute = [sys.executable, "-c", "from nbclient.cli import main; main()", "--inplace", "--timeout=250", str(ran)]
@@ -103,6 +106,11 @@ def test_a_tutorial_prints_what_it_shows(path, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     cells = [nbformat.read(one, as_version=4).cells for one in (path, ran)]
+    told = json.loads(path.read_text())
+    of_python = "Python's own library" in path.read_text()
+    same_text = not of_python or told["metadata"]["language_info"]["version"].split(".")[:2] == [
+        *map(str, sys.version_info[:2])
+    ]
     for number, (cell, again) in enumerate(zip(*cells, strict=True)):
         if cell.cell_type == "code":
             expected, found = (
@@ -110,7 +118,7 @@ def test_a_tutorial_prints_what_it_shows(path, tmp_path):
                 for one in (cell, again)
             )
             assert NUMBER.sub("#", found).split() == NUMBER.sub("#", expected).split(), f"cell {number}"
-            for mine, theirs in zip(NUMBER.findall(found), NUMBER.findall(expected), strict=True):
+            for mine, theirs in zip(NUMBER.findall(found), NUMBER.findall(expected), strict=True) if same_text else ():
                 digits = len(theirs.partition("e")[0].partition(".")[2])
                 last = 0.0 if "e" in theirs else 10.0**-digits
                 assert abs(float(mine) - float(theirs)) <= 0.1 * abs(float(theirs)) + 2 * last, (

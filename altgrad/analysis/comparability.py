@@ -67,7 +67,26 @@ def require_comparable(runs: Sequence[Run], *, force: bool = False) -> list[str]
 
 def circumstances(runs: Sequence[Run]) -> list[str]:
     """Remarks on what differs between the runs and may, but need not, matter."""
-    return [d.sentence() for d in disagreements(runs, CIRCUMSTANCES)]
+    return [d.sentence() for d in disagreements(runs, CIRCUMSTANCES)] + unpaired(runs)
+
+
+def unpaired(runs: Sequence[Run]) -> list[str]:
+    """Remarks on models of one's own that began from other weights than their like under the same seed.
+
+    Runs of one seed are paired: a model that was trained on from run to run, or drawn anew, differs by more than the format.
+    """
+    begun: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for run in runs:
+        model = run.fact("model")
+        if isinstance(model, dict) and "weights" in model:
+            kind = (str(run.fact("seed")), str(model.get("class")), str(model.get("parameters")))
+            begun[kind].setdefault(str(model["weights"]), run.path.name)
+    return [
+        f"Of seed {seed}, {listing(list(names.values())[:4])} began from different weights of the same {kind}: what differs "
+        "between them is not the format alone."
+        for (seed, kind, _), names in begun.items()
+        if len(names) > 1
+    ]
 
 
 def _short(value: str) -> str:

@@ -13,7 +13,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from altgrad.errors import OptionError, os_error_text
+from altgrad.errors import AltGradError, OptionError, os_error_text
+from altgrad.report.text import for_terminal, mend_streams
 
 app = typer.Typer(
     help="AltGrad: the wind tunnel and flight recorder for low-precision training.",
@@ -413,9 +414,6 @@ app.registered_commands.sort(key=lambda command: _ORDER.index(str(command.name))
 
 def main() -> None:
     """Entry point: a person's mistake, a full disk or a closed pipe ends in one line on stderr, never in a traceback."""
-    from altgrad.errors import AltGradError
-    from altgrad.report.text import mend_streams
-
     mend_streams()
     warnings.showwarning = lambda message, *_: _tell(f"warning: {message}")
     _show_log()
@@ -451,8 +449,7 @@ def _show_log() -> None:
             _tell(record.getMessage())
 
     log = logging.getLogger("altgrad")
-    log.handlers, log.propagate = [Lines()], False
-    log.setLevel(logging.INFO)
+    log.handlers, log.propagate, log.level = [Lines()], False, logging.INFO
 
 
 SPINS = "300"
@@ -483,7 +480,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 def _tell(line: str) -> None:
     """On stderr, where there is one."""
-    from altgrad.report.text import for_terminal, shortened
+    from altgrad.report.text import shortened
 
     with contextlib.suppress(OSError):
         print(f"altgrad: {for_terminal(shortened(line, 4000))}", file=sys.stderr)

@@ -214,6 +214,16 @@ def flat_gradient(model: nn.Module) -> Tensor:
 
 
 @contextmanager
+def generators_kept() -> Iterator[None]:
+    """After the block the generators of torch, numpy and Python stand where they stood."""
+    kept = _generators()
+    try:
+        yield
+    finally:
+        _set_generators(kept)
+
+
+@contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """After the block buffers, such as a BatchNorm's averages, are what they were."""
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -42,7 +43,6 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import format_facts
 from altgrad.training.config.loading import dump_config, load_config
 from altgrad.training.data import Corpus
-from altgrad.training.factory import fingerprint
 from altgrad.training.run.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -60,6 +60,8 @@ from altgrad.training.step.formats_of_run import all_finite
 from altgrad.training.step.stepping import usable_device
 from altgrad.training.trainer import LossFunction, Trainer, next_token_loss
 
+TRAINED = "_altgrad_run"
+"""Attribute of a model that a run was given to train: that run's id."""
 REPORTED = ("freeze", "no_learning", "far_above")
 """Remarks that get a failure report although the run completed."""
 
@@ -111,11 +113,17 @@ class FormatExperimentRunner:
     ) -> None:
         loaded = config if isinstance(config, ExperimentConfig) else load_config(config)
         self.config = loaded.model_copy(update={"device": device}) if device else loaded
+        if (before := getattr(model, TRAINED, None)) is not None:
+            warnings.warn(
+                f"this {type(model).__name__} was trained by the run {before}: the new run starts from its weights, and is not "
+                "paired with runs from fresh ones; make a model for each run",
+                stacklevel=2,
+            )
         self.model, self.loss, self.command, self.twin = model, loss, command, twin
         self.from_config = model is None and data_dir is None and loss is next_token_loss
         self.ranks = Ranks.from_environment(self.config)
         self.listener = (listener if self.ranks.is_main else None) or RunListener()
-        self.plan = plan_run(self.config, data_dir, fingerprint(model) if model is not None else "")
+        self.plan = plan_run(self.config, data_dir, model)
         self.trainer: Trainer | None = None
         self.stop = StopRequest()
 
@@ -188,6 +196,8 @@ class FormatExperimentRunner:
 
     def _train(self) -> ExperimentResult:
         trainer = self.trainer = Trainer(self.config, self.model, self.plan.corpus, self.config.device, loss=self.loss)
+        if self.model is not None:
+            object.__setattr__(self.model, TRAINED, self.plan.run_id)
         twin = read_run(self.twin).metrics().validation if self.twin is not None else None
         trainer.judge.twin = None if twin is None else dict(zip(twin.steps.tolist(), twin.values.tolist(), strict=True))
         wanted = self.plan.wanted_checkpoint_dir  # claimed only now: a config that cannot be trained claims nothing

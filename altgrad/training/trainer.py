@@ -15,7 +15,7 @@ judge and step count, and nothing else. The trainer writes no files: that is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from altgrad.records.schema import StepRecord, Verdict
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.identity import setup_of
 from altgrad.training.data import Corpus, resolve_corpus
-from altgrad.training.factory import made_model
+from altgrad.training.factory import check_model, made_model
 from altgrad.training.model import GPT, GPTConfig
 from altgrad.training.step.distributed import Ranks
 from altgrad.training.step.formats_of_run import FormatsOfRun, StorageRates, all_finite
@@ -60,8 +60,10 @@ LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def next_token_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross entropy in nats per token, of models that return logits, (logits, ...) or an object with `.logits`."""
+    """Mean cross entropy in nats per token, of models that return logits, (logits, ...), or something with `logits`."""
     output = model(x)
+    if isinstance(output, Mapping):
+        output = output["logits"]
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
 
@@ -132,6 +134,9 @@ class Trainer:
             self.corpus.check(config.model.block_size, vocab_size)
         self.model: nn.Module = (build_model(config, vocab_size) if model is None else model).to(self.device).train()
         self.loss = loss
+        if model is not None or config.model.factory is not None:
+            x, y = self.batch(1)
+            check_model(self.model, loss, x[:2], y[:2])
         self.formats = FormatsOfRun(self.model, config, self.batch(1)[0][:1])
         self.ranks.prepare(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)

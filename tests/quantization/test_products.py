@@ -523,9 +523,8 @@ def test_extreme_scales_leave_the_unit_but_blocks_of_zeros_do_not(fmt, axis):
     def fits(x):
         found = cast(x, want=Want.CODES)
         layout = cast.layout(x.shape)
-        return fits_exponents(
-            Codes(found.codes, cast.format, 1.0, found.scales, (layout.tile_rows, layout.tile_columns))
-        )
+        codes = found.codes.view(layout.outer, layout.rows, layout.columns)  # matrices whose tiles these are
+        return fits_exponents(Codes(codes, cast.format, 1.0, found.scales, (layout.tile_rows, layout.tile_columns)))
 
     x = matrix((3, 40, 70), 0, None)
     assert fits(x)

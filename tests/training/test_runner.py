@@ -12,6 +12,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from altgrad.analysis.comparability import unpaired
 from altgrad.errors import ConfigError, DataError, RunBusyError
 from altgrad.records import files
 from altgrad.records.documents import read_json, write_environment
@@ -57,9 +58,9 @@ class StopAt(Notes):
             os.kill(os.getpid(), self.number)
 
 
-def run(tmp_path, *overrides, listener=None, **top_level):
+def run(tmp_path, *overrides, listener=None, model_given=None, **top_level):
     config = tiny_config(*overrides, **{"runs_dir": str(tmp_path / "runs"), "max_steps": 14, **top_level})
-    return FormatExperimentRunner(config, data_dir=tiny_corpus(), listener=listener or Notes()).run()
+    return FormatExperimentRunner(config, model_given, tiny_corpus(), listener=listener or Notes()).run()
 
 
 def test_a_run_leaves_its_folder_and_a_finished_one_is_not_repeated(tmp_path):
@@ -95,7 +96,7 @@ def test_a_changed_config_is_another_folder_and_paths_are_not(tmp_path):
 def test_the_environment_is_recorded(tmp_path):
     result = run(tmp_path, **GRID)
     env = json.loads((result.run_dir / "env.json").read_text())
-    assert env["torch"] == torch.__version__
+    assert env["torch"] == version("torch")
     assert env["threads"] == 1
     assert env["data_fingerprint"] == tiny_corpus().fingerprint == result.data_fingerprint
     assert env["format"]["max"] == 124
@@ -154,7 +155,7 @@ def test_a_resume_in_another_environment_is_announced(tmp_path):
     run(tmp_path, listener=notes)
     told = [line for line in notes.lines if "began with" in line]
     assert len(told) == 1
-    assert f"torch 1.0 and goes on with {torch.__version__}" in told[0]
+    assert f"torch 1.0 and goes on with {version('torch')}" in told[0]
 
 
 class Killed(BaseException):
@@ -359,6 +360,20 @@ def make(vocab_size, width=16):
 
 def text(vocab_size):
     return "no module"
+
+
+def drawn(vocab_size):
+    import random
+
+    import numpy
+
+    model = make(vocab_size)
+    nn.init.constant_(model.out.weight, float(numpy.random.rand()) + random.random())
+    return model
+
+
+def failing(vocab_size):
+    return nn.Linear(-1, 2)
 """
 
 
@@ -391,6 +406,7 @@ def test_a_config_names_the_function_that_makes_the_model(own_model):
         ({"factory": "own_models:nothing"}, "cannot be found"),
         ({"factory": "own_models:make", "options": {"depth": 3}}, "does not take vocab_size and model.options"),
         ({"factory": "own_models:text"}, "made a str"),
+        ({"factory": "own_models:failing"}, "own_models:failing failed by RuntimeError"),
         ({"factory": "own_models"}, "model.factory = 'own_models'"),
         ({"factory": "../x:y"}, "model.factory"),
     ],
@@ -399,3 +415,55 @@ def test_a_config_names_the_function_that_makes_the_model(own_model):
 def test_a_factory_that_cannot_be_used_is_refused(own_model, model, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         FormatExperimentRunner({**own_model, "model": {"block_size": 16, **model}})
+
+
+def test_weights_that_numpy_and_python_draw_follow_the_seed_too(own_model):
+    config = {**own_model, "model": {"block_size": 16, "factory": "own_models:drawn"}}
+    assert FormatExperimentRunner(config).run_dir == FormatExperimentRunner(config).run_dir
+    assert FormatExperimentRunner(config).plan.hash != FormatExperimentRunner({**config, "seed": 8}).plan.hash
+
+
+class Gives(torch.nn.Module):
+    """Gives what it is told, of the tokens and of right logits; takes no more than 16 tokens, 256 of them."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.embed, self.out, self.made = torch.nn.Embedding(256, 8), torch.nn.Linear(8, 256), made
+
+    def forward(self, tokens):
+        if tokens.shape[1] > 16:
+            raise ValueError("16 tokens at most")
+        return self.made(self.out(self.embed(tokens)))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda y: y, lambda y: (y, None), lambda y: {"logits": y}], ids=["alone", "tuple", "dict"]
+)
+def test_models_of_ones_own_give_logits_in_several_ways(tmp_path, made):
+    assert run(tmp_path, model_given=Gives(made), max_steps=2).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        (Gives(lambda y: (y.sum(), y)), {}, r"Gives gives no loss by IndexError: .*it must take int64 tokens"),
+        (Gives(lambda y: y[0]), {}, "gives no loss by ValueError"),
+        (Gives(lambda y: y), {"model": {"block_size": 20}}, r"ValueError: 16 tokens at most; .*20 in a row"),
+        (Gives(lambda y: y).requires_grad_(False), {}, "no parameter to train"),
+    ],
+    ids=["loss-first", "shape", "length", "frozen"],
+)
+def test_a_model_that_cannot_be_trained_is_refused_before_a_step(tmp_path, model, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path, model_given=model, **settings)
+
+
+def test_a_model_that_another_run_has_trained_is_not_taken_for_a_fresh_one(tmp_path):
+    model, runs = Gives(lambda y: y), []
+    runs.append(run(tmp_path, model_given=model, max_steps=3, name="first").run_dir)
+    with pytest.warns(UserWarning, match=r"was trained by the run first-s\d+-\w+: .*make a model for each run"):
+        runs.append(run(tmp_path, model_given=model, max_steps=3, name="second").run_dir)
+    (remark,) = unpaired([read_run(one) for one in runs])
+    assert remark.startswith("Of seed")
+    assert "began from different weights of the same Gives" in remark
+    assert unpaired([read_run(runs[0])] * 2) == []

@@ -8,11 +8,13 @@ experiment finds its folder again, a changed one gets another.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from altgrad.nn.recipe.facts import recipe_facts
 from altgrad.quantization import NUMERICS_VERSION
@@ -21,7 +23,7 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import recipe_of
 from altgrad.training.config.identity import experiment_hash
 from altgrad.training.data import Corpus, resolve_corpus
-from altgrad.training.factory import fingerprint, made_model
+from altgrad.training.factory import facts_of, made_model
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class RunPlan:
 
     Args:
         hash: SHA-256 (hex) that identifies the run; the folder's name ends in its first 8 digits.
+        model: `facts_of` a model of the person's own, at its initial weights; None: the config's GPT.
     """
 
     config: ExperimentConfig
     corpus: Corpus
     hash: str
+    model: Mapping[str, Any] | None = None
 
     @property
     def run_id(self) -> str:
@@ -50,19 +54,23 @@ class RunPlan:
         return Path(self.config.checkpoint_dir) if self.config.checkpoint_dir else self.path / "checkpoints"
 
 
-def plan_run(config: ExperimentConfig, data: Corpus | str | Path | None = None, model_fingerprint: str = "") -> RunPlan:
+def plan_run(
+    config: ExperimentConfig, data: Corpus | str | Path | None = None, model: nn.Module | None = None
+) -> RunPlan:
     """The plan of `config`'s run; reads the data for its fingerprint, writes nothing.
 
     Args:
-        model_fingerprint: of a model that is handed in; what the config's factory makes is built for its own.
+        model: that is handed in, at its initial weights; what the config's factory makes is built for its facts.
 
     Raises:
         DataError: the data cannot be read. ConfigError: the factory cannot be used.
     """
     corpus = resolve_corpus(data, config.data, config.model.vocab_size)
-    if config.model.factory is not None and not model_fingerprint:
-        model_fingerprint = fingerprint(made_model(config, corpus.vocab_size))
-    return RunPlan(config, corpus, experiment_hash(config, corpus.fingerprint, NUMERICS_VERSION, model_fingerprint))
+    if model is None and config.model.factory is not None:
+        model = made_model(config, corpus.vocab_size)
+    facts = None if model is None else facts_of(model)
+    identity = experiment_hash(config, corpus.fingerprint, NUMERICS_VERSION, facts["weights"] if facts else "")
+    return RunPlan(config, corpus, identity, facts)
 
 
 def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, Any]:
@@ -78,4 +86,5 @@ def environment(plan: RunPlan, device: torch.device, threads: int) -> dict[str, 
             "vocab_size": plan.corpus.vocab_size,
         },
         "format": recipe_facts(recipe_of(plan.config)),
+        **({} if plan.model is None else {"model": dict(plan.model)}),
     }
