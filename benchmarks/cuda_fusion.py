@@ -6,6 +6,8 @@ A function is traced on fake CUDA tensors and lowered by Inductor, which is told
 is compiled as `cuda_instructions` compiles the library's own. Inductor gives a thread few elements (8 of a pointwise kernel, or
 2 where its measurements prefer that), so that what a program does once for its scale counts; a further element is what the two
 differ by. GELU alone is beside, since nearest rounding joins it.
+
+A norm and an MLP are compiled as a whole, too, as `torch.compile` would for a GPU, and what a step of theirs launches is counted.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.util
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,21 +28,27 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, rms_norm
+from torch.utils._triton import has_triton
 from triton.compiler import ASTSource
 
 from altgrad.formats.rounding import Overflow
+from altgrad.nn import Recipe, quantize_model, uniform
+from altgrad.nn.layer import emulated, gemm
 from altgrad.nn.layer.gemm import power_range
-from altgrad.quantization import Cast, pointwise
+from altgrad.quantization import Cast, pointwise, tensor_cores
 from benchmarks.cuda_instructions import TARGET, instructions
 
 H100 = SimpleNamespace(
@@ -52,6 +61,7 @@ H100 = SimpleNamespace(
     max_threads_per_block=1024,
     shared_memory_per_block_optin=232448,
     warp_size=32,
+    gcnArchName="",
 )
 
 
@@ -73,15 +83,20 @@ def believed_in() -> Iterator[None]:
             stack.enter_context(mock.patch.object(CudaInterface, name, answer))
         stack.enter_context(mock.patch("torch.utils._triton.triton_hash_with_backend", return_value="no driver"))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
+        has_triton.cache_clear()
+        stack.callback(has_triton.cache_clear)
         yield
 
 
 def lowered(function: Callable[..., Any], *inputs: tuple[tuple[int, ...], torch.dtype]) -> str:
-    """The code that Inductor writes for a function of CUDA tensors of these shapes and dtypes."""
+    """The code that Inductor writes for a function of CUDA tensors of these shapes and dtypes; int64 ones are on the CPU."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with believed_in(), mode, torch.no_grad():
-        given = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in inputs]
+        given = [
+            torch.empty(shape, dtype=dtype, device="cpu" if dtype == torch.int64 else "cuda") for shape, dtype in inputs
+        ]
         graph = make_fx(function, select_decomp_table())(*given)
+        decompose_auto_functionalized(graph.graph)
         lowering = GraphLowering(graph, given, is_inference=True)
         with V.set_graph_handler(lowering), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
             lowering.run(*given)
@@ -104,6 +119,63 @@ def loaded(name: str, source: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+
+def _anything(*_: object) -> bool:  # a plain function, which Dynamo traces
+    return True
+
+
+def _capability(*_: object) -> tuple[int, int]:
+    return H100.major, H100.minor
+
+
+def graphs_of(recipe: Recipe | None, features: int = 768) -> list[tuple[torch.fx.GraphModule, list[Tensor]]]:
+    """(graph, its inputs) of the compiled forward and backward of a norm and an MLP under bf16 autocast, as on a GPU.
+
+    They are traced on fake CPU tensors, on the routes of a GPU.
+    """
+    found = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        found.append((graph, inputs))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    with ExitStack() as stack:
+        for module, name in ((gemm, "interpreted"), (tensor_cores, "interpreted"), (emulated, "on_unit")):
+            stack.enter_context(mock.patch.object(module, name, _anything))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", _capability))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model = nn.Sequential(
+            nn.LayerNorm(features), nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features)
+        )
+        if recipe is not None:
+            quantize_model(model, recipe)
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
+        x = torch.randn(8192, features, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.compile(model, fullgraph=True, backend=backend)(x)
+        y.float().sum().backward()
+    return found
+
+
+def code_of(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> str:
+    """The code that Inductor writes for such a graph where its tensors are on a GPU."""
+    gpu = torch.device("cuda", 0)
+    for node in graph.graph.nodes:
+        if node.kwargs.get("device") == torch.device("cpu") and node.kwargs.get("dtype") is not torch.int64:
+            node.update_kwarg("device", gpu)
+        if node.op == "call_function" and "key_beside" in str(node.target):
+            node.update_arg(4, gpu)
+    graph.recompile()
+    return lowered(graph, *((tuple(t.shape), t.dtype) for t in inputs))
+
+
+def launches(code: str) -> Counter[str]:
+    """What such code launches: kernels of Inductor's, operators of a library, operators of AltGrad's."""
+    call = code[code.index("def call(") : code.index("runner = Runner")]
+    ran = re.findall(r"(triton_)\w+\.run|extern_kernels\.(\w+)|torch\.ops\.altgrad\.(\w+)\.default\(", call)
+    return Counter("".join(names) for names in ran)
 
 
 class Kernel(NamedTuple):
@@ -199,8 +271,32 @@ def cost(row: Row) -> tuple[Cost, list[Kernel]]:
     return Cost(most.instructions / most.elements, apart), kernels
 
 
+COMPILED: dict[str, Recipe | None] = {
+    "BF16": None,
+    "E4M3, amax": uniform("E4M3"),
+    "E4M3, delayed amax": uniform("E4M3", scaling="delayed"),
+    "E4M3, stochastic": uniform("E4M3", rounding="stochastic"),
+    "E4M3, sums of the FP8 unit": uniform("E4M3").with_(accumulator="fp8_unit"),
+    "MXFP8": uniform("MXFP8"),
+    "NVFP4": uniform("NVFP4"),
+}
+
+
+def counts(recipe: Recipe | None) -> tuple[int, int, int]:
+    """Launches of the compiled forward and backward of `graphs_of`: by Inductor, of products, of other operators."""
+    ran = sum((launches(code_of(*one)) for one in graphs_of(recipe)), Counter())
+    products = sum(n for name, n in ran.items() if name in ("mm", "addmm", "_scaled_mm", "routed_mm"))
+    return ran["triton_"], products, ran.total() - ran["triton_"] - products
+
+
 def main() -> None:
     """Trace, compile, count and print."""
+    table = Table(title="Launches of a compiled norm and MLP, forward and backward, bf16 autocast")
+    for column in ("recipe", "Inductor's kernels", "products", "other operators"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for name, recipe in COMPILED.items():
+        table.add_row(name, *map(str, counts(recipe)))
+    Console(width=90).print(table)
     table = Table(title=f"Instructions per element of Inductor's kernels, sm_90, torch {torch.__version__}")
     for column in ("compiled code, E4M3, bf16 tensor", "of an element", "of a further one"):
         table.add_column(column, justify="left" if column.startswith("compiled") else "right")

@@ -42,6 +42,7 @@ def of_the_page(head: str) -> dict[str, list[str]]:
 
 
 TRAFFIC, COMPILED = of_the_page("| layer | operations"), of_the_page("| compiled code")
+LAUNCHED = of_the_page("| compiled norm and MLP")
 SCALAR_NAMES = ("E4M3", "E5M2", "E3M4", "INT8", "E0M7", "E7M0", "E2M1", "BF16", "FP16", "binary8p3", "E4M3FNUZ")
 BLOCK_NAMES = ("MXFP8", "MXFP8_E5M2", "MXFP6", "MXINT8", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/128x128:FP32")
 
@@ -149,6 +150,14 @@ def test_compiled_code_rounds_within_the_kernel_that_makes_the_tensor(row):
     for number, cell in zip(found, COMPILED[row.name], strict=True):
         assert (number is None) == (cell == "")
         assert number is None or round(number, 1) <= float(cell), "Triton 3.9's; no version of it may need more"
+
+
+@pytest.mark.parametrize("name", cuda_fusion.COMPILED)
+def test_a_compiled_mlp_is_lowered_for_a_gpu_as_a_whole(name):
+    kernels, products, others = cuda_fusion.counts(cuda_fusion.COMPILED[name])
+    stated = list(map(int, LAUNCHED[name]))
+    assert [products, others] == stated[1:]
+    assert kernels == stated[0] or (kernels <= 1.25 * stated[0] and not torch.__version__.startswith("2.13."))
 
 
 def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():

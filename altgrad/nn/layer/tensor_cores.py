@@ -83,7 +83,7 @@ def quantized(
     x = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
     key = None if key is None else key.to(x.device)
     if operand.block:
-        powers = powers_of_blocks(operand.fmt) or (0, 0)
+        powers = (powers_of_blocks(operand.fmt) if operand.fmt.tensor_scale else None) or (0, 0)
         upper = scale if isinstance(scale, Tensor) else None
         values, factor = kernels.block_payload(x, operand.cast, powers, key, upper)
         found: Saved = (values,) if factor is None else (values, factor)
