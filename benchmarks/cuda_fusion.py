@@ -34,7 +34,6 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.virtualized import V
@@ -90,6 +89,8 @@ def believed_in() -> Iterator[None]:
 
 def lowered(function: Callable[..., Any], *inputs: tuple[tuple[int, ...], torch.dtype]) -> str:
     """The code that Inductor writes for a function of CUDA tensors of these shapes and dtypes; int64 ones are on the CPU."""
+    from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized  # warns where it is imported
+
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with believed_in(), mode, torch.no_grad():
         given = [
