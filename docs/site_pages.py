@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -93,5 +94,7 @@ def command_line() -> str:
         usage = " ".join(command.collect_usage_pieces(context))
         parts += [f"## altgrad {name}", command.help, f"```console\n$ altgrad {name} {usage}\n```"]
         rows = [record for p in command.get_params(context) if (record := p.get_help_record(context))]
-        parts.append("| | |\n|---|---|\n" + "\n".join(f"| `{left}` | {right} |" for left, right in rows))
+        parts.append(
+            "| | |\n|---|---|\n" + "\n".join(f"| `{left}` | {escape(right, quote=False)} |" for left, right in rows)
+        )
     return "\n\n".join(parts).replace("\\[", "[") + "\n"

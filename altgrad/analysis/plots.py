@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from altgrad.analysis.outcome import label_runs
 from altgrad.errors import FormatError, OptionError, ReportError
 from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
 from altgrad.records.run import Run, read_run
-from altgrad.report.theme import BASELINE, LIGHT, LIGHT_SERIES, styles_for
+from altgrad.report.theme import BASELINE, LIGHT, LIGHT_SERIES, Style, styles_for
 
 _SAMPLES_PER_BINADE = 256
 _MOST_BINADES = 300
@@ -69,8 +70,9 @@ def plot_error(formats: Sequence[FloatFormat | str] | FloatFormat | str, ax: Any
         grid = fmt.magnitudes()
         middles = (grid[1:] + grid[:-1]) / 2
         error = np.abs(x - grid[np.searchsorted(middles, x)]) / x
-        dash = (0, tuple(float(n) for n in style.dash.split())) if style.dash else "-"
-        ax.plot(exponents + 0.5 + math.log2(scale), error.max(axis=1), color=colour, linestyle=dash, label=str(fmt))
+        ax.plot(
+            exponents + 0.5 + math.log2(scale), error.max(axis=1), color=colour, linestyle=_dash(style), label=str(fmt)
+        )
     ax.set_yscale("log", base=2)
     ax.set_ylabel("largest relative error")
     ax.legend(frameon=False)
@@ -91,21 +93,26 @@ def plot_run(runs: Run | str | Path | Sequence[Run | str | Path], ax: Any = None
     read = [run if isinstance(run, Run) else read_run(run) for run in several]
     ax = ax or _axes(7, 4)
     styles = styles_for([run.format for run in read])
-    for run, style in zip(read, styles):
+    for run, style, outcome in zip(read, styles, label_runs(read)):
         metrics = run.metrics()
         if not len(metrics.train):
             raise ReportError(f"{run.path} holds no step; continue the run, then plot it")
         colour = LIGHT["ink"] if style.slot == BASELINE else LIGHT_SERIES[style.slot]
         ax.plot(metrics.train.steps, metrics.train.values, color=colour, alpha=0.35, linewidth=0.8)
-        label = run.format if len({r.format for r in read}) == len(read) else run.run_id
-        ax.plot(metrics.validation.steps, metrics.validation.values, "o-", color=colour, markersize=3, label=label)
+        look: dict[str, Any] = {"color": colour, "linestyle": _dash(style), "marker": "o", "markersize": 3}
+        ax.plot(metrics.validation.steps, metrics.validation.values, label=outcome.label, **look)
         onset = (run.verdict or {}).get("onset_step")
         if isinstance(onset, int):
             ax.axvline(onset, color=LIGHT["signal"], linewidth=0.8, linestyle=":")
     ax.set_xlabel("step")
     ax.set_ylabel("loss, nats per token")
-    ax.legend(frameon=False)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(read) > 3 else {}  # many names cover curves
+    ax.legend(frameon=False, **beside)
     return ax
+
+
+def _dash(style: Style) -> Any:
+    return (0, tuple(float(n) for n in style.dash.split())) if style.dash else "-"
 
 
 def _scalar(formats: Sequence[FloatFormat | str]) -> list[FloatFormat]:

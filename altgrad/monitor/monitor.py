@@ -214,6 +214,13 @@ class Monitor:
         self.flush()
         return summary_table(self.latest, self.warnings, rows=rows, width=width)
 
+    def __repr__(self) -> str:
+        layers = len({layer for layer, _ in self.latest})
+        last = max((record["step"] for record in self.latest.values()), default=None)
+        return (
+            f"Monitor({'nothing measured yet' if last is None else f'{layers} layers, last measured at step {last}'})"
+        )
+
     def _repr_html_(self) -> str:
         return f"<pre>{escape(self.summary())}</pre>"
 

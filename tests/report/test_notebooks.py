@@ -47,12 +47,15 @@ def test_recipes_manifests_statistics_monitors_and_results_show_themselves(resul
     assert repr(recipe) == "Recipe(x:E4M3 w:E4M3 dy:E5M2)"
     assert "dy:E5M2" in shown(recipe)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-    assert "1 layers quantized" in shown(quantize_model(model, recipe))
+    manifest = quantize_model(model, recipe)
+    assert "1 layers quantized" in shown(manifest)
+    assert repr(manifest) == "Manifest(1 layers quantized, 0 skipped)"
     stats = quantize_with_stats(torch.tensor([1.0, 1e-9, 500.0]), "E4M3", 1.0)[1]
     assert repr(stats) == "QuantStats(amax=500, overflow=33.33%, underflow=33.33%, sqnr=19.7 dB)"
     assert "33.33%" in shown(stats)
     monitor = Monitor(model, torch.optim.SGD(model.parameters()))
     assert "nothing measured yet" in shown(monitor)
+    assert repr(monitor) == "Monitor(nothing measured yet)"
     monitor.close()
     assert "validation loss" in repr(result)
     assert result.run_id in shown(result)

@@ -40,7 +40,7 @@ class Share:
         return f"{self.quantized / self.of:.1%}" if self.of else "none"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """The outcome of `quantize_model`.
 
@@ -67,6 +67,9 @@ class Manifest:
     uncounted: bool = False
     routes: dict[str, str] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Manifest({len(self.swapped)} layers quantized, {len(self.skipped)} skipped)"
 
     def _repr_html_(self) -> str:
         swapped = [(name or "(root)", one.type, one.shown) for name, one in self.swapped.items()]

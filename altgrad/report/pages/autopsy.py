@@ -324,7 +324,7 @@ def _strip(data: Data) -> Markup | None:
     )
 
 
-_LONGEST_NAME = 44
+_LONGEST_NAME = 50
 """Characters beside a chart; the table below it has whole names."""
 
 
