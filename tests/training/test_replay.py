@@ -27,7 +27,7 @@ CASES = {
     "delayed-grid": [*GRID, "scaling=delayed"],
     "unscaled-grid": ["fp8_format=E5M2", "weight_storage=grid", "scaling=none"],
     "accumulation": [*MASTER, "rounding=stochastic", "data.grad_accumulation=2"],
-    "clipping": ["fp8_format=E5M2", "scaling=none", "enable_partition_clipping=true", "clipping.overflow_threshold=0"],
+    "clipping": ["fp8_format=E0M7", "scaling=none", "enable_partition_clipping=true"],
     "shift": ["fp8_format=E7M0", "weight_storage=grid", "enable_emergency_shift=true", "shift.stall_patience=2"],
     "resets": ["optimizer.reset_every=3"],
     "reset of second moments": [
@@ -125,6 +125,7 @@ def test_a_restored_run_rewinds_to_the_state_that_the_unbroken_one_did():
     assert not differing(unbroken.capture(), other.capture())
 
 
+CLIPPED = {"fp8_format": "E0M7", "scaling": "none", "enable_partition_clipping": True}
 MODES = {
     "nearest": {"fp8_format": "E4M3"},
     "stochastic": {"fp8_format": "E4M3", "rounding": "stochastic"},
@@ -133,7 +134,8 @@ MODES = {
     "grid stochastic": {"fp8_format": "E3M4", "weight_storage": "grid", "storage_rounding": "stochastic"},
     "blocks": {"fp8_format": "MXFP8"},
     "monitored": {"fp8_format": "E4M3", "monitor": {"enabled": True, "interval": 2}},
-    "clipped": {"fp8_format": "E5M2", "enable_partition_clipping": True},
+    "clipped": CLIPPED,
+    "clipped, monitored": {**CLIPPED, "monitor": {"enabled": True, "interval": 2}},
     "float32": {},
 }
 
@@ -152,6 +154,8 @@ def test_nothing_changed_repeats_the_run_and_leaves_no_trace(mode):
     replayed = trainer.replay(state, 6)
     assert losses(replayed) == losses(own)
     assert [r.grad_norm for r in replayed] == [r.grad_norm for r in own]
+    assert [r.events for r in replayed] == [r.events for r in own]
+    assert any(e["event"] == "clip" for r in own for e in r.events) == ("clipped" in mode)
     assert differing(before, trainer.capture()) == []
     alone = tiny_trainer(**MODES[mode])
     train(alone, 9)

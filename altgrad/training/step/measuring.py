@@ -57,6 +57,7 @@ class Measuring:
         self.sink: Callable[[list[dict[str, Any]]], None] = lambda records: None  # the runner puts its file here
         self.monitor: Any = None
         self.meter: OverflowMeter | None = None
+        self._clips = config.enable_partition_clipping and formats.active
         if config.monitor.enabled:
             from altgrad.monitor import Monitor
 
@@ -70,7 +71,7 @@ class Measuring:
                 near_zero=plan.near_zero,
                 rank_limits=rank_limits(plan),
             )
-        elif config.enable_partition_clipping and formats.active:
+        elif self._clips:
             from altgrad.nn import set_observer
 
             self.meter = OverflowMeter()
@@ -104,10 +105,11 @@ class Measuring:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Within the block steps are neither monitored nor metered, and nobody observes the layers."""
+        """Within the block nothing is recorded; what the clip asks for is metered all the same, by a meter of the block's own."""
         monitor, meter = self.monitor, self.meter
-        with self.paused(), _unobserved(self._model):
-            self.monitor = self.meter = None
+        own = OverflowMeter() if self._clips else None
+        with self.paused(), _observed_by(self._model, own):
+            self.monitor, self.meter = None, own
             try:
                 yield
             finally:
@@ -165,8 +167,8 @@ def diagnose_collapse(trainer: Any) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _unobserved(model: nn.Module) -> Iterator[None]:
-    """Within the block the model's quantized layers, if it has any, have no observer."""
+def _observed_by(model: nn.Module, observer: OverflowMeter | None) -> Iterator[None]:
+    """Within the block the model's quantized layers, if it has any, have this observer and no other."""
     from altgrad.errors import RecipeError
     from altgrad.nn.session import sessions_of
 
@@ -176,7 +178,7 @@ def _unobserved(model: nn.Module) -> Iterator[None]:
         sessions = []
     observers = [session.observer for session in sessions]
     for session in sessions:
-        session.observer = None
+        session.observer = observer
     try:
         yield
     finally:

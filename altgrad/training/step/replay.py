@@ -61,7 +61,7 @@ def replay(
     """Take `steps` steps from a captured state and return their records; the trainer goes on as if nothing had been.
 
     Args:
-        trainer: of the config that the state was captured under; its monitor and clip meter see nothing of the replay.
+        trainer: of the config that the state was captured under; its monitor sees nothing of the replay.
         state: `Trainer.capture`'s result.
         steps: at least 1; may go beyond the config's `max_steps`.
         recipe: formats from here on, in place of the state's; any layer to and from unquantized, storage to and from
