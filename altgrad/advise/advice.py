@@ -20,6 +20,8 @@ from altgrad.loop.loop import Loop
 from altgrad.monitor.sources import plain_name, watch_operands
 from altgrad.nn import Recipe, StorageSpec
 from altgrad.quantization import amax_scale, quantize_with_stats
+from altgrad.report.notebook import notebook_table
+from altgrad.report.numbers import plural
 
 LAST = 3
 """Measured steps at a trace's end that predictions rest on; the first ones show weights that have not learned yet."""
@@ -75,6 +77,19 @@ class Advice:
     verified: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def _short(self) -> str:
+        snr = "" if self.gradient_snr_db is None else f", gradients at {self.gradient_snr_db:.1f} dB"
+        return f"{plural(len(self.choice.formats), 'operand')}, {self.choice.bits:.3g} bits a value{snr}"
+
+    def __repr__(self) -> str:
+        return f"Advice({self._short})"
+
+    def _repr_html_(self) -> str:
+        chosen = self.choice.formats.items()
+        rows = [(layer, role, fmt, ", ".join(self.choice.ties.get((layer, role), ()))) for (layer, role), fmt in chosen]
+        return notebook_table(f"Advice: {self._short}", rows, ("layer", "operand", "format", "as good"))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the page and for advice.json."""

@@ -27,6 +27,8 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.run.demo import demo_configs, saving_arm
 from altgrad.training.run.folder import plan_run
 
+LONG = 5.0
+"""Seconds of a run from which processes side by side are worth their start."""
 MOST_JOBS = 4
 """Forks of an autopsy at a time."""
 
@@ -42,7 +44,8 @@ def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[
     configs = demo_configs(runs_dir, steps, device)
     results = run_all(console, configs[:1])
     if results[0].finished:
-        results += _formats(console, configs[1:], (configs[0], results[0].run_dir))
+        jobs = min(len(configs) - 1, available_cores()) if device == "cpu" and results[0].wall_s > LONG else 1
+        results += _formats(console, configs[1:], (configs[0], results[0].run_dir), jobs)
     if all(result.finished for result in results):
         worst = damaged(label_runs([read_run(r.run_dir) for r in results]))[:1]
         arms = [
@@ -58,10 +61,9 @@ def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[
 
 
 def _formats(
-    console: Console, configs: Sequence[ExperimentConfig], twin: tuple[ExperimentConfig, Path]
+    console: Console, configs: Sequence[ExperimentConfig], twin: tuple[ExperimentConfig, Path], jobs: int
 ) -> list[ExperimentResult]:
-    """The runs of the formats, on CPUs as many at a time as there are cores: none has work for more than one."""
-    jobs = min(len(configs), available_cores()) if configs[0].device == "cpu" else 1
+    """The runs of the formats, `jobs` at a time: none has work for more than one core."""
     if jobs > 1:
         folders = [plan_run(config).path for config in configs]
         planned = [PlannedRun(c, {}, f, state_of(f, is_locked(f))) for c, f in zip(configs, folders, strict=True)]

@@ -7,12 +7,15 @@ import matplotlib
 import pytest
 import torch
 
+from altgrad.advise.advice import Advice
+from altgrad.advise.choose import Budget, Choice
 from altgrad.analysis import plots
 from altgrad.errors import FormatError, OptionError, ReportError
 from altgrad.formats.catalog import BLOCK_FORMATS
 from altgrad.formats.scalar_rows import FORMAT_REGISTRY
 from altgrad.monitor import Monitor
 from altgrad.nn import quantize_model, uniform
+from altgrad.nn import recipe as named_recipe
 from altgrad.quantization import quantize_with_stats
 from altgrad.records.run import read_run
 from altgrad.report.notebook import notebook_table
@@ -45,6 +48,17 @@ def test_formats_show_their_facts_and_have_a_short_repr(fmt):
 def test_recipes_manifests_statistics_monitors_and_results_show_themselves(result):
     recipe = uniform("E4M3", grad="E5M2")
     assert repr(recipe) == "Recipe(x:E4M3 w:E4M3 dy:E5M2)"
+    assert repr(named_recipe("nvfp4_te")) == "Recipe(nvfp4_te)"
+    budget = Budget()
+    advice = Advice(
+        recipe,
+        Choice({("head", "input"): "E4M3"}, {("head", "input"): ["E3M4"]}, 8.0),
+        [],
+        budget,
+        gradient_snr_db=21.0,
+    )
+    assert repr(advice) == "Advice(1 operand, 8 bits a value, gradients at 21.0 dB)"
+    assert "E3M4" in shown(advice)
     assert "dy:E5M2" in shown(recipe)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
     manifest = quantize_model(model, recipe)

@@ -343,7 +343,7 @@ class Recipe:
         return "\n".join(lines + [f"{o.condition}: {o.recipe or 'FP32'}" for o in self.overrides])
 
     def __repr__(self) -> str:
-        return f"Recipe({self.text})"
+        return f"Recipe({Names.name_of(self) or self.text})"
 
     def _repr_html_(self) -> str:
         rows = [("default", self.default or "FP32"), *((o.condition, o.recipe or "FP32") for o in self.overrides)]

@@ -34,6 +34,7 @@ _LEVELS = {
     "cause": "which cells caused it",
     "repair": "what would have saved the run",
 }
+_NOT_CELLS = "what else than precision it was"
 _ROLE_NAMES = {
     "forward.input": "x, forward",
     "forward.weight": "w, forward",
@@ -123,7 +124,8 @@ def _facts(data: Data) -> list[str]:
 
 def _remarks(data: Data) -> list[str]:
     level = data.get("level")
-    remarks = [f"Level reached: {level} ({_LEVELS[level]})."] if level in _LEVELS else []
+    says = _NOT_CELLS if level == "cause" and data["kind"] == "not precision" else _LEVELS.get(level)
+    remarks = [f"Level reached: {level} ({says})."] if says else []
     if data["kind"] == "cause":
         sure = data.get("confidence")
         remarks.append(
