@@ -34,7 +34,8 @@ for _ in range(2):
 """
 _DEMO = """
 import sys
-from altgrad.cli import main
+from altgrad.cli import demo_pages, main
+demo_pages.LONG = float("inf")  # every run in this process, whose compilations are counted
 sys.argv = ["altgrad", "demo", "--steps", "12", "--minutes", "0", "--runs-dir", FOLDER + "/runs"]
 try:
     main()
