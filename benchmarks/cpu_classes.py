@@ -35,6 +35,7 @@ RECORD = Path(__file__).parent / "results" / "cpu-classes.json"
 NUMERIC = (
     *(f"tests/quantization/test_{name}.py" for name in ("accumulator", "blocks", "cpu", "products", "scaling")),
     "tests/optim/test_fused.py",
+    "tests/nn/test_code_products.py",
 )
 PRODUCTS = ("tests/nn/test_gemm.py", "tests/nn/test_layers.py", "tests/nn/test_ragged_blocks.py")
 ROUTES = tuple(route.value for route in Route)

@@ -56,6 +56,13 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a.cpu(), b.cpu(), rtol=1e-12, equal_nan=True)
 
 
+def near(found: list[torch.Tensor], wanted: list[torch.Tensor], bound: float) -> bool:
+    """Whether tensors are finite in the same places and there within a share of each one's norm, and of the same dtypes."""
+    places = [(a, b, b.isfinite()) for a, b in zip(found, wanted, strict=True)]
+    alike = all(torch.equal(here, a.isfinite()) and a.dtype == b.dtype for a, b, here in places)
+    return alike and all(float((a - b)[here].norm()) <= bound * float(b[here].norm()) for a, b, here in places)
+
+
 def scalar_samples() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (2048,), dtype=torch.int32, generator=generator).view(torch.float32)
@@ -273,11 +280,8 @@ def check_layers() -> list[str]:
             for autocast in (False, True) if fmt == "E4M3" and not recipe else (False,):
                 got, wanted = (layer_results(fmt, recipe, cores, autocast) for cores in (True, False))
                 bound = 2.0**-8 if autocast else 2e-6
-                for a, b in zip(got, wanted, strict=True):
-                    here = b.isfinite()
-                    close = torch.equal(here, a.isfinite()) and a.dtype == b.dtype
-                    if not (close and float((a - b)[here].norm()) <= bound * float(b[here].norm())):
-                        bad.append(f"layer {fmt} {recipe} {autocast}")
+                if not near(got, wanted, bound):
+                    bad.append(f"layer {fmt} {recipe} {autocast}")
     return bad
 
 
@@ -311,11 +315,8 @@ def check_fp8_unit() -> list[str]:
             if products.call_count != 3 * 3 + 1:
                 bad.append(f"unit {recipe} has {products.call_count} products")
             bound = 2.0**-8 if autocast else 2e-6
-            for a, b in zip(got, wanted, strict=True):
-                here = b.isfinite()
-                close = torch.equal(here, a.isfinite()) and a.dtype == b.dtype
-                if not (close and float((a - b)[here].norm()) <= bound * float(b[here].norm())):
-                    bad.append(f"unit {recipe} {autocast}")
+            if not near(got, wanted, bound):
+                bad.append(f"unit {recipe} {autocast}")
     model, x = torch.nn.Sequential(torch.nn.Linear(16, 16)), torch.randn(4, 16, requires_grad=True)
     quantize_model(model, uniform("E4M3").with_(accumulator="fp8_unit"))
     with on_an_fp8_unit():
