@@ -14,12 +14,10 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     warnings.simplefilter("ignore")  # the interpreter computes masked lanes in NumPy, which warns of what they hold
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch._dynamo.backends.common import aot_autograd
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from altgrad.errors import RecipeError
 from altgrad.formats.rounding import Overflow, Rounding
@@ -45,6 +43,7 @@ from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.scaling import DelayedScaling, DelayedState
 from benchmarks.cuda_traffic import by_channel
 from tests.quantization.oracles import same
+from tests.quantization.triton_interpreter import compute_as_gpus_do
 
 KEY = (3, -9)
 BOTH = Want.VALUES | Want.CODES  # by the arithmetic for the casts of training, where that serves
@@ -490,26 +489,6 @@ PARTS = {
     "graphs": [check_graphs],
     "generated": [check_generated],
 }
-
-
-def compute_as_gpus_do() -> None:
-    """What Triton's interpreter before 3.9 does otherwise: it rounds an fma twice, and lets NaN win in minnum and maxnum."""
-    InterpreterBuilder.create_fma = fused_once  # type: ignore[method-assign]
-    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)  # type: ignore[method-assign]
-    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)  # type: ignore[method-assign]
-
-
-def fused_once(self, x, y, z):
-    """float32 x * y + z rounded once: summed to odd in float64."""
-    a, b, c = (v.data.astype(np.float64) for v in (x, y, z))
-    product = a * b
-    total = product + c
-    back = total - product
-    left = (product - (total - back)) + (c - back)
-    even = total.view(np.int64) & 1 == 0
-    odd = np.nextafter(total, np.copysign(np.inf, left))
-    total = np.where(np.isfinite(left) & (left != 0) & even, odd, total)
-    return TensorHandle(total.astype(np.float32), z.dtype.scalar)
 
 
 if __name__ == "__main__":
