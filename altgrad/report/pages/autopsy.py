@@ -124,7 +124,7 @@ def _facts(data: Data) -> list[str]:
 
 def _remarks(data: Data) -> list[str]:
     level = data.get("level")
-    says = _NOT_CELLS if level == "cause" and data["kind"] == "not precision" else _LEVELS.get(level)
+    says = _NOT_CELLS if level == "cause" and data["kind"] == "not precision" else _LEVELS.get(str(level))
     remarks = [f"Level reached: {level} ({says})."] if says else []
     if data["kind"] == "cause":
         sure = data.get("confidence")

@@ -182,5 +182,5 @@ def _observed_by(model: nn.Module, observer: OverflowMeter | None) -> Iterator[N
     try:
         yield
     finally:
-        for session, observer in zip(sessions, observers, strict=True):
-            session.observer = observer
+        for session, before in zip(sessions, observers, strict=True):
+            session.observer = before
