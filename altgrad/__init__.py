@@ -14,6 +14,7 @@ __all__ = (
     "analysis",
     "autopsy",
     "errors",
+    "loop",
     "monitor",
     "nn",
     "optim",
