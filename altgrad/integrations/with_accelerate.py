@@ -16,11 +16,11 @@ from accelerate import Accelerator, __version__
 from torch import nn
 from torch.optim import Optimizer
 
-from altgrad.integrations.recorder import Recorder
+from altgrad.integrations.recorded_run import RecordedRun
 
 
-class AcceleratedRun(Recorder):
-    """A `Recorder` that accelerate checkpoints; `track` makes it."""
+class AcceleratedRun(RecordedRun):
+    """A `RecordedRun` that accelerate checkpoints; `track` makes it."""
 
     _complete = False  # whether the gradients of a step are there and no optimizer has taken it yet
 
@@ -60,7 +60,7 @@ class AcceleratedRun(Recorder):
             self.end_step()
 
     def finish(self, *, completed: bool | None = None):
-        """See `Recorder`."""
+        """See `RecordedRun`."""
         self._close_skipped()
         return super().finish(completed=completed)
 
@@ -94,7 +94,7 @@ def track(
 
     Args:
         model, optimizer: as `accelerator.prepare` returned them.
-        run_dir, monitor, verdict, stop, overwrite: see `Recorder`.
+        run_dir, monitor, verdict, stop, overwrite: see `RecordedRun`.
         resumed: whether `accelerator.load_state` follows: the records in run_dir are then continued.
     """
     run = AcceleratedRun(run_dir, monitor, dict(verdict or {}), stop, overwrite)

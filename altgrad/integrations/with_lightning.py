@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 from lightning.pytorch import Callback
 
-from altgrad.integrations.recorder import Recorder, load_quantization, tokens_in
+from altgrad.integrations.recorded_run import RecordedRun, load_quantization, tokens_in
 
 
 class LightningCallback(Callback):
@@ -23,7 +23,7 @@ class LightningCallback(Callback):
     step is that of the module's `training_step`; with manual optimization it is the `loss` that this returns, if it does.
 
     Args:
-        run_dir, monitor, verdict, stop, overwrite: see `Recorder`. `stop` ends the training at a collapse.
+        run_dir, monitor, verdict, stop, overwrite: see `RecordedRun`. `stop` ends the training at a collapse.
         validation: name of the logged validation loss.
     """
 
@@ -37,12 +37,12 @@ class LightningCallback(Callback):
         overwrite: bool = False,
         validation: str = "val_loss",
     ) -> None:
-        self.recorder = Recorder(run_dir, monitor, dict(verdict or {}), stop, overwrite)
+        self.run = RecordedRun(run_dir, monitor, dict(verdict or {}), stop, overwrite)
         self.validation = validation
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return self.recorder.state()
+        return self.run.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
@@ -57,7 +57,7 @@ class LightningCallback(Callback):
             "framework": f"lightning {lightning.__version__}",
             "accumulation": trainer.accumulate_grad_batches,
         }
-        self.recorder.attach(
+        self.run.attach(
             pl_module,
             trainer.optimizers,
             facts=facts,
@@ -66,29 +66,29 @@ class LightningCallback(Callback):
             writes=trainer.is_global_zero,
         )
         if trainer.global_step > 0:
-            self.recorder.load_state(self._loaded or {})
+            self.run.load_state(self._loaded or {})
         self._taken = trainer.global_step
         self._loaded = None
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.recorder.see_gradients()
+        self.run.see_gradients()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if loss is not None and self.recorder.run_dir is not None:
+        if loss is not None and self.run.run_dir is not None:
             divided = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self.recorder.see_loss(loss * divided, tokens=tokens_in(batch))
+            self.run.see_loss(loss * divided, tokens=tokens_in(batch))
         if trainer.global_step == self._taken:
-            self.recorder.next_micro_batch()
+            self.run.next_micro_batch()
             return
         self._taken = trainer.global_step
-        if self.recorder.end_step():
+        if self.run.end_step():
             trainer.should_stop = True
 
     def on_validation_end(self, trainer, pl_module) -> None:
         loss = trainer.callback_metrics.get(self.validation)
-        if loss is not None and not trainer.sanity_checking and self.recorder.model is not None:
-            self.recorder.see_evaluation(float(loss))
+        if loss is not None and not trainer.sanity_checking and self.run.model is not None:
+            self.run.see_evaluation(float(loss))
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.recorder.finish()
+        self.run.finish()

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, __version__
 from transformers.trainer_callback import ExportableState
 
-from altgrad.integrations.recorder import LOG, Recorder, tokens_in
+from altgrad.integrations.recorded_run import LOG, RecordedRun, tokens_in
 
 
 class HuggingFaceCallback(TrainerCallback, ExportableState):
@@ -24,7 +24,7 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
     is that of the gradients that the optimizer gets (after Trainer's clip).
 
     Args:
-        run_dir, monitor, verdict, stop, overwrite: see `Recorder`. `stop` ends the training at a collapse.
+        run_dir, monitor, verdict, stop, overwrite: see `RecordedRun`. `stop` ends the training at a collapse.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
             "stop": stop,
             "overwrite": overwrite,
         }
-        self.recorder = Recorder(**self._options)  # type: ignore[arg-type]
+        self.run = RecordedRun(**self._options)  # type: ignore[arg-type]
         self._hook: Any = None
         self._ranks = 1
 
     def state(self) -> dict[str, Any]:
         """What Trainer saves with a checkpoint."""
-        return {"args": self._options, "attributes": {"saved": self.recorder.state()}}
+        return {"args": self._options, "attributes": {"saved": self.run.state()}}
 
     def on_train_begin(self, args, state, control, model: Any = None, optimizer: Any = None, **kwargs):
         resumed = state.global_step > 0
@@ -58,7 +58,7 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
             "batch_size": args.per_device_train_batch_size,
             "accumulation": args.gradient_accumulation_steps,
         }
-        self.recorder.attach(
+        self.run.attach(
             model,
             optimizer,
             facts=facts,
@@ -72,45 +72,43 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
         if resumed:
             saved = state.stateful_callbacks.get(type(self).__name__, {})
             saved = saved[0] if isinstance(saved, list) else saved
-            self.recorder.load_state(saved.get("attributes", {}).get("saved", {}))
+            self.run.load_state(saved.get("attributes", {}).get("saved", {}))
 
     @torch.compiler.disable
     def _after_forward(self, model, args, kwargs, output) -> None:
-        if not model.training or not torch.is_grad_enabled() or self.recorder.run_dir is None:
+        if not model.training or not torch.is_grad_enabled() or self.run.run_dir is None:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if loss is not None and torch._C._current_graph_task_id() == -1:  # no recomputation in a backward
             summed = kwargs.get("num_items_in_batch") is not None
-            self.recorder.see_loss(
-                loss * self._ranks if summed else loss, summed=summed, tokens=tokens_in(args, kwargs)
-            )
+            self.run.see_loss(loss * self._ranks if summed else loss, summed=summed, tokens=tokens_in(args, kwargs))
 
     def on_substep_end(self, args, state, control, **kwargs):
-        self.recorder.next_micro_batch()
+        self.run.next_micro_batch()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.recorder.see_gradients()
+        self.run.see_gradients()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.recorder.end_step():
+        if self.run.end_step():
             control.should_training_stop = True
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs and self.recorder.model is not None:
-            self.recorder.report_loss(float(logs["loss"]))
-            self.recorder.flush()
+        if logs and "loss" in logs and self.run.model is not None:
+            self.run.report_loss(float(logs["loss"]))
+            self.run.flush()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         loss = (metrics or {}).get("eval_loss")
-        if loss is not None and math.isfinite(loss) and self.recorder.model is not None:
-            self.recorder.see_evaluation(float(loss))
+        if loss is not None and math.isfinite(loss) and self.run.model is not None:
+            self.run.see_evaluation(float(loss))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if self.recorder.model is not None:
-            result = self.recorder.finish()
+        if self.run.model is not None:
+            result = self.run.finish()
             if result is not None and result.status == "interrupted":
                 LOG.info("the run was interrupted after step %d", result.steps)

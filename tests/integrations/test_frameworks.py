@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from altgrad.errors import CheckpointError, OptionError, RecipeError, RunBusyError
-from altgrad.integrations import HuggingFaceCallback, LightningCallback, Recorder, track
+from altgrad.integrations import HuggingFaceCallback, LightningCallback, RecordedRun, track
 from altgrad.nn import load_quant_state, quant_state, quantize_model, uniform
 from altgrad.records.lock import RunLock, is_locked
 from altgrad.records.run import read_run
@@ -287,34 +287,34 @@ def test_two_processes_never_write_to_one_folder_and_a_broken_off_training_leave
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     facts = {"framework": torch.float32, "batch": torch.ones(2).numpy(), "name": "\x1b[31m"}
     with RunLock.acquire(tmp_path), pytest.raises(RunBusyError, match="give another run_dir"):
-        Recorder(run_dir=tmp_path, monitor=None).attach(model, optimizer)
+        RecordedRun(run_dir=tmp_path, monitor=None).attach(model, optimizer)
     for _ in range(2):  # the first one ends without a word
-        recorder = Recorder(run_dir=tmp_path, monitor=None, overwrite=True)
-        recorder.attach(model, optimizer, facts=facts)
+        run = RecordedRun(run_dir=tmp_path, monitor=None, overwrite=True)
+        run.attach(model, optimizer, facts=facts)
     assert read_run(tmp_path).config["framework"] == "torch.float32"
     assert is_locked(tmp_path)
     for bad in ({"step": "x"}, {"step": 1, "tally": [], "judge": {}}, {"quantization": 3}, {"step": {"tensor": "load", "values": [], "shape": []}}):  # fmt: skip
         with pytest.raises((CheckpointError, RecipeError)):
-            recorder.load_state(bad)
-    recorder.finish()
+            run.load_state(bad)
+    run.finish()
     assert not is_locked(tmp_path)
 
 
-def test_a_recorder_alone_keeps_the_clock_of_any_loop():
+def test_a_run_alone_keeps_the_clock_of_any_loop():
     """No folder: no records, no hooks on the layers, only the state."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     quantize_model(model, RECIPES["stochastic"])
-    recorder, optimizer = Recorder(), torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder.attach(model, optimizer)
+    run, optimizer = RecordedRun(), torch.optim.SGD(model.parameters(), lr=0.1)
+    run.attach(model, optimizer)
     outputs = []
     for _ in range(2):
         outputs.append(model(torch.ones(4, 8)))
         F.mse_loss(outputs[-1], torch.zeros(4, 2)).backward()
-        recorder.next_micro_batch()
+        run.next_micro_batch()
     assert not torch.equal(*outputs)
     optimizer.step()
-    recorder.end_step()
-    state = recorder.state()
+    run.end_step()
+    state = run.state()
     assert state["step"] == 1
     assert state["quantization"]["clocks"] == [{"seed": 0, "step": 1, "micro_batch": 0}]
     json.dumps(state)

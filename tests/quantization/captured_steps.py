@@ -24,7 +24,7 @@ from benchmarks.cuda_traffic import taken_for_plain
 from tests.quantization.oracles import same
 
 
-class Recorder(TorchDispatchMode):
+class Capture(TorchDispatchMode):
     """What ran on tensors, to run again on the same memory without Python in between, as a CUDA graph does.
 
     Refused is what a graph cannot have: a number read by the host, or a tensor made of the host's numbers.
@@ -132,17 +132,17 @@ def check_graphs() -> list[str]:
             on_gpu.enter_context(mock.patch.object(module, "waits", return_value=False))
         for fmt, recipe in GRAPHS:
             (captured, x, step), (led, other_x, other_step) = training(fmt, recipe), training(fmt, recipe)
-            recorder, seen = Recorder(), []
+            graph, seen = Capture(), []
             for number in range(6):
                 data = torch.randn(24, 32) * (1 + number % 3) ** 2
                 for place in (x, other_x):
                     place.copy_(data)
                 other_step()
                 if number == 2:
-                    with recorder.recording():
+                    with graph.recording():
                         step()
                 elif 2 < number < 5:
-                    recorder.replay()
+                    graph.replay()
                 else:
                     step()
                 seen.append([same(a, b) for a, b in zip(kept_by(captured), kept_by(led), strict=True)])

@@ -1,14 +1,14 @@
 """One training run of somebody else's loop: its clock, its monitor, its records, its judge, and what a checkpoint keeps.
 
-A loop says what happens and the recorder does the rest:
+A loop says what happens and the run does the rest:
 
-    recorder.attach(model, optimizers)        once, after a checkpoint's parameters are loaded
-    recorder.load_state(state)                on resume
-    recorder.begin_step(); recorder.next_micro_batch(); recorder.see_loss(loss)
-    recorder.see_gradients()                  between backward and step, where no hook of the optimizer can
-    recorder.end_step(); recorder.see_evaluation(loss)
-    recorder.state()                          for a checkpoint
-    recorder.finish()
+    run.attach(model, optimizers)        once, after a checkpoint's parameters are loaded
+    run.load_state(state)                on resume
+    run.begin_step(); run.next_micro_batch(); run.see_loss(loss)
+    run.see_gradients()                  between backward and step, where no hook of the optimizer can
+    run.end_step(); run.see_evaluation(loss)
+    run.state()                          for a checkpoint
+    run.finish()
 
 Numbers of a step stay on the device until `FLUSH_EVERY` steps are together, or somebody asks.
 """
@@ -77,7 +77,7 @@ class _Micro:
 
 
 @dataclass
-class Recorder:
+class RecordedRun:
     """See the module.
 
     Args:
@@ -463,7 +463,7 @@ def _locked(folder: Path) -> RunLock:
 
 
 def load_quantization(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put the quantization of a `Recorder.state` on a model; one without says so and changes nothing."""
+    """Put the quantization of a `RecordedRun.state` on a model; one without says so and changes nothing."""
     if "quantization" in state:
         load_quant_state(model, tensors(state["quantization"]))
     elif any(map(is_quantized, model.modules())):
