@@ -1,6 +1,7 @@
 """quantize_model and restore_model: what is swapped, skipped and refused, and that everything is undone."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -166,6 +167,32 @@ def test_a_layer_whose_weight_is_read_without_calling_it_is_named():
     assert manifest.uncalled == ("positions",)
     assert "swapped, but not called by the example" in str(manifest)
     assert "positions" in str(manifest)
+
+
+class Added(nn.Module):
+    """Parameters in two dimensions that no product takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head, self.unreached = nn.Parameter(torch.zeros(12, 8)), nn.Linear(8, 4), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.head(x + self.table)
+
+
+def test_nobody_who_gave_an_example_is_told_to_give_one():
+    given = {"example": torch.randn(2, 12, 8)}
+    for options, reason in (
+        ({}, "pass example= to trace it"),
+        (given, "^no product of its own parameters ran with the example$"),
+    ):
+        manifest = quantize_model(Added(), uniform("E4M3"), exclude=["unreached"], **options)
+        assert re.search(reason, manifest.skipped[""])
+        assert ("pass example" in str(manifest)) == (not options)
+    with pytest.raises(
+        RecipeError, match="'unreached' is a LazyLinear.*pass an example that reaches it, or exclude it"
+    ):
+        quantize_model(Added(), uniform("E4M3"), **given)
 
 
 def test_tracing_leaves_modes_and_hooks_alone():

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from weakref import ref
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from altgrad.errors import RecipeError
 from altgrad.nn.layer.classes import is_quantized, layers_in, parameter_of, shown_recipe, shown_routes, swap, swap_back
@@ -83,12 +84,12 @@ def quantize_model(
     reach: list[tuple[Spot, frozenset[str]]] = []
     for name, own in spots.items():
         positions = seen.positions.get(name, frozenset()) if seen is not None else frozenset()
-        reason = unknown(name, modules[name])
+        reason = unknown(name, modules[name], traced=seen is not None)
         if not any(spot.parameter != ATTENTION for spot in own) and reason is not None:
             skipped[name] = reason
         for spot in own:
             chosen = recipe.for_layer(spot.name, spot.type_name, positions)
-            reason = out_of_reach(spot, included, excluded)
+            reason = out_of_reach(spot, included, excluded, traced=seen is not None)
             if reason is None:
                 reach.append((spot, positions))
                 reason = left_unquantized(spot.kind, chosen)
@@ -124,7 +125,8 @@ def quantize_model(
 
 
 def _manifest(model: nn.Module, swapped: dict[str, Swapped], skipped: dict[str, str], seen: Traced | None) -> Manifest:
-    parameters = {id(p): p.numel() for p in model.parameters()}
+    sized = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]  # excluded lazy layers
+    parameters = {id(p): p.numel() for p in sized}
     covered = {id(p): p.numel() for s in all_spots(model) if s.name in swapped for p in s.trained}
     share = Share(sum(covered.values()), sum(parameters.values()))
     routes = {s.name: shown_routes(s.module, s.parameter) for s in all_spots(model) if s.name in swapped}

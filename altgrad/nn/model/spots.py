@@ -101,9 +101,15 @@ def all_spots(model: nn.Module) -> list[Spot]:
 
 
 def out_of_reach(
-    spot: Spot, included: Mapping[str, str] | None = None, excluded: Mapping[str, str] | None = None
+    spot: Spot,
+    included: Mapping[str, str] | None = None,
+    excluded: Mapping[str, str] | None = None,
+    traced: bool = False,
 ) -> str | None:
     """Why no recipe can quantize a spot; None if one can.
+
+    Args:
+        included, excluded: names to the pattern that names them. traced: whether an example was run.
 
     Raises:
         RecipeError: it is quantized already.
@@ -118,10 +124,12 @@ def out_of_reach(
     if spot.parameter != ATTENTION and spot.weight is None and not spot.is_computed:
         return "has no weight"
     if isinstance(spot.weight, UninitializedParameter):
-        raise RecipeError(
-            f"layer {name!r} is a {type(module).__name__} whose shape is not known yet; run the model once on an input, or pass "
-            "example="
+        remedy = (
+            "pass an example that reaches it, or exclude it"
+            if traced
+            else "run the model once on an input, or pass example="
         )
+        raise RecipeError(f"layer {name!r} is a {type(module).__name__} whose shape is not known yet; {remedy}")
     if spot.state is not None:
         raise RecipeError(
             f"two recipes claim layer {name!r}: it is quantized as {spot.state.recipe} already; "
@@ -132,8 +140,12 @@ def out_of_reach(
     return None
 
 
-def unknown(name: str, module: nn.Module) -> str | None:
-    """Why a module without spots that has parameters of its own stays as it is; None for a container."""
+def unknown(name: str, module: nn.Module, traced: bool = False) -> str | None:
+    """Why a module without spots that has parameters of its own stays as it is; None for a container.
+
+    Args:
+        traced: whether an example was run, and none of the module's parameters was seen to be multiplied.
+    """
     if isinstance(module, ParametrizationList) or not any(True for _ in module.parameters(recurse=False)):
         return None
     if PARAMETRIZATIONS in name.split("."):
@@ -142,6 +154,8 @@ def unknown(name: str, module: nn.Module) -> str | None:
         return f"{type(module).__name__} multiplies in one fused call, which no recipe reaches into"
     if isinstance(module, nn.Bilinear):
         return "Bilinear multiplies three tensors, for which there is no recipe"
+    if own_matrices(module) and traced:
+        return "no product of its own parameters ran with the example"
     if own_matrices(module):
         return f"no product of its own parameters is found in the source of {type(module).__name__}; pass example= to trace it"
     return f"class {type(module).__name__} is not registered (register_layer)"
