@@ -190,7 +190,7 @@ def test_nobody_who_gave_an_example_is_told_to_give_one():
         assert re.search(reason, manifest.skipped[""])
         assert ("pass example" in str(manifest)) == (not options)
     with pytest.raises(
-        RecipeError, match="'unreached' is a LazyLinear.*pass an example that reaches it, or exclude it"
+        RecipeError, match=r"'unreached' is a LazyLinear.*pass an example that reaches it, or exclude it"
     ):
         quantize_model(Added(), uniform("E4M3"), **given)
 
