@@ -21,7 +21,7 @@ from altgrad.report.charts.lines import Mark, Series
 from altgrad.report.charts.rows import IntervalRow, TimelineRow, interval_chart, timeline_chart
 from altgrad.report.charts.svg import el
 from altgrad.report.numbers import count, difference, in_unit, listing, loss, number, plural
-from altgrad.report.text import role_words
+from altgrad.report.text import role_words, told_apart
 from altgrad.report.theme import Style, styles_for
 from altgrad.report.verdicts import past_tense
 
@@ -325,6 +325,8 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
     """One row of panels per metric, one panel per role; and what they leave out, in words."""
     roles = list(dict.fromkeys(role for _, role, _ in history))
     order = forward_order(history)
+    names, start = told_apart(order)
+    short = dict(zip(order, names, strict=True))
     panels: dict[str, list[Markup]] = {}
     still, most = [], 0
     for name, role in product(ramps, roles):
@@ -339,7 +341,7 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
             continue
         most = max(most, len(layers))
         strips = heat_strips(
-            [_short(layer) for layer in layers[:MOST_LAYERS]],
+            [short[layer] for layer in layers[:MOST_LAYERS]],
             values[:MOST_LAYERS],
             ramp=ramp,
             title=f"{row.heading} of {role_words(role)}",
@@ -347,6 +349,7 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
             f"{layers[int(np.argmax(nan_mean(values.T)))]}.",
             x_ends=("step 1", f"step {count(max_steps)}"),
             words=show,
+            in_full=layers[:MOST_LAYERS],
         )
         head = el(
             "div",
@@ -355,7 +358,8 @@ def _panels(history: LayerHistory, ramps: Mapping[str, Ramp], max_steps: int) ->
             class_="cellhead",
         )
         panels.setdefault(name, []).append(el("div", head, strips, class_="multiple"))
-    beside = [f"Of one value in every layer and step: {', '.join(still)}."] if still else []
+    beside = [f'A leading "…" in a layer\'s name stands for "{start}".'] if panels and start else []
+    beside += [f"Of one value in every layer and step: {', '.join(still)}."] if still else []
     beside += [f"Drawn are the first {MOST_LAYERS} of {most} layers."] if most > MOST_LAYERS else []
     return list(panels.values()), beside
 
@@ -364,10 +368,6 @@ def _sentence(row: Metric) -> str:
     """What the metric is, as the beginning of a sentence."""
     said = row.says or row.name.replace("_", " ")
     return said[0].upper() + said[1:]
-
-
-def _short(layer: str, most: int = 24) -> str:
-    return layer if len(layer) <= most else "…" + layer[-(most - 1) :]
 
 
 def _by_label(study: Study, label: str) -> Setting:

@@ -21,7 +21,7 @@ from altgrad.report.charts.figures import figure, line_figure
 from altgrad.report.charts.heat import Ramp, heat_strips, ramp_legend
 from altgrad.report.charts.lines import Series, thin
 from altgrad.report.numbers import count, in_unit, plural
-from altgrad.report.text import SYMBOLS
+from altgrad.report.text import SYMBOLS, told_apart
 from altgrad.report.theme import BASELINE, Style
 
 TROUBLE = 0.5
@@ -126,24 +126,28 @@ def _trouble_figure(outcome: Outcome) -> Markup | None:
         return None
     shown = rows[:MOST_ROWS]
     values = np.stack([history[key] for key in shown])
-    names = [_name(*key) for key in shown]
+    layers = list(dict.fromkeys(layer for _, _, layer in shown))
+    names, start = told_apart(layers)
+    short = dict(zip(layers, names, strict=True))
     show = partial(in_unit, unit=find_metric("stall").unit)  # type: ignore[union-attr]
     width = steps / BUCKETS
     first = _first(values[0])
     assert first is not None, "rows are those with a beginning"
-    began = f"; first {names[0]}, by step {count(round((first + 1) * width))}"
+    began = f"; first {_name(*shown[0])}, by step {count(round((first + 1) * width))}"
     strips = heat_strips(
-        names,
+        [_name(metric, role, short[layer]) for metric, role, layer in shown],
         values,
         ramp=Ramp(0.0, 1.0),
         title=f"{outcome.label}: share of numbers lost",
         description=f"Share of numbers lost per layer and role over training{began}.",
         x_ends=("step 1", f"step {count(steps)}"),
         words=show,
+        in_full=[_name(*key) for key in shown],
     )
     others = len(_measured(history)) - len(rows)
     more = [f"{plural(len(rows) - len(shown), 'more row')} not drawn"] if len(rows) > len(shown) else []
     more += [f"{plural(others, 'other')} never lost half"] if others else []
+    more += [f'a leading "…" stands for "{start}"'] if start else []
     caption = f"Rows: a layer and what it lost, in the order in which they first lost half{began}." + (
         f" {'; '.join(more)}." if more else ""
     )

@@ -11,6 +11,8 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
+from itertools import takewhile
 
 SYMBOLS = {"input": "x", "weight": "w", "grad_output": "dy"}
 """How the operands of a layer's products are written on pages and in a terminal."""
@@ -54,6 +56,32 @@ def shortened(text: object, longest: int = 120) -> str:
     kept = (longest - 5) // 2
     head, tail = _TO_A_JOINT.sub("", said[:kept]), _FROM_A_JOINT.sub("", said[-kept:])
     return f"{head.rstrip()} ... {tail.lstrip()}"
+
+
+def told_apart(names: Sequence[str], longest: int = 24) -> tuple[list[str], str]:
+    """`names` short enough to stand beside a chart, distinct ones still distinct; and what a leading "…" stands for, or "".
+
+    Where some are longer than `longest`, the dotted beginning that these share is left out of all that have it. What is then
+    still longer loses its middle, as little of it as keeps all of them distinct.
+
+    >>> told_apart(["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"])
+    (['lm_head', '…self_attn.q_proj', '…mlp.up_proj'], 'model.layers.0.')
+    """
+    too_long = [name.split(".")[:-1] for name in names if len(name) > longest]
+    start = "".join(
+        f"{level[0]}." for level in takewhile(lambda level: len(set(level)) == 1, zip(*too_long, strict=False))
+    )
+    began = [f"…{name.removeprefix(start)}" if start and name.startswith(start) else name for name in names]
+    for most in range(longest, max(map(len, began), default=0) + 1):
+        cut = [_without_middle(name, most) for name in began]
+        if len(set(cut)) == len(set(names)):
+            return cut, start
+    return began, start
+
+
+def _without_middle(name: str, longest: int) -> str:
+    head = longest // 3
+    return name if len(name) <= longest else f"{name[:head]}…{name[len(name) - (longest - head - 1) :]}"
 
 
 def for_terminal(text: object) -> str:

@@ -4,11 +4,13 @@ import csv
 import json
 import math
 import time
+from html import unescape
 
 import numpy as np
 import pytest
 
 from altgrad.analysis import is_study, write_study
+from altgrad.analysis.comparison_report import write_report
 from altgrad.analysis.layers import BUCKETS, layer_history, layer_type, mean_history, nan_mean, worst_loss
 from altgrad.analysis.study import bucket_means, load_study
 from altgrad.analysis.study_figures import aligned_validation, seeds_short, seeds_text
@@ -371,3 +373,17 @@ def test_many_runs_stay_fast(tmp_path):
     page = write_study(tmp_path)
     assert time.process_time() - start < 6
     assert page.stat().st_size < 8e6
+
+
+def test_long_names_of_layers_are_short_on_maps_and_say_what_they_leave_out(tmp_path):
+    layers = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]
+    for fmt in ("FP32", "E7M0"):
+        make_run(
+            tmp_path, fmt, steps=50, monitor_interval=10, layers=layers, collapse="freeze" if fmt == "E7M0" else None
+        )
+    study_page = write_study(tmp_path, tmp_path / "study.html").read_text()
+    report = write_report([p for p in tmp_path.iterdir() if p.is_dir()], tmp_path / "report.html").read_text()
+    for text in (study_page, report):
+        assert 'stands for "model.layers."' in unescape(text)
+        assert "…0.self_attn.q_proj" in text
+        assert "<title>model.layers.0.self_attn.q_proj" in text

@@ -14,6 +14,7 @@ from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table
 from altgrad.report.charts.lines import Mark, Series, line_chart, spread_apart, thin
 from altgrad.report.charts.rows import IntervalRow, interval_chart
 from altgrad.report.charts.svg import band_data, breakable, dots_data, el, path_data, script_json
+from altgrad.report.text import told_apart
 from altgrad.report.theme import (
     BASELINE,
     DARK,
@@ -201,6 +202,25 @@ def test_heat_strips_draw_each_cell_once_and_leave_gaps():
     markup = str(heat_strips(["a", "b"], values, ramp=Ramp(0, 1), title="T", description="D", x_ends=("1", "9")))
     assert 'class="h0" d="M0.0 0.0H500.0v500.00H0.0Z"><title>0 to 0.1<' in markup
     assert 'class="h9" d="M500.0 0.0H750.0v500.00H500.0ZM0.0 500.0H1000.0v500.00H0.0Z"><title>0.9 to 1<' in markup
+
+
+def test_names_beside_a_chart_are_short_and_stay_apart():
+    """Long ones were cut at the beginning, so that layers of two towers had one name."""
+    parts = ("self_attn.q_proj", "mlp.up_proj")
+    towers = [f"{t}_model.encoder.layers.{i}.{part}" for t in ("vision", "text") for i in (0, 1) for part in parts]
+    names, start = told_apart(towers)
+    assert len(set(names)) == len(towers)
+    assert max(map(len, names)) < 32
+    assert start == ""
+    hugging_face = ["model.norm", "lm_head", *(f"model.layers.{i}.{part}" for i in (0, 1) for part in parts)]
+    names, start = told_apart(hugging_face)
+    assert names[:3] == ["model.norm", "lm_head", "…0.self_attn.q_proj"]
+    assert [name.replace("…", start) for name in names] == hugging_face
+
+
+@given(st.lists(st.text("ab.", max_size=40), unique=True), st.integers(0, 24))
+def test_distinct_names_stay_distinct_beside_a_chart(names, longest):
+    assert len(set(told_apart(names, longest)[0])) == len(names)
 
 
 def test_heat_tables_of_one_study_share_their_shades():

@@ -93,9 +93,10 @@ def heat_strips(
     x_ends: tuple[str, str],
     row_height: int = 13,
     words: Callable[[float], str] = number,
+    in_full: Sequence[str] = (),
 ) -> Markup:
     """Rows over time: `values` is [rows, buckets]; NaN leaves the paper showing. Equal neighbours share one rectangle.
-    `words` prints a value; pointing at a cell shows the range of its level."""
+    `words` prints a value; pointing at a cell shows the range of its level, at a name the one `in_full`."""
     rows, buckets = values.shape
     levels = ramp.level(values)
     width, height = UNIT / max(buckets, 1), UNIT / max(rows, 1)
@@ -111,9 +112,20 @@ def heat_strips(
             low, high = (ramp.lo + (level + i) * (ramp.hi - ramp.lo) / HEAT_LEVELS for i in (0, 1))
             said = el("title", f"{words(low)} to {words(high)}")
             paths.append(el("path", said, class_=f"h{level}", d="".join(parts)))
+    full = [el("title", a) if a != b else None for a, b in zip(in_full or names, names, strict=True)]
     labels = [
-        el("text", name, class_="row-name", x="0", y=(i + 0.5) * row_height, dx="-8", dy="3.5", text_anchor="end")
-        for i, name in enumerate(names)
+        el(
+            "text",
+            title,
+            name,
+            class_="row-name",
+            x="0",
+            y=(i + 0.5) * row_height,
+            dx="-8",
+            dy="3.5",
+            text_anchor="end",
+        )
+        for i, (name, title) in enumerate(zip(names, full, strict=True))
     ]
     ends = [
         el("text", x_ends[0], class_="tick", x="0", y="100%", dy="15"),
