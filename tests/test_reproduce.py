@@ -13,7 +13,7 @@ from altgrad.records.lock import RunLock
 from altgrad.report.pages.claim import headline, render_claim, sentence
 from altgrad.reproduce import CLAIMS, Claim, Criterion, Protocol, find_claim, judge, reproduce
 from altgrad.reproduce.data import data_of
-from altgrad.reproduce.run import RECORD, committed_records, last_record, read_record
+from altgrad.reproduce.run import RECORD, committed_records, document_bytes, last_record, read_record
 from altgrad.reproduce.verdict import NOT_REPRODUCED, NOT_RUN, QUICK, REPRODUCED, UNRESOLVED
 
 
@@ -123,6 +123,21 @@ def test_criteria_that_move_after_the_run_are_said_and_another_protocol_starts_a
     assert "not those that stood when" in sentence(data_of(moved))
     other = Protocol("says", counted([]), {"all": {"add": 1.0}}, protocol.quantities)
     assert not read_record(claim_of(Criterion("x", "x"), protocol=other), tmp_path / "a_claim").trials
+
+
+def test_an_arm_gets_another_name_and_its_records_stay(tmp_path):
+    measure, sums = counted([]), lambda arms: {"x": sum(values["loss"] for values in arms.values())}
+    old = Protocol("says", measure, {"1 bits": {}, "2 bits": {"add": 1.0}}, sums)
+    new = Protocol("says", measure, {"1 bit": {}, "2 bits": {"add": 1.0}}, sums, before={"1 bit": "1 bits"})
+    was, now = (claim_of(Criterion("x", "x", low=0.0), protocol=protocol) for protocol in (old, new))
+    made = reproduce(was, tmp_path)
+    read = read_record(now, tmp_path / now.name)
+    assert read.by_seed == made.by_seed
+    assert {trial.arm for trial in read.trials} == set(new.arms)
+    assert document_bytes(reproduce(now, tmp_path / "anew")).count(b'"1 bit"') == new.seeds
+    one = next(arm for arm, facts in find_claim("few_random_bits").protocol.arms.items() if facts["bits"] == 1)
+    assert one == "1 bit"
+    assert last_record(find_claim("few_random_bits"), tmp_path).measured
 
 
 def test_records_are_read_from_packs_and_damage_is_said(tmp_path):

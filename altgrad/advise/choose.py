@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from altgrad.errors import ConfigError
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.catalog import get_format
+from altgrad.report.numbers import plural
 
 HARDWARE: Mapping[str, tuple[str, ...]] = {
     "any8": ("E1M6", "E2M5", "E3M4", "E4M3", "E5M2"),  # every way to split eight bits that trains with a scale
@@ -80,7 +81,7 @@ class Budget:
         least = min(bits_of(name) for name in self.formats)
         if self.bits is not None and self.bits < least:
             raise ConfigError(
-                f"{self.bits:g} bits on average are fewer than the {least:g} of the narrowest format; allow more, or a narrower format"
+                f"{plural(self.bits, 'bit')} on average are fewer than the {least:g} of the narrowest format; allow more, or a narrower format"
             )
 
     @property

@@ -103,8 +103,9 @@ def count(value: float | None) -> str:
     return MISSING if value is None else f"{int(value):,}".replace(",", "\u202f")
 
 
-def plural(n: int, singular: str, many: str | None = None) -> str:
-    return f"{count(n)} {singular if n == 1 else many or singular + 's'}"
+def plural(n: float, singular: str, many: str | None = None) -> str:
+    """ "1 layer", "2 layers", "8.5 bits"."""
+    return f"{count(n) if n == n // 1 else number(n)} {singular if n == 1 else many or singular + 's'}"
 
 
 def listing(items: list[str], conjunction: str = "and") -> str:

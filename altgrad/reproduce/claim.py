@@ -38,6 +38,7 @@ class Protocol:
         quantities: (name of an arm -> its values) of one seed -> what criteria speak of.
         seeds: how many, from 0 on, unless asked otherwise.
         version: raised when `measure` changes what it does; trials of other versions are made anew.
+        before: what arms that got another name were called; records under the old names stay valid.
     """
 
     says: str
@@ -47,6 +48,16 @@ class Protocol:
     seeds: int = 5
     tuned_by: str = ""
     version: int = 1
+    before: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digested(self) -> Mapping[str, Facts]:
+        """The arms by the names that records are known by."""
+        return {self.before.get(arm, arm): facts for arm, facts in self.arms.items()}
+
+    def arm_of(self, recorded: str) -> str:
+        """What an arm of a record is called today."""
+        return next((arm for arm, once in self.before.items() if once == recorded), recorded)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,14 @@ class Claim:
     def protocol_digest(self, quick: bool) -> str:
         """Changes with what is done: trials of another digest do not count."""
         assert self.protocol is not None
-        facts = [self.name, self.protocol.arms, self.protocol.tuned_by, self.protocol.version, NUMERICS_VERSION, quick]
+        facts = [
+            self.name,
+            self.protocol.digested,
+            self.protocol.tuned_by,
+            self.protocol.version,
+            NUMERICS_VERSION,
+            quick,
+        ]
         return _digest(facts)
 
     @property

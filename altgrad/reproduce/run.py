@@ -24,7 +24,7 @@ from altgrad.records.files import write_bytes
 from altgrad.records.lock import RunLock
 from altgrad.records.machine import MOST_THREADS, circumstances
 from altgrad.records.schema import as_number
-from altgrad.reproduce.claim import MOST_SEEDS, TUNING_SEEDS, Claim, Facts
+from altgrad.reproduce.claim import MOST_SEEDS, TUNING_SEEDS, Claim, Facts, Protocol
 from altgrad.reproduce.rows import find_claim
 from altgrad.reproduce.verdict import Verdict, judge
 
@@ -262,7 +262,7 @@ def read_record(claim: Claim, folder: Path, *, quick: bool = False) -> Record:
         if content.get("protocol") != claim.protocol_digest(quick):
             return Record(claim, quick)
         try:
-            trials = [_trial(entry) for entry in content["trials"]]
+            trials = [_trial(entry, claim.protocol) for entry in content["trials"]]
             return Record(claim, quick, trials, str(content["criteria"]), dict(content["environment"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             problem = "its trials are not what a claim writes"
@@ -271,12 +271,13 @@ def read_record(claim: Claim, folder: Path, *, quick: bool = False) -> Record:
     return Record(claim, quick)
 
 
-def _trial(entry: Mapping[str, Any]) -> Trial:
+def _trial(entry: Mapping[str, Any], protocol: Protocol) -> Trial:
     values = {str(name): as_number(value) for name, value in entry["values"].items()}
     seconds, rate = as_number(entry["seconds"]), entry["rate"]
     if seconds is None or type(entry["seed"]) is not int or any(value is None for value in values.values()):
         raise ValueError("no number")
-    return Trial(str(entry["arm"]), entry["seed"], values, seconds, None if rate is None else float(rate))  # type: ignore[arg-type]
+    arm = protocol.arm_of(str(entry["arm"]))
+    return Trial(arm, entry["seed"], values, seconds, None if rate is None else float(rate))  # type: ignore[arg-type]
 
 
 def committed_records() -> Path | None:

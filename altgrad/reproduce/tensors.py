@@ -10,6 +10,7 @@ from torch import Tensor
 
 from altgrad.quantization import block_format, quantize
 from altgrad.quantization.hadamard import Hadamard
+from altgrad.report.numbers import plural
 from altgrad.reproduce.claim import Claim, Criterion, Facts, Protocol, Values
 from altgrad.reproduce.small_gpt import operands
 
@@ -41,7 +42,7 @@ def rounding_bias(facts: Facts, seed: int, quick: bool) -> Values:
 
 
 def _bias_by_bits(arms: Mapping[str, Values]) -> Values:
-    return {f"bias_{bits}": arms[f"{bits} bits"]["bias"] for bits in _BITS}
+    return {f"bias_{bits}": arms[plural(bits, "bit")]["bias"] for bits in _BITS}
 
 
 # -- E2M1 against E1M2 --------------------------------------------------------------------------------------------
@@ -204,8 +205,9 @@ TENSORS: tuple[Claim, ...] = (
         Protocol(
             "A million numbers drawn evenly from [1, 2), rounded stochastically to E4M3 with 1, 2, 4, 8 and 24 random bits.",
             rounding_bias,
-            {f"{bits} bits": {"bits": bits} for bits in _BITS},
+            {plural(bits, "bit"): {"bits": bits} for bits in _BITS},
             _bias_by_bits,
+            before={"1 bit": "1 bits"},
         ),
         secondary=True,
     ),

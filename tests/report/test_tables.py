@@ -34,6 +34,13 @@ def test_a_row_of_the_wrong_length_is_an_error_of_ours():
         table_html(Table([Column("a"), Column("b")], [["only one"]]))
 
 
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 bits"), (1, "1 bit"), (1.0, "1 bit"), (8.5, "8.5 bits"), (1200, "1\u202f200 bits")]
+)
+def test_one_is_singular(n, text):
+    assert numbers.plural(n, "bit") == text
+
+
 def test_filterable_tables_have_a_search_box():
     html = str(table_html(Table([Column("a")], [["x"]], filterable=True, sortable=False)))
     assert 'type="search"' in html

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from altgrad.report.charts.axes import Axis
 from altgrad.report.charts.svg import el, framing, stretched
-from altgrad.report.numbers import number
+from altgrad.report.numbers import number, plural
 from altgrad.report.theme import Style
 
 _SPLIT = re.compile(r"^E(\d)M(\d)$", re.IGNORECASE)
@@ -29,7 +29,7 @@ def bit_strip(format_name: str) -> Markup:
         inset = 0.5 if kind == "mantissa" else 0.0  # outlines are drawn half outside their rectangle
         x, size = i * 5 + gap + inset, 4 - 2 * inset
         cells.append(el("rect", class_=f"bit {kind}", x=x, y=inset, width=size, height=10 - 2 * inset))
-    words = f"1 sign bit, {exponent} exponent bits, {7 - exponent} mantissa bits"
+    words = f"1 sign bit, {plural(exponent, 'exponent bit')}, {plural(7 - exponent, 'mantissa bit')}"
     return el(
         "svg",
         el("title", words),

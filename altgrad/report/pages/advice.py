@@ -72,11 +72,11 @@ def headline(data: Data) -> str:
 def sentence(data: Data) -> str:
     """The budget, and what the recipe does to the gradient."""
     budget, bits = data["budget"], data["bits"]
-    limits = [f"at most {number(budget['bits'])} bits"] if budget["bits"] is not None else []
+    limits = [f"at most {plural(budget['bits'], 'bit')}"] if budget["bits"] is not None else []
     if budget["high_layers"] is not None:
         limits.append(f"at most {plural(budget['high_layers'], 'layer')} high")
     within = f" ({', '.join(limits)})" if limits else ""
-    text = f"{number(bits)} bits a value on average{within}."
+    text = f"{plural(bits, 'bit')} a value on average{within}."
     if data["gradient_snr_db"] is not None:
         text += f" The gradient keeps its direction with a signal to noise of {number(data['gradient_snr_db'], 3)} dB as predicted"
         if data["measured_snr_db"] is not None:

@@ -280,7 +280,7 @@ def _saves(data: Data) -> list[str]:
     saving.sort(key=lambda one: (one["cost_bits"] or 0.0, -(_value(one) or 0.0)))
     return [
         f"{one['says']} closes {share_text(one['closed'])}"
-        + (f" and adds {number(one['cost_bits'])} bits a value" if one["cost_bits"] else " and adds no storage")
+        + (f" and adds {plural(one['cost_bits'], 'bit')} a value" if one["cost_bits"] else " and adds no storage")
         for one in saving
     ]
 
