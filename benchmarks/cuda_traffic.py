@@ -200,6 +200,7 @@ ROWS: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("MXFP8", "MXFP8", {}),
     ("NVFP4", "NVFP4", {}),
     ("BF16", "BF16", {}),
+    ("FP16, amax", "FP16", {}),
     ("E4M3, sums of the FP8 unit", uniform("E4M3").with_(accumulator="fp8_unit"), {}),
 ]
 

@@ -112,13 +112,15 @@ def nearest(x: Tensor, scale: Tensor | float, facts: Facts) -> Tensor:
     return (_payload(x.float(), scale, facts) * _as_tensor(scale, x)).to(x.dtype)
 
 
-def payload(x: Tensor, scale: Tensor | float, facts: Facts, powers: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """x as an operand of a tensor core: (payload * 2^p in bf16, m) with scale = m * 2^p and p within `powers`."""
+def payload(
+    x: Tensor, scale: Tensor | float, facts: Facts, powers: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """x as an operand of a tensor core: (payload * 2^p in bf16 or float16, m), scale = m * 2^p and p within `powers`."""
     given = _as_tensor(scale, x)
     exponent = ((given.view(torch.int32) >> 23) & 0xFF).sub(127).clamp(*powers)
     up = ((exponent + 127) << 23).view(torch.float32)
     down = torch.where(exponent < 127, (127 - exponent) << 23, 0x400000).view(torch.float32)
-    return (_payload(x.float(), scale, facts) * up).bfloat16(), given * down
+    return (_payload(x.float(), scale, facts) * up).to(dtype), given * down
 
 
 def codes(x: Tensor, scale: Tensor | float, facts: Facts, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tensor cores multiply and leave: amax and scale, payloads in bf16, products and their ends, sums of FP8 units.
+"""What tensor cores multiply and leave: amax and scale, payloads in bf16 or float16, products and their ends, sums of FP8 units.
 
 The calls run kernels of `kernels.cuda` (operands, products, blocks) or torch's own; where torch traces they are one node each,
 or pointwise operations where those have the same bits (`pointwise`). A float64 tensor has no
@@ -19,6 +19,7 @@ from altgrad.quantization.cast import Cast
 from altgrad.quantization.checks import traced
 from altgrad.quantization.kernels.choose import interpreted, load
 from altgrad.quantization.memory import is_unusual, readable
+from altgrad.quantization.plan import Plan
 from altgrad.quantization.powers import factor_of
 from altgrad.quantization.quantized import Want
 
@@ -66,6 +67,11 @@ def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin:
     load("cuda", "operands").roll(window, pending, scale, fmt_max, margin, power_of_two)
 
 
+def _plan(cast: Cast, x: Tensor) -> Plan:
+    """The plan of an operand of x: whatever format x's own dtype holds, its operand is of another one."""
+    return cast.plan(torch.float32, x.device, Want.VALUES, "cuda")
+
+
 def payload(
     x: Tensor,
     cast: Cast,
@@ -73,18 +79,19 @@ def payload(
     powers: tuple[int, int],
     key: Tensor | None = None,
     amax: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor | None]:
-    """(payload * 2^p in bf16, factor) of x under a cast to a scalar format; `amax` is raised in place."""
+    """(payload * 2^p in bf16 or float16, factor) of x under a cast to a scalar format; `amax` is raised in place."""
     if not traced(x):
-        plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
-        found = load("cuda", "operands").payload(plan, _at_hand(x), scale, powers, key=key, amax=amax)
+        plan = _plan(cast, x)
+        found = load("cuda", "operands").payload(plan, _at_hand(x), scale, powers, key=key, amax=amax, dtype=dtype)
         return found.values, found.factor
     facts = _pointwise_facts(cast.spec) if amax is None and torch.compiler.is_compiling() else None
     if facts is not None:  # the compiler fuses it with what makes x
-        return pointwise.payload(x.detach(), scale, facts, powers)
+        return pointwise.payload(x.detach(), scale, facts, powers, dtype)
     if isinstance(scale, Tensor):
-        return torch.ops.altgrad.payload(x, scale, key, cast.spec, list(powers), amax)
-    values = torch.ops.altgrad.payload_by_number(x, scale, key, cast.spec, list(powers))
+        return torch.ops.altgrad.payload(x, scale, key, cast.spec, list(powers), amax, dtype)
+    values = torch.ops.altgrad.payload_by_number(x, scale, key, cast.spec, list(powers), dtype)
     return values, factor_of(scale, powers, x.device)
 
 
@@ -114,7 +121,7 @@ def block_payload(
         if fmt.tensor_scale:
             return torch.ops.altgrad.two_level_payload(x, key, cast.spec, list(powers))
         return torch.ops.altgrad.block_payload(x, key, cast.spec), None
-    plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
+    plan = _plan(cast, x)
     source = _at_hand(x).contiguous()
     if fmt.tensor_scale and upper is None:
         upper = tensor_scale(source, fmt)
@@ -124,7 +131,7 @@ def block_payload(
 def product(
     a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """((a @ b) * of_a) * of_b + bias of bf16 matrices, in `dtype`, in one pass; None where a library's product is better.
+    """((a @ b) * of_a) * of_b + bias of bf16 or float16 matrices, in `dtype`, in one pass; None where a library's product is better.
 
     That is so for stacks of matrices, for results too small for a GPU, and in compiled code, where the compiler fuses
     what follows a product. Factors are as in `finished`.
@@ -137,14 +144,28 @@ def product(
     return kernels.product(a, b, of_a, of_b, bias, dtype)
 
 
-def finished(sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two positive factors of the same product whose exponents differ by one at most; as `kernels.cuda.bits.balanced`."""
+    exponents = [f.view(torch.int32) >> 23 for f in (a, b)]
+    moved = ((exponents[1] - exponents[0]) >> 1).clamp(-126, 126)
+    up, down = (((127 + power) << 23).view(torch.float32) for power in (moved, -moved))
+    return a * up, b * down
+
+
+def finished(
+    sums: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, dtype: torch.dtype, any_factor: bool = False
+) -> Tensor:
     """(sums * a) * b + bias, rounded after each step, in `dtype`; may be written over the sums.
 
-    a, b: one factor each, or of one matrix one for each row (a) or column (b); or what broadcasts to a stack of them.
+    Args:
+        a, b: one factor each, or of one matrix one for each row (a) or column (b); or what broadcasts to a stack of them.
+        any_factor: factors are whole scales: one may be small where the other one is large, so that they are balanced.
     """
     stacked = sums.ndim > 2 and any(factor is not None and factor.numel() > 1 for factor in (a, b))
     if not stacked and not traced(sums) and serve(sums):
         return load("cuda", "operands").finished(sums, a, b, bias, dtype)
+    if any_factor and a is not None and b is not None:
+        a, b = balanced(a, b)
     for factor in (a, b):  # the compiler fuses these with what follows
         sums = sums if factor is None else sums * factor
     return (sums if bias is None else sums + bias).to(dtype)
@@ -164,7 +185,7 @@ def codes(
     """
     dtype = FP8[cast.grid.name]
     if not traced(x):
-        plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
+        plan = _plan(cast, x)
         return load("cuda", "operands").codes(plan, _at_hand(x), scale, key=key, amax=amax).view(dtype)
     facts = _pointwise_facts(cast.spec) if amax is None and torch.compiler.is_compiling() else None
     if facts is not None and not cast.grid.has_inf:  # a GPU's conversion saturates an inf, and keeps a NaN
@@ -252,32 +273,33 @@ def _(x, fmt_max, power_of_two, axis):
 @torch.library.custom_op(
     "altgrad::payload",
     mutates_args=("amax",),
-    schema="(Tensor x, Tensor scale, Tensor? key, str spec, int[] powers, Tensor(a!)? amax) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor scale, Tensor? key, str spec, int[] powers, Tensor(a!)? amax, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
 )
-def _payload(x, scale, key, spec, powers, amax):
-    plan = Cast.parse(spec).plan(x.dtype, x.device, Want.VALUES, "cuda")
-    found = load("cuda", "operands").payload(plan, x, scale, tuple(powers), key=key, amax=amax)
+def _payload(x, scale, key, spec, powers, amax, dtype):
+    plan = _plan(Cast.parse(spec), x)
+    found = load("cuda", "operands").payload(plan, x, scale, tuple(powers), key=key, amax=amax, dtype=dtype)
     return found.values, found.factor
 
 
 @_payload.register_fake
-def _(x, scale, key, spec, powers, amax):
-    return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty(scale.shape, dtype=torch.float32)
+def _(x, scale, key, spec, powers, amax, dtype):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "altgrad::payload_by_number",
     mutates_args=(),
-    schema="(Tensor x, float scale, Tensor? key, str spec, int[] powers) -> Tensor",
+    schema="(Tensor x, float scale, Tensor? key, str spec, int[] powers, ScalarType dtype) -> Tensor",
 )
-def _payload_by_number(x, scale, key, spec, powers):
-    plan = Cast.parse(spec).plan(x.dtype, x.device, Want.VALUES, "cuda")
-    return load("cuda", "operands").payload(plan, x, scale, tuple(powers), key=key).values
+def _payload_by_number(x, scale, key, spec, powers, dtype):
+    plan = _plan(Cast.parse(spec), x)
+    return load("cuda", "operands").payload(plan, x, scale, tuple(powers), key=key, dtype=dtype).values
 
 
 @_payload_by_number.register_fake
-def _(x, scale, key, spec, powers):
-    return x.new_empty(x.shape, dtype=torch.bfloat16)
+def _(x, scale, key, spec, powers, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.custom_op(
@@ -312,7 +334,7 @@ def _(x, key, spec, powers):
     schema="(Tensor x, Tensor scale, Tensor? key, str spec, Tensor(a!)? amax) -> Tensor",
 )
 def _codes(x, scale, key, spec, amax):
-    plan = Cast.parse(spec).plan(x.dtype, x.device, Want.VALUES, "cuda")
+    plan = _plan(Cast.parse(spec), x)
     return load("cuda", "operands").codes(plan, x, scale, key=key, amax=amax)
 
 

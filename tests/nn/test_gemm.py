@@ -147,7 +147,11 @@ def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_l
         ("BF16", "E4M3", Route.BF16),
         ("NVFP4", "MXFP8", Route.BF16),
         ("E4M3/16:FP32", "E4M3", Route.FLOAT32),  # float scales of blocks
-        ("E4M3", "FP16", Route.FLOAT32),  # 11 significant bits
+        ("FP16", "FP16", Route.FP16),
+        ("E4M9", "FP16", Route.FP16),  # shorter, and not as wide
+        ("E4M3", "FP16", Route.FLOAT32),  # bf16 numbers and float16 ones
+        ("E6M9", "E6M9", Route.FLOAT32),  # wider than float16
+        ("TF32", "FP16", Route.FLOAT32),
         ("E4M3", "FP32", Route.FLOAT32),
     ],
 )

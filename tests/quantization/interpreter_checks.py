@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 from unittest import mock
 
 if __name__ == "__main__":
@@ -461,18 +462,6 @@ def check_kernels() -> list[str]:
     ]
 
 
-def check_graphs() -> list[str]:
-    from tests.quantization import captured_steps
-
-    return captured_steps.check_graphs()
-
-
-def check_generated() -> list[str]:
-    from tests.quantization import generated_code
-
-    return generated_code.check_generated(scalar_samples())
-
-
 PARTS = {
     "kernels": [check_kernels],
     "layers": [
@@ -486,8 +475,9 @@ PARTS = {
         check_compiled_keys,
         check_fp8_unit,
     ],
-    "graphs": [check_graphs],
-    "generated": [check_generated],
+    "graphs": [lambda: import_module("tests.quantization.captured_steps").check_graphs()],
+    "generated": [lambda: import_module("tests.quantization.generated_code").check_generated(scalar_samples())],
+    "half": [lambda: import_module("tests.quantization.half_precision").check_half()],
 }
 
 

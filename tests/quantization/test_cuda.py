@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ["kernels", "layers", "graphs", "generated"])
+@pytest.mark.parametrize("part", ["kernels", "layers", "half", "graphs", "generated"])
 def test_kernels_have_the_cpus_bits_in_the_interpreter(part):
     command = [sys.executable, "-m", "tests.quantization.interpreter_checks", part]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
@@ -178,6 +178,9 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
     assert "ld.global.v4.b32" in code.asm["ptx"]
     assert "st.global.v4.b32" in code.asm["ptx"]
     assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 28, "25 of the cast, 3 of the amax"
+    half = {**pointers, "out": "*fp16", "number": "fp32"}
+    code = compiled(operands._payload, half, {**facts, "low": 1, "high": 1, "random_bits": 1})
+    assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 28
     as_codes = {**pointers, "out": "*u8", "number": "fp32"}
     code = compiled(operands._payload, as_codes, {**facts, "CODES": True, "low": 1, "high": 1, "random_bits": 1})
     assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 36, (
@@ -214,6 +217,11 @@ def test_a_product_with_its_epilogue_runs_on_tensor_cores_and_overlaps_its_loads
     assert ".local" not in code, "registers spill"
     ones = ("rows", "columns", "depth", "a_row", "a_depth", "b_depth", "b_column", "a_step", "b_step")
     assert compiled(products._product, pointers, {**facts, **dict.fromkeys(ones, 1)}).asm["cubin"]
+    half = {**pointers, "a": "*fp16", "b": "*fp16"}
+    code = compiled(products._product, half, {**facts, **strides}).asm["ptx"]
+    assert ".f32.f16.f16" in code, "float16 operands are summed in float32"
+    assert "wgmma.mma_async" in code
+    assert ".local" not in code
 
 
 def test_kernels_of_channels_compile_with_every_integer_at_one():
@@ -257,7 +265,7 @@ def test_kernels_compile_with_every_integer_at_one():
 
 
 def test_the_page_has_rows_of_this_table():
-    assert len({name for name, *_ in ROWS_OF_LAYERS} & set(TRAFFIC)) == 8
+    assert len({name for name, *_ in ROWS_OF_LAYERS} & set(TRAFFIC)) == 9
 
 
 @pytest.mark.parametrize(("name", "fmt", "recipe"), ROWS_OF_LAYERS, ids=lambda value: str(value))

@@ -4,7 +4,8 @@ Write scale = m * 2^p with 1 <= m < 2. An operand whose payload has at most 8 si
 payload * 2^p, is a bf16 number as long as its values are zero or normal in bf16, so a unit that multiplies in bf16 and
 accumulates in float32 gives the float32 result up to summation order. The product is then multiplied by the two m's,
 which must therefore be constant along the dimension that the GEMM reduces. Raw payloads are never multiplied: those of
-E7M0 reach 2^64. All else takes the float32 GEMM on dequantized operands.
+E7M0 reach 2^64. On a GPU operands of 9 to 11 significant bits are float16 numbers in the same way where both have a range
+that fits. All else takes the float32 GEMM on dequantized operands.
 
 On the CPU codes themselves are multiplied (`altgrad.quantization.products`): as bytes where payloads are small integers,
 else as bf16, where the processor has the instruction; as int16 and as float32 where it has but vectors of 32 bytes. CPUs
@@ -42,6 +43,7 @@ class Route(Enum):
 
     FLOAT32 = "float32"
     BF16 = "bf16"
+    FP16 = "fp16"  # on a GPU alone
     BF16_CODES = "bf16 codes"
     INT8_CODES = "int8 codes"
     FLOAT32_CODES = "float32 codes"
@@ -51,16 +53,17 @@ class Route(Enum):
     def __init__(self, says: str) -> None:
         unit, _, what = says.partition(" ")
         self.unit = Unit(unit) if what else None  # of codes on a CPU; else None
-        self.on_cores = says in ("bf16", "fp8")  # of a GPU
+        self.on_cores = says in ("bf16", "fp16", "fp8")  # of a GPU
 
 
 class Needs(NamedTuple):
-    """What a GEMM's operands allow: the narrowest route of values, the fastest unit for codes (None: none), and whether
-    a GPU's tensor cores multiply them (`tensor_cores.take`), or its FP8 unit (`LayerRecipe.by_unit`)."""
+    """What a GEMM's operands allow: the narrowest route of values, the fastest unit for codes (None: none), as what a
+    GPU's tensor cores multiply both (`tensor_cores.taken_as`; None: not), and whether its FP8 unit does
+    (`LayerRecipe.by_unit`)."""
 
     values: Route
     unit: Unit | None = None
-    cores: bool = False
+    cores: Route | None = None
     fp8: bool = False
 
 
@@ -155,7 +158,7 @@ def choose_route(
     if device_type == "cuda" or interpreted():
         if needed.fp8:
             return Route.FP8
-        return Route.BF16 if needed.cores and accumulate_in_float32() else Route.FLOAT32
+        return needed.cores if needed.cores is not None and accumulate_in_float32() else Route.FLOAT32
     if device_type != "cpu":
         return Route.FLOAT32
     processor = processor or PROCESSOR
@@ -284,7 +287,7 @@ def mm(a: Tensor, b: Tensor, route: Route = Route.FLOAT32, dtype: torch.dtype = 
 
     dtype: bfloat16, of bf16 operands, rounds the sums once; else they are left as they are.
 
-    On `BF16` the operands must hold values that bf16 holds exactly (`pull_apart`). The precision that
+    On `BF16` the operands must hold values that bf16 holds exactly (`pull_apart`), on `FP16` those of float16. The precision that
     torch is set to, and autocast, have no say, in eager as in compiled code.
     """
     if torch.compiler.is_compiling():
@@ -302,7 +305,9 @@ def _mm(a: Tensor, b: Tensor, route: Route, dtype: torch.dtype = torch.float32) 
         return _on_tensor_cores(a.bfloat16(), b.bfloat16(), dtype)
     if dtype == torch.bfloat16:
         return _mm(a, b, route).bfloat16()
-    if a.dtype == torch.bfloat16:  # operands of tensor cores, without any
+    if route is Route.FP16 and kind == "cuda":
+        return _on_tensor_cores(a.half(), b.half(), torch.float32)
+    if route is Route.FP16 or a.dtype == torch.bfloat16:  # operands of tensor cores, without any
         a, b, route = a.float(), b.float(), Route.FLOAT32
     if route is Route.FLOAT32 and kind == "cpu" and _CPU_MATMUL.fp32_precision in ("none", "ieee"):
         return torch.matmul(a, b)
@@ -311,7 +316,10 @@ def _mm(a: Tensor, b: Tensor, route: Route, dtype: torch.dtype = torch.float32) 
 
 
 def _on_tensor_cores(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Products of bf16 matrices, or of stacks of them whose batch axes broadcast, summed in float32."""
+    """Products of bf16 or float16 matrices, or of stacks of them whose batch axes broadcast, summed in float32.
+
+    dtype: of the result; bf16 is for bf16 matrices.
+    """
     if dtype == torch.bfloat16:
         with _summed_in_float32():
             return torch.matmul(a, b)

@@ -22,7 +22,7 @@ from altgrad.nn.layer.uses import shift_of
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, StaticScaling, StorageScaling, is_block
 from altgrad.nn.recipe.spec import OperandSpec
 from altgrad.nn.session import Numbered, Session, as_key_tensor
-from altgrad.quantization import Quantized, QuantizedTensor, Want, amax
+from altgrad.quantization import NoScaling, Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.block_stats import measure_blocks
 from altgrad.quantization.checks import traced
 from altgrad.quantization.codec import scale_values
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from altgrad.nn.storage import GridStorage
 
 _VALUES_CODES = Want.VALUES | Want.CODES
-_PAYLOADS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_PAYLOADS = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 UNSEEN = -1.0  # a pending amax of a step in which the operand was not used, or a place in a history for one
 
 Saved = tuple[Tensor, ...]  # what one operand keeps for the backward: codes, or values where codes would not be smaller
@@ -64,6 +64,7 @@ class Operand(Numbered):
         self.axis = axis
         self.block_axis = -1 if self.block and self.fmt.is_tile else block_axis  # tiles lie on the last two axes
         self.saves_codes = self.fmt is not None and (self.block or self.fmt.bits <= 8)
+        self.cores: Any = None  # the `gemm.Route` on which a GPU's tensor cores multiply it in some product
         self.storage: GridStorage | None = None  # whose scale a stored weight has
         self.window: Tensor | None = None
         self.pending: Tensor | None = None
@@ -389,11 +390,12 @@ class Operand(Numbered):
 
     def _found(self, x: Tensor, scale: Tensor | float, key: Any, observed: bool, want: Want) -> Quantized:
         assert self.cast is not None
-        if not observed:
-            return self.cast(carrier(x), scale, key=key, want=want)
-        want |= Want.STATS | (Want.VALUES | Want.CODES if self.block else Want.STATS)
+        if (pending := self.collected(x)) is not None:
+            pending.copy_(torch.maximum(pending, amax(x)))
+        if observed:
+            want |= Want.STATS | (Want.VALUES | Want.CODES if self.block else Want.STATS)
         found = self.cast(carrier(x), scale, key=key, want=want)
-        if self.block and found.stats is not None and not traced(x):
+        if observed and self.block and found.stats is not None and not traced(x):
             assert found.values is not None
             assert found.scales is not None
             scales = scale_values(found.scales, self.fmt, found.tensor_scale)
@@ -430,9 +432,9 @@ class Operand(Numbered):
         return Codes(codes, self.fmt, float(scale)), None
 
     def needs_float32(self, saved: Saved) -> bool:
-        """Whether no unit multiplies what was saved: something in it has no code, or its blocks' scales are extreme."""
+        """Whether no unit multiplies what was saved: it has parts without a code, is no payload, or has extreme scales."""
         if not self.saves_codes:
-            return False
+            return not (is_payload(saved) or isinstance(self.spec.scaling, NoScaling))
         if saved[0].is_floating_point():
             return not is_payload(saved)
         if not (self.block and self.fmt.power_of_two and self.fmt.element.bits <= 8 and waits(saved[0])):
@@ -441,11 +443,9 @@ class Operand(Numbered):
 
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""
-        if is_payload(saved):
+        if saved[0].is_floating_point():  # a payload, with its factor unless that is 1, or the values
             values = saved[0].to(dtype)
             return values * saved[1] if len(saved) > 1 else values
-        if saved[0].is_floating_point():
-            return saved[0].to(dtype)
         assert self.cast is not None
         if not self.block:
             codes, *poison = saved
@@ -469,7 +469,7 @@ class Operand(Numbered):
 
 
 def is_payload(saved: Saved) -> bool:
-    """Whether an operand was kept as tensor cores take it, with its factor unless that is 1: payload * 2^p in bf16, or float8."""
+    """Whether an operand was kept as tensor cores take it, with its factor unless that is 1: payload * 2^p or float8."""
     return bool(saved) and saved[0].dtype in _PAYLOADS
 
 

@@ -94,6 +94,9 @@ def quantized(
         return Cast(operand, None, operand.save(x, scale, key, observed), scale, dtype)
     if route is Route.FLOAT32 and not keep and not operand.block:
         return Cast(operand, operand.quantize(x, scale, key, observed), (), scale, dtype)
+    kept = tensor_cores.kept(operand, x, scale, key) if keep else None
+    if kept is not None:
+        return Cast(operand, operand.quantize(x, scale, key, observed), kept, scale, dtype)
     values, saved = operand.quantize_and_save(x, scale, key, observed)
     return Cast(operand, values, saved, scale, dtype)
 
@@ -132,13 +135,15 @@ def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None, dtype:
     """
     if route is Route.FP8:
         return tensor_products.fp8_product(a.values, b.values, a.factor, b.factor, bias, dtype or torch.float32)
-    if a.values.dtype == torch.bfloat16:
+    if a.values.dtype in (torch.bfloat16, torch.float16):
         factors, wanted = (a.factor, b.factor), dtype or torch.float32
         plain = bias is None and factors == (None, None)
         if plain and wanted in (torch.float32, torch.bfloat16):
             return mm(a.values, b.values, route, wanted)
         found = tensor_products.product(a.values, b.values, *factors, bias, wanted)
-        return finished(mm(a.values, b.values, route), *factors, bias, wanted) if found is None else found
+        if found is not None:
+            return found
+        return finished(mm(a.values, b.values, route), *factors, bias, wanted, a.values.dtype == torch.float16)
     factors = [factor for factor in (a.factor, b.factor) if factor is not None]
     if route.unit is not None:
         assert a.codes is not None

@@ -100,7 +100,7 @@ class LayerState:
         self.norm = Operand(recipe.norm_weight, self.session, self.name, "weight", "norm")  # a key of its own in states
         draws = recipe.mixes_at_random or any(operand.stochastic for operand in self.distinct())
         self.uses = Uses(self.session) if draws else None
-        self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
+        self._find_needs()
         self.shares_amax = any(operand.shares_amax for operand in self.distinct())
         self.whole_blocks = any(operand.spec.whole_blocks for operand in self.operands.values())
         self.plans = Plans()
@@ -130,7 +130,7 @@ class LayerState:
         self.storage = storage
         for (_, role), operand in self.operands.items():
             operand.storage = storage if role == "weight" else None
-        self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
+        self._find_needs()
         self.plans = Plans()
 
     def storage_of(self, weight: Tensor | None) -> GridStorage | None:
@@ -154,19 +154,25 @@ class LayerState:
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
+    def _find_needs(self) -> None:
+        self._needed = {gemm: self._needs(gemm) for gemm in GEMMS}
+        for operand in self.distinct():
+            routes = [self._needed[gemm].cores for (gemm, _), one in self.operands.items() if one is operand]
+            operand.cores = next(filter(None, routes), None)
+
     def _needs(self, gemm: str) -> Needs:
         """What the operands of a GEMM allow: those scaled along the reduction must stay float32."""
         left, right = (self._coded_format(gemm, role) for role in GEMMS[gemm])
         unit = None if left is None or right is None else common_unit(left, right)
         values = needed_route(*(self._pulled_format(gemm, role) for role in GEMMS[gemm]))
-        cores = all(self._taken_by_tensor_cores(gemm, role) for role in GEMMS[gemm])
-        return Needs(values, unit, cores, self.recipe.by_unit)
+        taken = {self._taken_by_tensor_cores(gemm, role) for role in GEMMS[gemm]}
+        return Needs(values, unit, taken.pop() if len(taken) == 1 else None, self.recipe.by_unit)
 
-    def _taken_by_tensor_cores(self, gemm: str, role: str) -> bool:
+    def _taken_by_tensor_cores(self, gemm: str, role: str) -> Route | None:
         operand, reduced = self.operands[(gemm, role)], self.reduced[(gemm, role)]
         along = self._storage_axis() if operand.follows_storage else operand.kept_axes
         kept = reduced >= 0 and len(along) < 2 and reduced not in along and reduced - 2 not in along  # of a matrix
-        return tensor_cores.take(operand, bool(along) and not kept)
+        return tensor_cores.taken_as(operand, bool(along) and not kept)
 
     def _coded_format(self, gemm: str, role: str):
         """The format of an operand whose codes can be multiplied; None where its scale varies along the reduction."""

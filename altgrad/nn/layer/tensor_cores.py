@@ -1,7 +1,7 @@
 """Operands and products of quantized layers on tensor cores: what a GPU multiplies, and how little it moves for that.
 
-An operand goes from the tensor to payload * 2^p in bf16 in one pass (a second, before it, finds a current scale), and is
-kept like that for the backward. Sums are float32; what was pulled out of the scales, the bias and the output's dtype
+An operand goes from the tensor to payload * 2^p in bf16, or in float16 where its format has 9 to 11 significant bits, in
+one pass (a second, before it, finds a current scale), and is kept like that for the backward. Sums are float32; what was pulled out of the scales, the bias and the output's dtype
 follow in one more pass. Nothing waits for the device. NaN and inf travel inside the operand.
 """
 
@@ -23,6 +23,7 @@ from altgrad.quantization.products.units import NORMAL_EMIN, SIGNIFICANT_BITS
 
 SMALLEST, LARGEST = -133, 127  # exponents of bf16, subnormals included
 ALL_POWERS = (-126, LARGEST)
+HALF_BITS, HALF_SMALLEST, HALF_LARGEST = 11, -24, 15  # of float16: significant bits, exponents, subnormals included
 
 
 def powers_of(operand: Operand) -> tuple[int, int] | None:
@@ -35,6 +36,17 @@ def powers_of(operand: Operand) -> tuple[int, int] | None:
         return ALL_POWERS if has_power_of_two(operand) else (low, min(high, LARGEST))
     held = math.frexp(fmt.min_subnormal)[1] - 1 >= SMALLEST and fmt.emax <= LARGEST
     return (0, 0) if held and isinstance(operand.spec.scaling, NoScaling) else None
+
+
+def powers_of_half(fmt: object) -> tuple[int, int] | None:
+    """Lowest and highest p for which a format's values times 2^p are float16 numbers; None where none are, or bf16 holds them.
+
+    (0, 0) for FP16 itself, whose subnormals and largest value are float16's.
+    """
+    if not isinstance(fmt, FloatFormat) or not SIGNIFICANT_BITS < fmt.significant_bits <= HALF_BITS or not fmt.has_zero:
+        return None
+    low, high = HALF_SMALLEST - (fmt.emin - fmt.mantissa_bits), HALF_LARGEST - fmt.emax
+    return (low, high) if low <= high else None
 
 
 def powers_of_blocks(fmt: BlockFormat) -> tuple[int, int] | None:
@@ -56,20 +68,37 @@ def has_power_of_two(operand: Operand) -> bool:
     return isinstance(policy, CurrentScaling | DelayedScaling) and policy.power_of_two
 
 
-def take(operand: Operand, along_sums: bool) -> bool:
-    """Whether tensor cores multiply an operand of bf16 numbers: of one scale, or one for each row or column that the
-    product keeps (not `along_sums`), or of blocks whose scales are powers of two or short.
+def taken_as(operand: Operand, along_sums: bool) -> Route | None:
+    """As what tensor cores multiply an operand, bf16 or float16 numbers; None where they do not.
 
-    Where scales are powers of two, values below 2^-126 are rounded to bf16's subnormals.
+    They take one scale, or one for each row or column that the product keeps (not `along_sums`); as bf16 also blocks whose
+    scales are powers of two or short. Where scales are powers of two, values below 2^-126 are rounded to bf16's subnormals.
     """
     if operand.fmt is None:
-        return False
+        return None
     if operand.block:
         fmt = operand.fmt
         if not fmt.power_of_two:
-            return powers_of_blocks(fmt) is not None
-        return fmt.element.significant_bits <= SIGNIFICANT_BITS and fmt.element.emin >= -126
-    return not along_sums and powers_of(operand) is not None
+            return None if powers_of_blocks(fmt) is None else Route.BF16
+        held = fmt.element.significant_bits <= SIGNIFICANT_BITS and fmt.element.emin >= -126
+        return Route.BF16 if held else None
+    if along_sums:
+        return None
+    if powers_of(operand) is not None:
+        return Route.BF16
+    return None if powers_of_half(operand.fmt) is None else Route.FP16
+
+
+def kept(operand: Operand, x: Tensor, scale: Tensor | float, key: Tensor | None) -> Saved | None:
+    """What a gradient on tensor cores keeps of x where the forward, beside an operand that those do not take, has float32.
+
+    None where codes are kept, or where no tensor core multiplies it.
+    """
+    if operand.saves_codes or operand.cores is None or x.dtype == torch.float64 or not kernels.serve(x):
+        return None
+    if not isinstance(scale, float | int) and scale.numel() > 1 and x.ndim != 2:
+        return None
+    return quantized(operand, x, scale, key, False, operand.cores)[0]
 
 
 def quantized(
@@ -99,10 +128,13 @@ def quantized(
                 factor = None if scale == 1 else torch.full((), factor, dtype=torch.float32, device=x.device)
             found = (values,) if factor is None else (values, factor)
         else:
-            powers = powers_of(operand)
+            half = route is Route.FP16
+            powers = powers_of_half(operand.fmt) if half else powers_of(operand)
             assert powers is not None
-            values, factor = kernels.payload(x, operand.cast, scale, powers, key, operand.collected(x))
-            found = (values,) if factor is None or has_power_of_two(operand) else (values, factor)
+            dtype = torch.float16 if half else torch.bfloat16
+            values, factor = kernels.payload(x, operand.cast, scale, powers, key, operand.collected(x), dtype)
+            known = factor is None or (has_power_of_two(operand) and not half)
+            found = (values,) if known else (values, factor)
     if observed:
         operand.publish(operand.cast(x.float(), scale, key=key, want=Want.STATS).stats, scale)
     return found, scale

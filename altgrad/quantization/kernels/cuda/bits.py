@@ -197,6 +197,18 @@ def pulled_apart(scale, low, high):
 
 
 @triton.jit
+def balanced(a, b):
+    """Two positive factors of the same product, exactly, whose exponents differ by one at most.
+
+    Sums multiplied by one after the other then overflow, or leave the normal numbers, only where the result does.
+    """
+    moved = ((b.to(tl.int32, bitcast=True) >> 23) - (a.to(tl.int32, bitcast=True) >> 23)) >> 1
+    moved = tl.minimum(tl.maximum(moved, -126), 126)
+    up = ((127 + moved) << 23).to(tl.float32, bitcast=True)
+    return a * up, b * ((127 - moved) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def finite_bits(v):
     """Magnitude bits (uint32) of float32 numbers, 0 for inf and NaN: compared as integers, their maximum is in any order."""
     bits = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF

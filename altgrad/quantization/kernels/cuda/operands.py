@@ -1,9 +1,9 @@
-"""Operands and results of tensor cores in Triton: a tensor's scale, its payload in bf16, and the sums of a product.
+"""Operands and results of tensor cores in Triton: a tensor's scale, its payload in 16 bits, and the sums of a product.
 
     largest       one pass and one small program: the amax of a tensor, or the scale that follows from it
     largest_of_channels   the same of each row of a matrix (one pass), or of each column (and one small program)
     roll          one small program: a step's amax into the history of a delayed scale, and the next scale, all in place
-    payload       one pass: x rounded to the grid, as payload * 2^p in bf16; nothing in float32 is written or read again
+    payload       one pass: x rounded to the grid, as payload * 2^p in bf16 or float16; nothing in float32 is written or read again
     finished      one pass over a product's float32 sums: times both operands' factors, plus the bias, in the output's dtype
 
 Nothing here waits for the device. Magnitudes are compared as unsigned integers, so a maximum does not depend on the order
@@ -22,6 +22,7 @@ from torch import Tensor
 from altgrad.formats.rounding import Overflow
 from altgrad.quantization.kernels.cuda.bits import (
     STOCHASTIC,
+    balanced,
     code_of,
     divisor_of,
     finite_bits,
@@ -294,7 +295,7 @@ def _payload(
 class Payload(NamedTuple):
     """An operand of a tensor core: x is about values * factor.
 
-    values: payload * 2^p, bf16, of x's shape; a NaN or inf stands where it stood. factor: the m of the scale m * 2^p,
+    values: payload * 2^p, bf16 or float16, of x's shape; a NaN or inf stands where it stood. factor: the m of the scale m * 2^p,
     float32 of its shape; None where it is 1. scale: as given, or as found.
     """
 
@@ -311,16 +312,17 @@ def payload(
     *,
     key: Tensor | None = None,
     amax: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Payload:
     """x rounded as the plan says, as an operand of a tensor core.
 
     Args:
         scale: a number, or a float32 tensor of one element or, of a matrix, of one for each row or column.
-        powers: lowest and highest p for which the format's values times 2^p are bf16 numbers.
+        powers: lowest and highest p for which the format's values times 2^p are numbers of `dtype`, bf16 or float16.
         amax: 0-d float32 that is raised to x's largest finite magnitude, in place.
     """
     source = x.contiguous()
-    out = torch.empty_like(source, dtype=torch.bfloat16)
+    out = torch.empty_like(source, dtype=dtype)
     if not isinstance(scale, Tensor):
         factor = factor_of(scale, powers, x.device)
     else:
@@ -352,7 +354,7 @@ def _rounded(
     key: Tensor | None,
     amax: Tensor | None,
 ) -> None:
-    """Launch `_payload`: payloads and their factor into bf16, or codes into uint8."""
+    """Launch `_payload`: payloads and their factor into bf16 or float16, or codes into uint8."""
     fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
     size, on_host, as_codes = source.numel(), not isinstance(scale, Tensor), out.dtype == torch.uint8
     inner = channels = 1
@@ -403,14 +405,20 @@ def _finished(
     HAS_BIAS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """A piece of a row: (sums * a) * b + bias, each step rounded; a_step, b_step: 0 for one factor, 1 for one a row or column."""
+    """A piece of a row: (sums * a) * b + bias, each step rounded; a_step, b_step: 0 for one factor, 1 for one a row or column.
+
+    HAS_A, HAS_B: whether there is that factor; of two no order of them matters to what overflows (`bits.balanced`).
+    """
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     valid = column < columns
     place = row * tl.cast(columns, tl.int64) + column
     v = tl.load(sums + place, mask=valid, other=0.0)
-    if HAS_A:
+    if HAS_A and HAS_B:
+        first, second = balanced(tl.load(of_a + row * a_step), tl.load(of_b + column * b_step, mask=valid, other=1.0))
+        v = (v * first) * second
+    elif HAS_A:
         v = v * tl.load(of_a + row * a_step)
-    if HAS_B:
+    elif HAS_B:
         v = v * tl.load(of_b + column * b_step, mask=valid, other=1.0)
     if HAS_BIAS:
         v = v + widen(tl.load(bias + column, mask=valid, other=0.0))

@@ -1,4 +1,4 @@
-"""A product of bf16 matrices in Triton that ends in the dtype it is wanted in: (sums * a) * b + bias in one pass.
+"""A product of bf16 or float16 matrices in Triton that ends in the dtype it is wanted in: (sums * a) * b + bias in one pass.
 
 Sums are float32 and are never written: what was pulled out of the scales, one factor for a matrix or one for each of its
 rows or columns, multiplies them where they were added up. Results are those of a library's product into float32 and
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from altgrad.quantization.kernels.cuda.bits import INTERPRETED, narrow, widen
+from altgrad.quantization.kernels.cuda.bits import INTERPRETED, balanced, narrow, widen
 from altgrad.quantization.kernels.cuda.launch import on_device
 from altgrad.quantization.kernels.cuda.operands import epilogue
 
@@ -81,9 +81,13 @@ def _product(
             sums = tl.dot(widen(left), widen(right), sums, input_precision="ieee")
         else:
             sums = tl.dot(left, right, sums)
-    if HAS_A:
+    if HAS_A and HAS_B:
+        of_row = tl.load(of_a + row * a_step, mask=in_rows, other=1.0)[:, None]
+        first, second = balanced(of_row, tl.load(of_b + column * b_step, mask=in_columns, other=1.0)[None, :])
+        sums = (sums * first) * second
+    elif HAS_A:
         sums = sums * tl.load(of_a + row * a_step, mask=in_rows, other=1.0)[:, None]
-    if HAS_B:
+    elif HAS_B:
         sums = sums * tl.load(of_b + column * b_step, mask=in_columns, other=1.0)[None, :]
     if HAS_BIAS:
         sums = sums + widen(tl.load(bias + column, mask=in_columns, other=0.0))[None, :]
@@ -94,7 +98,7 @@ def _product(
 def product(
     a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """((a @ b) * of_a) * of_b + bias for bf16 matrices, in `dtype`.
+    """((a @ b) * of_a) * of_b + bias for bf16 or float16 matrices, in `dtype`.
 
     Args:
         a, b: [rows, depth] and [depth, columns], with any strides.
