@@ -114,12 +114,12 @@ def counted():
     def run(kernel, *args, grid=None, **options):
         traffic.add(kernel.fn.__name__, [t for t in (*args, *options.values()) if isinstance(t, Tensor)])
 
-    from altgrad.quantization.kernels.cuda import blocks, clock, operands, products, scalar
+    from altgrad.quantization.kernels.cuda import blocks, clock, codes, operands, products, scalar
 
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(taken_for_plain())
-        for module in (scalar, blocks, operands, products, clock):
+        for module in (scalar, blocks, codes, operands, products, clock):
             enter(mock.patch.object(module, "on_device", side_effect=lambda x: nullcontext()))
         enter(mock.patch.object(JITFunction, "run", run))
         enter(mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))

@@ -177,22 +177,33 @@ _FP8_ALIGNED = 16  # what the library wants sizes to be multiples of
 
 
 def codes(
-    x: Tensor, cast: Cast, scale: Tensor | float, key: Tensor | None = None, amax: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    cast: Cast,
+    scale: Tensor | float,
+    key: Tensor | None = None,
+    amax: Tensor | None = None,
+    inner: tuple[int, ...] = (-1,),
+) -> list[Tensor]:
     """x rounded as the cast says, as an FP8 unit takes it: float8 of x's shape, without the scale; `amax` as in `payload`.
+
+    inner: the axes whose elements are to be neighbours in memory, each of one result (0: columns of a matrix lie one after
+    another). Where the compiler fuses this with what makes x there is one result, in x's layout: the compiler would not keep
+    another until the backward.
 
     A NaN stays one; an inf becomes one where the format has no inf.
     """
     dtype = FP8[cast.grid.name]
     if not traced(x):
         plan = _plan(cast, x)
-        return load("cuda", "operands").codes(plan, _at_hand(x), scale, key=key, amax=amax).view(dtype)
+        found = load("cuda", "codes").codes(plan, _at_hand(x), scale, inner=inner, key=key, amax=amax)
+        return [one.view(dtype) for one in found]
     facts = _pointwise_facts(cast.spec) if amax is None and torch.compiler.is_compiling() else None
     if facts is not None and not cast.grid.has_inf:  # a GPU's conversion saturates an inf, and keeps a NaN
-        return pointwise.codes(x.detach(), scale, facts, dtype)
+        return [pointwise.codes(x.detach(), scale, facts, dtype)]
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=x.device)
-    return torch.ops.altgrad.codes(x, scale, key, cast.spec, amax).view(dtype)
+    made = torch.ops.altgrad.codes(x, scale, key, cast.spec, amax, inner)
+    return [one.t().view(dtype) if axis == 0 else one.view(dtype) for axis, one in zip(inner, made)]
 
 
 def fp8_product(
@@ -331,13 +342,18 @@ def _(x, key, spec, powers):
 @torch.library.custom_op(
     "altgrad::codes",
     mutates_args=("amax",),
-    schema="(Tensor x, Tensor scale, Tensor? key, str spec, Tensor(a!)? amax) -> Tensor",
+    schema="(Tensor x, Tensor scale, Tensor? key, str spec, Tensor(a!)? amax, int[] inner) -> (Tensor, Tensor)",
 )
-def _codes(x, scale, key, spec, amax):
+def _codes(x, scale, key, spec, amax, inner):
+    """As `codes`, contiguous: where axis 0 is innermost the transpose. The second is empty where there is but one."""
     plan = _plan(Cast.parse(spec), x)
-    return load("cuda", "operands").codes(plan, x, scale, key=key, amax=amax)
+    made = load("cuda", "codes").codes(plan, x, scale, inner=tuple(inner), key=key, amax=amax)
+    first, *second = [one.t() if axis == 0 else one for axis, one in zip(inner, made, strict=True)]
+    return first, second[0] if second else first.new_empty(0)
 
 
 @_codes.register_fake
-def _(x, scale, key, spec, amax):
-    return x.new_empty(x.shape, dtype=torch.uint8)
+def _(x, scale, key, spec, amax, inner):
+    shapes = [x.shape[::-1] if axis == 0 else x.shape for axis in inner]
+    first, second = [x.new_empty(shape, dtype=torch.uint8) for shape in [*shapes, (0,)][:2]]
+    return first, second

@@ -328,7 +328,7 @@ def check_fp8_unit() -> list[str]:
             bad += [] if "is differentiated once; drop create_graph" in str(refused) else [str(refused)]
     x = scalar_samples()
     for cast in (CAST, Cast("E5M2", overflow="saturate_finite"), Cast("E4M3", Rounding.UP, Overflow.SATURATE)):
-        found = tensor_cores.codes(x, cast, torch.tensor(0.3)).float()
+        (found,) = (one.float() for one in tensor_cores.codes(x, cast, torch.tensor(0.3)))
         wanted = cast(x, 0.3, kernel="eager", want=BOTH)
         plain = wanted.values.isfinite()
         exact = cast.decode(wanted.codes, kernel="eager")
@@ -478,6 +478,7 @@ PARTS = {
     "graphs": [lambda: import_module("tests.quantization.captured_steps").check_graphs()],
     "generated": [lambda: import_module("tests.quantization.generated_code").check_generated(scalar_samples())],
     "half": [lambda: import_module("tests.quantization.half_precision").check_half()],
+    "codes": [lambda: import_module("tests.quantization.operand_codes").check_codes()],
 }
 
 

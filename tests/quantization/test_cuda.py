@@ -15,7 +15,7 @@ if sys.platform != "linux":
 from altgrad.diagnostics.update import measure_update
 from altgrad.quantization import amax_scale, decode, encode, quantize
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
-from altgrad.quantization.kernels.cuda import clock, operands, products
+from altgrad.quantization.kernels.cuda import clock, codes, operands, products
 from altgrad.quantization.kernels.cuda import scalar as cuda
 from benchmarks import bench_cuda, cuda_fusion
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ["kernels", "layers", "half", "graphs", "generated"])
+@pytest.mark.parametrize("part", ["kernels", "layers", "half", "graphs", "generated", "codes"])
 def test_kernels_have_the_cpus_bits_in_the_interpreter(part):
     command = [sys.executable, "-m", "tests.quantization.interpreter_checks", part]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
@@ -207,6 +207,33 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
         assert compiled(operands._finished, sums, {**whole, **columns}).asm["cubin"]
 
 
+TURNED = {**POINTERS, **dict.fromkeys(("codes", "turned"), "*u8"), "amax": "*i32", "scale": "*fp32", "number": "fp32"}
+PATCH = {
+    "LEAN": True,
+    "KEEPS_INF": True,
+    "ON_DEVICE": True,
+    "CHANNELS": False,
+    "COLLECTS": False,
+    "BOTH": True,
+    "MODE": 0,
+}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_codes_are_written_in_both_layouts_by_whole_vectors(dtype):
+    sizes = {"ROWS": codes.ROWS, "COLUMNS": codes.COLUMNS}
+    code = compiled(codes._turned, {**TURNED, "x": f"*{dtype}"}, {**PATCH, **sizes})
+    names = instructions(code.asm["cubin"])
+    written = [name for name in names if name.startswith("STG")]
+    assert len(written) == 2 * codes.ROWS * codes.COLUMNS // 128 // 16
+    assert all(".128" in name for name in written)
+    assert not any(name.startswith(("STL", "LDL")) for name in names), "registers spill"
+    assert len(names) * 128 / (codes.ROWS * codes.COLUMNS) <= 35, "as codes of rows alone"
+    ones = dict.fromkeys(("random_bits", "rows", "columns", "row_step", "column_step"), 1)
+    general = {"LEAN": False, "CHANNELS": True, "COLLECTS": True, "MODE": 7}
+    assert compiled(codes._turned, {**TURNED, "x": f"*{dtype}"}, {**PATCH, **sizes, **general, **ones}).asm["cubin"]
+
+
 def test_a_product_with_its_epilogue_runs_on_tensor_cores_and_overlaps_its_loads():
     pointers = {"a": "*bf16", "b": "*bf16", "out": "*bf16", **dict.fromkeys(("of_a", "of_b", "bias"), "*fp32")}
     facts = {"HAS_A": True, "HAS_B": True, "HAS_BIAS": True, **{n: getattr(products, n) for n in SIZES}}
@@ -273,6 +300,7 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     found, _ = of_linear(fmt, torch.bfloat16, **recipe)
     assert found.waits == []
     assert len(found.names) <= MOST_OPERATIONS, found.names
+    assert not [made for made in found.names if made.startswith(("clone", "copy", "_to_copy", "cat"))]
     assert len(found.clock) <= 4, "a kernel for each history, and one for the clock of all layers"
     assert found.bytes <= MOST_BYTES
     if (stated := TRAFFIC.get(name)) is not None:

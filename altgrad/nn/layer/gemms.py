@@ -233,7 +233,7 @@ class _Products(torch.autograd.Function):
         route = Route.FLOAT32 if qx.needs_float32 or qw.needs_float32 else route
         y = call.products.multiply("forward", qx.ready(route), qw.ready(route), route, None, bias, call.dtype)
         y = y.to(call.dtype)
-        saved_x, saved_w, sx, sw = qx.saved, qw.saved, qx.scale, qw.scale
+        saved_x, saved_w, sx, sw = qx.kept, qw.kept, qx.scale, qw.scale
         del qx, qw
         if need_w and not keep_x:
             route = call.route("weight_grad", y, x.shape)
@@ -313,8 +313,7 @@ def _gradient(
 
     before: dy as the other gradient took it, to be shared where both have the same entry of the recipe.
     """
-    call: Call = ctx.call
-    state = call.state
+    call, state = ctx.call, ctx.call.state
     gemm, other, operand, of_dy = (
         ("input_grad", "w", state.w_back, state.dy),
         ("weight_grad", "x", state.x_back, state.dy_back),
@@ -327,7 +326,8 @@ def _gradient(
         observed = call.record and state.session.observer is not None
         shared = known is not None and of_dy.shares_tensor_scale(known.operand, known.scale)
         scale = known.scale if shared else of_dy.scale_before(dy, call.record)  # type: ignore[union-attr]
-        cast = quantized(of_dy, dy, scale, ctx.dy_keys[mine], route, observed, keep=False)
+        wanted = of_dy.reduced if ctx.needs_input_grad[2 - mine] else of_dy.reduced[-mine:][:1]
+        cast = quantized(of_dy, dy, scale, ctx.dy_keys[mine], route, observed, keep=False, reduced=wanted)
     elif not before.cast.saved and route is not Route.FLOAT32:  # the other product needed no codes
         cast = quantized(of_dy, dy, before.cast.scale, ctx.dy_keys[mine], route, False, keep=False)
     else:

@@ -63,6 +63,7 @@ class Operand(Numbered):
         self.block = is_block(self.fmt)
         self.axis = axis
         self.block_axis = -1 if self.block and self.fmt.is_tile else block_axis  # tiles lie on the last two axes
+        self.reduced: tuple[int, ...] = ()  # the axis that each GEMM which shares the operand reduces, 0 or 1
         self.saves_codes = self.fmt is not None and (self.block or self.fmt.bits <= 8)
         self.cores: Any = None  # the `gemm.Route` on which a GPU's tensor cores multiply it in some product
         self.storage: GridStorage | None = None  # whose scale a stored weight has
@@ -81,8 +82,7 @@ class Operand(Numbered):
         self.follows_storage = isinstance(spec.scaling, StorageScaling)
         # A stored weight was rounded when it was written; reading it must not round it another way.
         rounding = Rounding.NEAREST_EVEN if self.follows_storage else spec.rounding
-        self.stochastic = rounding is Rounding.STOCHASTIC
-        self._base = as_int64(stream_base(layer, role, gemm))
+        self.stochastic, self._base = rounding is Rounding.STOCHASTIC, as_int64(stream_base(layer, role, gemm))
         cast, along = spec.cast, self.block_axis if self.block else -1
         self.cast = None if cast is None else replace(cast, rounding=rounding, axis=along)
         if self.stochastic or self.delayed:

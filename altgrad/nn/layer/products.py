@@ -22,25 +22,32 @@ class Ready(NamedTuple):
     """A matrix to multiply: values or codes.
 
     factor: what the product is multiplied by afterwards, a number or one for each of its rows or columns; None: nothing
-    was pulled out.
+    was pulled out. other: the same float8 values in the other layout, where both were made.
     """
 
     values: Tensor
     factor: Tensor | None = None
     codes: Codes | None = None
+    other: Tensor | None = None
 
     def t(self) -> Ready:
         """The transposed matrix (last two axes)."""
         factor = self.factor if self.factor is None or self.factor.ndim < 2 else self.factor.transpose(-2, -1)
         if self.codes is not None:
             return Ready(self.values, factor, self.codes.t())
-        return Ready(self.values.transpose(-2, -1), factor)
+        other = None if self.other is None else self.other.t()
+        return Ready(self.values.transpose(-2, -1), factor, None, other)
+
+    def row_by_row(self) -> Tensor:
+        """The values in the layout whose rows lie one after another, if there is one."""
+        return self.values if self.other is None or self.values.is_contiguous() else self.other
 
 
 class Cast(NamedTuple):
     """A quantized operand before its unit is chosen.
 
-    values: in the carrier; None where only codes were made. saved: what the backward keeps (`()`: nothing).
+    values: in the carrier; None where only codes were made. saved: what the backward keeps (`()`: nothing). other: those codes
+    in a second layout, which the backward keeps instead.
     """
 
     operand: Operand
@@ -48,6 +55,12 @@ class Cast(NamedTuple):
     saved: Saved
     scale: Tensor | float
     dtype: torch.dtype
+    other: Tensor | None = None
+
+    @property
+    def kept(self) -> Saved:
+        """What the backward keeps."""
+        return self.saved if self.other is None else (self.other, *self.saved[1:])
 
     @property
     def needs_float32(self) -> bool:
@@ -57,7 +70,8 @@ class Cast(NamedTuple):
     def ready(self, route: Route) -> Ready:
         """The operand for a GEMM on `route`."""
         if self.values is None or route.unit is not None:
-            return restored(self.operand, self.saved, self.scale, route, self.dtype)
+            ready = restored(self.operand, self.saved, self.scale, route, self.dtype)
+            return ready if self.other is None else ready._replace(other=self.other)
         if route is Route.FLOAT32:
             return Ready(self.values)
         traced = not waits(self.values)
@@ -77,14 +91,18 @@ def quantized(
     observed: bool,
     *,
     keep: bool,
+    reduced: tuple[int, ...] | None = None,
 ) -> Cast:
     """x quantized for a GEMM that would like `route`, with codes where that or the backward (`keep`) needs them.
 
-    scale: None if it is that of x itself (`Operand.scale_before`).
+    scale: None if it is that of x itself (`Operand.scale_before`). reduced: the axes of x along which GEMMs will add up;
+    None: that of the first that has the operand, with `keep` those of all.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if route.on_cores and serve(x):
-        return Cast(operand, None, *tensor_cores.quantized(operand, x, scale, key, observed, route), dtype)
+        inner = reduced or operand.reduced[: 1 + keep]
+        saved, scale, other = tensor_cores.quantized(operand, x, scale, key, observed, route, inner)
+        return Cast(operand, None, saved, scale, dtype, other)
     if scale is None:
         found = operand.encoded_by_amax(x) if route.unit is not None and not observed else None
         if found is not None:
@@ -106,7 +124,7 @@ def saved_apart(
 ) -> tuple[Saved, Tensor | float]:
     """What a gradient on `route` keeps of x, which the forward does not multiply like that, and the scale."""
     if route.on_cores and serve(x):
-        return tensor_cores.quantized(operand, x, scale, key, observed, route)
+        return tensor_cores.quantized(operand, x, scale, key, observed, route, operand.reduced[:1])[:2]
     scale = operand.scale_of(x, False) if scale is None else scale
     return operand.save(x, scale, key, observed), scale
 
@@ -134,7 +152,8 @@ def product(a: Ready, b: Ready, route: Route, bias: Tensor | None = None, dtype:
     dtype: of the result where it costs nothing to give it another one; else it stays in the carrier.
     """
     if route is Route.FP8:
-        return tensor_products.fp8_product(a.values, b.values, a.factor, b.factor, bias, dtype or torch.float32)
+        left, right = a.row_by_row(), b.t().row_by_row().t()
+        return tensor_products.fp8_product(left, right, a.factor, b.factor, bias, dtype or torch.float32)
     if a.values.dtype in (torch.bfloat16, torch.float16):
         factors, wanted = (a.factor, b.factor), dtype or torch.float32
         plain = bias is None and factors == (None, None)

@@ -92,6 +92,7 @@ class LayerState:
                 axis = self._own_axis(role, spec)
                 made[same] = Operand(spec, self.session, self.name, role, gemm, axis, block_axis)
                 made[same].everywhere = self.everywhere
+            made[same].reduced += (block_axis % 2,)
             self.operands[(gemm, role)] = made[same]
         get = self.operands
         self.x, self.w = get["forward", "input"], get["forward", "weight"]

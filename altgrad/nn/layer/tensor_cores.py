@@ -102,12 +102,22 @@ def kept(operand: Operand, x: Tensor, scale: Tensor | float, key: Tensor | None)
 
 
 def quantized(
-    operand: Operand, x: Tensor, scale: Tensor | float | None, key: Tensor | None, observed: bool, route: Route
-) -> tuple[Saved, Tensor | float]:
-    """(payload and factor as the backward keeps them, the scale) of x; for an FP8 unit (codes, the scale).
+    operand: Operand,
+    x: Tensor,
+    scale: Tensor | float | None,
+    key: Tensor | None,
+    observed: bool,
+    route: Route,
+    inner: tuple[int, ...] = (-1,),
+) -> tuple[Saved, Tensor | float, Tensor | None]:
+    """(payload and factor as the backward keeps them, the scale, None) of x.
+
+    For an FP8 unit (codes and factor, the scale, those codes in a second layout or None): the unit wants the axis that a
+    product reduces innermost, and `inner` has that of each product that will take x.
 
     scale: None if it is x's own current one; under a format with a tensor scale that one, if it is known.
     """
+    other = None
     assert operand.cast is not None
     x = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
     key = None if key is None else key.to(x.device)
@@ -123,7 +133,8 @@ def quantized(
             assert isinstance(policy, CurrentScaling)
             scale = kernels.largest(x, operand.fmt.max, policy.power_of_two, operand.channel)
         if route is Route.FP8:
-            values, factor = kernels.codes(x, operand.cast, scale, key, operand.collected(x)), scale
+            values, *others = kernels.codes(x, operand.cast, scale, key, operand.collected(x), inner)
+            other, factor = others[0] if others else None, scale
             if not isinstance(factor, Tensor):
                 factor = None if scale == 1 else torch.full((), factor, dtype=torch.float32, device=x.device)
             found = (values,) if factor is None else (values, factor)
@@ -137,4 +148,4 @@ def quantized(
             found = (values,) if known else (values, factor)
     if observed:
         operand.publish(operand.cast(x.float(), scale, key=key, want=Want.STATS).stats, scale)
-    return found, scale
+    return found, scale, other

@@ -219,6 +219,35 @@ def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin:
 
 
 @triton.jit
+def rounded(
+    v,
+    s,
+    up,
+    word,
+    random_bits,
+    grid,
+    MODE: tl.constexpr,
+    LEAN: tl.constexpr,
+    KEEPS_INF: tl.constexpr,
+    MANY: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """(payload * up, code) of elements v under a scale s, or MANY; with CODES the code alone is right, else the other."""
+    if LEAN:
+        quotient = tl.math.div_rn(tl.abs(v), s + tl.zeros_like(v)) if MANY else lean_quotient(v, divisor_of(s))
+        magnitude, code = lean_round(quotient, word, grid, MODE)
+        result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v)
+        if CODES:
+            code = lean_code(code, v, grid, KEEPS_INF)
+    else:
+        payload, _ = round_element(v, tl.math.div_rn(v, s + tl.zeros_like(v)), word, random_bits, grid, MODE, False)
+        result, code = float_of(payload, False) * up, payload
+        if CODES:
+            code, _ = code_of(payload, grid, False)
+    return result, code
+
+
+@triton.jit
 def _payload(
     x,
     out,
@@ -271,21 +300,9 @@ def _payload(
     if MODE >= STOCHASTIC:
         before, between = key_words(key, (start >> 32).to(tl.uint64))
         word = random_words(start.to(tl.uint32) + word, before, between)
-    if LEAN:
-        quotient = tl.math.div_rn(tl.abs(v), s) if CHANNELS else lean_quotient(v, divisor_of(s))
-        magnitude, code = lean_round(quotient, word, grid, MODE)
-        if CODES:
-            result = lean_code(code, v, grid, KEEPS_INF)
-        else:
-            result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v)
-    else:
-        payload, _ = round_element(v, tl.math.div_rn(v, s + tl.zeros_like(v)), word, random_bits, grid, MODE, False)
-        if CODES:
-            result, _ = code_of(payload, grid, False)
-        else:
-            result = float_of(payload, False) * up
+    result, code = rounded(v, s, up, word, random_bits, grid, MODE, LEAN, KEEPS_INF, CHANNELS, CODES)
     if CODES:
-        tl.store(out + start + offset, result.to(tl.uint8), mask=valid)
+        tl.store(out + start + offset, code.to(tl.uint8), mask=valid)
     else:
         tl.store(out + start + offset, narrow(result, out.dtype.element_ty), mask=valid)
     if COLLECTS:
