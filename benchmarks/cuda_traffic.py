@@ -81,9 +81,9 @@ class _Counter(TorchDispatchMode):
         name = str(func).removeprefix("aten.")
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         on_gpu = any(t.device.type == "cuda" for t in tensors)
-        if name.startswith("_local_scalar_dense"):
+        if name.startswith(("_local_scalar_dense", "equal")):
             self.traffic.waits += [name] if on_gpu else []
-            return 1
+            return 1 if name.startswith("_") else True
         found = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
         on_gpu = on_gpu or any(t.device.type == "cuda" for t in made)

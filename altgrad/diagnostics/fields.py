@@ -101,9 +101,14 @@ def stall_chances(update_histogram: Tensor, rounding: Rounding | str = Rounding.
     if rounding is Rounding.STOCHASTIC:
         return counts @ _chances_by_chance(counts.device) / total
     reach = 1 if rounding in (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY) else 0  # half a spacing, or a whole one
-    first_kept = ((_OCTAVES - reach + 127) * 4).clamp(0, BINS).to(counts.device)  # bin that begins at the spacing
     below = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
-    return below[..., first_kept] / total
+    return below[..., _first_kept(reach, counts.device)] / total
+
+
+@lru_cache(maxsize=16)
+def _first_kept(reach: int, device: torch.device) -> Tensor:
+    """Of each octave the bin that begins at its grid's spacing, or with `reach` 1 at half of it."""
+    return ((_OCTAVES - reach + 127) * 4).clamp(0, BINS).to(device)
 
 
 @lru_cache(maxsize=8)

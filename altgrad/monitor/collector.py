@@ -14,7 +14,7 @@ from altgrad.diagnostics.update import measure_update
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.monitor.added import StepTensors, added_metrics, measure_added
-from altgrad.monitor.interval import Published, Step
+from altgrad.monitor.interval import Published, Step, places
 from altgrad.monitor.records import Record, Watched
 from altgrad.monitor.schedule import Schedule
 from altgrad.monitor.sources import layer_name, plain_name
@@ -78,6 +78,7 @@ class Collector:
         self._grids: dict[str, tuple[FloatFormat, Tensor | float]] = {}
         self._measured: list[Measured] = []
         self.extra: list[Record] = []
+        self._later: list[tuple[Record, tuple[str, ...], Tensor]] = []
 
     def finish(self) -> Step | None:
         """What the step left on the device; None if nothing was due, or while paused."""
@@ -91,8 +92,11 @@ class Collector:
             step.watched = [entry.watched for entry in self._measured]
             step.vectors = torch.stack([entry.vector for entry in self._measured])
             step.of_histograms = self._from_histograms(step.vectors)
-        self._operands, self._measured, self.extra = [], [], []
-        return step if step.watched or step.slots or step.extra else None
+        if self._later:
+            step.later = [(record, names) for record, names, _ in self._later]
+            step.of_later = torch.cat([values for *_, values in self._later])
+        self._operands, self._measured, self.extra, self._later = [], [], [], []
+        return step if step.watched or step.slots or step.extra or step.later else None
 
     def covered(self, group: str) -> dict[int, str]:
         """Parameters that a group of statistics covers: key to name."""
@@ -118,7 +122,14 @@ class Collector:
     def record(self, layer: str, role: str, found: Record) -> None:
         """Add a record of numbers that are on the host already; NaN is left out."""
         kept = {name: value for name, value in found.items() if value == value}
-        self.extra.append({"kind": "monitor", "step": self.step, "layer": layer, "role": role, **kept})
+        self.extra.append({**self._headed(layer, role), **kept})
+
+    def record_later(self, layer: str, role: str, names: tuple[str, ...], values: Tensor) -> None:
+        """Add a record of numbers that are on the device, float64 [names]; NaN is left out."""
+        self._later.append((self._headed(layer, role), names, values))
+
+    def _headed(self, layer: str, role: str) -> Record:
+        return {"kind": "monitor", "step": self.step, "layer": layer, "role": role}
 
     # -- what sources publish -----------------------------------------------------------------------------------------
 
@@ -238,8 +249,8 @@ class Collector:
         vector = found.vector
         counted = self._own_counts(self.parameters[key]) if watched.stored and self._own_counts is not None else None
         if counted is not None:
-            vector = vector.clone()
-            vector[[FIELD["attempted"], FIELD["flips"], FIELD["stalled"]]] = counted[:3].to(vector)
+            at = places(tuple(FIELD[name] for name in ("attempted", "flips", "stalled")), vector.device)
+            vector = vector.index_copy(0, at, counted[:3].to(vector))
         more = measure_added(self.added, watched.due, tensors)
         if more is not None:
             vector = torch.cat([vector, more])
@@ -266,12 +277,15 @@ class Collector:
         for (fmt, rounding), rows in alike.items():
             assert fmt is not None
             now = torch.stack([self._measured[i].histograms for i in rows])
-            found[rows, 1] = half_steps(now[:, 0], now[:, 1], fmt).to(found)
+            found[:, 1].index_copy_(
+                0, places(tuple(rows), found.device), half_steps(now[:, 0], now[:, 1], fmt).to(found)
+            )
             known = [(i, k) for k, i in enumerate(rows) if self._measured[i].key in self._last_updates]
             if known:
                 updates = torch.stack([self._last_updates[self._measured[i].key] for i, _ in known])
-                predicted = predict_stall(now[[k for _, k in known], 0], updates, fmt, rounding)
-                found[[i for i, _ in known], 0] = predicted.to(found)
+                weights = now[:, 0].index_select(0, places(tuple(k for _, k in known), now.device))
+                predicted = predict_stall(weights, updates, fmt, rounding)
+                found[:, 0].index_copy_(0, places(tuple(i for i, _ in known), found.device), predicted.to(found))
         for entry in self._measured:
             if entry.histograms is not None:
                 self._last_updates[entry.key] = entry.histograms[1]

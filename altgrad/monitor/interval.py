@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,13 @@ from altgrad.quantization.block_stats import COLUMNS as BLOCK_COLUMNS
 from altgrad.records.metrics import Metric
 
 OPERAND_COLUMNS = 8  # the fields of QuantStats and the last scale
+PLACES_KEPT = 256  # steps ask for the same ones again; a model whose uses change must not keep them without end
+
+
+@lru_cache(maxsize=PLACES_KEPT)
+def places(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices as int64 on a device, copied there once: each copy of host memory waits for a GPU."""
+    return torch.tensor(indices, dtype=torch.int64, device=device)
 
 
 class Published(NamedTuple):
@@ -37,6 +45,14 @@ class Step:
         self.watched: list[Watched] = []
         self.vectors: Tensor | None = None  # float64 [parameters, len(UPDATE_FIELDS) + added]
         self.of_histograms: Tensor | None = None  # float64 [parameters, 2]
+        self.later: list[
+            tuple[Record, tuple[str, ...]]
+        ] = []  # records whose numbers were left on the device, their names
+        self.of_later: Tensor | None = None  # float64, one after the other
+
+    def on_device(self) -> list[Tensor | None]:
+        """What is copied to the host, in the order in which `to_records` takes it up."""
+        return [self.operands, self.blocks, self.vectors, self.of_histograms, self.of_later]
 
     def take_operands(self, entries: list[Published]) -> None:
         """Sum the micro-batches of each operand."""
@@ -44,7 +60,7 @@ class Step:
             return
         index = {slot: i for i, slot in enumerate(dict.fromkeys(entry.slot for entry in entries))}
         rows = torch.stack([entry.vector for entry in entries])
-        where = torch.tensor([index[entry.slot] for entry in entries], device=rows.device)
+        where = places(tuple(index[entry.slot] for entry in entries), rows.device)
         total = rows.new_zeros(len(index), OPERAND_COLUMNS)
         total[:, :7].index_add_(0, where, rows)
         total[:, 0] = rows.new_zeros(len(index)).scatter_reduce_(0, where, rows[:, 0], "amax", include_self=True)
@@ -62,16 +78,20 @@ class Step:
 
 def _scales(scales: list[Any], like: Tensor) -> Tensor:
     """Numbers and tensors as one tensor like `like`; NaN for a tensor of several."""
-    if all(isinstance(scale, float | int) for scale in scales):
-        return torch.tensor(scales, dtype=like.dtype, device=like.device)
-    several = torch.tensor(torch.nan)
-    single = (torch.as_tensor(scale).reshape(-1) for scale in scales)
-    return torch.stack([(one[0] if one.numel() == 1 else several).to(like) for one in single])
+    if like.device.type == "cpu" and all(isinstance(scale, float | int) for scale in scales):
+        return torch.tensor(scales, dtype=like.dtype)
+    found = []
+    for scale in scales:
+        if isinstance(scale, Tensor):
+            found.append(scale.reshape(()).to(like) if scale.numel() == 1 else like.new_full((), torch.nan))
+        else:
+            found.append(like.new_full((), scale))  # a copy of host memory would wait
+    return torch.stack(found)
 
 
 def to_records(steps: Sequence[Step]) -> list[Record]:
     """Everything of the interval in one copy to the host, cut up again into each step's records."""
-    parts = [t.flatten() for s in steps for t in (s.operands, s.blocks, s.vectors, s.of_histograms) if t is not None]
+    parts = [t.flatten() for s in steps for t in s.on_device() if t is not None]
     host = torch.cat(parts).cpu().numpy() if parts else None
     records: list[Record] = []
     at = 0
@@ -88,5 +108,11 @@ def to_records(steps: Sequence[Step]) -> list[Record]:
             of_histograms = host[at + size : at + size + 2 * n].reshape(n, 2)
             records += update_records(s.step, s.watched, raw, of_histograms, s.added)
             at += size + 2 * n
+        for record, names in s.later:
+            assert host is not None
+            values, at = host[at : at + len(names)].tolist(), at + len(names)
+            records.append(
+                {**record, **{name: value for name, value in zip(names, values, strict=True) if value == value}}
+            )
         records += s.extra
     return records

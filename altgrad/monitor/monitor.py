@@ -175,8 +175,8 @@ class Monitor:
         due = "oscillation" in self._collector.due
         if due:
             for name, way in ways.layers.items():
-                values = {"oscillation": way.total, "oscillating": way.share(), "code_flips": way.flip_rate}
-                self._collector.record(plain_name(name), "weight", values)
+                names = ("oscillation", "oscillating", "code_flips")
+                self._collector.record_later(plain_name(name), "weight", names, way.measured())
         if over:
             self._ways = None
         elif due or self.step == first - 1:

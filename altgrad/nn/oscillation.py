@@ -43,20 +43,28 @@ class Ways:
         """R of each element; 0 where the quantized value stood still, inf where it alone moved (its scale did)."""
         return torch.where(self.jumped > 0, self.jumped / self.moved, 0.0)
 
+    def measured(self, above: float = OSCILLATES) -> Tensor:
+        """(`total`, `share`, `flip_rate`) as float64 [3] where the counts are, without waiting for a device."""
+        if not self.moved.numel():
+            return self.moved.new_zeros(3, dtype=torch.float64)
+        moved, jumped = self.moved.double().sum(), self.jumped.double().sum()
+        flips = self.flips.double().mean() / self.steps if self.steps else torch.zeros_like(moved)
+        total = torch.where(moved == 0, 0.0, jumped / moved)
+        return torch.stack([total, (self.ratio > above).double().mean(), flips])
+
     def share(self, above: float = OSCILLATES) -> float:
         """Share of the elements that oscillate."""
-        return float((self.ratio > above).double().mean()) if self.moved.numel() else 0.0
+        return self.measured(above)[1].item()
 
     @property
     def total(self) -> float:
         """The way of all quantized values over that of all masters; 0 where no master moved."""
-        moved = float(self.moved.double().sum())
-        return float(self.jumped.double().sum()) / moved if moved else 0.0
+        return self.measured()[0].item()
 
     @property
     def flip_rate(self) -> float:
         """Share of the elements whose quantized value changes in a step."""
-        return float(self.flips.double().mean()) / self.steps if self.steps and self.flips.numel() else 0.0
+        return self.measured()[2].item()
 
 
 class Oscillation:

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -31,6 +30,7 @@ from altgrad.nn.kept_scale import kept_scale, lies_on
 from altgrad.nn.recipe.spec import StorageSpec
 from altgrad.nn.session import Session
 from altgrad.nn.spread import all_agree, from_part, is_spread, largest, local, part_of, shard_name, summed, whole
+from altgrad.nn.written import Written, checksum, same_memory, written
 from altgrad.quantization import Quantized, Want, code_index, scale_from_amax
 from altgrad.quantization.checks import traced
 from altgrad.quantization.parameter_grid import ParameterGrid, declare_grid, grid_owner
@@ -40,14 +40,6 @@ from altgrad.randomness import stream_base
 _VALUES_CODES = Want.VALUES | Want.CODES
 _NUMBERS = count()
 _BY_NUMBER: WeakValueDictionary[int, GridStorage] = WeakValueDictionary()
-
-
-class _Written(NamedTuple):
-    """Which write a tensor holds: its memory, where in it, and the version counter."""
-
-    memory: int
-    offset: int
-    version: int
 
 
 class GridStorage:
@@ -88,7 +80,7 @@ class GridStorage:
     def _unbind(self) -> None:
         self._parameter: ref[Tensor] | None = None
         self._memory: StorageWeakRef | None = None  # keeps the address from being given to other values
-        self._written: _Written | None = None
+        self._written: Written | None = None
         self._checksum: int | None = None  # of the values that were there then
         self._stepping = False
         self._number = next(_NUMBERS)
@@ -192,9 +184,9 @@ class GridStorage:
 
     def _wrote(self, weight: Tensor) -> bool:
         weight = local(weight)
-        if self._written is None or self._written != _written(weight):
+        if self._written is None or self._written != written(weight):
             return False
-        return self._checksum is None or traced(weight) or self._checksum == _checksum(weight)
+        return self._checksum is None or traced(weight) or self._checksum == checksum(weight)
 
     def _found(self, weight: Tensor) -> ParameterGrid:
         plain = _without_transforms(weight)
@@ -205,7 +197,7 @@ class GridStorage:
             return self.grid if lies_on(plain, self.grid) else ParameterGrid(self.fmt, self.fresh_scale(plain))
         if plain.shape != weight.shape or plain.is_meta or (traced(local(plain)) and plain is weight):
             return self.grid if held is weight else ParameterGrid(self.fmt, self.policy_scale(weight))
-        if held is not None and _same_memory(plain, held):
+        if held is not None and same_memory(plain, held):
             plain = held
         elif isinstance(plain, nn.Parameter):
             own = self.of(plain)
@@ -244,9 +236,16 @@ class GridStorage:
             return False
         if self.codes.device != values.device:
             self.codes = self.codes.to(values.device)
-        values = values.to(_compute_dtype(values.dtype == torch.float64))
-        stored = self.cast.decode(self.codes, self._scale_of_part(weight).to(values.device), dtype=values.dtype)
+        values, stored = self._beside_stored(weight)
         return torch.equal(stored, values) or bool(((stored == values) | values.isnan()).all())
+
+    def _beside_stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(the values, those of the codes)."""
+        values = local(weight).detach()
+        values = values.to(_compute_dtype(values.dtype == torch.float64))
+        assert self.codes is not None
+        scale = self._scale_of_part(weight).to(values.device)
+        return values, self.cast.decode(self.codes, scale, dtype=values.dtype)
 
     def _scale_of_part(self, weight: Tensor) -> Tensor:
         return part_of(self.scale, weight)
@@ -254,8 +253,8 @@ class GridStorage:
     def _know(self, weight: Tensor) -> None:
         self.bind(weight)
         weight = local(weight)
-        self._written = _written(weight)
-        self._checksum = _checksum(weight) if weight.device.type == "cpu" and not traced(weight) else None
+        self._written = written(weight)
+        self._checksum = checksum(weight) if weight.device.type == "cpu" and not traced(weight) else None
         self._memory = StorageWeakRef(weight.untyped_storage())
 
     def state_grid(self, weight: Tensor, scale: Tensor, steps: int) -> None:
@@ -330,8 +329,21 @@ class GridStorage:
         self._know(weight)
 
     @torch.no_grad()
-    def before_step(self, weight: Tensor) -> None:
-        """Have the grid values that the step starts from, whatever was written since the last one.
+    def asked(self, weight: Tensor) -> Tensor | None:
+        """What `before_step` has to know, bool [2] on a GPU: whether the values are those of the codes, and whether a scale is
+        lacking. None where nothing is to be asked beforehand."""
+        codes, part = self.codes, local(weight)
+        if not serve(part) or self.session.capturing() or is_spread(weight) or codes is None:
+            return None
+        if codes.shape != part.shape or {codes.device, self.scale.device} != {part.device}:
+            return None
+        (values, stored), zero = self._beside_stored(weight), self._without_scale(weight)
+        lacks = torch.zeros((), dtype=torch.bool, device=part.device) if zero is None else zero.any()
+        return torch.stack([((stored == values) | values.isnan()).all(), lacks])
+
+    @torch.no_grad()
+    def before_step(self, weight: Tensor, known: tuple[bool, bool] | None = None) -> None:
+        """Have the grid values that the step starts from, whatever was written since the last one; known: as `asked`.
 
         While a CUDA graph captures the step they are those of the step before; somebody else's writes between replays go
         unseen until a step outside of the graph.
@@ -341,10 +353,15 @@ class GridStorage:
                 self.session.refuse_capture(f"the values of {self.name!r} are not those of a step")
             self._zero = self._without_scale(weight)
             return
-        self._written = None  # a write through `weight.data` leaves no trace in the version: compare the values
-        self.snap(weight)
+        if known is not None and known[0]:
+            self._know(weight)
+        else:
+            self._written = known = (
+                None  # a write through `weight.data` leaves no trace in the version: compare the values
+            )
+            self.snap(weight)
         zero = self._without_scale(weight)
-        self._zero = zero if zero is not None and bool(zero.any()) else None
+        self._zero = zero if zero is not None and (bool(zero.any()) if known is None else known[1]) else None
         if self.grid.settled != (self._zero is None):
             self.grid = replace(self.grid, settled=self._zero is None)
 
@@ -455,26 +472,6 @@ class GridStorage:
 
 def _compute_dtype(wide: bool) -> torch.dtype:
     return torch.float64 if wide else torch.float32
-
-
-def _written(tensor: Tensor) -> _Written | None:
-    """Which write the tensor holds; None where that is not known (tensors of inference mode count no versions)."""
-    if tensor.is_inference():
-        return None
-    return _Written(tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version)
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Sum of a tensor's bits, which the write of any one value changes: one pass at the speed of memory."""
-    flat = tensor.detach().reshape(-1)
-    if flat.dtype == torch.float32 and (flat.numel() % 2 or flat.storage_offset() % 2):
-        return int(flat.view(torch.int32).sum(dtype=torch.int64))  # slower
-    return int(flat.view(torch.int64).sum())  # wraps around
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    layouts = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()) for t in (a, b)]
-    return layouts[0] == layouts[1]
 
 
 def _without_transforms(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector, prune, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
-from altgrad.nn import StorageSpec, attach_optimizer, layer_recipe, quantize_model, storage, uniform
+from altgrad.nn import StorageSpec, attach_optimizer, layer_recipe, quantize_model, storage, uniform, written
 from altgrad.nn.session import STATE
 from altgrad.quantization import get_format, quantize
 from altgrad.quantization.parameter_grid import declared_grid
@@ -258,18 +258,42 @@ def test_a_write_of_few_values_through_data_is_seen_by_the_next_forward(write, w
     assert torch.equal(layer.weight.detach(), on_fresh_grid(written, spec))
 
 
+@pytest.mark.parametrize("write", [None, "data", "zeros", "values"])
+def test_a_gpu_is_asked_once_per_step_who_wrote_the_weights(write, monkeypatch):
+    """The answers of all weights come together, and lead where each one's own would."""
+    found = []
+    for on_gpu in (True, False):
+        monkeypatch.setattr(storage, "serve", lambda x, on_gpu=on_gpu: on_gpu)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+        quantize_model(model, uniform("E4M3", storage="grid"))
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        handle = attach_optimizer(model, optimizer)
+        weight = model[0].weight
+        for step in range(4):
+            if step == 2 and write is not None:
+                wrote = {"data": weight.detach() * 2.7, "zeros": weight * 0, "values": torch.full_like(weight, 0.37)}
+                weight.data.copy_(wrote[write])  # which no version counts
+            model(torch.randn(5, 6)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append([*(p.detach().clone() for p in model.parameters()), handle.counts.clone()])
+    assert all(torch.equal(a, b) for one, other in zip(found[:4], found[4:]) for a, b in zip(one, other))
+    assert write is None or found[2][-1][0, 4] > 0 or write == "zeros"
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (4, 4), (1, 1), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_the_checksum_of_a_weight_follows_every_value(shape, dtype):
     whole = torch.randn(shape[0] + 1, shape[1], dtype=dtype)
     for weight in (whole[1:], whole[:-1], whole[1:].t()):  # an odd offset, too
-        before = storage._checksum(weight)
-        assert storage._checksum(weight.clone()) == before
+        before = written.checksum(weight)
+        assert written.checksum(weight.clone()) == before
         for i in range(weight.numel()):
             other = weight.clone().contiguous()
             other.view(-1)[i] = torch.nextafter(other.view(-1)[i], torch.tensor(9.0, dtype=dtype))
-            assert storage._checksum(other) != before
+            assert written.checksum(other) != before
 
 
 def test_a_checkpoint_of_a_plain_model_keeps_its_size():

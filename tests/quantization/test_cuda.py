@@ -17,7 +17,7 @@ from altgrad.quantization import amax_scale, decode, encode, quantize
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
 from altgrad.quantization.kernels.cuda import clock, codes, operands, products
 from altgrad.quantization.kernels.cuda import scalar as cuda
-from benchmarks import bench_cuda, cuda_fusion
+from benchmarks import bench_cuda, cuda_fusion, cuda_waits
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
 from benchmarks.cuda_traffic import MOST_BYTES, MOST_OPERATIONS, counted, of_linear
 from benchmarks.cuda_traffic import ROWS as ROWS_OF_LAYERS
@@ -305,6 +305,17 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     assert found.bytes <= MOST_BYTES
     if (stated := TRAFFIC.get(name)) is not None:
         assert [len(found.names), len(found.clock), round(found.bytes / 1e9, 2)] == [float(cell) for cell in stated[:3]]
+
+
+@pytest.mark.parametrize(
+    "name", ["E4M3, norms too", "E4M3, no scaling", "MXFP8", "E4M3, weights on the grid, stochastic"]
+)
+def test_a_monitored_step_waits_for_the_intervals_copy_alone(name):
+    """And for one answer about all weights that are stored on a grid."""
+    found, stored = cuda_waits.of_training(cuda_waits.ROWS[name]), "grid" in name
+    assert [len(waits) for waits in found.steps] == [stored, stored, stored + 1], found.steps
+    metrics = {key for record in found.records for key in record}
+    assert {"oscillation", "dead_outputs", "l2"} <= metrics
 
 
 @pytest.mark.parametrize("name", ["E4M3", "FP32"])

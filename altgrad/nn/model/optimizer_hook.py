@@ -109,8 +109,9 @@ class OptimizerHandle:
             for session in self._leads:
                 session.group = group_of(mesh)
         self._entries = self._grid_entries(optimizer)
-        for entry in self._entries:
-            entry.storage.before_step(entry.weight)
+        asked = [entry.storage.asked(entry.weight) for entry in self._entries]
+        for entry, known in zip(self._entries, _answers(asked), strict=True):
+            entry.storage.before_step(entry.weight, known)
         if closure is None or not self._entries:
             return None
         closure = _within_step(closure, [entry.storage for entry in self._entries])
@@ -155,6 +156,13 @@ class OptimizerHandle:
             return None
         total = self.counts.sum(0).double()
         return total[2] / total[0]
+
+
+def _answers(asked: list[Tensor | None]) -> list[tuple[bool, bool] | None]:
+    """The questions (`GridStorage.asked`) answered by one copy to the host; None stays None."""
+    given = [one for one in asked if one is not None]
+    told = iter(torch.stack([one.to(given[0].device) for one in given]).tolist() if given else ())
+    return [None if one is None else tuple(next(told)) for one in asked]
 
 
 def closure_of(args: tuple, kwargs: dict) -> Any:
