@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from altgrad.records.run import read_run
 from altgrad.records.schema import ExperimentResult
 from altgrad.report.console import waiting
 from altgrad.report.numbers import difference, duration
+from altgrad.report.text import for_terminal
 from altgrad.sweep import Plan, PlannedRun, SweepOptions, run_sweep
 from altgrad.sweep.job import state_of
 from altgrad.sweep.local import available_cores
@@ -120,4 +122,8 @@ def _print_story(console: Console, outcomes: Sequence[Outcome]) -> None:
         away = "" if outcome.gap is None else f" ({difference(outcome.gap)} nats)"
         console.print(f"\n{outcome.label}{away}", style="bold", highlight=False)
         for what, said in lines:
+            if what in ("what", "why") and console.is_terminal:  # prose; commands and paths are copied in one piece
+                said = textwrap.fill(
+                    for_terminal(said), max(30, console.width), initial_indent=" " * 10, subsequent_indent=" " * 10
+                ).lstrip()
             console.print(f"  {what:8}{said}", highlight=False, soft_wrap=True)

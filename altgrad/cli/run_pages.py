@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from altgrad.analysis import write_report
 from altgrad.analysis.comparison import headline, table_row
@@ -25,8 +17,9 @@ from altgrad.analysis.outcome import label_runs
 from altgrad.errors import ConfigError, os_error_text
 from altgrad.records.run import read_run
 from altgrad.records.schema import ExperimentResult, StepRecord
-from altgrad.report.console import Terminal, ruled_table, waiting
+from altgrad.report.console import BAR, Terminal, TimeLeft, ruled_table, waiting
 from altgrad.report.numbers import difference, loss, percent
+from altgrad.report.text import without_middle
 from altgrad.report.verdicts import GRADES
 from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.identity import identity, is_twin
@@ -45,17 +38,15 @@ class LiveProgress(RunListener):
         self.console, self.configs = console, list(configs)
         self.total_steps = sum(config.max_steps for config in configs)
         self.done_before = 0  # steps of the runs that are over
-        self.val_loss = math.nan
+        self.figures: dict[str, str] = {}  # what stands beside the present run's bar
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=24, **BAR),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[shown]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_interactive,
             speed_estimate_period=60,
         )
         several = len(self.configs) > 1
@@ -68,15 +59,14 @@ class LiveProgress(RunListener):
     def started(self, plan: RunPlan, step: int) -> None:
         if self.one is not None:
             self.bars.remove_task(self.one)
-        self.max_steps, self.begun_at, self.val_loss = plan.config.max_steps, step, math.nan
-        self.one = self.bars.add_task(plan.config.name, total=self.max_steps, completed=step, shown="")
-        if not self.console.is_terminal:
+        self.max_steps, self.figures = plan.config.max_steps, {"loss": "", "val": "", "speed": ""}
+        name = without_middle(plan.config.name, max(16, self.console.width // 4))
+        self.one = self.bars.add_task(name, total=self.max_steps, completed=step, shown="")
+        if not self.console.is_interactive:
             self.said(f"{plan.run_id}: {plan.config.max_steps} steps on {plan.corpus.description}")
 
     def stepped(self, record: StepRecord, tokens_per_s: float) -> None:
-        assert self.one is not None
-        shown = f"loss {record.loss:.3f}  val {self.val_loss:.3f}  {tokens_per_s / 1000:.1f}k tok/s"
-        self.bars.update(self.one, completed=record.step, shown=shown)
+        self._show(record.step, loss=f"loss {loss(record.loss)}", speed=f"{tokens_per_s / 1000:.1f}k tok/s")
         if self.all is not None:
             self.bars.update(self.all, completed=self.done_before + record.step)
         for event in record.events:
@@ -84,11 +74,15 @@ class LiveProgress(RunListener):
                 self.said(
                     f"step {record.step}: shift {event['from_format']} > {event['to_format']} ({event['reason']})"
                 )
-        self.last = record
+
+    def _show(self, step: int, **figures: str) -> None:
+        assert self.one is not None
+        self.figures |= figures
+        self.bars.update(self.one, completed=step, shown="  ".join(filter(None, self.figures.values())))
 
     def evaluated(self, step: int, val_loss: float) -> None:
-        self.val_loss = val_loss
-        if not self.console.is_terminal:
+        self._show(step, val=f"val {loss(val_loss)}")
+        if not self.console.is_interactive:
             self.said(f"  step {step:>5}/{self.max_steps}  validation loss {val_loss:.4f}")
 
     def ended(self, result: ExperimentResult) -> None:

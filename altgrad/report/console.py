@@ -3,16 +3,18 @@ and without control characters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
+from altgrad.report.numbers import duration
 from altgrad.report.text import for_terminal
 
 
@@ -37,18 +39,41 @@ def ruled_table() -> Table:
     return Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
 
 
+BAR = {"complete_style": "cyan", "finished_style": "green"}
+"""Styles of a bar: red is for what went wrong."""
+
+
+class TimeLeft(ProgressColumn):
+    """What a task still needs at its speed, where that is known; what it took once it is over."""
+
+    max_refresh = 0.5
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
+
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time if task.finished else task.time_remaining
+        if seconds is None:
+            return Text()
+        whole = math.ceil(seconds)
+        return Text(
+            f"{whole} s" if whole < 60 else duration(whole), style="progress.elapsed" if task.finished else "cyan"
+        ) + ("" if task.finished else " left")
+
+
 class Bars:
-    """Bars on a terminal, a line for each stage elsewhere; as a context it gives the function to call."""
+    """Bars on a terminal that can draw a line again (TERM=dumb cannot), a line for each stage elsewhere; as a context it gives
+    the function to call."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=24, **BAR),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
         )
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bars = Progress(*columns, console=console, disable=not console.is_interactive)
         self.tasks: dict[str, Any] = {}
 
     def __enter__(self):
@@ -62,7 +87,7 @@ class Bars:
         """So much of a stage is done; `more` is said beside its name on a terminal."""
         if what not in self.tasks:
             self.tasks[what] = self.bars.add_task(what, total=of)
-            if not self.console.is_terminal:
+            if not self.console.is_interactive:
                 self.console.print(f"{what}: {of}", highlight=False, markup=False)
         self.bars.update(self.tasks[what], completed=done, total=of, description=f"{what}{more}")
 
@@ -71,7 +96,7 @@ class Bars:
 def waiting(what: str) -> Iterator[None]:
     """On a terminal, a spinner beside what is waited for until the block ends."""
     console = Terminal(stderr=True)
-    if not console.is_terminal:
+    if not console.is_interactive:
         yield
         return
     with console.status(what):

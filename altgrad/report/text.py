@@ -73,13 +73,14 @@ def told_apart(names: Sequence[str], longest: int = 24) -> tuple[list[str], str]
     )
     began = [f"…{name.removeprefix(start)}" if start and name.startswith(start) else name for name in names]
     for most in range(longest, max(map(len, began), default=0) + 1):
-        cut = [_without_middle(name, most) for name in began]
+        cut = [without_middle(name, most) for name in began]
         if len(set(cut)) == len(set(names)):
             return cut, start
     return began, start
 
 
-def _without_middle(name: str, longest: int) -> str:
+def without_middle(name: str, longest: int) -> str:
+    """A name of at most `longest` characters: two thirds of them are its end, where names mostly differ."""
     head = longest // 3
     return name if len(name) <= longest else f"{name[:head]}…{name[len(name) - (longest - head - 1) :]}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,10 +14,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from altgrad.report.console import Terminal
+from altgrad.report.console import BAR, Terminal
+from altgrad.report.text import without_middle
 from altgrad.sweep.estimate import schedule
 from altgrad.sweep.job import Job, Position, position
 from altgrad.sweep.local import Event
+
+_LEAST = {"step": 7, "": 16, "loss": 6, "tokens/s": 8, "left": 6}
+"""The columns beside a run's name, and how wide they are at least."""
+_BESIDE_A_NAME = sum(_LEAST.values()) + 2 * len(_LEAST)
 
 
 class SweepProgress:
@@ -48,7 +54,8 @@ class SweepProgress:
         self._ended: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
         self._crashes = 0
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._start = _shared_start([job.name for job in self._jobs])
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_interactive else None
 
     def __enter__(self) -> SweepProgress:
         if self._live:
@@ -129,21 +136,38 @@ class SweepProgress:
 
     def _view(self) -> Group:
         with self._guard:
+            of = f"{self._start.rstrip('-')}: " if self._start else ""
+            head = Text(f"{of}{self._headline()}", style="bold")
+            if not self._running:
+                return Group(head)
             table = Table(box=None, pad_edge=False, header_style="dim")
-            for column in ("run", "step", "", "loss", "tokens/s", "left"):
-                table.add_column(column, justify="left" if column in ("run", "") else "right", no_wrap=True)
+            most, names = self._console.width - _BESIDE_A_NAME, [len(job.name) for job in self._jobs]
+            least = {"run": min(most, max(names) - len(self._start)), **_LEAST}  # columns stay where they are
+            for column, width in least.items():
+                left = column in ("run", "")
+                table.add_column(column, justify="left" if left else "right", no_wrap=True, min_width=width)
             for job, begun, kind in self._running.values():
                 at = position(job.folder)
                 left = _left(job, at, time.monotonic() - begun)
+                waits = "" if kind == "started" else " (another process)"
                 table.add_row(
-                    escape(job.name) + (" (another process)" if kind != "started" else ""),
+                    escape(without_middle(job.name.removeprefix(self._start) + waits, max(16, most))),
                     f"{at.step}/{job.max_steps}",
-                    ProgressBar(job.max_steps, at.step, width=16),
+                    ProgressBar(job.max_steps, at.step, width=16, **BAR),
                     "" if at.loss is None else f"{at.loss:.3f}",
                     "" if at.tokens_per_s is None else f"{at.tokens_per_s:,.0f}",
                     "" if left is None else duration(left),
                 )
-            return Group(Text(self._headline(), style="bold"), table)
+            return Group(head, table)
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    """What all of several names begin with, up to and with a "-"."""
+    if len(names) < 2:
+        return ""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(names), max(names), strict=False))
+    start, dash, _ = "".join(a for a, _ in same).rpartition("-")
+    return start + dash
 
 
 def _left(job: Job, at: Position, running_s: float) -> float | None:

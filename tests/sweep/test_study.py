@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -223,7 +224,7 @@ def test_the_live_table_shows_runs_and_what_is_left(matrix: Path, tmp_path: Path
     plan = plan_sweep(matrix, tmp_path / "runs", ["max_steps=3"])
     jobs = [faked(run, 1) for run in plan.runs]
     stream = io.StringIO()
-    terminal = Console(file=stream, force_terminal=True, width=120, color_system=None)
+    terminal = Console(file=stream, force_terminal=True, force_interactive=True, width=120, color_system=None)
     jobs[0].folder.mkdir(parents=True)
     (jobs[0].folder / "metrics.jsonl").write_text('{"kind": "step", "step": 2, "loss": 4.5, "elapsed_s": 20.0}\n')
     from altgrad.sweep.local import Event
@@ -241,13 +242,43 @@ def test_the_live_table_shows_runs_and_what_is_left(matrix: Path, tmp_path: Path
         "5 of 9 done",
         "1 crash",
         "60 s left",
-        jobs[0].name,
+        "tiny: 5 of 9 done",  # what all names begin with is said once
+        jobs[0].name.removeprefix("tiny-"),
         "2/3",
         "4.500",
         "10 s",
         "crashed at step 2: ended by SIGKILL",
     ):
         assert part in shown
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines_as_a_log_does(matrix: Path, tmp_path: Path) -> None:
+    """Nothing was shown under TERM=dumb until the end."""
+    from altgrad.sweep.local import Event
+
+    (job, *_) = (faked(run, 1) for run in plan_sweep(matrix, tmp_path / "runs", ["max_steps=3"]).runs)
+    stream = io.StringIO()
+    with SweepProgress([job], console=Console(file=stream, force_terminal=True, _environ={"TERM": "dumb"})) as progress:
+        progress(Event("started", job))
+        assert f"{job.name} starts" in stream.getvalue()
+
+
+def test_the_live_table_fits_its_terminal_and_goes_when_all_is_done(matrix: Path, tmp_path: Path) -> None:
+    from altgrad.sweep.local import Event
+
+    jobs = [replace(faked(run, 1), name="x" * 60 + run.name) for run in plan_sweep(matrix, tmp_path / "runs").runs]
+    stream = io.StringIO()
+    terminal = Console(file=stream, force_terminal=True, force_interactive=True, width=80, color_system=None)
+    with SweepProgress(jobs, console=terminal) as progress:
+        progress(Event("started", jobs[0]))
+        progress(None)
+        assert "tokens/s" in stream.getvalue()
+        drawn = [re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", stream.getvalue())]
+        assert max(map(len, drawn)) <= 80
+        assert any(jobs[0].name[-12:] in line for line in drawn)
+        at = stream.tell()
+        progress(Event("stopped", jobs[0]))
+    assert "tokens/s" not in stream.getvalue()[at:]
 
 
 def test_unusable_options_are_refused(matrix: Path, tmp_path: Path) -> None:
