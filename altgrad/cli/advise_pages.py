@@ -103,7 +103,8 @@ def _from_config(
     passes = len(budget.formats) * (operands + BATCHES) + BATCHES if sensitivity else 0
     forks = 3 * 5 * verify
     console.print(
-        f"{plural(steps, 'float32 step')}, then one forward and backward for each of {passes} tries"
+        plural(steps, "float32 step")
+        + (f", then one forward and backward for each of {passes} tries" if passes else "")
         + (f", then {plural(forks, 'step')} of forks" if forks else "")
         + f": about {duration(second * (1.3 * steps + passes + 1.5 * forks))}",
         highlight=False,

@@ -107,7 +107,7 @@ def print_errors(name: str, sizes: str | None, figure: Path | None = None) -> No
     rows += [(f"without {one}", recipe.without(one)) for one in recipe.ingredients if one != HIGH_LAYERS]
     errors = {label: astuple(layer_error(one, given)) for label, one in rows}
     for label, found in errors.items():
-        table.add_row(label, *(f"{100 * error:.3f} %" for error in found))
+        table.add_row(label, *(f"{100 * error:.3f}%" for error in found))
     console = Terminal()
     console.print(name, style="bold", highlight=False, soft_wrap=True)
     console.print(

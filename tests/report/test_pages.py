@@ -16,6 +16,7 @@ from altgrad.report.pages.failure import (
     headline,
     render_failure,
 )
+from altgrad.report.pages.products import render_products
 from tests.autopsy.planted import CELLS, Planted, any_of, cell, cured_by, page_data
 from tests.run_folders import all_nan_run, frozen_run, nothing_measured
 
@@ -200,3 +201,14 @@ def test_words_follow_the_intervals(rescue, alone, word):
 def test_text_from_a_run_is_escaped(found):
     html, _ = render_autopsy({**found, "run": {"run_id": "<script>alert(1)</script>"}})
     assert "<script>alert(1)" not in html
+
+
+def test_a_curve_that_would_cover_the_recipes_is_left_out_and_the_headline_names_the_recipe():
+    errors = {"mine": (0.03784, 0.02, 0.01), "without a": (0.03784, 0.02, 0.01), "without b": (0.05, 0.02, 0.01)}
+    by_length = {"mine": (0.03, 0.04), "without a": (0.03, 0.0401), "without b": (0.03, 0.05)}
+    html = render_products("mine", "x:MXFP8", "64 tokens", errors, (64, 256), by_length, "altgrad recipes mine --error")
+    assert "<h1>mine: errors of y 3.8%, dx 2.0%, dw 1.0%</h1>" in html
+    assert ">3.784%<" in html
+    chart = html.split('id="length"')[1].split("</section>")[0]
+    assert "without b" in chart
+    assert "without a" not in chart

@@ -12,9 +12,12 @@ from altgrad.report.charts.lines import Series
 from altgrad.report.numbers import percent
 from altgrad.report.pages.page import render_page
 from altgrad.report.tables import Column, Table, TableCell
+from altgrad.report.text import shortened
 from altgrad.report.theme import styles_for
 
-DRAWN = "drawn tensors, 1 % of the features 30 times as large"
+SAME = 0.005
+"""An ingredient without which no error of y differs by this share has no curve of its own: it would cover the recipe's."""
+DRAWN = "drawn tensors, 1% of the features 30 times as large"
 NO_VERDICT = "Errors of single products are no verdict on training: altgrad sweep trains."
 Errors = Mapping[str, tuple[float, float, float]]
 """label -> relative errors of y, dx and dw."""
@@ -40,7 +43,7 @@ def render_products(
         "products.html.j2",
         title=f"AltGrad: {name}, one layer's products",
         kind="one layer's products",
-        headline="Errors of "
+        headline=f"{shortened(name, 60)}: errors of "
         + ", ".join(
             f"{what} {percent(error)}"
             for what, error in zip(("y", "dx", "dw"), next(iter(errors.values())), strict=True)
@@ -57,14 +60,20 @@ def render_products(
 
 
 def _table(errors: Errors) -> Table:
-    columns = [Column("recipe"), *(Column(what, numeric=True) for what in ("y", "dx", "dw"))]
+    columns = [Column("Recipe"), *(Column(what, numeric=True) for what in ("y", "dx", "dw"))]
     rows = [
-        [label, *(TableCell(f"{100 * error:.3f} %", sort=error) for error in found)] for label, found in errors.items()
+        [label, *(TableCell(f"{100 * error:.3f}%", sort=error) for error in found)] for label, found in errors.items()
     ]
     return Table(columns, rows)
 
 
 def _chart(lengths: Sequence[int], by_length: Mapping[str, Sequence[float]]) -> Markup:
+    whole = np.array(next(iter(by_length.values())))
+    by_length = {
+        label: values
+        for place, (label, values) in enumerate(by_length.items())
+        if place == 0 or (np.abs(np.array(values) - whole) > SAME * whole).any()
+    }
     styles = styles_for(list(by_length))
     x = np.log2(np.array(lengths, dtype=np.float64))
     series = [
@@ -75,7 +84,7 @@ def _chart(lengths: Sequence[int], by_length: Mapping[str, Sequence[float]]) -> 
         series,
         title="Error of y over the length of its sums",
         description="Relative error of the forward's product for growing numbers of products in each sum.",
-        caption="64 tokens, K features to 64; a curve for the recipe, and for each ingredient without which y differs.",
+        caption="64 tokens, K features to 64; a curve for the recipe, and for each ingredient without which an error differs by more than 0.5%.",
         x_label="log2 K, the products of a sum",
         y_label="relative error of y, percent",
         y_scales=("linear", "log"),
