@@ -64,7 +64,7 @@ def time_budget(model: str, recipe, processor: Processor) -> float | None:
         return None
     with_units, uniform_grids, blocks, without = TIME_BUDGETS[model]
     fmt = recipe.default.forward.input.resolved
-    if not processor.bf16_codes and not processor.bf16_matrices:
+    if not processor.bf16_codes and not processor.matrices:
         return without
     if is_block(fmt):
         return blocks

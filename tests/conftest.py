@@ -34,7 +34,7 @@ def forced_route(request, monkeypatch):
     forced, test = gemm.Route(name), request.node.nodeid.replace(name, "")
 
     def may(needed, dtype, codes):
-        units = {None: (), Unit.INT8: tuple(Unit), Unit.BF16: (Unit.BF16, Unit.FLOAT32)}[needed.unit]
+        units = {None: (), Unit.INT8: tuple(Unit), Unit.BF16: (Unit.BF16, Unit.AMX_BF16, Unit.FLOAT32)}[needed.unit]
         exact = needed.values is forced if forced.unit is None else codes and forced.unit in units
         return dtype == torch.float32 and exact
 

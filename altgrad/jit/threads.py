@@ -27,7 +27,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from altgrad.jit.template import LOOP, Plain, function, loop
+from altgrad.jit.template import LOOP, Plain, function, inlined, loop
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _DEFAULT_MXCSR = 0x1F80  # to nearest, exceptions masked, subnormals neither flushed nor taken as zero
@@ -193,6 +193,37 @@ def _region(
     return _run_region(enter, work, (function, *arguments, count, _share(count, grain, threads)))  # pyright: ignore
 
 
+CREW = types.UniTuple(types.int64, 3)
+"""Who shares a loop in compiled code: the address of `GOMP_parallel`, that of `_take_shares`, and how many threads."""
+ALONE = (0, 0, 1)
+
+
+@inlined
+def shared(crew, loop, arguments, count, grain):
+    """A compiled loop over `count` units, `grain` of which stay on one thread, in compiled code; returns its flags.
+
+    crew: as `crew_of` says. arguments: those of the loop up to partials.
+    """
+    if crew[2] <= 1 or count <= grain:
+        return call_loop(loop, (*arguments, 0, count))  # pyright: ignore[reportCallIssue]
+    job = (loop, *arguments, count, _share(count, grain, crew[2]))
+    return _run_region(crew[0], crew[1], job)  # pyright: ignore[reportCallIssue]
+
+
+@cache
+def _torchs_crew() -> tuple[int, int] | None:
+    enter = _torchs_openmp()
+    return None if enter is None else (enter, loop(_take_shares, Plain(), types.void(types.int64)))
+
+
+def crew_of(threads: int) -> tuple[int, int, int] | None:
+    """So many of torch's threads for compiled code; None where it has no way to them but by Python."""
+    if threads <= 1:
+        return ALONE
+    found = _torchs_crew()
+    return None if found is None else (*found, threads)
+
+
 # -- on Numba's threads -----------------------------------------------------------------------------------------------
 
 if not numba.config.THREADING_LAYER or numba.config.THREADING_LAYER == "default":  # pyright: ignore
@@ -259,12 +290,8 @@ def run_table(loop: int, table: int, units: int, *, grain: int = 1, threads: int
 @cache
 def _on_threads() -> Callable[..., int]:
     """What runs (loop, arguments up to partials, count, grain, threads) on several threads."""
-    enter = _torchs_openmp()
-    return (
-        _on_numbas_threads
-        if enter is None
-        else partial(_region(), enter, loop(_take_shares, Plain(), types.void(types.int64)))
-    )
+    found = _torchs_crew()
+    return _on_numbas_threads if found is None else partial(_region(), *found)
 
 
 def _torchs_openmp() -> int | None:

@@ -13,6 +13,8 @@ from altgrad.nn.layer import at_once, gemm
 from altgrad.quantization import CurrentScaling
 
 LIKE_ZEN5, LIKE_HASWELL = gemm.Processor(True, True, False), gemm.Processor(vectors=True)
+LIKE_SAPPHIRE_RAPIDS = gemm.Processor(True, True, True)
+CLASSES = (LIKE_ZEN5, LIKE_HASWELL, LIKE_SAPPHIRE_RAPIDS)
 
 
 def matrix(shape, seed):
@@ -50,7 +52,7 @@ PRODUCTS_OF_LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("processor", [LIKE_ZEN5, LIKE_HASWELL], ids=str)
+@pytest.mark.parametrize("processor", CLASSES, ids=str)
 @pytest.mark.parametrize("case", PRODUCTS_OF_LAYERS)
 def test_a_layer_by_codes_is_the_layer_by_float32(case, processor, monkeypatch):
     spelled, change = PRODUCTS_OF_LAYERS[case]
@@ -103,7 +105,7 @@ def agree(found):
             torch.testing.assert_close(once, steps, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("processor", [LIKE_ZEN5, LIKE_HASWELL], ids=str)
+@pytest.mark.parametrize("processor", CLASSES, ids=str)
 @pytest.mark.parametrize("shape", [(128, 64, 192), (1, 1, 1), (37, 65, 50), (33, 130, 7)], ids=str)
 @pytest.mark.parametrize("fmt", ["E4M3", "E0M7", "MXFP8", "MXINT8", "E4M3/6:E8M0", "E2M1/16x16:E8M0"])
 def test_a_small_layer_in_one_call_has_the_bits_of_its_steps(fmt, shape, processor, monkeypatch):
@@ -114,6 +116,19 @@ def test_a_small_layer_in_one_call_has_the_bits_of_its_steps(fmt, shape, process
         found, runs = at_once_and_not(monkeypatch, layer_recipe(fmt), x, w, bias, dy, processor=processor)
         assert runs == 1
         agree(found)
+
+
+@pytest.mark.parametrize("fmt", ["E4M3", "E0M7", "MXFP8"])
+def test_a_layer_in_one_call_on_several_threads_has_the_bits_of_one(fmt, monkeypatch):
+    x, w, dy, bias = (matrix(s, i) for i, s in enumerate([(500, 384), (300, 384), (500, 300), (300,)]))
+    alone = None
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        found, runs = at_once_and_not(monkeypatch, layer_recipe(fmt), x, w, bias, dy)
+        assert runs == 1
+        agree(found)
+        alone = alone or found[0]
+        agree((found[0], alone))
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["x", "w"])

@@ -103,21 +103,21 @@ def needs(a, b) -> Needs:
 @pytest.mark.parametrize(
     ("a", "b", "shape", "zen5", "sapphire_rapids", "cascade_lake"),
     [
-        ("E4M3", "E5M2", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32_CODES),
-        ("E7M0", "E7M0", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32_CODES),
-        ("E0M7", "E4M3", BIG, Route.BF16_CODES, Route.BF16, Route.FLOAT32_CODES),
-        ("E0M7", "E1M6", BIG, Route.INT8_CODES, Route.BF16, Route.INT8_CODES),
-        ("INT8", "E2M1", BIG, Route.INT8_CODES, Route.BF16, Route.INT8_CODES),
+        ("E4M3", "E5M2", BIG, Route.BF16_CODES, Route.AMX_BF16_CODES, Route.FLOAT32_CODES),
+        ("E7M0", "E7M0", BIG, Route.BF16_CODES, Route.AMX_BF16_CODES, Route.FLOAT32_CODES),
+        ("E0M7", "E4M3", BIG, Route.BF16_CODES, Route.AMX_BF16_CODES, Route.FLOAT32_CODES),
+        ("E0M7", "E1M6", BIG, Route.INT8_CODES, Route.AMX_INT8_CODES, Route.INT8_CODES),
+        ("INT8", "E2M1", BIG, Route.INT8_CODES, Route.AMX_INT8_CODES, Route.INT8_CODES),
         (
             "E0M7",
             "E0M7",
             (64, 64, LARGEST_DEPTH + 1),
             Route.BF16_CODES,
-            Route.BF16,
+            Route.AMX_BF16_CODES,
             Route.FLOAT32_CODES,
         ),  # beyond int32
-        ("MXFP8", "MXFP8", BIG, Route.BF16_CODES, Route.BF16_CODES, Route.FLOAT32_CODES),
-        ("E4M3", "E4M3", (8, 512, 512), Route.BF16_CODES, Route.FLOAT32, Route.FLOAT32_CODES),  # few rows
+        ("MXFP8", "MXFP8", BIG, Route.BF16_CODES, Route.AMX_BF16_CODES, Route.FLOAT32_CODES),
+        ("E4M3", "E4M3", (8, 512, 512), Route.BF16_CODES, Route.AMX_BF16_CODES, Route.FLOAT32_CODES),  # few rows
         ("E4M3", "E4M3", (32, 32, 32), Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # few products
         ("BF16", "E4M3", BIG, Route.FLOAT32, Route.FLOAT32, Route.FLOAT32),  # subnormals are not normal bf16 numbers
         ("E5M7", "E4M3", BIG, Route.FLOAT32, Route.BF16, Route.FLOAT32),  # 8 significant bits in more than a byte
@@ -136,6 +136,8 @@ def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_l
     for processor in (ZEN5, SAPPHIRE_RAPIDS, CASCADE_LAKE, HASWELL):
         assert choose_route(needed, shape, "cpu", dtype=torch.float64, processor=processor) is Route.FLOAT32
     assert choose_route(needed, shape, "cpu", codes=False, processor=ZEN5) is Route.FLOAT32  # in compiled code
+    values = Route.BF16 if needed.values is Route.BF16 and min(shape) >= 64 else Route.FLOAT32
+    assert choose_route(needed, shape, "cpu", codes=False, processor=SAPPHIRE_RAPIDS) is values
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_build_that_refuses_float32_sums_of_bf16_takes_the_float32_route(monke
 
 def test_this_processor_is_one_of_the_classes_and_says_so():
     facts = torch.cpu.get_capabilities()
-    assert PROCESSOR.bf16_matrices == bool(facts.get("amx_bf16"))
+    assert not PROCESSOR.matrices or facts["amx_bf16"]
     assert not PROCESSOR.bf16_codes or facts["avx512_bf16"]
     assert PROCESSOR.vectors or not facts["avx2"]
     assert (str(Processor()), str(HASWELL)) == ("float32 alone", "int16 and float32 codes (AVX2)")

@@ -191,7 +191,21 @@ def test_a_reduction_in_pieces_has_the_bits_of_one_in_one(unit, shape, monkeypat
 def test_integers_have_one_sum_on_every_unit():
     fmt = get_format("E1M6")
     a, b = coded(torch.randn(37, 900), fmt), coded(torch.randn(900, 41), fmt)
-    assert torch.equal(multiply(a, b, Unit.INT8), multiply(a, b, Unit.INT16))
+    found = [multiply(a, b, unit) for unit in Unit if unit.sums_integers]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("unit", [unit for unit in Unit if unit.by_matrices], ids=lambda unit: unit.value)
+def test_matrix_registers_are_given_back_as_found(unit):
+    fmt = get_format("E0M7")
+    a, b = coded(torch.randn(200, 300), fmt), coded(torch.randn(300, 150), fmt)
+    left, right = torch.randn(200, 300).bfloat16(), torch.randn(300, 150).bfloat16()
+    expected = multiply(a, b, unit), left @ right  # a library's product, by matrix units where there are any
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            assert torch.equal(multiply(a, b, unit), expected[0])
+            assert torch.equal(left @ right, expected[1])
 
 
 @pytest.mark.parametrize("emulated", EMULATED)
@@ -286,10 +300,13 @@ def test_a_forked_child_multiplies_shapes_that_its_parent_planned():
         "from altgrad.quantization.products.multiply import Codes, multiply",
         "from altgrad.quantization.products.units import Unit",
         "torch.set_num_threads(2)",
-        "x = Codes(torch.zeros(512, 512, dtype=torch.uint8), get_format('E4M3'))",
-        "multiply(x, x, Unit.BF16)",
+        "from altgrad.nn import functional, layer_recipe",
+        "recipe = layer_recipe('E4M3')",
+        "x, y = Codes(torch.zeros(512, 512, dtype=torch.uint8), get_format('E4M3')), torch.ones(512, 512)",
+        "work = lambda: (multiply(x, x, Unit.BF16), functional.linear(y, y, recipe=recipe))",
+        "work()",
         "child = os.fork()",
-        "if child == 0: multiply(x, x, Unit.BF16); os._exit(7)",
+        "if child == 0: work(); os._exit(7)",
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7",
     ])  # fmt: skip
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)

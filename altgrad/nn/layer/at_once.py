@@ -1,6 +1,6 @@
-"""Small layers at once: all that a forward, or a backward, quantizes and multiplies, in one compiled call.
+"""Layers at once: all that a forward, or a backward, quantizes and multiplies, in one compiled call.
 
-Where every product of a layer is one of codes and work for one thread, and every operand finds its scale from itself (or
+Where every product of a layer is one of codes, and every operand finds its scale from itself (or
 has that of its stored weight), the forward is one program (`quantization.products.program`) and the backward is another.
 They give the bits of the general way (`gemms`), to which a call returns where a program does not serve: scales that
 remember, random bits, observers, masks, values without a code, tensors that are not plain float32 matrices.
@@ -9,6 +9,7 @@ remember, random bits, observers, masks, values without a code, tensors that are
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from altgrad.quantization.products.program import Coded, Program
 
 PLANS_KEPT = 64  # of one layer; shapes that change must not grow it without end
+_forked = False  # whether this is a forked process, in which a plan's threads are not
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Plan(NamedTuple):
@@ -124,7 +135,7 @@ def plan_for(
             return None
     if bias is not None and bias.dtype is not torch.float32:
         return None
-    key = (products, x.shape, w.shape, needs, bias is None, torch.get_num_threads(), rule.PROCESSOR)
+    key = (products, x.shape, w.shape, needs, bias is None, torch.get_num_threads(), _forked, rule.PROCESSOR)
     try:
         return plans[key]
     except KeyError:

@@ -8,9 +8,9 @@ E7M0 reach 2^64. On a GPU operands of 9 to 11 significant bits are float16 numbe
 that fits. All else takes the float32 GEMM on dequantized operands.
 
 On the CPU codes themselves are multiplied (`altgrad.quantization.products`): as bytes where payloads are small integers,
-else as bf16, where the processor has the instruction; as int16 and as float32 where it has but vectors of 32 bytes. CPUs
-with matrix units for bf16 (AMX) take their library's product of the values instead, which only needs a setting; without
-those units that setting gains less than multiplying codes.
+else as bf16, by matrix units (AMX) or where the processor has the instruction for vectors; as int16 and as float32 where it
+has but vectors of 32 bytes. Where there are no codes, CPUs with matrix units take their library's product of the values in
+bf16, which only needs a setting.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from altgrad.quantization import FloatFormat
 from altgrad.quantization.kernels.choose import interpreted
 from altgrad.quantization.products.units import (
     LARGEST_DEPTH,
+    MATRICES,
     NORMAL_EMIN,
     PLAINER,
     SIGNIFICANT_BITS,
@@ -48,6 +49,8 @@ class Route(Enum):
     INT8_CODES = "int8 codes"
     FLOAT32_CODES = "float32 codes"
     INT16_CODES = "int16 codes"
+    AMX_INT8_CODES = "amx-int8 codes"
+    AMX_BF16_CODES = "amx-bf16 codes"
     FP8 = "fp8"  # by a GPU's own unit, of whose sums a recipe asks
 
     def __init__(self, says: str) -> None:
@@ -95,20 +98,24 @@ class Processor(NamedTuple):
 
     int8_codes: bool = False  # AVX-512 VNNI
     bf16_codes: bool = False  # AVX-512 BF16
-    bf16_matrices: bool = False  # AMX
+    matrices: bool = False  # AMX, of int8 and bf16 codes; of values in bf16 by the library
     vectors: bool = False  # AVX2 and FMA, which multiply codes where the above are lacking
 
     def __str__(self) -> str:
         names = {
             "int8_codes": "int8 codes (VNNI)",
             "bf16_codes": "bf16 codes (AVX-512 BF16)",
-            "bf16_matrices": "bf16 matrices (AMX)",
+            "matrices": "both by matrices (AMX)",
         }
         found = [says for name, says in names.items() if getattr(self, name)]
         return ", ".join(found) or ("int16 and float32 codes (AVX2)" if self.vectors else "float32 alone")
 
     def multiplies(self, unit: Unit) -> Unit | None:
-        """What multiplies the codes that a unit holds: it or a plainer one; None: nothing, so that values are multiplied."""
+        """What multiplies the codes that a unit holds: matrix units, itself or a plainer one; None: nothing, so that values
+        are multiplied.
+        """
+        if self.matrices:
+            return MATRICES[unit]
         if self.int8_codes if unit is Unit.INT8 else self.bf16_codes:
             return unit
         return PLAINER[unit] if self.vectors else None
@@ -120,9 +127,9 @@ class Processor(NamedTuple):
 
 def this_processor() -> Processor:
     """The CPU at hand."""
-    has_matrices = bool(torch.cpu.get_capabilities().get("amx_bf16"))
     vectors = on_this_cpu(Unit.INT16) and on_this_cpu(Unit.FLOAT32)
-    return Processor(on_this_cpu(Unit.INT8), on_this_cpu(Unit.BF16), has_matrices, vectors)
+    matrices = on_this_cpu(Unit.AMX_INT8) and on_this_cpu(Unit.AMX_BF16)
+    return Processor(on_this_cpu(Unit.INT8), on_this_cpu(Unit.BF16), matrices, vectors)
 
 
 _CPU_MATMUL = torch.backends.mkldnn.matmul
@@ -130,7 +137,7 @@ PROCESSOR = this_processor()
 # Below these the conversion to bf16 and back outweighs the matrix units, or a call that of another product.
 CPU_BF16_MIN_PRODUCTS, CPU_CODES_MIN_PRODUCTS = 2**21, 2**17
 CPU_BF16_MIN_SIDE = 16
-_OF_CODES = {route.unit: route for route in Route if not route.on_cores}
+_OF_CODES = {route.unit: route for route in Route if route.unit is not None}
 
 
 def choose_route(
@@ -163,13 +170,13 @@ def choose_route(
         return Route.FLOAT32
     processor = processor or PROCESSOR
     products = shape[0] * shape[1] * shape[2]
-    if needed.values is Route.BF16 and processor.bf16_matrices:
-        large = products >= CPU_BF16_MIN_PRODUCTS and min(shape) >= CPU_BF16_MIN_SIDE
-        return Route.BF16 if large else Route.FLOAT32
-    if not codes or needed.unit is None or products < CPU_CODES_MIN_PRODUCTS:
-        return Route.FLOAT32
-    wanted = Unit.BF16 if shape[2] > LARGEST_DEPTH else needed.unit  # which holds integers, too
-    return _OF_CODES[processor.multiplies(wanted)]
+    if codes and needed.unit is not None and products >= CPU_CODES_MIN_PRODUCTS:
+        wanted = Unit.BF16 if shape[2] > LARGEST_DEPTH else needed.unit  # which holds integers, too
+        unit = processor.multiplies(wanted)
+        if unit is not None:
+            return _OF_CODES[unit]
+    large = products >= CPU_BF16_MIN_PRODUCTS and min(shape) >= CPU_BF16_MIN_SIDE
+    return Route.BF16 if needed.values is Route.BF16 and processor.matrices and large else Route.FLOAT32
 
 
 def pull_apart(scale: Tensor | float, fmt: FloatFormat) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from numba import types
 
 from altgrad.jit.memory import load_word, scratch, store_word
 from altgrad.jit.template import Plain, function, part, table_reader
-from altgrad.jit.threads import call_loop
+from altgrad.jit.threads import CHUNK, CREW, shared
 from altgrad.quantization.kernels.cpu import blocks, loops
-from altgrad.quantization.products.loops import blocks_fit, multiply_here
+from altgrad.quantization.products.loops import blocks_fit, multiply_shared
 
 FIRST, SECOND, KEPT, ROOM, OUT, OTHER = range(6)
 NOTHING = -1
@@ -43,6 +43,9 @@ class Encoding(NamedTuple):
     tile_rows: int
     tile_columns: int
     payloads: int
+    threads: int
+    amaxes_at: int  # in ROOM
+    group: int  # blocks that stay on one thread
 
 
 class Multiplication(NamedTuple):
@@ -68,6 +71,9 @@ class Multiplication(NamedTuple):
     left_units: int
     right_units: int
     units: int
+    threads: int
+    unused_0: int = 0
+    unused_1: int = 0
 
 
 _WORDS = len(Encoding._fields)
@@ -83,12 +89,19 @@ _ROW = 8 * _WORDS
 
 
 def _parts() -> dict:
-    named = {"encode": loops.encode_here, "encode_blocks": blocks.blocks_here, "blocks_fit": blocks_fit}
-    return {name: part(plain, Plain()) for name, plain in (*named.items(), ("multiply", multiply_here))}
+    named = {
+        "encode": loops.encode_shared,
+        "encode_blocks": blocks.blocks_shared,
+        "blocks_fit": blocks_fit,
+        "multiply": multiply_shared,
+    }
+    return {name: part(plain, Plain()) for name, plain in named.items()}
 
 
-@function(types.Tuple((types.int64, *[types.float64] * SCALES))(*[types.int64] * 9, *[types.float64] * 2), parts=_parts)
-def run(rows, encodings, multiplications, first, second, kept, room, out, other, scale_0, scale_1):
+@function(
+    types.Tuple((types.int64, *[types.float64] * SCALES))(CREW, *[types.int64] * 9, *[types.float64] * 2), parts=_parts
+)
+def run(crew, rows, encodings, multiplications, first, second, kept, room, out, other, scale_0, scale_1):
     """(whether it went through, scales that it found): `encodings` rows, then `multiplications` rows."""
     places, scales = scratch(48), scratch(32)
     store_word(places, 0, first)
@@ -107,9 +120,9 @@ def run(rows, encodings, multiplications, first, second, kept, room, out, other,
         x = np.int64(load_word(np.uint64(0), places, e.x))
         target = np.int64(load_word(np.uint64(0), places, e.codes))
         codes, stored = target + e.codes_at, target + e.scales_at
-        scale = load_word(0.0, scales, e.scale)
+        scale, those = load_word(0.0, scales, e.scale), (crew[0], crew[1], e.threads)
         if e.block_loop != 0:
-            problems = encode_blocks(e.block_loop, e.table, x, 0, codes, stored, 0, 0, 0, 1.0, e.units)
+            problems = encode_blocks(those, e.block_loop, e.table, x, 0, codes, stored, 0, 0, 0, 1.0, e.units, e.group)
             if problems == 0 and e.scales != 0:
                 fits = blocks_fit(
                     codes,
@@ -127,9 +140,12 @@ def run(rows, encodings, multiplications, first, second, kept, room, out, other,
         else:
             top = load_word(0.0, rows + i * _ROW, _TOP)
             if e.top == 0:
-                problems = call_loop(e.loop, (e.table, x, 0, codes, 0, scale, e.units, 1, 0, 0, 0, 0, e.units))
+                problems = shared(those, e.loop, (e.table, x, 0, codes, 0, scale, e.units, 1, 0, 0, 0), e.units, CHUNK)
             else:
-                scale, problems = encode(e.amax_loop, e.loop, e.table, x, codes, e.units, top, e.power_of_two)
+                amaxes = room + e.amaxes_at
+                scale, problems = encode(
+                    those, e.amax_loop, e.loop, e.table, x, codes, amaxes, e.units, top, e.power_of_two
+                )
             fits = np.int64(np.isfinite(scale))
         if problems != 0 or fits == 0:
             return np.int64(0), 0.0, 0.0, 0.0, 0.0
@@ -144,6 +160,7 @@ def run(rows, encodings, multiplications, first, second, kept, room, out, other,
         target = np.int64(load_word(np.uint64(0), places, m.out))
         factor = math.ldexp(load_word(0.0, scales, m.a_scale) * load_word(0.0, scales, m.b_scale), m.exponent)
         multiply(
+            (crew[0], crew[1], m.threads),
             m.template,
             a + m.a_at,
             a + m.a_scales_at,

@@ -20,7 +20,8 @@ from numba import types
 from altgrad.jit.memory import load, load_code, load_word, scratch, store_word
 from altgrad.jit.storage import FLOAT32
 from altgrad.jit.template import function, loop, part, table_reader
-from altgrad.jit.threads import call_loop
+from altgrad.jit.threads import CREW, shared
+from altgrad.quantization.products import amx
 from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS, Packing
 from altgrad.quantization.products.tiles import NARROW_TILE_ROWS, PANEL_ROWS, TILE_ROWS, put_word, tile, word_at
 
@@ -78,6 +79,8 @@ def _multiply(table, x, out, codes, scales, scale, inner, channels, seed, stream
     """Blocks start .. stop - 1 of all batches."""
     p = read(0, table)
     room, shifts = scratch(ROOM_BYTES), scratch(BIAS_BYTES)
+    found = scratch(64)
+    take_registers(found)
     panels_down, panels_across = (p.rows + PANEL - 1) // PANEL, (p.columns + PANEL - 1) // PANEL
     blocks_down = (panels_down + p.block_rows - 1) // p.block_rows
     blocks_across = (panels_across + p.block_columns - 1) // p.block_columns
@@ -113,22 +116,24 @@ def _multiply(table, x, out, codes, scales, scale, inner, channels, seed, stream
                             multiply_tile(left, right, words, target, p.columns, adds, last, p.factor, bias)
                         else:
                             edge(p, left, right, words, target, min(TILE, p.rows - row), width, adds, last, bias, room)
+    give_registers_back(found)
     return np.int64(0)
 
 
 @cache
 def compiled(variant: Variant) -> int:
     """Address of a multiplying loop."""
-    constants = {
-        "PANEL": PANEL_ROWS,
-        "TILE": NARROW_TILE_ROWS if variant.NARROW else TILE_ROWS,
-        "ROOM_BYTES": 4 * TILE_ROWS * PANEL_ROWS,
-        "BIAS_BYTES": 4 * PANEL_ROWS,
-    }
-    made = {"multiply_tile": tile(UNITS[variant.UNIT], variant.EMULATED, variant.NARROW), **constants}
-    multiply_tile = part(_tile, variant, **made)
+    unit = UNITS[variant.UNIT]
+    rows = PANEL_ROWS if unit.by_matrices else NARROW_TILE_ROWS if variant.NARROW else TILE_ROWS
+    constants = {"PANEL": PANEL_ROWS, "TILE": rows, "ROOM_BYTES": 4 * rows * PANEL_ROWS, "BIAS_BYTES": 4 * PANEL_ROWS}
+    if unit.by_matrices:
+        multiply_tile = amx.tile(unit, variant, variant.EMULATED)
+    else:
+        made = tile(unit, variant.EMULATED, variant.NARROW)
+        multiply_tile = part(_tile, variant, multiply_tile=made, **constants)
     edge = part(_edge, variant, multiply_tile=multiply_tile, **constants)
-    return loop(_multiply, variant, edge=edge, multiply_tile=multiply_tile, read=_read, **constants)
+    registers = amx.registers(taken=unit.by_matrices and not variant.EMULATED)
+    return loop(_multiply, variant, edge=edge, multiply_tile=multiply_tile, read=_read, **registers, **constants)
 
 
 def _tile(left, right, words, out, stride, adds, last, factor, bias):
@@ -144,10 +149,26 @@ _WORDS, _PRODUCTS_FIRST, _SLICES, _FACTOR = (
 )
 
 
-def multiply_here(
-    template, a, a_scales, b, b_scales, left, right, out, bias, factor, pack_left, pack_right, multiply, m, n, units
+def multiply_shared(
+    crew,
+    template,
+    a,
+    a_scales,
+    b,
+    b_scales,
+    left,
+    right,
+    out,
+    bias,
+    factor,
+    pack_left,
+    pack_right,
+    multiply,
+    m,
+    n,
+    units,
 ):
-    """Pack both operands and multiply on this thread: the tables are those at `template` with the addresses given."""
+    """Pack both operands and multiply: the tables are those at `template` with the addresses given."""
     table = scratch(_TABLE_BYTES)
     for i in range(_TABLE_WORDS):
         store_word(table, i, np.int64(load_word(np.uint64(0), template, i)))
@@ -169,12 +190,12 @@ def multiply_here(
         store_word(table, _FIRST, first)
         store_word(table + _RIGHT, _FIRST, first)
         store_word(product, _PRODUCTS_FIRST, first)
-        call_loop(pack_left, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, m))
-        call_loop(pack_right, (table + _RIGHT, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, n))
-        call_loop(multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
+        shared(crew, pack_left, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0), m, 1)
+        shared(crew, pack_right, (table + _RIGHT, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0), n, 1)
+        shared(crew, multiply, (product, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0), units, 1)
 
 
-run_all = function(types.void(*[types.int64] * 9, types.float64, *[types.int64] * 6))(multiply_here)
+run_all = function(types.void(CREW, *[types.int64] * 9, types.float64, *[types.int64] * 6))(multiply_shared)
 
 
 def blocks_fit(codes, scales, count, lowest, highest, rows, columns, tile_rows, tile_columns, values):

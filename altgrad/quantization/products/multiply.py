@@ -127,13 +127,13 @@ def _machinery():
 
 
 @cache
-def _packing(fmt: FloatFormat | BlockFormat, unit: Unit, by_steps: bool, scaled: bool) -> tuple:
+def _packing(fmt: FloatFormat | BlockFormat, unit: Unit, by_steps: bool, scaled: bool, row_major: bool) -> tuple:
     """(loop, addresses of the facts, of the payloads and of the values of scales) of an operand."""
     from altgrad.jit.code_table import decoding_of
 
     _, panels, _ = _machinery()
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
-    variant = panels.Variant(panels.UNITS.index(unit), int(decoding_of(element)), by_steps, scaled)
+    variant = panels.Variant(panels.UNITS.index(unit), int(decoding_of(element)), by_steps, scaled, row_major)
     scales = payloads(fmt.scale_format, Unit.BF16, 0).ctypes.data if isinstance(fmt, BlockFormat) else 0
     return panels.compiled(variant), facts(fmt, unit).ctypes.data, payloads(fmt, unit).ctypes.data, scales
 
@@ -190,8 +190,9 @@ def _multiply(a: Codes, b: Codes, unit: Unit, bias: Tensor | None, emulated: boo
         out.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )
-    if plan.workers == 1:
-        loops.run_all()(plan.address, *given, factor, *plan.loops, *plan.units)
+    crew = threads.crew_of(plan.workers)
+    if crew is not None:
+        loops.run_all()(crew, plan.address, *given, factor, *plan.loops, *plan.units)
         return out
     tables = workspace.filled(plan.template)
     for place, value in zip(_given(), given, strict=True):
@@ -275,7 +276,7 @@ def plan_of(a: Codes, b: Codes, unit: Unit, emulated: bool | None = None, batch:
     together = max(min(max(PIECE_BYTES // max(left_slice + right_slice, 1), least), slices), 1)
     flips = OFFSET if unit is Unit.INT8 else 0
     pack_left, left_row = _row(a, unit, (-2, -1), flips, 0, together)
-    pack_right, right_row = _row(b, unit, (-1, -2), 0, 1, together)
+    pack_right, right_row = _row(b, unit, (-1, -2), 0, int(not unit.by_matrices), together)
     workers = threads.threads_for(count * rows * columns * depth // WORK_PER_ELEMENT)
     block_rows, block_columns = _blocks(down, across, -(-4 * workers // max(count, 1)) if workers > 1 else 1)
     blocks = -(-down // block_rows) * -(-across // block_columns) if rows and columns and depth else 0
@@ -325,7 +326,10 @@ def _row(
     codes, fmt, _, blocks, tile = operand
     row, step = axes
     strides = codes.stride()
-    loop, facts_address, payloads_address, scales_address = _packing(fmt, unit, strides[step] == 1, blocks is not None)
+    row_major = unit.by_matrices and axes == (-2, -1)
+    loop, facts_address, payloads_address, scales_address = _packing(
+        fmt, unit, strides[step] == 1, blocks is not None, row_major
+    )
     scale_strides = (0, 0, 0) if blocks is None else blocks.stride()
     table = (
         0,

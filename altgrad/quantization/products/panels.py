@@ -3,7 +3,7 @@
 An operand is a matrix of codes [rows, steps], steps along the reduction, in batches; either axis may be the one whose
 codes are neighbours. Packed, it is cut along the reduction into slices of `SLICE` words, each of them into panels of 32
 rows (`tiles`), short ones filled with zeros. Codes become what is multiplied by arithmetic (`jit.code_table`), or are looked
-up where a run of them holds NaN or inf.
+up where a run of them holds NaN or inf. What matrix units multiply from the left lies differently (`amx`).
 """
 
 # ruff: noqa: F821  (names are bound to the templates)
@@ -34,6 +34,7 @@ class Variant(NamedTuple):
     DECODING: int  # `jit.code_table.Decoding`
     BY_STEPS: bool  # codes along the reduction are neighbours, not those along the rows
     SCALED: bool  # each code has a block's scale
+    ROW_MAJOR: bool = False  # a row's 16 words are neighbours, for matrix units
 
 
 class Packing(NamedTuple):
@@ -133,15 +134,17 @@ def _multipliers(p, scales, row, step, count, multipliers):
 
 
 def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
-    """A panel of rows whose codes along the reduction are neighbours: decoded row by row, then transposed."""
+    """A panel of rows whose codes along the reduction are neighbours: decoded row by row, then transposed if need be."""
     lines, padded, multipliers = scratch(BLOCK_BYTES), scratch(64), scratch(1024)
     steps = min(words * GROUP_SIZE, p.steps - step)
     for half in range(2):
         at = row + half * LANES
         for done in range(0, words, LANES):
             count = min(LANES * GROUP_SIZE, steps - done * GROUP_SIZE)
+            target = panel + 4 * PANEL * (done + 1)
+            into = target + half * BLOCK_BYTES if ROW_MAJOR else lines
             for i in range(LANES):
-                line = lines + i * LANES * 4
+                line = into + i * LANES * 4
                 if at + i < p.rows:
                     source = codes + (at + i) * p.row_bytes + (step + done * GROUP_SIZE)
                     if SCALED:
@@ -156,12 +159,13 @@ def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
                 else:
                     for j in range(LANES):
                         store_code(line, j, np.uint32(0), 4)
-            transposed_words(lines, panel + 4 * (PANEL * (done + 1) + half * LANES), p.flips)
+            if not ROW_MAJOR:
+                transposed_words(lines, LANES, target + 4 * half * LANES, PANEL, p.flips)
 
 
 def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
     """A panel of neighbouring rows: lines along the rows are combined into words."""
-    lines, multipliers = scratch(LINES_BYTES), scratch(1024)
+    lines, multipliers, columns = scratch(LINES_BYTES), scratch(1024), scratch(COLUMNS_BYTES)
     width = min(PANEL, p.rows - row)
     flips = np.uint32(p.flips)
     held = -1
@@ -182,7 +186,17 @@ def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
                 count = width if at + line < p.steps else 0
                 copy(source + line * p.step_bytes, count, lines + line * PANEL, PANEL)
             source, line_bytes = lines, PANEL
-        combine(source, line_bytes, multipliers, panel + 4 * PANEL * (word + 1), p.payloads, facts, flips)
+        target = columns + 4 * PANEL * (word % LANES) if ROW_MAJOR else panel + 4 * PANEL * (word + 1)
+        combine(source, line_bytes, multipliers, target, p.payloads, facts, flips)
+        if ROW_MAJOR and (word + 1 == words or word % LANES == LANES - 1):
+            for i in range((word % LANES + 1) * PANEL, LANES * PANEL):
+                store_code(columns, i, np.uint32(0), 4)
+            target = panel + 4 * PANEL * (word - word % LANES + 1)
+            for half in range(2):
+                transposed_words(columns + 4 * half * LANES, PANEL, target + half * BLOCK_BYTES, LANES, 0)
+    if not ROW_MAJOR:
+        for i in range(words * PANEL, (words + WHOLE - 1) // WHOLE * WHOLE * PANEL):
+            store_code(panel, PANEL + i, np.uint32(0), 4)
 
 
 def _pack(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
@@ -217,6 +231,8 @@ def compiled(variant: Variant) -> int:
         "PANEL": PANEL_ROWS,
         "BLOCK_BYTES": 4 * LANES * LANES,
         "LINES_BYTES": 4 * PANEL_ROWS,
+        "COLUMNS_BYTES": 4 * PANEL_ROWS * LANES if variant.ROW_MAJOR else 64,
+        "WHOLE": LANES if unit.by_matrices else 1,
     }
     narrow = part(_narrow, variant, inline=True, **constants)
     given = {"narrow": narrow, "payload": part(_payload, variant, inline=True, narrow=narrow, **constants), **constants}

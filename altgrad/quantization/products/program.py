@@ -1,4 +1,4 @@
-"""Programs: encode some matrices and multiply them, in one compiled call on this thread.
+"""Programs: encode some matrices and multiply them, in one compiled call, each step on as many threads as it pays for.
 
 For small layers the way from Python to each loop costs more than the loop. A program is a table that says which loops
 run one after the other, on which of a call's six addresses, and at which place behind each:
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from altgrad.jit.storage import KINDS
+from altgrad.jit.threads import crew_of, threads_for
 from altgrad.quantization.cast import Cast
 from altgrad.quantization.kernels.cpu import blocks, loops, scalar
 from altgrad.quantization.products.crossing import (
@@ -69,7 +70,7 @@ class Coded(NamedTuple):
 class Program:
     """A program, written by `encode` and then `multiply`, and run by calling it.
 
-    fits: whether all of it is work for one thread, as far as written.
+    fits: whether the threads that it wants can be had in compiled code, and there is something to do, as far as written.
     """
 
     def __init__(self) -> None:
@@ -78,6 +79,7 @@ class Program:
         self._encodings: list[Encoding] = []
         self._multiplications: list[Multiplication] = []
         self._packed = 0
+        self._threads = 1
         self._alive: list = []  # whose addresses the rows hold
         self._table = np.zeros(0, np.int64)
 
@@ -85,6 +87,15 @@ class Program:
         found = self._sizes[where]
         self._sizes[where] = -(-(found + size) // ALIGNED) * ALIGNED
         return found
+
+    def _threads_for(self, elements: int) -> int:
+        """How many threads work on so many elements."""
+        return self._with(threads_for(elements))
+
+    def _with(self, threads: int) -> int:
+        self.fits &= crew_of(threads) is not None
+        self._threads = max(self._threads, threads)
+        return threads
 
     def encode(
         self, cast: Cast, power_of_two: bool, shape: torch.Size, x: int, where: int, scale: int, *, given: bool = False
@@ -120,11 +131,12 @@ class Program:
                 "tile_rows": layout.tile_rows,
                 "tile_columns": layout.tile_columns,
                 "payloads": payloads(fmt, Unit.BF16).ctypes.data,
+                "threads": self._threads_for(count) if ready.threads_matter else 1,
+                "group": ready.group,
             }
             found = Codes(codes, fmt, 1.0, scales, (layout.tile_rows, layout.tile_columns))
         else:
             loop, table, _, _ = plan.prepared or scalar.prepare(plan)
-            self.fits &= count < loops.MOST_AT_ONCE
             row |= {
                 "loop": loop,
                 "table": table,
@@ -132,6 +144,8 @@ class Program:
                 "amax_loop": loops.compiled_amax(KINDS[torch.float32]),
                 "top": 0 if given else int(np.float64(plan.grid.max).view(np.int64)),
                 "power_of_two": int(power_of_two),
+                "threads": self._threads_for(count),
+                "amaxes_at": self._place(ROOM, 8 * loops.amax_words(count)),
             }
             found = Codes(codes, cast.format)
         self._encodings.append(Encoding(**row))
@@ -140,7 +154,7 @@ class Program:
     def multiply(self, a: Coded, b: Coded, unit: Unit, out: int, bias: int = NOTHING) -> None:
         """Have a @ b, plus a bias for each column, written to the address `out`."""
         plan = plan_of(a.like, b.like, unit)
-        self.fits &= plan.workers == 1 and plan.units[2] > 0
+        self.fits &= plan.units[2] > 0
         self._alive.append(plan)
         left = self._sizes[ROOM]
         self._packed = max(self._packed, plan.sizes[1])
@@ -156,6 +170,7 @@ class Program:
                 plan.exponent,
                 *plan.loops,
                 *plan.units,
+                self._with(plan.workers),
             )
         )
 
@@ -166,12 +181,12 @@ class Program:
         self._given = (self._table.ctypes.data, len(self._encodings), len(self._multiplications))
         self._alive.append(self._table)
         self.kept, self.room = self._sizes[KEPT], self._sizes[ROOM] + self._packed + ALIGNED
-        self._run = run()
+        self._run, self._crew = run(), crew_of(self._threads)
         return self
 
     def __call__(self, first, second, kept, out, other, scales=(1.0, 1.0)) -> tuple[float, ...] | None:
         """Run it on six addresses, as the module says, but for the ROOM; returns the scales, or None where it stopped."""
         memory = workspace.room(self.room)
         room = (memory.data_ptr() + ALIGNED - 1) & -ALIGNED
-        done, *found = self._run(*self._given, first, second, kept, room, out, other, *scales)
+        done, *found = self._run(self._crew, *self._given, first, second, kept, room, out, other, *scales)
         return found if done else None  # type: ignore[return-value]

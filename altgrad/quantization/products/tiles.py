@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from altgrad.quantization.products.units import Unit
+from altgrad.quantization.products.units import GROUP, Unit
 
 PANEL_ROWS = 32
 TILE_ROWS, NARROW_TILE_ROWS, LANES = 8, 4, 16
@@ -30,7 +30,7 @@ VECTORS = PANEL_ROWS // LANES  # of a tile's row
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
-_WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+WORDS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 _SHORTS = ir.VectorType(_I16, 2 * LANES)
 
 
@@ -48,12 +48,12 @@ class _BFloat(ir.Type):
 
 
 _LLVM = llvm_version_info[0]
-_PAIRS = ir.VectorType(_BFloat(), 2 * LANES) if _LLVM >= 16 else _WORDS  # as the two instructions declare their words
-_FOURS = ir.VectorType(_I8, 4 * LANES) if _LLVM >= 22 else _WORDS
+_PAIRS = ir.VectorType(_BFloat(), 2 * LANES) if _LLVM >= 16 else WORDS  # as the two instructions declare their words
+_FOURS = ir.VectorType(_I8, 4 * LANES) if _LLVM >= 22 else WORDS
 
 
 def _words(number: int):
-    return ir.Constant(_WORDS, [number] * LANES)
+    return ir.Constant(WORDS, [number] * LANES)
 
 
 def _at(builder, address, words):
@@ -61,35 +61,50 @@ def _at(builder, address, words):
     if isinstance(words, int):
         words = ir.Constant(_I64, words)
     place = builder.add(address, builder.shl(words, ir.Constant(_I64, 2)))
-    return builder.inttoptr(place, _WORDS.as_pointer())
+    return builder.inttoptr(place, WORDS.as_pointer())
 
 
-def _spread(builder, word):
+def broadcast(builder, word):
     """A word in every lane."""
-    single = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(single, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
+    single = builder.insert_element(ir.Constant(WORDS, ir.Undefined), word, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(single, ir.Constant(WORDS, ir.Undefined), ir.Constant(WORDS, None))
 
 
 def _dot_bf16(builder, total, left, right):
-    kind = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
+    kind = ir.FunctionType(FLOATS, [FLOATS, _PAIRS, _PAIRS])
     instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     return builder.call(instruction, [total, builder.bitcast(left, _PAIRS), builder.bitcast(right, _PAIRS)])
 
 
-def _dot_bf16_emulated(builder, total, left, right):
+def products_of_words(builder, unit: Unit, left, right) -> list:
+    """The products of two vectors of words, each exact, one after the other along the reduction: float32 or int32.
+
+    Bytes are signed.
+    """
+
+    def signed(word, at: int, bits: int):
+        return builder.ashr(builder.shl(word, _words(32 - bits - at)), _words(32 - bits))
+
     def odd(word):
-        return builder.bitcast(builder.and_(word, _words(0xFFFF0000)), _FLOATS)
+        return builder.bitcast(builder.and_(word, _words(0xFFFF0000)), FLOATS)
 
     def even(word):
-        return builder.bitcast(builder.shl(word, _words(16)), _FLOATS)
+        return builder.bitcast(builder.shl(word, _words(16)), FLOATS)
 
-    for half in (odd, even):
-        total = builder.fadd(total, builder.fmul(half(left), half(right)))
+    if not unit.sums_integers:
+        return [builder.fmul(half(left), half(right)) for half in (even, odd)]
+    bits = 32 // GROUP[unit]
+    return [builder.mul(signed(left, at, bits), signed(right, at, bits)) for at in range(0, 32, bits)]
+
+
+def _dot_bf16_emulated(builder, total, left, right):
+    for product in reversed(products_of_words(builder, Unit.BF16, left, right)):
+        total = builder.fadd(total, product)
     return total
 
 
 def _dot_int8(builder, total, left, right):
-    kind = ir.FunctionType(_WORDS, [_WORDS, _FOURS, _FOURS])
+    kind = ir.FunctionType(WORDS, [WORDS, _FOURS, _FOURS])
     instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
     return builder.call(instruction, [total, builder.bitcast(left, _FOURS), builder.bitcast(right, _FOURS)])
 
@@ -103,7 +118,7 @@ def _dot_int8_emulated(builder, total, left, right):
 
 
 def _dot_int16(builder, total, left, right):
-    kind = ir.FunctionType(_WORDS, [_SHORTS, _SHORTS])
+    kind = ir.FunctionType(WORDS, [_SHORTS, _SHORTS])
     instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.pmaddw.d.512")
     return builder.add(
         total, builder.call(instruction, [builder.bitcast(left, _SHORTS), builder.bitcast(right, _SHORTS)])
@@ -119,30 +134,24 @@ def _dot_int16_narrow(builder, total, left, right):
         picked = ir.Constant(half, list(range(start, start + LANES // 2)))
         given = [builder.bitcast(builder.shuffle_vector(t, t, picked), shorts) for t in (left, right)]
         halves.append(builder.call(instruction, given))
-    return builder.add(total, builder.shuffle_vector(*halves, ir.Constant(_WORDS, list(range(LANES)))))
+    return builder.add(total, builder.shuffle_vector(*halves, ir.Constant(WORDS, list(range(LANES)))))
 
 
 def _dot_int16_emulated(builder, total, left, right):
-    def high(word):
-        return builder.ashr(word, _words(16))
-
-    def low(word):
-        return builder.ashr(builder.shl(word, _words(16)), _words(16))
-
-    for half in (low, high):
-        total = builder.add(total, builder.mul(half(left), half(right)))
+    for product in products_of_words(builder, Unit.INT16, left, right):
+        total = builder.add(total, product)
     return total
 
 
 def _dot_float32(builder, total, left, right):
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     fused = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
-    return builder.call(fused, [builder.bitcast(left, _FLOATS), builder.bitcast(right, _FLOATS), total])
+    return builder.call(fused, [builder.bitcast(left, FLOATS), builder.bitcast(right, FLOATS), total])
 
 
 def _dot_float32_emulated(builder, total, left, right):
     # products of 8 significant bits each are exact: the same sums as those of one rounding
-    return builder.fadd(total, builder.fmul(builder.bitcast(left, _FLOATS), builder.bitcast(right, _FLOATS)))
+    return builder.fadd(total, builder.fmul(builder.bitcast(left, FLOATS), builder.bitcast(right, FLOATS)))
 
 
 _DOTS = {
@@ -157,7 +166,7 @@ _DOTS = {
 }
 
 
-def _scaled(builder, total, factor, unit: Unit):
+def scaled(builder, total, factor, unit: Unit):
     """Sums times a float64 factor, rounded once to float32."""
     halves = []
     for part in (range(8), range(8, 16)):
@@ -168,13 +177,13 @@ def _scaled(builder, total, factor, unit: Unit):
         zeros = ir.Constant(ir.VectorType(_I32, 8), None)
         product = builder.fmul(value, builder.shuffle_vector(single, single, zeros))
         halves.append(builder.fptrunc(product, ir.VectorType(_F32, 8)))
-    return builder.shuffle_vector(*halves, ir.Constant(_WORDS, list(range(LANES))))
+    return builder.shuffle_vector(*halves, ir.Constant(WORDS, list(range(LANES))))
 
 
 def tile(unit: Unit, emulated: bool, narrow: bool = False):
     """The intrinsic of one tile, see `_tile`; `narrow`: for AVX2's registers."""
     dot = _dot_int16_narrow if (unit, emulated, narrow) == (Unit.INT16, False, True) else _DOTS[unit, emulated]
-    sums = _WORDS if unit.sums_integers else _FLOATS
+    sums = WORDS if unit.sums_integers else FLOATS
     height = NARROW_TILE_ROWS if narrow else TILE_ROWS
     passes = [[v] for v in range(VECTORS)] if narrow else [list(range(VECTORS))]  # vectors of columns taken together
 
@@ -196,7 +205,7 @@ def tile(unit: Unit, emulated: bool, narrow: bool = False):
             ]
             for i, row in enumerate(totals):
                 word = _at(builder, left, builder.add(group, ir.Constant(_I64, i)))
-                spread = _spread(builder, builder.load(builder.bitcast(word, _I32.as_pointer()), align=4))
+                spread = broadcast(builder, builder.load(builder.bitcast(word, _I32.as_pointer()), align=4))
                 for total, column in zip(row, columns, strict=True):
                     builder.store(dot(builder, builder.load(total), spread, column), total)
         places = []
@@ -214,17 +223,17 @@ def tile(unit: Unit, emulated: bool, narrow: bool = False):
                 with builder.if_else(has_bias) as (biased, plain):
                     with biased:
                         for place, v, total in places:
-                            value = _scaled(builder, builder.load(total), factor, unit)
+                            value = scaled(builder, builder.load(total), factor, unit)
                             shift = builder.load(_at(builder, bias, LANES * v), align=4)
-                            value = builder.fadd(value, builder.bitcast(shift, _FLOATS))
-                            builder.store(builder.bitcast(value, _WORDS), place, align=4)
+                            value = builder.fadd(value, builder.bitcast(shift, FLOATS))
+                            builder.store(builder.bitcast(value, WORDS), place, align=4)
                     with plain:
                         for place, _, total in places:
-                            value = _scaled(builder, builder.load(total), factor, unit)
-                            builder.store(builder.bitcast(value, _WORDS), place, align=4)
+                            value = scaled(builder, builder.load(total), factor, unit)
+                            builder.store(builder.bitcast(value, WORDS), place, align=4)
             with keep:
                 for place, _, total in places:
-                    builder.store(builder.bitcast(builder.load(total), _WORDS), place, align=4)
+                    builder.store(builder.bitcast(builder.load(total), WORDS), place, align=4)
 
     @intrinsic
     def _tile(typing_context, left, right, words, out, stride, adds, last, factor, bias):
@@ -256,7 +265,7 @@ def starts(unit: Unit):
             panel, words = args
             first = builder.add(panel, ir.Constant(_I64, 4 * PANEL_ROWS))
             for v in range(VECTORS):
-                total = cgutils.alloca_once_value(builder, ir.Constant(_WORDS, None))
+                total = cgutils.alloca_once_value(builder, ir.Constant(WORDS, None))
                 if unit is Unit.INT8:
                     with cgutils.for_range(builder, words) as loop:
                         at = builder.mul(loop.index, ir.Constant(_I64, PANEL_ROWS))
@@ -274,26 +283,30 @@ def starts(unit: Unit):
 
 
 @intrinsic
-def transposed_words(typing_context, source, target, flips):
-    """16 rows of 16 words at `source` to 16 columns at `target`, whose rows are 32 words apart; `flips` is xored in."""
+def transposed_words(typing_context, source, source_words, target, target_words, flips):
+    """16 rows of 16 words at `source` to 16 columns at `target`; rows lie so many words apart, `flips` is xored in."""
 
     def generate(context, builder, signature, args):
-        source, target, flips = args
-        rows = [builder.load(_at(builder, source, LANES * i), align=64) for i in range(LANES)]
+        source, source_words, target, target_words, flips = args
+
+        def row_of(address, words, i):
+            return _at(builder, address, builder.mul(words, ir.Constant(_I64, i)))
+
+        rows = [builder.load(row_of(source, source_words, i), align=64) for i in range(LANES)]
         for step in (8, 4, 2, 1):  # exchange the off-diagonal blocks of that size
             low = [(j if j % (2 * step) < step else j - step + LANES) for j in range(LANES)]
             high = [(j + step if j % (2 * step) < step else j + LANES) for j in range(LANES)]
             for i in range(LANES):
                 if i % (2 * step) < step:
                     a, b = rows[i], rows[i + step]
-                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(_WORDS, low))
-                    rows[i + step] = builder.shuffle_vector(a, b, ir.Constant(_WORDS, high))
-        flip = _spread(builder, builder.trunc(flips, _I32))
+                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(WORDS, low))
+                    rows[i + step] = builder.shuffle_vector(a, b, ir.Constant(WORDS, high))
+        flip = broadcast(builder, builder.trunc(flips, _I32))
         for i, row in enumerate(rows):
-            builder.store(builder.xor(row, flip), _at(builder, target, PANEL_ROWS * i), align=64)
+            builder.store(builder.xor(row, flip), row_of(target, target_words, i), align=64)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.void(*[types.int64] * 5), generate
 
 
 @intrinsic

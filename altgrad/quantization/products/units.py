@@ -3,6 +3,10 @@
     INT8    payloads that are small integers (E0M7, E1M6, INT8, E2M1 x 2, E2M3 x 8), summed in int32: exact, in any order
     BF16    payload * 2^p (times its block's scale) with at most 8 significant bits, normal in bf16, summed in float32
 
+On CPUs with matrix units (AMX), the same 16 rows and columns at a time:
+
+    AMX_INT8, AMX_BF16
+
 On CPUs without those instructions, what every vector unit has:
 
     INT16   the small integers, pair by pair, summed in int32: as exact, at twice the rate of float32
@@ -15,8 +19,10 @@ numbers as zero). The operands' scales multiply the sums, in float64, rounded on
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from enum import Enum
 from functools import cache
 
@@ -36,15 +42,31 @@ class Unit(Enum):
     BF16 = "bf16"
     INT16 = "int16"
     FLOAT32 = "float32"
+    AMX_INT8 = "amx-int8"
+    AMX_BF16 = "amx-bf16"
 
     @property
     def sums_integers(self) -> bool:
         """Whether sums are int32 and exact; else float32."""
-        return self in (Unit.INT8, Unit.INT16)
+        return self in (Unit.INT8, Unit.INT16, Unit.AMX_INT8)
+
+    @property
+    def by_matrices(self) -> bool:
+        """Whether the unit multiplies matrices of 16 rows; else vectors."""
+        return self in (Unit.AMX_INT8, Unit.AMX_BF16)
 
 
-GROUP = {Unit.INT8: 4, Unit.BF16: 2, Unit.INT16: 2, Unit.FLOAT32: 1}  # operands in a word, multiplied and added at once
+# operands in a word, multiplied and added at once
+GROUP = {
+    Unit.INT8: 4,
+    Unit.BF16: 2,
+    Unit.INT16: 2,
+    Unit.FLOAT32: 1,
+    Unit.AMX_INT8: 4,
+    Unit.AMX_BF16: 2,
+}
 PLAINER = {Unit.INT8: Unit.INT16, Unit.BF16: Unit.FLOAT32}  # what multiplies the same codes on a CPU without the unit
+MATRICES = {Unit.INT8: Unit.AMX_INT8, Unit.BF16: Unit.AMX_BF16}  # and on one with matrix units
 SIGNIFICANT_BITS = 8  # of a bf16
 LARGEST_INTEGER = 127
 LARGEST_DEPTH = (2**31 - 1) // 128**2  # terms whose sum fits int32
@@ -134,6 +156,8 @@ _FEATURES = {  # torch's names and LLVM's
     Unit.BF16: {"avx512_bf16": "avx512bf16"},
     Unit.INT16: {"avx2": "avx2"},
     Unit.FLOAT32: {"avx2": "avx2", "fma3": "fma"},
+    Unit.AMX_INT8: {"amx_tile": "amx-tile", "amx_int8": "amx-int8"},
+    Unit.AMX_BF16: {"amx_tile": "amx-tile", "amx_bf16": "amx-bf16"},
 }
 _WIDE = {"avx512_f": "avx512f", "avx512_bw": "avx512bw"}
 
@@ -147,8 +171,21 @@ def _has(features: dict[str, str]) -> bool:
 
 @cache
 def on_this_cpu(unit: Unit) -> bool:
-    """Whether this CPU has the unit's instruction: INT8 and BF16 in vectors of 64 bytes, the others of 32 at least."""
-    return _has(_FEATURES[unit])
+    """Whether this CPU has the unit's instruction: INT8 and BF16 in vectors of 64 bytes, INT16 and FLOAT32 of 32 at least,
+    and lets this process use it."""
+    return _has(_FEATURES[unit]) and (not unit.by_matrices or (has_wide_vectors() and _matrices_are_permitted()))
+
+
+@cache
+def _matrices_are_permitted() -> bool:
+    """Whether Linux lets this process, its threads and its children keep matrices in registers, for which it must be asked.
+
+    Refused where a thread's stack for signals has no room for them. Source: Documentation/arch/x86/xstate.rst.
+    """
+    arch_prctl, ask_for, matrices = 158, 0x1023, 18
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None).syscall(arch_prctl, ask_for, matrices) == 0
 
 
 @cache

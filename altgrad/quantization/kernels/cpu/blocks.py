@@ -18,7 +18,7 @@ from altgrad.jit.memory import load_word, scratch, store_word
 from altgrad.jit.storage import KINDS
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.jit.template import function
-from altgrad.jit.threads import ELEMENTS_PER_THREAD, call_loop, run_table, threads_for
+from altgrad.jit.threads import CREW, ELEMENTS_PER_THREAD, crew_of, run_table, shared, threads_for
 from altgrad.quantization.codec import code_dtype, stored_scale_dtype, value_table
 from altgrad.quantization.kernels.cpu.block_decode import PARAMETERS as DECODING_PARAMETERS
 from altgrad.quantization.kernels.cpu.block_decode import STRIP as DECODE_STRIP
@@ -37,7 +37,7 @@ from altgrad.quantization.plan import Plan
 from altgrad.quantization.quantized import Quantized
 from altgrad.quantization.stats import FIELDS, QuantStats
 
-__all__ = ["blocks_here", "decode", "prepared", "run"]
+__all__ = ["blocks_shared", "decode", "prepared", "run"]
 
 _GROUP_ELEMENTS = 8192  # elements per partial sum of the statistics, about
 _NO_KEY = (0, 0)
@@ -47,8 +47,8 @@ _WORDS = len(PARAMETERS)
 _GIVEN = len(CALL_PARAMETERS)
 
 
-def blocks_here(loop, template, x, out, codes, scales, partials, seed, stream, upper, units):
-    """All units on this thread; the table of parameters is that at `template` with the addresses and words of this call."""
+def blocks_shared(crew, loop, template, x, out, codes, scales, partials, seed, stream, upper, units, group):
+    """All units; the table of parameters is that at `template` with the addresses and words of this call."""
     table = scratch(_TABLE_BYTES)
     for i in range(_GIVEN, _WORDS):
         store_word(table, i, np.int64(load_word(np.uint64(0), template, i)))
@@ -60,10 +60,10 @@ def blocks_here(loop, template, x, out, codes, scales, partials, seed, stream, u
     store_word(table, 5, seed)
     store_word(table, 6, stream)
     store_word(table, 7, upper)
-    return call_loop(loop, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, units))
+    return shared(crew, loop, (table, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0), units, group)
 
 
-_serial = function(types.int64(types.int64, types.int64, *[types.int64] * 7, types.float64, types.int64))(blocks_here)
+_run = function(types.int64(CREW, *[types.int64] * 9, types.float64, types.int64, types.int64))(blocks_shared)
 
 
 class _Prepared(NamedTuple):
@@ -192,8 +192,9 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
 def _call(prepared: _Prepared, call: tuple, elements: int) -> int:
     """The units in one chunk per thread, under the parameters of this call."""
     threads = threads_for(elements) if prepared.threads_matter else 1
-    if threads == 1:
-        return _serial()(prepared.loop, prepared.address, *call, prepared.units)
+    crew = crew_of(threads)
+    if crew is not None:
+        return _run()(crew, prepared.loop, prepared.address, *call, prepared.units, prepared.group)
     table = prepared.template.copy()
     table[: _GIVEN - 1] = call[:-1]
     table[_GIVEN - 1 : _GIVEN].view(np.float64)[:] = call[-1]

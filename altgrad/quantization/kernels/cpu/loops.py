@@ -39,14 +39,12 @@ from altgrad.jit.machine import (
 from altgrad.jit.memory import compute_zero, load, load_code, reload, scratch, store, store_code, store_word, stored
 from altgrad.jit.storage import FLOAT32, FLOAT64, ITEM_BYTES
 from altgrad.jit.template import function, loop, part
-from altgrad.jit.threads import CHUNK, call_loop, run_range
+from altgrad.jit.threads import CHUNK, CREW, run_range, shared
 
 TILE = 2048  # elements whose temporaries stay in the first-level cache
 SUM_TILE = 512  # elements that are squared and summed in float32: few, so that their rounding errors stay few
 LEAST_SUM, MOST_SUM = 2.0**-100, 2.0**120  # between them no float32 square in a sum can have been lost that counts
 STATS_TILE = CHUNK  # elements per partial sum, whatever the number of threads
-MOST_AT_ONCE = 8 * STATS_TILE  # elements whose amaxes `encode_by_amax` keeps
-AMAX_BYTES = 8 * MOST_AT_ONCE // STATS_TILE
 LEAST_SCALE = 2.0**-126
 SCRATCH_BYTES = 8 * TILE
 SHORT_RUN = 512  # runs of one scale shorter than this go through a buffer of scales
@@ -346,10 +344,12 @@ def compiled_amax(kind: int) -> int:
     return loop(_amax, _Kind(kind), **_constants(kind))
 
 
-def encode_here(amax_loop, loop, table, x, codes, count, top, power_of_two):
-    """(scale, problems): the amax of `count` elements, `scaling.host_scale` of it, and their codes, on this thread."""
-    partials = scratch(AMAX_BYTES)
-    call_loop(amax_loop, (0, x, 0, 0, 0, 0.0, 0, 0, 0, 0, partials, 0, count))
+def encode_shared(crew, amax_loop, loop, table, x, codes, partials, count, top, power_of_two):
+    """(scale, problems): the amax of `count` elements, `scaling.host_scale` of it, and their codes.
+
+    partials: room for `amax_words` of 8 bytes.
+    """
+    shared(crew, amax_loop, (0, x, 0, 0, 0, 0.0, 0, 0, 0, 0, partials), count, CHUNK)
     found = 0.0
     for tile in range((count + STATS_TILE - 1) // STATS_TILE):
         found = max(found, load(partials, tile, FLOAT64))
@@ -357,12 +357,17 @@ def encode_here(amax_loop, loop, table, x, codes, count, top, power_of_two):
     if power_of_two != 0 and scale < np.inf:
         mantissa, exponent = math.frexp(scale)
         scale = math.ldexp(1.0, min(exponent - (1 if mantissa == 0.5 else 0), 127))
-    return scale, call_loop(loop, (table, x, 0, codes, 0, scale, count, 1, 0, 0, 0, 0, count))
+    return scale, shared(crew, loop, (table, x, 0, codes, 0, scale, count, 1, 0, 0, 0), count, CHUNK)
 
 
-encode_by_amax = function(types.Tuple((types.float64, types.int64))(*[types.int64] * 6, types.float64, types.int64))(
-    encode_here
-)
+encode_by_amax = function(
+    types.Tuple((types.float64, types.int64))(CREW, *[types.int64] * 7, types.float64, types.int64)
+)(encode_shared)
+
+
+def amax_words(count: int) -> int:
+    """Float64 amaxes of the tiles of `count` elements."""
+    return -(-count // STATS_TILE)
 
 
 @cache

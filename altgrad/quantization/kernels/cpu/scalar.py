@@ -31,12 +31,12 @@ ONE_THREAD = 4096  # elements below which no driver is asked on how many threads
 
 @cache
 def _machinery():
-    """(the loops, their driver on torch's threads, their driver on this thread), which import Numba."""
+    """(the loops, what drives them on torch's threads, their driver on this thread), which import Numba."""
     from altgrad.jit import threads
     from altgrad.quantization.kernels.cpu import loops
 
     assert ONE_THREAD <= 2 * threads.ELEMENTS_PER_THREAD
-    return loops, threads.run, threads.run_range()
+    return loops, threads, threads.run_range()
 
 
 def prepare(plan: Plan) -> tuple:
@@ -59,7 +59,7 @@ def prepare(plan: Plan) -> tuple:
 def _drive(loop: int, *arguments) -> int:
     """As the driver on this thread, on as many as torch uses."""
     *given, _, count = arguments
-    return _machinery()[1](loop, count, *given)
+    return _machinery()[1].run(loop, count, *given)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -148,29 +148,34 @@ def run(plan: Plan, x: Tensor, scale: Tensor | float, key: tuple[int, int] | Non
 def encode_by_amax(
     plan: Plan, x: Tensor, power_of_two: bool, scale_of: Callable[[float, float, bool], float]
 ) -> tuple[Tensor, float, int] | None:
-    """(codes, scale, problems) of x by its amax; None for an empty one. In one call where one thread does the work.
+    """(codes, scale, problems) of x by its amax; None for an empty one. In one compiled call where torch's threads
+    can be had there.
 
     Args:
         plan: wants codes alone, and draws nothing.
         scale_of: `scaling.host_scale`.
     """
-    loops, run_on_threads, _ = _machinery()
+    loops, threads, _ = _machinery()
     count = x.numel()
     if not count:
         return None
     loop, table, code_kind, _ = plan.prepared or prepare(plan)
     source = x if x.is_contiguous() or is_dense(x) else x.contiguous()
     codes = torch.empty_like(source, dtype=code_kind)
-    if count >= loops.MOST_AT_ONCE:
+    crew = threads.crew_of(threads.threads_for(count))
+    if crew is None:
         scale = scale_of(float(_amaxes(source).max()), plan.grid.max, power_of_two)
         given = (table, source.data_ptr(), 0, codes.data_ptr(), 0, scale, count, 1, 0, 0, 0)
-        return codes, scale, run_on_threads(loop, count, *given)
+        return codes, scale, threads.run(loop, count, *given)
+    partials = torch.empty(loops.amax_words(count), dtype=torch.float64, device="cpu")
     scale, problems = loops.encode_by_amax()(
+        crew,
         loops.compiled_amax(KINDS[plan.dtype]),
         loop,
         table,
         source.data_ptr(),
         codes.data_ptr(),
+        partials.data_ptr(),
         count,
         plan.grid.max,
         power_of_two,
@@ -190,7 +195,7 @@ def _sums(count: int) -> tuple[Tensor, Tensor]:
 
 def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: Tensor | None) -> Tensor:
     """scale * value(code) in the plan's dtype; the codes (integers in range) and the scale are the caller's to check."""
-    loops, run_on_threads, _ = _machinery()
+    loops, threads, _ = _machinery()
     source = codes if codes.is_contiguous() or is_dense(codes) else codes.contiguous()
     if source.dtype not in (torch.uint8, torch.int32):
         source = source.to(torch.int32)
@@ -200,7 +205,7 @@ def decode(plan: Plan, codes: Tensor, scale: Tensor | float, upper: None, out: T
         table, entries = _decoding_table(plan.format, plan.dtype == torch.float64)
         loop = loops.compiled_decode(loops.DecodeVariant(KINDS[plan.dtype], source.dtype.itemsize))
         scales, number, inner, channels = _scale_layout(source, scale, count)
-        run_on_threads(
+        threads.run(
             loop,
             count,
             table,
@@ -245,9 +250,9 @@ def amax(x: Tensor) -> Tensor:
 
 def _amaxes(source: Tensor) -> Tensor:
     """Largest finite magnitude of each STATS_TILE of a dense tensor's elements, as float64."""
-    loops, run_on_threads, _ = _machinery()
+    loops, threads, _ = _machinery()
     count = source.numel()
     partials = torch.empty(-(-count // loops.STATS_TILE), dtype=torch.float64, device="cpu")
     loop = loops.compiled_amax(KINDS[source.dtype])
-    run_on_threads(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
+    threads.run(loop, count, 0, source.data_ptr(), 0, 0, 0, 0.0, 0, 0, 0, 0, partials.data_ptr())
     return partials
