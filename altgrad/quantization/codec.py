@@ -67,9 +67,16 @@ def stored_scale_dtype(fmt: BlockFormat) -> torch.dtype:
     return torch.float32 if fmt.has_float_scale else code_dtype(fmt.scale_format)
 
 
-def divided(x: Tensor, number: float) -> Tensor:
-    """x / number, rounded once on every device: CUDA multiplies by the reciprocal of a divisor that is a number."""
-    return x / torch.full_like(x, number)
+def divided(x: Tensor, by: Tensor | float) -> Tensor:
+    """x / by, rounded once on every device, in compiled code, too; -0 becomes 0 on CUDA.
+
+    CUDA multiplies by the reciprocal of a divisor that is a number. Its compiler does so for constants, and divides
+    tensors within two units of the last place; `addcdiv` is what it leaves a division that rounds.
+    """
+    divisor = torch.full_like(x, by) if isinstance(by, float | int) else by
+    if x.device.type != "cuda":
+        return x / divisor
+    return torch.addcdiv(x.new_zeros(()), x, divisor.to(x.device))
 
 
 def scale_values(stored: Tensor, fmt: BlockFormat, upper: Tensor | None) -> Tensor:

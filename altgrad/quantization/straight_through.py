@@ -10,6 +10,7 @@ from altgrad.formats.catalog import get_format
 from altgrad.formats.scalar import FloatFormat
 from altgrad.quantization.block_layout import block_layout
 from altgrad.quantization.cast import cast_for
+from altgrad.quantization.codec import divided
 from altgrad.quantization.implied_scale import resolved_scale
 from altgrad.quantization.kernels.eager.blocks import spread
 from altgrad.quantization.memory import detached
@@ -89,7 +90,7 @@ def _unsaturated(
             upper = 1.0 if found.tensor_scale is None else found.tensor_scale
             each = cast_for(block.scale_format).decode(each, upper)
         scale = spread(each.reshape(layout.grid), layout).reshape(x.shape)
-    return (work / scale).abs() <= _largest(fmt)
+    return divided(work, scale).abs() <= _largest(fmt)
 
 
 def _largest(fmt: FloatFormat | BlockFormat | str) -> float:

@@ -25,7 +25,7 @@ from altgrad.nn.session import Numbered, Session, as_key_tensor
 from altgrad.quantization import NoScaling, Quantized, QuantizedTensor, Want, amax
 from altgrad.quantization.block_stats import measure_blocks
 from altgrad.quantization.checks import traced
-from altgrad.quantization.codec import scale_values
+from altgrad.quantization.codec import divided, scale_values
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.memory import is_unusual
 from altgrad.quantization.products.multiply import Codes, fits_exponents
@@ -457,7 +457,7 @@ class Operand(Numbered):
 
     def saturated(self, x: Tensor, scale: Tensor | float) -> Tensor | None:
         """Where the straight-through gradient passes, |x / scale| <= max, if the spec masks; bool of x's shape."""
-        return (carrier(x) / scale).abs() <= self.fmt.max if self.spec.mask_saturated else None
+        return divided(carrier(x), scale).abs() <= self.fmt.max if self.spec.mask_saturated else None
 
     # -- observation ----------------------------------------------------------------------------------------------
 
