@@ -57,12 +57,14 @@ _FREE = (
 
 @dataclass
 class Traffic:
-    """What was counted; `names` in the order of the operations, `clock` those at the end of a step."""
+    """What was counted: `names` in the order of the operations, `clock` those at the end of a step, bytes moved, and bytes
+    `kept` between forward and backward."""
 
     names: list[str] = field(default_factory=list)
     clock: list[str] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
     bytes: int = 0
+    kept: int = 0
 
     def add(self, name: str, tensors: list[Tensor]) -> None:
         """One operation on a device."""
@@ -182,6 +184,7 @@ def of_linear(
             sw, sw_back = state.scale_pair(state.w, state.w_back, w, True)
             gemms._Products.forward(context, call, x, w, bias, sx, sx_back, sw, sw_back)
             gemms._Products.backward(context, dy)
+            traffic.kept = sum(t.numel() * t.element_size() for t in context.saved_tensors)
             step = [traffic.names[:], traffic.bytes]
             state.session.advance(w)
             traffic.clock = traffic.names[len(step[0]) :]
@@ -193,6 +196,7 @@ ROWS: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("E4M3, amax", "E4M3", {}),
     ("E4M3, amax rounded to powers of two", "E4M3", {"scaling": {"policy": "amax", "power_of_two": True}}),
     ("E4M3, delayed amax", "E4M3", {"scaling": {"policy": "delayed", "history": 1}}),
+    ("E4M3, codes kept", "E4M3", {"save_codes": True}),
     ("E4M3, no scaling", "E4M3", {"scaling": "none"}),
     ("E4M3, stochastic", "E4M3", {"rounding": "stochastic"}),
     ("E4M3, amax of each row or column", by_channel("E4M3"), {}),
@@ -208,12 +212,13 @@ ROWS: list[tuple[str, str | Recipe, dict[str, Any]]] = [
 def main() -> None:
     """Trace, count and print."""
     table = Table(title=f"A linear layer's forward and backward: {TOKENS} tokens, {FEATURES} to {FEATURES} features")
-    for column in ("recipe", "tensors", "operations", "GB", "at the step's end", "host waits"):
+    for column in ("recipe", "tensors", "operations", "GB", "at the step's end", "host waits", "MB kept"):
         table.add_column(column, justify="left" if column in ("recipe", "tensors") else "right")
     for name, fmt, recipe in ROWS:
         for dtype in (torch.bfloat16, torch.float32):
             found, _ = of_linear(fmt, dtype, **recipe)
             counts = (len(found.names), f"{found.bytes / 1e9:.2f}", len(found.clock), len(found.waits))
+            counts += (f"{found.kept / 1e6:.1f}",)
             table.add_row(name, str(dtype)[6:], *map(str, counts))
     Console(width=100).print(table)
 

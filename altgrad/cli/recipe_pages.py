@@ -77,6 +77,8 @@ def print_recipe(name: str) -> None:
     console.print(table)
     if layer.storage is not None:
         console.print(f"Weights are stored on a grid: {layer.storage}", highlight=False)
+    if layer.save_codes:
+        console.print("The backward keeps codes on GPUs, too.", highlight=False)
     if layer.plain_evaluation:
         console.print("In evaluation mode layers compute in full precision.", highlight=False)
     high = [o.condition for o in recipe.overrides if o.recipe is None]

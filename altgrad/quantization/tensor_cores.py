@@ -14,6 +14,7 @@ from torch import Tensor
 
 from altgrad.errors import KernelError
 from altgrad.formats.block import BlockFormat
+from altgrad.jit.grid_table import special_codes
 from altgrad.quantization import pointwise
 from altgrad.quantization.cast import Cast
 from altgrad.quantization.checks import traced
@@ -93,6 +94,44 @@ def payload(
         return torch.ops.altgrad.payload(x, scale, key, cast.spec, list(powers), amax, dtype)
     values = torch.ops.altgrad.payload_by_number(x, scale, key, cast.spec, list(powers), dtype)
     return values, factor_of(scale, powers, x.device)
+
+
+def payload_and_codes(
+    x: Tensor,
+    cast: Cast,
+    scale: Tensor | float,
+    powers: tuple[int, int],
+    key: Tensor | None = None,
+    amax: Tensor | None = None,
+    *,
+    values: bool = True,
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+    """(payload * 2^p in bf16, factor, codes as a backward keeps them) of x, in one pass; without values the codes alone.
+
+    Kept are the codes and, where the format has no NaN, a number to be added to all that they stand for: NaN where an
+    element of x has no code, else 0. An inf without a code becomes NaN.
+    """
+    if not traced(x):
+        dtype = torch.bfloat16 if values else None
+        kernels, options = load("cuda", "operands"), {"key": key, "amax": amax, "dtype": dtype, "codes": True}
+        found = kernels.payload(_plan(cast, x), _at_hand(x), scale, powers, **options)
+        return found.values, found.factor, (found.codes,) if found.poison is None else (found.codes, found.poison)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
+    made, factor, codes, poison = torch.ops.altgrad.payload_and_codes(x, scale, key, cast.spec, list(powers), amax)
+    return made, factor, (codes, poison) if poison.numel() else (codes,)
+
+
+def decoded(
+    saved: tuple[Tensor, ...], cast: Cast, scale: Tensor | float, powers: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """(payload * 2^p in bf16, factor) of what `payload_and_codes` gave to keep, in one pass."""
+    codes, *poison = saved
+    if not traced(codes):
+        return load("cuda", "codes").decoded(_plan(cast, codes), codes, scale, powers, *poison)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=codes.device)
+    return torch.ops.altgrad.decoded_payload(codes, poison[0] if poison else None, scale, cast.spec, list(powers))
 
 
 def tensor_scale(x: Tensor, fmt: BlockFormat) -> Tensor:
@@ -296,6 +335,40 @@ def _payload(x, scale, key, spec, powers, amax, dtype):
 @_payload.register_fake
 def _(x, scale, key, spec, powers, amax, dtype):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "altgrad::payload_and_codes",
+    mutates_args=("amax",),
+    schema="(Tensor x, Tensor scale, Tensor? key, str spec, int[] powers, Tensor(a!)? amax) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _payload_and_codes(x, scale, key, spec, powers, amax):
+    """As `payload_and_codes`, with no element where nothing is added."""
+    values, factor, saved = payload_and_codes(x, Cast.parse(spec), scale, tuple(powers), key, amax)
+    codes, poison = saved if len(saved) > 1 else (*saved, scale.new_empty(0))
+    return values, factor, codes, poison
+
+
+@_payload_and_codes.register_fake
+def _(x, scale, key, spec, powers, amax):
+    poison = x.new_empty((0,) if special_codes(Cast.parse(spec).grid)[1] >= 0 else (), dtype=torch.float32)
+    made = (x.new_empty(x.shape, dtype=dtype) for dtype in (torch.bfloat16, torch.uint8))
+    values, codes = made
+    return values, x.new_empty(scale.shape, dtype=torch.float32), codes, poison
+
+
+@torch.library.custom_op(
+    "altgrad::decoded_payload",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor? poison, Tensor scale, str spec, int[] powers) -> (Tensor, Tensor)",
+)
+def _decoded_payload(codes, poison, scale, spec, powers):
+    return decoded((codes,) if poison is None else (codes, poison), Cast.parse(spec), scale, tuple(powers))
+
+
+@_decoded_payload.register_fake
+def _(codes, poison, scale, spec, powers):
+    return codes.new_empty(codes.shape, dtype=torch.bfloat16), codes.new_empty(scale.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op(

@@ -3,9 +3,22 @@
 import random
 
 import pytest
+import torch
 
 from altgrad.errors import AltGradError, RecipeError
-from altgrad.nn import GemmRecipe, LayerRecipe, OperandSpec, Override, Recipe, StorageSpec, layer_recipe, uniform
+from altgrad.nn import (
+    GemmRecipe,
+    LayerRecipe,
+    OperandSpec,
+    Override,
+    Recipe,
+    StorageSpec,
+    layer_recipe,
+    quantize_model,
+    uniform,
+)
+from altgrad.nn.recipe.reformat import reformat
+from altgrad.nn.session import STATE
 from altgrad.quantization import E3M4, CurrentScaling, DelayedScaling, StaticScaling
 
 RICH = uniform(
@@ -32,9 +45,10 @@ RICH = uniform(
         uniform("BF16"),
         uniform("NVFP4", grad="MXFP8"),
         RICH,
+        uniform("E3M4", save_codes=True, overrides=(Override(layer_recipe("E4M3"), name="head"),)),
         Recipe(None),
     ],
-    ids=["plain", "no weight", "BF16", "blocks", "rich", "none"],
+    ids=["plain", "no weight", "BF16", "blocks", "rich", "saved codes", "none"],
 )
 def test_yaml_and_dict_round_trips(recipe, tmp_path):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -282,3 +296,32 @@ def test_values_of_the_wrong_kind_are_refused(data):
 def test_the_error_is_a_recipe_error():
     with pytest.raises(RecipeError):
         Recipe.from_dict({"uniform": "E4M3", "storage": {"format": "E4M3", "headroom": "two"}})
+
+
+def test_codes_that_are_kept_are_written_in_text_and_refused_where_they_cannot_be():
+    recipe = uniform("E4M3", save_codes=True)
+    assert recipe.text == "x:E4M3 w:E4M3 dy:E4M3 saved:codes"
+    assert Recipe.from_dict(recipe.text) == recipe == uniform("E4M3").with_(save_codes=True)
+    assert recipe.with_(save_codes=False) == uniform("E4M3")
+    assert Recipe.from_yaml("{uniform: E4M3, save_codes: true}") == recipe
+    assert reformat(recipe, {"E4M3": "E5M2"}.get) == uniform("E5M2", save_codes=True)
+    with pytest.raises(RecipeError, match="saved:bf16; write saved:codes"):
+        Recipe.from_dict("x:E4M3 w:E4M3 dy:E4M3 saved:bf16")
+    with pytest.raises(RecipeError, match="save_codes 'yes' is neither true nor false"):
+        layer_recipe("E4M3", save_codes="yes")
+    with pytest.raises(RecipeError, match="drop save_codes"):
+        recipe.with_(accumulator="fp8_unit")
+
+
+def test_a_layer_on_a_cpu_says_that_codes_are_kept_anyhow_and_computes_the_same():
+    results = []
+    for recipe in (uniform("E4M3"), uniform("E4M3", save_codes=True)):
+        torch.manual_seed(0)
+        model, x = torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(32, 64, requires_grad=True)
+        manifest = quantize_model(model, recipe)
+        model(x).square().sum().backward()
+        results.append([x.grad, model[0].weight.grad])
+        told = "saved as codes, as everywhere but on GPUs" in str(manifest) and "saved:codes" in str(manifest)
+        assert told == recipe.default.save_codes == ("saved as codes, as everywhere but on GPUs" in str(model))
+    assert all(map(torch.equal, *results))
+    assert model[0].__dict__[STATE].routes("cuda").endswith("bf16; saved as codes")

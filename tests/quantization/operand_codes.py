@@ -1,16 +1,20 @@
-"""Codes of operands as the Triton kernels make them, in Triton's interpreter: in the layouts of an FP8 unit.
+"""Codes of operands as the Triton kernels make them, in Triton's interpreter: in the layouts of an FP8 unit, and kept for
+the backward.
 
 Part of `interpreter_checks`.
 """
 
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 
-from altgrad.nn import functional, quantize_model, uniform
+from altgrad.nn import GemmRecipe, LayerRecipe, OperandSpec, Recipe, functional, quantize_model, uniform
 from altgrad.nn.layer import gemm
+from altgrad.nn.session import STATE
 from altgrad.quantization import Cast, Want, tensor_cores
 from altgrad.quantization.kernels.choose import load
+from benchmarks.cuda_traffic import by_channel
 from tests.quantization.interpreter_checks import on_an_fp8_unit
 from tests.quantization.oracles import same
 
@@ -108,5 +112,138 @@ def on_gpu() -> bool:
     return True
 
 
+@contextmanager
+def on_tensor_cores():
+    """A CPU passes for a GPU: products take the routes of tensor cores."""
+    with ExitStack() as stack:
+        for module in (tensor_cores, gemm):
+            stack.enter_context(mock.patch.multiple(module, interpreted=on_gpu))
+        yield
+
+
+NEAREST, BY_CHANCE, UP = ("nearest_even", "saturate_finite"), ("stochastic", "saturate"), ("up", "native")
+FORMATS = {name: [NEAREST] for name in ("E5M2", "E0M7", "E7M0", "E2M1", "E4M3FNUZ", "float8_e3m4")}
+FORMATS |= {"E4M3": [NEAREST, BY_CHANCE], "E3M4": [BY_CHANCE, UP], "INT8": [NEAREST, UP], "binary8p3": [NEAREST, UP]}
+
+
+def check_decoded() -> list[str]:
+    """Codes that were made beside a payload are decoded to its bits; where something has no code, to NaN."""
+    bad = []
+    for name, ways in FORMATS.items():
+        for rounding, overflow in ways:
+            cast = Cast(name, rounding, overflow)
+            low, high = gemm.power_range(cast.grid)
+            powers = (low, min(high, 127))
+            for rows, columns in ((30, 200), (1, 5), (0, 4)):
+                x = torch.randn(rows, columns) * torch.exp2(torch.randint(-20, 20, (rows, columns)).float())
+                scales = [*scales_of(rows, columns), 2.0**-140, torch.tensor(2.0**100)]
+                for number, scale in enumerate(scales if rows == 30 else scales[1:2]):
+                    wanted, of_wanted = tensor_cores.payload(x, cast, scale, powers, KEY)
+                    amax = torch.tensor(0.0)
+                    values, factor, saved = tensor_cores.payload_and_codes(x, cast, scale, powers, KEY, amax)
+                    alone = tensor_cores.payload_and_codes(x, cast, scale, powers, KEY, values=False)[2]
+                    again, of_again = tensor_cores.decoded(saved, cast, scale, powers)
+                    good = all(same(one.float(), wanted.float()) for one in (values, again))
+                    good = good and all(map(same, saved, alone)) and float(amax) == float(x.abs().max() if rows else 0)
+                    for one in (factor, of_again):
+                        good = good and (one is of_wanted if one is None or of_wanted is None else same(one, of_wanted))
+                    if not good:
+                        bad.append(f"decoded {cast}, {rows} x {columns}, scale {number}")
+            x = torch.randn(8, 600)
+            for special in (nan, inf, -inf):
+                x[1, 517] = special
+                kept, _, saved = tensor_cores.payload_and_codes(x, cast, 0.5, powers, KEY)
+                again, _ = tensor_cores.decoded(saved, cast, 0.5, powers)
+                assert kept is not None
+                finite = kept.isfinite() if cast.grid.has_nan or kept.isfinite().all() else torch.zeros(8, 600).bool()
+                inside = kept.isinf() & again.isinf()
+                if not (torch.equal(again.isfinite(), finite) and same(kept[finite | inside], again[finite | inside])):
+                    bad.append(f"decoded {cast} of {special}")
+    return bad
+
+
+KEPT = [
+    ("E4M3", {}),
+    ("E3M4", {"rounding": "stochastic"}),
+    ("E4M3", {"scaling": "none", "grad": "E5M2"}),
+    ("E7M0", {"scaling": {"policy": "amax", "power_of_two": True}}),
+    ("INT8", {"scaling": {"policy": "delayed", "history": 1}}),
+    ("E4M3", {"storage": "grid"}),
+    ("E2M1", {"activation": "BF16"}),
+]
+
+
+def check_kept() -> list[str]:
+    """Layers whose backward decodes codes have the bits of those whose backward keeps bf16, and keep half the bytes."""
+    bad = []
+    recipes = [(f"{fmt} {options}", uniform(fmt, **options)) for fmt, options in KEPT]
+    for name, recipe in [*recipes, ("channels", by_channel("E4M3")), ("another x", ANOTHER_X)]:
+        found, kept = [], []
+        for codes in (False, True):
+            torch.manual_seed(0)
+            layer = torch.nn.Linear(48, 32)
+            model = torch.nn.Sequential(layer)
+            quantize_model(model, recipe.with_(save_codes=codes))
+            sizes: list[tuple[torch.Size, int]] = []
+
+            def pack(t, sizes=sizes):
+                sizes.append((t.shape, t.element_size()))
+                return t
+
+            results = []
+            for _ in range(2):
+                x = torch.randn(40, 48, requires_grad=True)
+                layer.zero_grad()
+                sizes.clear()
+                with on_tensor_cores(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    y = model(x)
+                    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+                layer.__dict__[STATE].session.advance()
+                results += [y.detach(), x.grad, layer.weight.grad.clone()]
+            found.append(results)
+            kept.append([size for shape, size in sizes if shape in ((40, 48), (32, 48))])
+        if not all(map(same, *found)):
+            bad.append(f"kept codes of {name}")
+        if kept != [[2, 2], [2, 1] if "BF16" in name else [1, 1]]:
+            bad.append(f"{name} keeps {kept} bytes an element")
+    return bad
+
+
+def check_kept_compiled() -> list[str]:
+    """Compiled layers that keep codes have the bits of eager ones; a gradient is differentiated again."""
+    found, recipe = [], uniform("E3M4", save_codes=True)
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model, x = torch.nn.Sequential(torch.nn.Linear(32, 48)), torch.randn(16, 32, requires_grad=True)
+        quantize_model(model, recipe)
+        with on_tensor_cores():
+            run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+            run(x).square().sum().backward()
+            if not compiles:
+                (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+                (second,) = torch.autograd.grad(first.square().sum(), x)
+                assert second.isfinite().all()
+                assert second.any()
+        found.append([x.grad, model[0].weight.grad])
+    return [] if all(map(same, *found)) else ["compiled layers that keep codes"]
+
+
+X = OperandSpec("E4M3")
+ANOTHER_X = Recipe(
+    LayerRecipe(
+        GemmRecipe(input=X, weight=X),
+        GemmRecipe(grad_output=X, weight=X),
+        GemmRecipe(grad_output=X, input=OperandSpec("E3M4")),
+    )
+)
+
+
 def check_codes() -> list[str]:
-    return [*check_layouts(), *check_transposed_weights(), *check_compiled()]
+    return [
+        *check_layouts(),
+        *check_transposed_weights(),
+        *check_compiled(),
+        *check_decoded(),
+        *check_kept(),
+        *check_kept_compiled(),
+    ]

@@ -15,7 +15,7 @@ if sys.platform != "linux":
 import triton
 
 from altgrad.diagnostics.update import measure_update
-from altgrad.quantization import amax_scale, decode, encode, quantize
+from altgrad.quantization import amax_scale, decode, encode, get_format, quantize
 from altgrad.quantization.codec import divided
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
 from altgrad.quantization.kernels.cuda import clock, codes, operands, products
@@ -189,7 +189,8 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
         "CHANNELS": False,
         **dict.fromkeys(("inner", "channels"), 1),
         "COLLECTS": True,
-        "CODES": False,
+        **dict.fromkeys(("CODES", "LACKS"), False),
+        "VALUES": True,
         "ELEMENTS": operands.ELEMENTS,
         "MODE": 0,
     }
@@ -201,11 +202,17 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
     half = {**pointers, "out": "*fp16", "number": "fp32"}
     code = compiled(operands._payload, half, {**facts, "low": 1, "high": 1, "random_bits": 1})
     assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 28
-    as_codes = {**pointers, "out": "*u8", "number": "fp32"}
-    code = compiled(operands._payload, as_codes, {**facts, "CODES": True, "low": 1, "high": 1, "random_bits": 1})
+    as_codes = {**pointers, "codes": "*u8", "poison": "*i32", "number": "fp32"}
+    ones = {"low": 1, "high": 1, "random_bits": 1}
+    code = compiled(operands._payload, as_codes, {**facts, "VALUES": False, "CODES": True, **ones})
     assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 36, (
         "35 of an encoding cast, 3 of the amax, less"
     )
+    code = compiled(operands._payload, as_codes, {**facts, "CODES": True, **ones})
+    assert len(instructions(code.asm["cubin"])) * 128 / operands.ELEMENTS <= 40, "codes beside payloads"
+    assert compiled(
+        operands._payload, as_codes, {**facts, "CODES": True, "LACKS": True, "LEAN": False, "MODE": 7, **ones}
+    ).asm["cubin"]
     ends = {"SCALES": True, "POWER_OF_TWO": True, "PARTIALS": operands.MOST_PARTIALS, "count": 1}
     assert compiled(operands._scale, {"partials": "*i32", "out": "*fp32", "divisor": "fp32"}, ends).asm["cubin"]
     step = {"POWER_OF_TWO": True, "ENTRIES": 16, "history": 1}
@@ -225,6 +232,32 @@ def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():
     whole = {"HAS_A": True, "HAS_B": True, "HAS_BIAS": True, "ELEMENTS": operands.FINISHED}
     for columns in ({}, {"columns": 1, "a_step": 1, "b_step": 1}):
         assert compiled(operands._finished, sums, {**whole, **columns}).asm["cubin"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("E4M3", 14), ("E5M2", 16), ("E0M7", 14), ("INT8", 20)])
+def test_codes_are_decoded_to_payloads_by_arithmetic_and_move_vectors(name, most):
+    digits, size = codes.digits_of(get_format(name)), operands.ELEMENTS
+    facts = dict(zip(("BITS", "SHIFT", "SPECIAL", "HAS_INF"), (8, 0, 0, False)))
+    if digits is not None:
+        facts = {"BITS": digits.bits, "SHIFT": digits.shift, "SPECIAL": digits.special, "HAS_INF": digits.has_inf}
+    facts |= {
+        "TABLE": digits is None,
+        "ON_DEVICE": True,
+        "CHANNELS": False,
+        "POISONED": name == "E0M7",
+        "ELEMENTS": size,
+    }
+    pointers = {"codes": "*u8", "out": "*bf16", **dict.fromkeys(("factor", "poison", "scale", "values"), "*fp32")}
+    kinds = {**pointers, "number": "fp32", "lift": "fp32"}
+    code = compiled(codes._decoded, kinds, facts)
+    names = instructions(code.asm["cubin"])
+    loads = [one for one in names if one.startswith("LDG")]
+    assert (len(loads) < 8) == (digits is not None), "no table"
+    assert len([one for one in names if one.startswith("STG")]) == size // 128 // 8 + 1, "and the factor"
+    assert len(names) * 128 / size <= most
+    assert ".ftz" not in code.asm["ptx"]
+    ones = dict.fromkeys(("last", "size", "inner", "channels", "low", "high"), 1)
+    assert compiled(codes._decoded, kinds, {**facts, "CHANNELS": True, **ones}).asm["cubin"]
 
 
 TURNED = {**POINTERS, **dict.fromkeys(("codes", "turned"), "*u8"), "amax": "*i32", "scale": "*fp32", "number": "fp32"}
@@ -312,7 +345,7 @@ def test_kernels_compile_with_every_integer_at_one():
 
 
 def test_the_page_has_rows_of_this_table():
-    assert len({name for name, *_ in ROWS_OF_LAYERS} & set(TRAFFIC)) == 9
+    assert len({name for name, *_ in ROWS_OF_LAYERS} & set(TRAFFIC)) == 10
 
 
 @pytest.mark.parametrize(("name", "fmt", "recipe"), ROWS_OF_LAYERS, ids=lambda value: str(value))
@@ -324,7 +357,8 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     assert len(found.clock) <= 4, "a kernel for each history, and one for the clock of all layers"
     assert found.bytes <= MOST_BYTES
     if (stated := TRAFFIC.get(name)) is not None:
-        assert [len(found.names), len(found.clock), round(found.bytes / 1e9, 2)] == [float(cell) for cell in stated[:3]]
+        told = [len(found.names), len(found.clock), round(found.bytes / 1e9, 2), round(found.kept / 1e6, 1)]
+        assert told == [float(cell) for cell in (*stated[:3], stated[5])]
 
 
 @pytest.mark.parametrize(

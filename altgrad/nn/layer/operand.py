@@ -60,11 +60,11 @@ class Operand(Numbered):
         self.spec, self.session = spec, session
         self.layer, self.role, self.gemm = layer, role, gemm
         self.fmt: Any = spec.resolved  # a FloatFormat, a BlockFormat, or None
-        self.block = is_block(self.fmt)
-        self.axis = axis
+        self.block, self.axis = is_block(self.fmt), axis
         self.block_axis = -1 if self.block and self.fmt.is_tile else block_axis  # tiles lie on the last two axes
         self.reduced: tuple[int, ...] = ()  # the axis that each GEMM which shares the operand reduces, 0 or 1
         self.saves_codes = self.fmt is not None and (self.block or self.fmt.bits <= 8)
+        self.compact = False  # whether a GPU, too, keeps it as codes: the recipe's `save_codes`
         self.cores: Any = None  # the `gemm.Route` on which a GPU's tensor cores multiply it in some product
         self.storage: GridStorage | None = None  # whose scale a stored weight has
         self.window: Tensor | None = None

@@ -47,7 +47,7 @@ class Cast(NamedTuple):
     """A quantized operand before its unit is chosen.
 
     values: in the carrier; None where only codes were made. saved: what the backward keeps (`()`: nothing). other: those codes
-    in a second layout, which the backward keeps instead.
+    in a second layout, or codes: what it keeps instead.
     """
 
     operand: Operand
@@ -56,11 +56,12 @@ class Cast(NamedTuple):
     scale: Tensor | float
     dtype: torch.dtype
     other: Tensor | None = None
+    codes: Saved = ()
 
     @property
     def kept(self) -> Saved:
         """What the backward keeps."""
-        return self.saved if self.other is None else (self.other, *self.saved[1:])
+        return self.codes or self.saved if self.other is None else (self.other, *self.saved[1:])
 
     @property
     def needs_float32(self) -> bool:
@@ -101,8 +102,8 @@ def quantized(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if route.on_cores and serve(x):
         inner = reduced or operand.reduced[: 1 + keep]
-        saved, scale, other = tensor_cores.quantized(operand, x, scale, key, observed, route, inner)
-        return Cast(operand, None, saved, scale, dtype, other)
+        made = tensor_cores.quantized(operand, x, scale, key, observed, route, inner, keep)
+        return Cast(operand, None, made.saved, made.scale, dtype, made.other, made.codes)
     if scale is None:
         found = operand.encoded_by_amax(x) if route.unit is not None and not observed else None
         if found is not None:
@@ -124,7 +125,9 @@ def saved_apart(
 ) -> tuple[Saved, Tensor | float]:
     """What a gradient on `route` keeps of x, which the forward does not multiply like that, and the scale."""
     if route.on_cores and serve(x):
-        return tensor_cores.quantized(operand, x, scale, key, observed, route, operand.reduced[:1])[:2]
+        inner = operand.reduced[:1]
+        made = tensor_cores.quantized(operand, x, scale, key, observed, route, inner, True, multiplied=False)
+        return made.codes or made.saved, made.scale
     scale = operand.scale_of(x, False) if scale is None else scale
     return operand.save(x, scale, key, observed), scale
 
@@ -136,7 +139,8 @@ def restored(operand: Operand, saved: Saved, scale: Tensor | float, route: Route
     if is_payload(saved):
         return Ready(*saved)
     if route.unit is None:
-        return Ready(*_pulled(operand, saved, scale, dtype))
+        made = tensor_cores.decoded(operand, saved, scale) if route is Route.BF16 else None
+        return Ready(*_pulled(operand, saved, scale, dtype)) if made is None else Ready(*made)
     codes, factor = operand.coded(saved, scale)
     return Ready(saved[0], factor, codes)
 

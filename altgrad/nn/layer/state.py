@@ -93,6 +93,7 @@ class LayerState:
                 made[same] = Operand(spec, self.session, self.name, role, gemm, axis, block_axis)
                 made[same].everywhere = self.everywhere
             made[same].reduced += (block_axis % 2,)
+            made[same].compact = recipe.save_codes
             self.operands[(gemm, role)] = made[same]
         get = self.operands
         self.x, self.w = get["forward", "input"], get["forward", "weight"]
@@ -208,7 +209,10 @@ class LayerState:
             [choose_route(self._needed[gemm], LARGE, device_type, codes=codes).value for gemm in GEMMS]
             for codes in (True, False)
         )
-        return _shown(eager) + ("" if traced == eager else f"; compiled {_shown(traced)}")
+        shown = _shown(eager) + ("" if traced == eager else f"; compiled {_shown(traced)}")
+        if not any(tensor_cores.is_compact(operand) for operand in self.distinct()):
+            return shown
+        return f"{shown}; saved as codes" + ("" if device_type == "cuda" else ", as everywhere but on GPUs")
 
     # -- the present call -----------------------------------------------------------------------------------------
 

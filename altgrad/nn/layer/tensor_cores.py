@@ -1,13 +1,15 @@
 """Operands and products of quantized layers on tensor cores: what a GPU multiplies, and how little it moves for that.
 
 An operand goes from the tensor to payload * 2^p in bf16, or in float16 where its format has 9 to 11 significant bits, in
-one pass (a second, before it, finds a current scale), and is kept like that for the backward. Sums are float32; what was pulled out of the scales, the bias and the output's dtype
-follow in one more pass. Nothing waits for the device. NaN and inf travel inside the operand.
+one pass (a second, before it, finds a current scale), and is kept like that for the backward; or, where the recipe says
+`save_codes`, as codes that the same pass writes and the backward decodes. Sums are float32; what was pulled out of the
+scales, the bias and the output's dtype follow in one more pass. Nothing waits for the device. NaN and inf travel inside the operand.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +100,20 @@ def kept(operand: Operand, x: Tensor, scale: Tensor | float, key: Tensor | None)
         return None
     if not isinstance(scale, float | int) and scale.numel() > 1 and x.ndim != 2:
         return None
-    return quantized(operand, x, scale, key, False, operand.cores)[0]
+    return quantized(operand, x, scale, key, False, operand.cores).saved
+
+
+class Found(NamedTuple):
+    """What `quantized` made of x.
+
+    saved: payload and factor; for an FP8 unit codes and factor. other: those codes in a second layout. codes: what the
+    backward keeps in place of a payload.
+    """
+
+    saved: Saved
+    scale: Tensor | float
+    other: Tensor | None = None
+    codes: Saved = ()
 
 
 def quantized(
@@ -109,15 +124,17 @@ def quantized(
     observed: bool,
     route: Route,
     inner: tuple[int, ...] = (-1,),
-) -> tuple[Saved, Tensor | float, Tensor | None]:
-    """(payload and factor as the backward keeps them, the scale, None) of x.
+    keep: bool = False,
+    multiplied: bool = True,
+) -> Found:
+    """x as an operand of tensor cores.
 
-    For an FP8 unit (codes and factor, the scale, those codes in a second layout or None): the unit wants the axis that a
-    product reduces innermost, and `inner` has that of each product that will take x.
-
-    scale: None if it is x's own current one; under a format with a tensor scale that one, if it is known.
+    Args:
+        scale: None if it is x's own current one; under a format with a tensor scale that one, if it is known.
+        inner: for an FP8 unit, which wants the axis that a product reduces innermost: that of each product that will take x.
+        keep: whether the backward keeps x, as codes if the operand says so; then they alone are made unless `multiplied` now.
     """
-    other = None
+    other, codes = None, ()
     assert operand.cast is not None
     x = x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()
     key = None if key is None else key.to(x.device)
@@ -142,10 +159,37 @@ def quantized(
             half = route is Route.FP16
             powers = powers_of_half(operand.fmt) if half else powers_of(operand)
             assert powers is not None
-            dtype = torch.float16 if half else torch.bfloat16
-            values, factor = kernels.payload(x, operand.cast, scale, powers, key, operand.collected(x), dtype)
+            dtype, amax = torch.float16 if half else torch.bfloat16, operand.collected(x)
+            if keep and saved_as_codes(operand, x, scale):
+                values, factor, codes = kernels.payload_and_codes(
+                    x, operand.cast, scale, powers, key, amax, values=multiplied
+                )
+            else:
+                values, factor = kernels.payload(x, operand.cast, scale, powers, key, amax, dtype)
             known = factor is None or (has_power_of_two(operand) and not half)
-            found = (values,) if known else (values, factor)
+            found = () if values is None else (values,) if known else (values, factor)
     if observed:
         operand.publish(operand.cast(x.float(), scale, key=key, want=Want.STATS).stats, scale)
-    return found, scale, other
+    return Found(found, scale, other, codes)
+
+
+def saved_as_codes(operand: Operand, x: Tensor, scale: Tensor | float) -> bool:
+    """Whether a backward on tensor cores keeps the codes of x, scaled as a whole or, a matrix, line by line."""
+    one = isinstance(scale, float | int) or scale.numel() == 1
+    return is_compact(operand) and (one or x.ndim == 2)
+
+
+def is_compact(operand: Operand) -> bool:
+    """Whether a backward on tensor cores keeps an operand's codes: the recipe says so, and they are one byte each."""
+    return operand.compact and operand.saves_codes and not operand.block
+
+
+def decoded(operand: Operand, saved: Saved, scale: Tensor | float) -> tuple[Tensor, Tensor | None] | None:
+    """Codes that were kept as (payload, factor), made in one pass; None where they are not decoded so."""
+    powers = None if operand.block else powers_of(operand)
+    one = isinstance(scale, float | int) or scale.numel() == 1
+    if powers is None or not kernels.serve(saved[0]) or not (one or saved[0].ndim == 2):
+        return None
+    assert operand.cast is not None
+    values, factor = kernels.decoded(saved, operand.cast, scale, powers)
+    return values, None if has_power_of_two(operand) else factor

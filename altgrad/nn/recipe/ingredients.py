@@ -130,7 +130,8 @@ INGREDIENTS: dict[str, Ingredient] = {
     ),
 }
 HIGH_LAYERS = "high_layers"  # overrides by name or position that leave layers in full precision
-CHANGES = ("accumulator", "stochastic_rounding", "hadamard", "plain_evaluation")
+SWITCHES = ("plain_evaluation", "save_codes")
+CHANGES = ("accumulator", "stochastic_rounding", "hadamard", *SWITCHES)
 
 
 def check_known(name: str, there: list[str]) -> None:
@@ -167,7 +168,7 @@ def changed(layer: LayerRecipe, changes: dict[str, Any]) -> LayerRecipe:
         one = gemms["weight_grad"]
         mixed = {role: replace(spec, hadamard=changes["hadamard"]) for role, spec in one.named()}
         gemms["weight_grad"] = replace(one, **mixed)
-    return replace(layer, **gemms, plain_evaluation=changes.get("plain_evaluation", layer.plain_evaluation))
+    return replace(layer, **gemms, **{name: changes[name] for name in SWITCHES if name in changes})
 
 
 def names_in(value: Any, key: str) -> tuple[str, ...]:

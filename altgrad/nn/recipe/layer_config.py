@@ -13,6 +13,8 @@ from altgrad.nn.recipe.spec import GEMMS, GemmRecipe, OperandSpec, StorageSpec, 
 from altgrad.nn.recipe.text import parse_layer
 from altgrad.quantization import get_format
 
+_SWITCHES = ("plain_evaluation", "save_codes")
+
 
 def check_keys(data: dict, known, where: str) -> None:
     for key in data:
@@ -63,8 +65,7 @@ def layer_to_dict(recipe: LayerRecipe | None) -> dict | None:
     for gemm, one in recipe.gemms.items():
         if one.accumulator is not None:
             data[gemm]["accumulator"] = str(one.accumulator)
-    if recipe.plain_evaluation:
-        data["plain_evaluation"] = True
+    data |= {name: True for name in _SWITCHES if getattr(recipe, name)}
     if recipe.storage is not None:
         data["storage"] = plain_fields(recipe.storage)
     if recipe.norm_weight.format is not None:
@@ -106,7 +107,8 @@ def layer_from_dict(data, where: str = "layer recipe") -> LayerRecipe | None:
     else:
         storage = None
     norm = operand_from_dict(data.get("norm_weight"), f"{where}.norm_weight")
-    return LayerRecipe(**gemms, storage=storage, norm_weight=norm, plain_evaluation=data.get("plain_evaluation", False))
+    switches = {name: data[name] for name in _SWITCHES if name in data}
+    return LayerRecipe(**gemms, storage=storage, norm_weight=norm, **switches)
 
 
 def _storage_from_dict(data: dict, where: str) -> StorageSpec:

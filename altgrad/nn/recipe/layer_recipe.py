@@ -25,6 +25,8 @@ class LayerRecipe:
         storage: grid of the stored weight; None keeps a float32 master weight that is quantized at use.
         norm_weight: the weight of a normalisation layer, quantized at use.
         plain_evaluation: in evaluation mode the layer computes in full precision.
+        save_codes: tensor cores' operands of at most 8 bits are kept for the backward as codes, which it decodes, instead of
+            as bf16: half the memory, one launch more for each, the same bits. Elsewhere than on GPUs codes are kept anyhow.
 
     Raises:
         RecipeError: a GEMM names an operand that it does not multiply, or storage and operands contradict one another.
@@ -36,10 +38,12 @@ class LayerRecipe:
     storage: StorageSpec | None = None
     norm_weight: OperandSpec = field(default_factory=OperandSpec)
     plain_evaluation: bool = False
+    save_codes: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.plain_evaluation, bool):
-            raise RecipeError(f"plain_evaluation {self.plain_evaluation!r} is neither true nor false")
+        for name in ("plain_evaluation", "save_codes"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} {getattr(self, name)!r} is neither true nor false")
         for gemm, roles in GEMMS.items():
             named = sorted(role for role, _ in getattr(self, gemm).named())
             if named != sorted(roles):
@@ -69,6 +73,10 @@ class LayerRecipe:
             raise RecipeError("norm_weight: an average of the master is the forward weight's; drop ema here")
         for gemm in GEMMS:
             self._check_gemm(gemm)
+        if self.save_codes and self.is_emulated:
+            raise RecipeError(
+                f"{self}: the arithmetic of a unit or a library keeps what it multiplies itself; drop save_codes"
+            )
 
     def _check_gemm(self, gemm: str) -> None:
         """What the two operands of a GEMM must agree on."""
@@ -181,6 +189,7 @@ class LayerRecipe:
         sums = [str(one.accumulator or "float32") for one in self.gemms.values()]
         if any(word != "float32" for word in sums):
             text += f" sum:{sums[0] if len(set(sums)) == 1 else '|'.join(sums)}"
+        text += " saved:codes" if self.save_codes else ""
         return text + (" eval:FP32" if self.plain_evaluation else "")
 
 
@@ -234,6 +243,7 @@ def layer_recipe(
     mask_saturated: bool = False,
     random_bits: int = 24,
     whole_blocks: bool = False,
+    save_codes: bool = False,
 ) -> LayerRecipe:
     """One format for x, w and dy of all three GEMMs, with any of the three replaced.
 
@@ -250,6 +260,7 @@ def layer_recipe(
         mask_saturated: straight-through gradient only where |x / scale| <= max (x and w).
         whole_blocks: refuse axes that are no multiple of a block format's block, instead of letting the last block be
             short.
+        save_codes: on GPUs the backward keeps codes, as it does elsewhere (see `LayerRecipe`).
 
     Raises:
         RecipeError: contradictory arguments.
@@ -286,6 +297,7 @@ def layer_recipe(
         weight_grad=GemmRecipe(grad_output=dy, input=x),
         storage=grid,
         norm_weight=norm,
+        save_codes=save_codes,
     )
 
 

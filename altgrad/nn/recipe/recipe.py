@@ -272,7 +272,7 @@ class Recipe:
             high: a name pattern, or several, of layers left in full precision.
             changes: `accumulator`: one for the three GEMMs, or three (None: float32). `stochastic_rounding`: a role
                 (input, weight, grad_output) or several. `hadamard`: a transform for the operands of weight_grad.
-                `plain_evaluation`: True or False.
+                `plain_evaluation`, `save_codes`: True or False.
 
         Raises:
             RecipeError: no such change, or what results contradicts itself.

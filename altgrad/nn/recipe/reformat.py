@@ -61,4 +61,5 @@ def reformat_layer(recipe: LayerRecipe, successor: Successor) -> LayerRecipe:
         storage,
         operand(recipe.norm_weight),
         recipe.plain_evaluation,
+        recipe.save_codes,
     )

@@ -7,6 +7,7 @@
     x:E4M3|E5M2 w:E4M3 dy:E4M3                            forward's input, then weight_grad's: a role's two products
     MXFP8; name='head': FP32; type='Conv2d': E4M3         overrides, each with its conditions
     x:E4M3 w:E4M3 dy:E5M2 sum:hopper_fp8 eval:FP32        how products are added up; plain in evaluation
+    x:E4M3 w:E4M3 dy:E5M2 saved:codes                     a GPU keeps codes for the backward, as CPUs do
 
 In a role's pair the products come in the order forward, input_grad, weight_grad; so do the three of `sum:A|B|C`, where
 float32 stands for a plain sum. `norm:FORMAT` is the weight of a normalisation layer.
@@ -48,12 +49,12 @@ def parse_layer(text: str, where: str = "recipe") -> LayerRecipe:
     if len(text) > _LONGEST:
         raise RecipeError(f"{where} is {len(text)} characters long; a recipe's text has at most {_LONGEST}")
     words = _split(text, " ")
-    if len(words) == 1 and not words[0].startswith(("x:", "w:", "dy:", "grid(", "norm:", "sum:", "eval:")):
+    if len(words) == 1 and not words[0].startswith(("x:", "w:", "dy:", "grid(", "norm:", "sum:", "saved:", "eval:")):
         return layer_recipe(words[0])
     parts: dict[str, str] = {}
     for word in words:
         key, rest = ("grid", word[5:-1]) if word.startswith("grid(") and word.endswith(")") else _halves(word)
-        if key not in (*_ROLES, "grid", "norm", "sum", "eval") or not rest:
+        if key not in (*_ROLES, "grid", "norm", "sum", "saved", "eval") or not rest:
             raise RecipeError(f"{where} {text!r}: {word!r} is no part of a recipe; {_FORM}")
         if key in parts:
             raise RecipeError(f"{where} {text!r} names {key} twice; {_FORM}")
@@ -67,11 +68,14 @@ def parse_layer(text: str, where: str = "recipe") -> LayerRecipe:
         raise RecipeError(
             f"{where} {text!r}: eval:{parts['eval']}; in evaluation a layer is as in training, or eval:FP32"
         )
+    if parts.get("saved", "codes") != "codes":
+        raise RecipeError(f"{where} {text!r}: saved:{parts['saved']}; write saved:codes, or nothing")
     return LayerRecipe(
         forward=GemmRecipe(input=x, weight=w, accumulator=sums[0]),  # type: ignore[arg-type]
         input_grad=GemmRecipe(grad_output=dy, weight=w_back, accumulator=sums[1]),  # type: ignore[arg-type]
         weight_grad=GemmRecipe(grad_output=dy_back, input=x_back, accumulator=sums[2]),  # type: ignore[arg-type]
         plain_evaluation="eval" in parts,
+        save_codes="saved" in parts,
         storage=_storage(parts["grid"], f"{where} {text!r}") if "grid" in parts else None,
         norm_weight=_operand(parts["norm"], f"{where} {text!r}") if "norm" in parts else OperandSpec(),
     )

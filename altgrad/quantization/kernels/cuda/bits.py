@@ -384,6 +384,38 @@ def lean_problem(v, grid, KEEPS_INF: tl.constexpr):
 
 
 @triton.jit
+def rounded(
+    v,
+    s,
+    up,
+    word,
+    random_bits,
+    grid,
+    MODE: tl.constexpr,
+    LEAN: tl.constexpr,
+    KEEPS_INF: tl.constexpr,
+    MANY: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """(payload * up, code, problem) of elements v under a scale s, or MANY of them.
+
+    Without CODES the last two mean nothing; LEAN leaves the problem to `lean_problem`.
+    """
+    if LEAN:
+        quotient = tl.math.div_rn(tl.abs(v), s + tl.zeros_like(v)) if MANY else lean_quotient(v, divisor_of(s))
+        magnitude, code = lean_round(quotient, word, grid, MODE)
+        result, problem = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v), code
+        if CODES:
+            code = lean_code(code, v, grid, KEEPS_INF)
+    else:
+        payload, _ = round_element(v, tl.math.div_rn(v, s + tl.zeros_like(v)), word, random_bits, grid, MODE, False)
+        result, code, problem = float_of(payload, False) * up, payload, payload
+        if CODES:
+            code, problem = code_of(payload, grid, False)
+    return result, code, problem
+
+
+@triton.jit
 def count(v, r, over, valid, nan_scale):
     """(amax, overflows, underflows, nonfinites, sse, sum_sq), float64 scalars, of elements v with results r."""
     wide, result = v.to(tl.float64), r.to(tl.float64)

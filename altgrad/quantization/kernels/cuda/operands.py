@@ -20,24 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from altgrad.formats.rounding import Overflow
+from altgrad.jit.grid_table import special_codes
 from altgrad.quantization.kernels.cuda.bits import (
     STOCHASTIC,
     balanced,
-    code_of,
-    divisor_of,
     finite_bits,
-    float_of,
     key_words,
-    lean_code,
-    lean_finite,
-    lean_quotient,
-    lean_round,
+    lean_problem,
     narrow,
     pulled_apart,
     random_words,
     read_grid,
-    round_element,
-    signed_as,
+    rounded,
     widen,
 )
 from altgrad.quantization.kernels.cuda.launch import device_table, is_lean, key_tensor, mode_of, on_device
@@ -219,38 +213,11 @@ def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin:
 
 
 @triton.jit
-def rounded(
-    v,
-    s,
-    up,
-    word,
-    random_bits,
-    grid,
-    MODE: tl.constexpr,
-    LEAN: tl.constexpr,
-    KEEPS_INF: tl.constexpr,
-    MANY: tl.constexpr,
-    CODES: tl.constexpr,
-):
-    """(payload * up, code) of elements v under a scale s, or MANY; with CODES the code alone is right, else the other."""
-    if LEAN:
-        quotient = tl.math.div_rn(tl.abs(v), s + tl.zeros_like(v)) if MANY else lean_quotient(v, divisor_of(s))
-        magnitude, code = lean_round(quotient, word, grid, MODE)
-        result = tl.where(lean_finite(v, KEEPS_INF), signed_as(magnitude * up, v), v)
-        if CODES:
-            code = lean_code(code, v, grid, KEEPS_INF)
-    else:
-        payload, _ = round_element(v, tl.math.div_rn(v, s + tl.zeros_like(v)), word, random_bits, grid, MODE, False)
-        result, code = float_of(payload, False) * up, payload
-        if CODES:
-            code, _ = code_of(payload, grid, False)
-    return result, code
-
-
-@triton.jit
 def _payload(
     x,
     out,
+    codes,
+    poison,
     factor,
     amax,
     scale,
@@ -269,14 +236,16 @@ def _payload(
     ON_DEVICE: tl.constexpr,
     CHANNELS: tl.constexpr,
     COLLECTS: tl.constexpr,
+    VALUES: tl.constexpr,
     CODES: tl.constexpr,
+    LACKS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     """payload * 2^p of ELEMENTS neighbouring elements; scale = m * 2^p with p within low .. high, m goes to `factor`.
 
     ON_DEVICE: the scale is read from memory, else it is `number`. CHANNELS: element i has scale i // inner % channels, and
-    there are as many factors. COLLECTS: raise `amax` to the largest finite magnitude. CODES: their codes instead, and no
-    factor.
+    there are as many factors. COLLECTS: raise `amax` to the largest finite magnitude. CODES: their codes, too, or without
+    VALUES those alone and no factor. LACKS: `poison` becomes NaN where an element has no code.
     """
     program = tl.program_id(0)
     start = program.to(tl.int64) * ELEMENTS
@@ -289,7 +258,7 @@ def _payload(
     else:
         s = tl.load(scale) if ON_DEVICE else tl.cast(number, tl.float32)
     up, significand = pulled_apart(s, low, high)
-    if CODES:
+    if not VALUES:
         pass
     elif CHANNELS:
         tl.store(factor + line, significand, mask=valid & (line < channels) & ((start + offset) % inner == 0))
@@ -300,11 +269,17 @@ def _payload(
     if MODE >= STOCHASTIC:
         before, between = key_words(key, (start >> 32).to(tl.uint64))
         word = random_words(start.to(tl.uint32) + word, before, between)
-    result, code = rounded(v, s, up, word, random_bits, grid, MODE, LEAN, KEEPS_INF, CHANNELS, CODES)
-    if CODES:
-        tl.store(out + start + offset, code.to(tl.uint8), mask=valid)
-    else:
+    result, code, problem = rounded(v, s, up, word, random_bits, grid, MODE, LEAN, KEEPS_INF, CHANNELS, CODES)
+    if VALUES:
         tl.store(out + start + offset, narrow(result, out.dtype.element_ty), mask=valid)
+    if CODES:
+        tl.store(codes + start + offset, code.to(tl.uint8), mask=valid)
+    if LACKS:
+        if LEAN:
+            missing = lean_problem(v, grid, KEEPS_INF)
+        else:
+            missing = tl.max(tl.where(valid, problem, problem * 0).to(tl.int32))
+        tl.atomic_max(poison, tl.where(missing > 0, 0x7FC00000, 0))
     if COLLECTS:
         tl.atomic_max(amax, tl.max(finite_bits(v)).to(tl.int32, bitcast=True))
 
@@ -313,12 +288,15 @@ class Payload(NamedTuple):
     """An operand of a tensor core: x is about values * factor.
 
     values: payload * 2^p, bf16 or float16, of x's shape; a NaN or inf stands where it stood. factor: the m of the scale m * 2^p,
-    float32 of its shape; None where it is 1. scale: as given, or as found.
+    float32 of its shape; None where it is 1. scale: as given, or as found. codes: uint8, where they were asked for. poison: what
+    is added to what codes are decoded to, NaN where an element has none, else 0; None where every NaN has a code.
     """
 
-    values: Tensor
+    values: Tensor | None
     factor: Tensor | None
     scale: Tensor | float
+    codes: Tensor | None = None
+    poison: Tensor | None = None
 
 
 def payload(
@@ -329,7 +307,8 @@ def payload(
     *,
     key: Tensor | None = None,
     amax: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
+    codes: bool = False,
 ) -> Payload:
     """x rounded as the plan says, as an operand of a tensor core.
 
@@ -337,58 +316,63 @@ def payload(
         scale: a number, or a float32 tensor of one element or, of a matrix, of one for each row or column.
         powers: lowest and highest p for which the format's values times 2^p are numbers of `dtype`, bf16 or float16.
         amax: 0-d float32 that is raised to x's largest finite magnitude, in place.
+        dtype: None: no values are made, nor a factor.
+        codes: whether codes are made, too. An inf that the policy lets pass, and that has no code, has that of NaN.
     """
     source = x.contiguous()
-    out = torch.empty_like(source, dtype=dtype)
+    made = Payload(
+        None if dtype is None else torch.empty(x.shape, dtype=dtype, device=x.device),
+        None if dtype is None else factor_like(scale, powers, x),
+        scale,
+        torch.empty(x.shape, dtype=torch.uint8, device=x.device) if codes else None,
+        torch.zeros((), device=x.device) if codes and special_codes(plan.grid)[1] < 0 else None,
+    )
+    _rounded(plan, source, made, powers, key, amax)
+    return made
+
+
+def factor_like(scale: Tensor | float, powers: tuple[int, int], x: Tensor) -> Tensor | None:
+    """Room for the factors of a scale of x on the device, or the factor of a number."""
     if not isinstance(scale, Tensor):
-        factor = factor_of(scale, powers, x.device)
-    else:
-        factor = (torch.empty if x.numel() else torch.ones)(scale.shape, dtype=torch.float32, device=x.device)
-    _rounded(plan, source, out, scale, factor, powers, key, amax)
-    return Payload(out.view(x.shape), factor, scale)
+        return factor_of(scale, powers, x.device)
+    return (torch.empty if x.numel() else torch.ones)(scale.shape, dtype=torch.float32, device=x.device)
 
 
 def codes(
     plan: Plan, x: Tensor, scale: Tensor | float, *, key: Tensor | None = None, amax: Tensor | None = None
 ) -> Tensor:
-    """The codes of x rounded as the plan says, uint8 of x's shape; arguments as for `payload`.
+    """The codes of x rounded as the plan says, uint8 of x's shape; arguments as for `payload`."""
+    return payload(plan, x, scale, (0, 0), key=key, amax=amax, dtype=None, codes=True).codes
 
-    An inf that the policy lets pass, and that has no code, has that of NaN.
-    """
-    source = x.contiguous()
-    out = torch.empty_like(source, dtype=torch.uint8)
-    _rounded(plan, source, out, scale, None, (0, 0), key, amax)
-    return out.view(x.shape)
+
+def lines_of(scale: Tensor | float, shape: torch.Size) -> tuple[int, int]:
+    """(inner, channels): element i of a matrix has scale i // inner % channels."""
+    if not isinstance(scale, Tensor) or scale.numel() == 1:
+        return 1, 1
+    return (shape[1] if scale.shape[1] == 1 else 1), scale.numel()
 
 
 def _rounded(
-    plan: Plan,
-    source: Tensor,
-    out: Tensor,
-    scale: Tensor | float,
-    factor: Tensor | None,
-    powers: tuple[int, int],
-    key: Tensor | None,
-    amax: Tensor | None,
+    plan: Plan, source: Tensor, made: Payload, powers: tuple[int, int], key: Tensor | None, amax: Tensor | None
 ) -> None:
-    """Launch `_payload`: payloads and their factor into bf16 or float16, or codes into uint8."""
+    """Launch `_payload` into what was made for it."""
     fmt, rounding, overflow = plan.grid, plan.rounding, plan.overflow
-    size, on_host, as_codes = source.numel(), not isinstance(scale, Tensor), out.dtype == torch.uint8
-    inner = channels = 1
-    if not on_host and scale.numel() > 1:
-        inner, channels = (source.shape[1] if scale.shape[1] == 1 else 1), scale.numel()
+    size, scale, on_host = source.numel(), made.scale, not isinstance(made.scale, Tensor)
+    inner, channels = lines_of(scale, source.shape)
     lean = is_lean(fmt, rounding, overflow, plan.random_bits, False)
     if not size:
         return
     with on_device(source):
         _payload[(-(-size // ELEMENTS),)](
             source,
-            out,
-            factor,
+            made.values,
+            made.codes,
+            None if made.poison is None else made.poison.view(torch.int32),
+            made.factor,
             None if amax is None else amax.view(torch.int32),
             None if on_host else scale,
             scale if on_host else 1.0,
-            device_table(fmt, rounding, overflow, plan.clamp, False, False, source.device, as_codes),
+            device_table(fmt, rounding, overflow, plan.clamp, False, False, source.device, made.poison is None),
             key_tensor(key, source.device),
             plan.random_bits,
             size,
@@ -401,7 +385,9 @@ def _rounded(
             ON_DEVICE=not on_host,
             CHANNELS=channels > 1,
             COLLECTS=amax is not None,
-            CODES=as_codes,
+            VALUES=made.values is not None,
+            CODES=made.codes is not None,
+            LACKS=made.poison is not None,
             ELEMENTS=ELEMENTS,
             enable_fp_fusion=False,
         )
