@@ -133,6 +133,12 @@ def test_rule_on_each_class_of_cpu(a, b, shape, zen5, sapphire_rapids, cascade_l
     plainer = {Route.INT8_CODES: Route.INT16_CODES, Route.BF16_CODES: Route.FLOAT32_CODES}
     assert choose_route(needed, shape, "cpu", processor=HASWELL) is plainer.get(zen5, Route.FLOAT32)
     assert choose_route(needed, shape, "cpu", processor=Processor()) is Route.FLOAT32
+    for processor in (CASCADE_LAKE, HASWELL):  # codes decoded to float32 against Intel's library
+        for side, library in ((256, False), (1024, True)):
+            cube = (side, side, side)
+            plain = choose_route(needed, cube, "cpu", processor=processor)
+            found = choose_route(needed, cube, "cpu", processor=processor._replace(by_intel=True))
+            assert found is (Route.FLOAT32 if library and plain is Route.FLOAT32_CODES else plain)
     for processor in (ZEN5, SAPPHIRE_RAPIDS, CASCADE_LAKE, HASWELL):
         assert choose_route(needed, shape, "cpu", dtype=torch.float64, processor=processor) is Route.FLOAT32
     assert choose_route(needed, shape, "cpu", codes=False, processor=ZEN5) is Route.FLOAT32  # in compiled code

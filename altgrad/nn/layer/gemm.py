@@ -32,6 +32,7 @@ from altgrad.quantization.products.units import (
     PLAINER,
     SIGNIFICANT_BITS,
     Unit,
+    is_by_intel,
     on_this_cpu,
 )
 from altgrad.quantization.tensor_cores import accumulate_in_float32
@@ -100,6 +101,7 @@ class Processor(NamedTuple):
     bf16_codes: bool = False  # AVX-512 BF16
     matrices: bool = False  # AMX, of int8 and bf16 codes; of values in bf16 by the library
     vectors: bool = False  # AVX2 and FMA, which multiply codes where the above are lacking
+    by_intel: bool = False  # whose library multiplies large float32 matrices faster than codes decoded to float32
 
     def __str__(self) -> str:
         names = {
@@ -122,14 +124,17 @@ class Processor(NamedTuple):
 
     def without_units(self) -> Processor:
         """A CPU of this kind that has vectors alone."""
-        return Processor(vectors=self.vectors)
+        return Processor(vectors=self.vectors, by_intel=self.by_intel)
 
 
 def this_processor() -> Processor:
     """The CPU at hand."""
     vectors = on_this_cpu(Unit.INT16) and on_this_cpu(Unit.FLOAT32)
     matrices = on_this_cpu(Unit.AMX_INT8) and on_this_cpu(Unit.AMX_BF16)
-    return Processor(on_this_cpu(Unit.INT8), on_this_cpu(Unit.BF16), matrices, vectors)
+    intel = is_by_intel()
+    # without matrix units Intel's vectors multiply bf16 at less than the rate of float32
+    bf16 = on_this_cpu(Unit.BF16) and (matrices or not intel)
+    return Processor(on_this_cpu(Unit.INT8), bf16, matrices, vectors, intel)
 
 
 _CPU_MATMUL = torch.backends.mkldnn.matmul
@@ -137,6 +142,7 @@ PROCESSOR = this_processor()
 # Below these the conversion to bf16 and back outweighs the matrix units, or a call that of another product.
 CPU_BF16_MIN_PRODUCTS, CPU_CODES_MIN_PRODUCTS = 2**21, 2**17
 CPU_BF16_MIN_SIDE = 16
+LIBRARY_MIN_PRODUCTS = 2**27  # from which on Intel's library is worth a float32 copy of the operands
 _OF_CODES = {route.unit: route for route in Route if route.unit is not None}
 
 
@@ -173,7 +179,8 @@ def choose_route(
     if codes and needed.unit is not None and products >= CPU_CODES_MIN_PRODUCTS:
         wanted = Unit.BF16 if shape[2] > LARGEST_DEPTH else needed.unit  # which holds integers, too
         unit = processor.multiplies(wanted)
-        if unit is not None:
+        large = processor.by_intel and products >= LIBRARY_MIN_PRODUCTS
+        if unit is not None and not (unit is Unit.FLOAT32 and large):
             return _OF_CODES[unit]
     large = products >= CPU_BF16_MIN_PRODUCTS and min(shape) >= CPU_BF16_MIN_SIDE
     return Route.BF16 if needed.values is Route.BF16 and processor.matrices and large else Route.FLOAT32

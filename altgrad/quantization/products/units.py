@@ -23,6 +23,7 @@ import ctypes
 import math
 import os
 import sys
+from contextlib import suppress
 from enum import Enum
 from functools import cache
 
@@ -186,6 +187,16 @@ def _matrices_are_permitted() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     return ctypes.CDLL(None).syscall(arch_prctl, ask_for, matrices) == 0
+
+
+@cache
+def is_by_intel() -> bool:
+    """Whether Intel made this CPU, as far as the system says."""
+    if "GenuineIntel" in os.environ.get("PROCESSOR_IDENTIFIER", ""):  # Windows
+        return True
+    with suppress(OSError), open("/proc/cpuinfo", encoding="ascii", errors="replace") as told:
+        return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in told)
+    return False
 
 
 @cache
