@@ -231,6 +231,16 @@ def test_two_rows_of_one_experiment_are_refused(config, tmp_path):
         (["compare", E3M4, "--formats", "E4M3,fp8_e4m3"], "the same run twice"),
         (["compare", E3M4, "--formats", "E4M3,E4M"], "did you mean E4M3"),
         (["compare", E3M4, E3M4, "--formats", "E4M3,E3M4"], "of one config, 2 given"),
+        (["compare", E3M4, E3M4, "--seeds", "2"], "--seeds goes with --formats"),
+        (["compare", E3M4, E3M4, "--dry-run"], "--dry-run goes with --formats"),
+        (["run", E3M4, "data.path=mine.txt"], "is not read by source 'stdlib'; set data.source=text"),
+        (["run", E3M4, "formats=te_mxfp9"], "recipes of a like name: te_mxfp8"),
+        (["sweep", "formats", "fp8_format=[]"], "axis 'fp8_format' has no values"),
+        (["sweep", "formats", "rounding=[up,down]"], "to try several, write rounding with its values under matrix:"),
+        (["sweep", "format"], "did you mean formats?"),
+        (["sweep", "e3m4_uniform"], "altgrad run e3m4_uniform"),
+        (["advise", E3M4, "--steps", "-1"], "--steps -1; use at least 1"),
+        (["advise", E3M4, "--verify", "-1", "--dry-run"], "--verify -1; use at least 0"),
     ],
     ids=str,
 )
@@ -243,6 +253,7 @@ def test_a_persons_mistake_is_one_line_and_exit_code_2(arguments, said, capsys, 
     assert stop.value.code == 2
     shown = capsys.readouterr()
     assert said in shown.err
+    assert len([line for line in shown.err.splitlines() if "compiling loops" not in line]) == 1
     assert "Traceback" not in shown.err + shown.out
 
 

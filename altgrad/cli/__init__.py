@@ -143,7 +143,7 @@ def compare(
     formats: Annotated[
         str | None, typer.Option("--formats", help="Formats or recipes of one config, such as FP32,E3M4,MXFP8.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="With --formats: seeds of each.")] = 3,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="With --formats: seeds of each; else 3.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="With --formats: runs at a time.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --formats: how many runs, and how long.")] = False,
     device: _Device = None,
@@ -151,17 +151,13 @@ def compare(
 ) -> None:
     """Set several experiments, or several formats of one with error bars, side by side in one report."""
     _load_torch()
-    if formats is not None:
-        from altgrad.cli import study_pages
+    from altgrad.cli import run_pages, study_pages
 
-        raise typer.Exit(
-            study_pages.compare_formats(
-                configs, formats, seeds, device, jobs=jobs, dry_run=dry_run, fail_on_collapse=fail_on_collapse
-            )
-        )
-    from altgrad.cli import run_pages
-
-    raise typer.Exit(run_pages.exit_code(run_pages.compare(configs, device), fail_on_collapse=fail_on_collapse))
+    if formats is None:
+        run_pages.refuse_for_configs({"--seeds": seeds, "--jobs": jobs, "--dry-run": dry_run or None})
+        raise typer.Exit(run_pages.exit_code(run_pages.compare(configs, device), fail_on_collapse=fail_on_collapse))
+    options = {"jobs": jobs, "dry_run": dry_run, "fail_on_collapse": fail_on_collapse}
+    raise typer.Exit(study_pages.compare_formats(configs, formats, 3 if seeds is None else seeds, device, **options))
 
 
 @app.command()

@@ -52,6 +52,9 @@ def advise(
     dry_run: bool,
 ) -> None:
     """`altgrad advise`: from a config by a trace, from anything else by its weights."""
+    for option, given, least in (("--steps", steps, 1), ("--verify", verify, 0)):
+        if given < least:
+            raise ConfigError(f"{option} {given}; use at least {least}")
     folder = out or Path(f"advice-{source.stem or 'model'}")
     console = Terminal()
     command = shlex.join(["altgrad", "advise", str(source), *overrides])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Column
 from altgrad.analysis import write_report
 from altgrad.analysis.comparison import headline, table_row
 from altgrad.analysis.outcome import label_runs
-from altgrad.errors import ConfigError, os_error_text
+from altgrad.errors import ConfigError, OptionError, os_error_text
 from altgrad.records.run import read_run
 from altgrad.records.schema import ExperimentResult, StepRecord
 from altgrad.report.console import BAR, Terminal, TimeLeft, ruled_table, waiting
@@ -129,6 +129,15 @@ def train(
     ]
     _print_result(console, result)
     return result
+
+
+def refuse_for_configs(options: Mapping[str, object]) -> None:
+    """Raise OptionError for one that is given, as several configs are run one after another, each once."""
+    for option, given in options.items():
+        if given is not None:
+            raise OptionError(
+                f"{option} goes with --formats; configs are run one after another, each with its own seed"
+            )
 
 
 def compare(arguments: Sequence[str], device: str | None) -> list[ExperimentResult]:

@@ -31,7 +31,7 @@ def _parse(name: str) -> FloatFormat:
         return generic_format(e, m, None if bias is None else int(bias), _SPECIALS.get(word or "", Specials.NONE))
     known = {**{k: row.name for k, row in _BY_KEY.items()}, **{n.lower(): n for n in BLOCK_FORMATS}}
     near = list(dict.fromkeys(known[k] for k in get_close_matches(key, known, n=4, cutoff=0.4)))
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(FORMAT_REGISTRY)}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(FORMAT_REGISTRY)}."
     raise FormatError(f"unknown format {name!r}: {hint} Any E<exponent bits>M<mantissa bits> parses too, such as E3M4")
 
 

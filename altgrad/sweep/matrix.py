@@ -82,6 +82,7 @@ class Matrix:
                 seeds = _seeds(value, self.base, self.origin)
             elif key in axes:
                 axes[key] = value if isinstance(value, list) else [value]
+                _refuse_empty(key, axes[key], self.origin)
             else:
                 plain[key] = value
         _check_keys([*axes, *plain], self.origin)
@@ -98,7 +99,12 @@ class Matrix:
             ConfigError: a combination is no valid experiment.
         """
         base = _with(self.base, self.overrides)
-        default = load_config(base)
+        try:
+            default = load_config(base)
+        except ConfigError as error:
+            several = [key for key, value in self.overrides.items() if isinstance(value, list) and key in str(error)]
+            hint = f"; to try several, write {several[0]} with its values under matrix: in the file" if several else ""
+            raise ConfigError(f"{self.origin}: {str(error).removeprefix('config: ')}{hint}") from None
         seeds = self.seeds or [default.seed]
         self._refuse_too_many(len(seeds))
         combinations = grid(self.axes) if self.axes else []
@@ -165,9 +171,14 @@ def read_matrix(path: str | Path) -> Matrix:
     if not path.is_file():
         path = shipped_file(path, "matrix") or path
     if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        beside = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        near = get_close_matches(path.name, shipped_names("matrix"), n=1, cutoff=0.6) or [
+            str(path.parent / name) for name in beside
+        ]
         shipped = ", ".join(shipped_names("matrix"))
-        hint = f"did you mean {path.parent / near[0]}?" if near else f"give a file, or one of {shipped}"
+        hint = f"did you mean {near[0]}?" if near else f"give a file, or one of {shipped}"
+        if shipped_file(path, "configs") is not None:
+            hint = f"a config of that name is one run: altgrad run {given}"
         raise SweepError(f"matrix file {given} does not exist; {hint}")
     try:
         content = literal(read_document(path))
@@ -199,8 +210,7 @@ def matrix_from_mapping(content: Any, folder: str | Path = ".", origin: str = "m
         if any(not entry for entry in entries):
             raise SweepError(f"{origin}: an entry of {section} is empty; name at least one key, or remove it")
     for key, values in axes.items():
-        if not values:
-            raise SweepError(f"{origin}: empty matrix, axis {key!r} has no values; give it at least one, or remove it")
+        _refuse_empty(key, values, origin)
     _check_keys(itertools.chain(axes, overrides, *include, *exclude), origin)
     if "seed" in axes and content.get("seeds") is not None:
         raise SweepError(f"{origin}: seeds and the axis 'seed' both set the seeds; remove one of the two")
@@ -244,6 +254,11 @@ def _seeds(value: Any, base: Mapping[str, Any], origin: str) -> list[int]:
     if not isinstance(value, list) or not value or any(isinstance(s, bool) or not isinstance(s, int) for s in value):
         raise SweepError(f"{origin}: seeds {value!r} is neither a list of integers nor how many; write seeds: [42, 43]")
     return value
+
+
+def _refuse_empty(key: str, values: Sequence[Any], origin: str) -> None:
+    if not values:
+        raise SweepError(f"{origin}: empty matrix, axis {key!r} has no values; give it at least one, or remove it")
 
 
 def _check_keys(keys: Iterable[str], origin: str) -> None:

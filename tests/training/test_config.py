@@ -76,6 +76,7 @@ def test_the_short_keys_become_the_recipe():
         ("fp8_format=E3M5x", "did you mean"),
         ("device=tpu", "cpu, cuda"),
         ("data.source=text", "data.path"),
+        ("data.name=mine", "set data.source=huggingface"),
         ("data.grad_accumulation=5", "use batch_size 10"),
         ("keep_checkpoints=1", "greater than or equal to 2"),
         ("name=../x", "pattern"),
@@ -104,7 +105,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
         load_config(tmp_path / "e3m4_uniforn.yaml")
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00"])
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00", "", "# nothing yet\n"])
 def test_what_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError):

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from altgrad.errors import RecipeError
+from altgrad.errors import FormatError, RecipeError
 from altgrad.formats.scalar import FloatFormat
 from altgrad.nn.recipe.cells import Cell, Finder, Place, cells_of, changed_layer, own_cells
 from altgrad.nn.recipe.ingredients import HIGH_LAYERS, INGREDIENTS, changed, check_known, names_in
@@ -416,11 +416,15 @@ def _from_dict(data) -> Recipe:
             for given, text in parts
         )
         base = _by_name(default)
-        return (
-            replace(base, overrides=(*base.overrides, *overrides))
-            if base
-            else Recipe(_layer_or_none(default), overrides)
-        )
+        if base is not None:
+            return replace(base, overrides=(*base.overrides, *overrides))
+        try:
+            return Recipe(_layer_or_none(default), overrides)
+        except FormatError as error:
+            near = get_close_matches(default.strip().lower(), Names.texts, n=3, cutoff=0.7)
+            if not near:
+                raise
+            raise RecipeError(f"{error}; recipes of a like name: {', '.join(near)}") from None
     if data is not None and not isinstance(data, dict):
         raise RecipeError(f"recipe is {data!r}; write a format name or a mapping with default and overrides")
     try:

@@ -149,6 +149,13 @@ class DataSection(_Section):
             raise ValueError(f"source {self.source!r} needs data.path; set data.path=...")
         if self.source == "huggingface" and not self.name:
             raise ValueError("source 'huggingface' needs data.name; set data.name=...")
+        if self.source in ("stdlib", "huggingface") and self.path:
+            given = self.path if isinstance(self.path, str) else ", ".join(self.path)
+            raise ValueError(
+                f"path {given} is not read by source {self.source!r}; set data.source=text (files or folders of *.txt) or tokens"
+            )
+        if self.source == "stdlib" and self.name:
+            raise ValueError(f"name {self.name} is not read by source 'stdlib'; set data.source=huggingface")
         if self.batch_size % self.grad_accumulation:
             multiple = max(1, self.batch_size // self.grad_accumulation) * self.grad_accumulation
             raise ValueError(

@@ -136,7 +136,7 @@ def _read_yaml(path: Path):
         path = found
     base = read_document(path, references=False)
     if base is None:
-        return {}
+        raise ConfigError(f"{path} is empty; write lines such as 'seed: 42', or have altgrad init write a first file")
     if not isinstance(base, dict):
         raise ConfigError(f"{path} holds no mapping of keys to values; write lines such as 'seed: 42'")
     return base
