@@ -14,6 +14,7 @@ from altgrad.nn.recipe.named import NAMED, NamedRecipe, recipe
 from altgrad.nn.recipe.recipe import Override, Recipe, keep, uniform
 from altgrad.nn.recipe.spec import GemmRecipe, OperandSpec, StorageSpec
 from altgrad.nn.session import (
+    cached_weights,
     full_precision,
     set_amax_reduction,
     set_observer,
@@ -40,6 +41,7 @@ __all__ = [
     "StorageSpec",
     "UpdateCounts",
     "attach_optimizer",
+    "cached_weights",
     "change_format",
     "full_precision",
     "keep",

@@ -7,7 +7,7 @@ uses anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.errors import RecipeError
+from altgrad.nn.spread import is_spread
+from altgrad.nn.weight_cache import WeightCache
 from altgrad.quantization.kernels.choose import load
 from altgrad.quantization.observer import Observer
 from altgrad.quantization.tensor_cores import capturing, serve
@@ -79,6 +81,7 @@ class Session(Numbered):
         self.rank: int | None = None  # None asks torch.distributed
         self.bypass = False
         self.observer: Observer | None = None
+        self.weights: WeightCache | None = None  # what layers made of weights that stay as they are (`cached_weights`)
         self.reduce_amax: Callable[[Tensor], Tensor] | None = None
         self.group: Any = None  # the processes that train the model together, as DDP or FSDP2 have shown
         self.in_step = False  # whether all of them use the same layers in the same order, so that a use can ask all
@@ -98,6 +101,7 @@ class Session(Numbered):
             "_replayed": False,
             "_clocks": {},
             "observer": None,
+            "weights": None,
             "bypass": False,
             "reduce_amax": None,
             "group": None,
@@ -330,6 +334,46 @@ def full_precision(model: nn.Module):
     finally:
         for session, bypass in zip(sessions, before, strict=True):
             session.bypass = bypass
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block no weight changes: each is quantized at its first use and never again, with the same results.
+
+        optimizer.zero_grad()
+        with cached_weights(model):
+            for x, y in micro_batches:
+                loss(model(x), y).backward()
+        optimizer.step()
+
+    Forwards, backwards, recomputed forwards (activation checkpointing) and evaluations may be within. Observers hear of each
+    use as without it. Quantized as ever are weights under stochastic rounding or scales that remember (delayed),
+    embeddings, norms, layers with an emulated accumulator, weights that are computed (parametrizations), and compiled code.
+    What is kept takes the memory of codes, bf16 or float32 values, whatever a layer multiplies, until the block ends. Blocks
+    may be nested; the outermost counts.
+
+    Args:
+        model: one with quantized layers.
+
+    Raises:
+        RecipeError: at the use of a weight that was written within the block, by its version counter and its memory
+            (`weight.data.add_()` counts no version and goes unseen); the model has no quantized layer, or its parameters
+            are spread over processes, which gather them anew for each forward.
+    """
+    sessions = sessions_of(model)
+    if any(is_spread(p) for p in model.parameters()):
+        raise RecipeError(
+            "cached_weights: parameters are spread over processes, which gather them anew for each forward"
+        )
+    before = [session.weights for session in sessions]
+    cache = WeightCache()
+    for session in sessions:
+        session.weights = session.weights or cache
+    try:
+        yield
+    finally:
+        for session, found in zip(sessions, before, strict=True):
+            session.weights = found
 
 
 def recomputing() -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,8 @@ class Trainer:
             x, y = self.batch(1)
             check_model(self.model, loss, x[:2], y[:2])
         self.formats = FormatsOfRun(self.model, config, self.batch(1)[0][:1])
+        # Of this model it is known that no forward writes a weight; fsdp2 gathers weights anew for each.
+        self._caches = model is None and config.model.factory is None and not self.ranks.shards
         self.ranks.prepare(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.formats.attach(self.optimizer)
@@ -284,14 +287,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.data.grad_accumulation
         total = torch.zeros((), device=self.device)
-        for index, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
-            self.formats.at(step, index)
-            part_x, part_y, last = self.ranks.rows(part_x), self.ranks.rows(part_y), index == parts - 1
-            seed = seed_of(self.config.seed, step, index, *([] if self.ranks.alone else [self.ranks.rank]))
-            with seeded(self.device, seed), deterministic(self.device), self.ranks.micro_batch(self._forward, last):
-                loss = self.loss(self._forward, part_x, part_y) / (parts * self.ranks.world_size)
-                loss.backward()
-            total += loss.detach()
+        with self.formats.same_weights() if parts > 1 and self._caches else nullcontext():
+            for index, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+                self.formats.at(step, index)
+                part_x, part_y, last = self.ranks.rows(part_x), self.ranks.rows(part_y), index == parts - 1
+                seed = seed_of(self.config.seed, step, index, *([] if self.ranks.alone else [self.ranks.rank]))
+                with seeded(self.device, seed), deterministic(self.device), self.ranks.micro_batch(self._forward, last):
+                    loss = self.loss(self._forward, part_x, part_y) / (parts * self.ranks.world_size)
+                    loss.backward()
+                total += loss.detach()
         return self.ranks.sum(total)
 
     def _update(self, lr: float) -> None:

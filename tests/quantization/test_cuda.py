@@ -15,6 +15,11 @@ if sys.platform != "linux":
 import triton
 
 from altgrad.diagnostics.update import measure_update
+from altgrad.nn import quantize_model, uniform
+from altgrad.nn.layer import gemms
+from altgrad.nn.layer.contractions import Matrices
+from altgrad.nn.session import STATE
+from altgrad.nn.weight_cache import WeightCache
 from altgrad.quantization import amax_scale, decode, encode, get_format, quantize
 from altgrad.quantization.codec import divided
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
@@ -22,7 +27,7 @@ from altgrad.quantization.kernels.cuda import clock, codes, operands, products
 from altgrad.quantization.kernels.cuda import scalar as cuda
 from benchmarks import bench_cuda, cuda_fusion, cuda_waits
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
-from benchmarks.cuda_traffic import MOST_BYTES, MOST_OPERATIONS, counted, of_linear
+from benchmarks.cuda_traffic import MOST_BYTES, MOST_OPERATIONS, _Context, counted, of_linear
 from benchmarks.cuda_traffic import ROWS as ROWS_OF_LAYERS
 from tests.quantization.oracles import same_bits
 
@@ -31,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
-@pytest.mark.parametrize("part", ["kernels", "layers", "half", "graphs", "generated", "codes"])
+@pytest.mark.parametrize("part", ["kernels", "layers", "half", "cached", "graphs", "generated", "codes"])
 def test_kernels_have_the_cpus_bits_in_the_interpreter(part):
     command = [sys.executable, "-m", "tests.quantization.interpreter_checks", part]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
@@ -359,6 +364,31 @@ def test_a_linear_layer_asks_little_of_a_gpu_and_waits_for_nothing(name, fmt, re
     if (stated := TRAFFIC.get(name)) is not None:
         told = [len(found.names), len(found.clock), round(found.bytes / 1e9, 2), round(found.kept / 1e6, 1)]
         assert told == [float(cell) for cell in (*stated[:3], stated[5])]
+
+
+@pytest.mark.parametrize(("fmt", "saved"), [("E4M3", 3), ("MXFP8", 2), ("FP16", 3)])
+def test_later_micro_batches_launch_nothing_for_a_cached_weight(fmt, saved):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    quantize_model(model, uniform(fmt))
+    state, launched = model[0].__dict__[STATE], []
+    with counted() as traffic:
+        w, bias = torch.nn.Parameter(torch.empty(64, 64, device="cuda")), torch.empty(64, device="cuda")
+        for use in range(5):
+            if use == 2:  # tables are on the device
+                state.session.weights, traffic.waits = WeightCache(), []
+            traffic.names = []
+            x, dy = (torch.empty(96, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            call, context = gemms.Call(state, Matrices(), True, False, torch.bfloat16, 0), _Context()
+            of_x, of_w = (
+                state.scale_pair(state.x, state.x_back, x, True),
+                state.scale_pair(state.w, state.w_back, w, True),
+            )
+            gemms._Products.forward(context, call, x, w, bias, *of_x, *of_w)
+            gemms._Products.backward(context, dy)
+            launched.append(len(traffic.names))
+        state.session.weights = None
+    assert launched[2:] == [launched[1], launched[1] - saved, launched[1] - saved]
+    assert traffic.waits == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The step as a transaction: what is applied, measured and recorded, in which order, and what is not."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -311,3 +312,33 @@ def test_evaluation_is_of_an_optimizers_mean_weights():
     trainer.optimizer.train()
     trainer.optimizer.param_groups[0]["noise"] = trainer.optimizer.param_groups[1]["noise"] = 0.0
     assert trainer.evaluate() != loss
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["fp8_format=E4M3"],
+        ["fp8_format=MXFP8"],
+        ["fp8_format=E4M3", "weight_storage=grid"],
+        ["fp8_format=E4M3", "rounding=stochastic", "monitor.enabled=true", "monitor.interval=2"],
+        ["fp8_format=E3M4", "monitor.enabled=true", "monitor.interval=1"],
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_micro_batches_share_quantized_weights_to_the_same_bits(settings, monkeypatch):
+    found = []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(
+                "altgrad.training.step.formats_of_run.FormatsOfRun.same_weights", lambda _: nullcontext()
+            )
+        trainer, records = tiny_trainer(*settings, "data.grad_accumulation=4", "model.n_embd=64"), []
+        trainer.measuring.sink = records.extend
+        steps = train(trainer, 4)
+        trainer.measuring.close()
+        said = [{name: value for name, value in record.items() if name != "rank_seconds"} for record in records]
+        found.append((steps, said, [p.detach().clone() for p in trainer.model.parameters()]))
+    (one, said, weights), (other, also, its) = found
+    assert one == other
+    assert said == also
+    assert all(map(torch.equal, weights, its))

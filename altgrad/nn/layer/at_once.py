@@ -20,6 +20,7 @@ from altgrad.nn.layer.contractions import Matrices
 from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.state import LayerState
 from altgrad.nn.recipe.scaling_choice import CurrentScaling
+from altgrad.nn.weight_cache import cache_for
 from altgrad.quantization.checks import at_hand
 from altgrad.quantization.products.units import Unit
 
@@ -42,7 +43,8 @@ if hasattr(os, "register_at_fork"):
 class Plan(NamedTuple):
     """A layer's programs for inputs of one shape.
 
-    x, w: where the forward leaves what the backward multiplies. like: tensors without memory of the shapes of x, w, the
+    x, w: where the forward leaves what the backward multiplies. weights: what encodes the weight alone, for forwards and
+    backwards that have its codes in the place of the weight (`cached_weights`). like: tensors without memory of the shapes of x, w, the
     result and what is kept; to be like one costs half of a shape.
     """
 
@@ -52,14 +54,38 @@ class Plan(NamedTuple):
     w: Coded | None
     like: Like
     follows_storage: bool
+    weights: Program | None = None
 
     def run(self, state: LayerState, x: Tensor, w: Tensor, bias: Tensor | None) -> Made | None:
         """The forward; None where the general way must be taken."""
         y, kept = torch.empty_like(self.like.y), torch.empty_like(self.like.kept)
-        given = (1.0, float(state.storage.scale_of(w))) if self.follows_storage else (1.0, 1.0)  # type: ignore[union-attr]
-        places = (x.data_ptr(), w.data_ptr(), kept.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        codes, second, given, last = None, w.data_ptr(), (1.0, 1.0), None
+        if self.weights is not None and (cache := cache_for(state.w, w)) is not None:
+            found = cache.get(state.w, ("program", self.w is None), w, lambda: self._encoded(state, w))
+            if found is None:
+                return None
+            codes, (_, of_w, _, last) = found
+            second, given = codes.data_ptr(), (1.0, of_w)
+        elif self.follows_storage:
+            given = (1.0, _stored_scale(state, w))
+        places = (x.data_ptr(), second, kept.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr())
         scales = self.forward(*places, given)
-        return None if scales is None else Made(y, kept, Once(self, scales))
+        if scales is None:
+            return None
+        return Made(y, kept, Once(self, scales if last is None else (*scales[:3], last), codes))
+
+    def _encoded(self, state: LayerState, w: Tensor) -> tuple[Tensor, tuple[float, ...]] | None:
+        """(the weight's codes, in the places that the programs know; scales); None where something has no code."""
+        assert self.weights is not None
+        codes = torch.empty(self.weights.kept, dtype=torch.uint8, device="cpu")
+        given = (1.0, _stored_scale(state, w) if self.follows_storage else 1.0)
+        scales = self.weights(0, w.data_ptr(), codes.data_ptr(), 0, 0, given)
+        return None if scales is None else (codes, scales)
+
+
+def _stored_scale(state: LayerState, w: Tensor) -> float:
+    assert state.storage is not None
+    return float(state.storage.scale_of(w))
 
 
 class Like(NamedTuple):
@@ -78,10 +104,11 @@ def _without_memory(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) 
 
 
 class Once(NamedTuple):
-    """A forward that ran at once: by which plan, and the scales that it found."""
+    """A forward that ran at once: by which plan, the scales that it found, and the weight's codes where they are cached."""
 
     plan: Plan
     scales: tuple[float, ...]
+    codes: Tensor | None = None
 
     def backward(self, dy: Tensor, kept: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
         """The gradients (dx, dw) that were wanted; None where the general way must be taken."""
@@ -93,7 +120,10 @@ class Once(NamedTuple):
         dx = None if plan.w is None else torch.empty_like(like.x)
         dw = None if plan.x is None else torch.empty_like(like.w)
         out, other = 0 if dx is None else dx.data_ptr(), 0 if dw is None else dw.data_ptr()
-        done = plan.backward(dy.data_ptr(), 0, kept.data_ptr(), out, other, (self.scale(plan.x), self.scale(plan.w)))
+        second = 0 if self.codes is None else self.codes.data_ptr()
+        done = plan.backward(
+            dy.data_ptr(), second, kept.data_ptr(), out, other, (self.scale(plan.x), self.scale(plan.w))
+        )
         return None if done is None else (dx, dw)
 
     def scale(self, one: Coded | None) -> float:
@@ -103,7 +133,8 @@ class Once(NamedTuple):
     def unstashed(self, kept: Tensor, place: Tensor | None) -> dict:
         """What the general way keeps for its backward."""
         plan = self.plan
-        x, w = (() if one is None else one.saved(kept) for one in (plan.x, plan.w))
+        of_w = kept if self.codes is None else self.codes
+        x, w = (() if one is None else one.saved(part) for one, part in ((plan.x, kept), (plan.w, of_w)))
         scales = {"sx": self.scale(plan.x), "sw": self.scale(plan.w)}
         return {"x": x, "w": w, **scales, "mask_x": None, "mask_w": None, "place": place}
 
@@ -136,12 +167,13 @@ def plan_for(
     if bias is not None and bias.dtype is not torch.float32:
         return None
     key = (products, x.shape, w.shape, needs, bias is None, torch.get_num_threads(), _forked, rule.PROCESSOR)
+    cached = cache_for(state.w, w) is not None
     try:
-        return plans[key]
+        return plans[key, cached]
     except KeyError:
         if len(plans) >= PLANS_KEPT:
             plans.clear()
-        found = plans[key] = _plan(state, products, x, w, bias, needs)
+        found = plans[key, cached] = _plan(state, products, x, w, bias, needs, cached)
         return found
 
 
@@ -161,7 +193,13 @@ def _finds_its_scale(operand: Operand) -> bool:
 
 
 def _plan(
-    state: LayerState, products: Matrices, x: Tensor, w: Tensor, bias: Tensor | None, needs: tuple[bool, bool]
+    state: LayerState,
+    products: Matrices,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool],
+    cached: bool,
 ) -> Plan | None:
     from altgrad.quantization.products.program import FIRST, KEPT, NOTHING, OTHER, OUT, ROOM, SECOND, Program
 
@@ -187,9 +225,13 @@ def _plan(
     forward = Program()
     shares_x, shares_w = state.x_back is state.x, state.w_back is state.w
     of_x = encoded(forward, state.x, x_shape, FIRST, KEPT if need_w and shares_x else ROOM, 0)
-    of_w = encoded(forward, state.w, w.shape, SECOND, KEPT if need_x and shares_w else ROOM, 1)
+    weights = Program() if cached else forward
+    of_w = encoded(weights, state.w, w.shape, SECOND, KEPT if cached or (need_x and shares_w) else ROOM, 1)
     back_x = None if not need_w else of_x if shares_x else encoded(forward, state.x_back, x_shape, FIRST, KEPT, 2)
-    back_w = None if not need_x else of_w if shares_w else encoded(forward, state.w_back, w.shape, SECOND, KEPT, 3)
+    back_w = None if not need_x else of_w if shares_w else encoded(weights, state.w_back, w.shape, SECOND, KEPT, 3)
+    if cached:  # the codes are in the weight's place
+        of_w = of_w._replace(where=SECOND)
+        back_w = None if back_w is None else back_w._replace(where=SECOND)
     if not shares_w and state.w_back.follows_storage:
         return None  # its scale would have to be given, too
     forward.multiply(*products.ordered("forward", of_x, of_w), unit_forward, OUT, NOTHING if bias is None else OTHER)
@@ -203,7 +245,7 @@ def _plan(
             backward.multiply(*products.ordered("input_grad", dy, back_w._replace(scale=1)), unit_x, OUT)
         if back_x is not None:
             backward.multiply(*products.ordered("weight_grad", dy_back, back_x._replace(scale=0)), unit_w, OTHER)
-    programs = [program for program in (forward, backward) if program is not None]
+    programs = [program for program in (weights if cached else None, forward, backward) if program is not None]
     if not all(program.fits for program in programs):
         return None
     for program in programs:
@@ -212,6 +254,6 @@ def _plan(
         _without_memory(x.shape),
         _without_memory(w.shape),
         _without_memory((*x.shape[:-1], outputs)),
-        _without_memory((forward.kept,), torch.uint8),
+        _without_memory((max(forward.kept, 1),), torch.uint8),
     )
-    return Plan(forward, backward, back_x, back_w, like, state.w.follows_storage)
+    return Plan(forward, backward, back_x, back_w, like, state.w.follows_storage, weights if cached else None)

@@ -265,16 +265,16 @@ class _Products(torch.autograd.Function):
     def backward(ctx, dy, of_place=None):  # type: ignore[override]
         call: Call = ctx.call
         of_x, of_w = (None, None) if of_place is None else ctx.post.collect()
-        if of_x is not None:
-            of_x = of_x.reshape(ctx.shapes[0])
+        of_x = None if of_x is None else of_x.reshape(ctx.shapes[0])
         if dy is None:  # only the backward's own gradient comes this way
             return None, *(None if g is None else g.to(d) for g, d in zip((of_x, of_w), ctx.dtypes)), *(None,) * 6
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the backward is part of a graph
-        found = None if call.once is None or again else call.once.backward(dy, ctx.saved_tensors[0])
+        saved = ctx.saved_tensors  # asked for once: a checkpoint hands over what it recomputed only then
+        found = None if call.once is None or again else call.once.backward(dy, saved[0])
         if call.once is not None:
             dy = as_matrix(dy)
         if found is None:
-            found = _gradients(ctx, dy, again, of_x, of_w)
+            found = _gradients(ctx, saved, dy, again, of_x, of_w)
         elif of_place is not None:
             found = tuple(
                 grad if grad is None or of is None else grad + of for grad, of in zip(found, (of_x, of_w), strict=True)
@@ -285,10 +285,10 @@ class _Products(torch.autograd.Function):
         return None, *found, db, *(None,) * 5
 
 
-def _gradients(ctx, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor | None):
+def _gradients(ctx, saved: Saved, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor | None):
     """The gradients of x and w, of the dtypes of x and w; `of_x` and `of_w` are added to them."""
     call: Call = ctx.call
-    kept = unstash(ctx) if call.once is None else call.once.unstashed(*ctx.saved_tensors)
+    kept = unstash(ctx, saved) if call.once is None else call.once.unstashed(*saved)
     found, taken = [], None
     for mine, added in enumerate((of_x, of_w)):
         grad = None

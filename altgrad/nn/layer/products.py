@@ -12,6 +12,7 @@ from altgrad.formats.block import BlockFormat
 from altgrad.nn.layer import tensor_cores
 from altgrad.nn.layer.gemm import Route, mm, pull_apart
 from altgrad.nn.layer.operand import Operand, Saved, is_payload, waits
+from altgrad.nn.weight_cache import cache_for
 from altgrad.quantization import tensor_cores as tensor_products
 from altgrad.quantization.products.multiply import Codes, multiply
 from altgrad.quantization.products.units import Unit
@@ -99,6 +100,15 @@ def quantized(
     scale: None if it is that of x itself (`Operand.scale_before`). reduced: the axes of x along which GEMMs will add up;
     None: that of the first that has the operand, with `keep` those of all.
     """
+    if (cache := cache_for(operand, x)) is not None:
+        what = ("cast", route, keep, reduced)
+        return cache.get(
+            operand, what, x, lambda: _made(operand, x, scale, key, route, observed, keep, reduced), observed=observed
+        )
+    return _made(operand, x, scale, key, route, observed, keep, reduced)
+
+
+def _made(operand: Operand, x: Tensor, scale, key, route: Route, observed: bool, keep: bool, reduced) -> Cast:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if route.on_cores and serve(x):
         inner = reduced or operand.reduced[: 1 + keep]
@@ -124,6 +134,14 @@ def saved_apart(
     operand: Operand, x: Tensor, scale: Tensor | float | None, key: Tensor | None, route: Route, observed: bool
 ) -> tuple[Saved, Tensor | float]:
     """What a gradient on `route` keeps of x, which the forward does not multiply like that, and the scale."""
+    if (cache := cache_for(operand, x)) is not None:
+        return cache.get(
+            operand, ("apart", route), x, lambda: _apart(operand, x, scale, key, route, observed), observed=observed
+        )
+    return _apart(operand, x, scale, key, route, observed)
+
+
+def _apart(operand: Operand, x: Tensor, scale, key, route: Route, observed: bool) -> tuple[Saved, Tensor | float]:
     if route.on_cores and serve(x):
         inner = operand.reduced[:1]
         made = tensor_cores.quantized(operand, x, scale, key, observed, route, inner, True, multiplied=False)
@@ -214,9 +232,9 @@ def stash(ctx, **items) -> None:
     ctx.layout = layout
 
 
-def unstash(ctx) -> dict:
-    """What `stash` kept."""
-    tensors, items = ctx.saved_tensors, {}
+def unstash(ctx, tensors: Saved) -> dict:
+    """What `stash` kept, of which these are the saved tensors."""
+    items = {}
     for name, is_tuple, start, count, plain in ctx.layout:
         if count == 0:
             items[name] = () if is_tuple else plain

@@ -24,6 +24,7 @@ from altgrad.nn.recipe.scaling_choice import is_block
 from altgrad.nn.recipe.spec import GEMMS, OperandSpec
 from altgrad.nn.session import Session, recomputing
 from altgrad.nn.spread import group_of, mesh_of
+from altgrad.nn.weight_cache import cache_for
 from altgrad.quantization.products.units import common_unit
 
 if TYPE_CHECKING:
@@ -273,6 +274,12 @@ class LayerState:
 
         (A traced autograd function must not get one tensor twice.) Both are None, too, where they are found with the codes.
         """
+        if (cache := cache_for(first, x)) is not None and cache_for(second, x) is not None:
+            return cache.get(first, ("scales", record), x, lambda: self._scale_pair(first, second, x, record))
+        return self._scale_pair(first, second, x, record)
+
+    @staticmethod
+    def _scale_pair(first: Operand, second: Operand, x: Tensor, record: bool):
         found = first.scale_before(x, record)
         if second is first:
             return found, None

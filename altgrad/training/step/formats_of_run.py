@@ -5,6 +5,7 @@ A run in FP32 has none of this: every method then does nothing, so the trainer's
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,14 @@ class FormatsOfRun:
             from altgrad.nn import set_step
 
             set_step(self.model, step, micro_batch)
+
+    def same_weights(self) -> AbstractContextManager[None]:
+        """A block within which no weight changes, so that each is quantized once."""
+        if not self.active:
+            return nullcontext()
+        from altgrad.nn import cached_weights
+
+        return cached_weights(self.model)
 
     def state(self) -> dict[str, Any]:
         """Copies of scale histories and storage state, with the present recipe."""
