@@ -2,8 +2,8 @@
 
 Each case is drawn from (seed, number): a config or a matrix of this repository has values, keys or bytes replaced, gets hostile
 settings on top, and goes to `altgrad run --print-config`, `altgrad run --dry-run` or `altgrad sweep --dry-run` in this process.
-Counted are tracebacks, hangs (more than 10 s of processor time), exit codes other than 0 and 2, leaks (a variable of the environment is printed)
-and files written outside the folder of the case. Exit code 1 where one of them is not 0.
+Counted are tracebacks, hangs (more than 10 s of processor time), exit codes other than 0 and 2, leaks (a variable of
+the environment is printed) and files written outside the folder of the case. Exit code 1 where one of them is not 0.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What one call of `quantize_model` quantizes in tiny mixtures of experts of transformers, as the table of docs/guides/works-with.md.
+"""What one call of `quantize_model` quantizes in tiny mixtures of experts of transformers, as the table of
+docs/guides/works-with.md.
 
     python -m benchmarks.mixtures            print it
     python -m benchmarks.mixtures --write    put it into the page
 
-For each: shares of parameters and of the multiply-adds of 2 x 16 tokens; what is left; how many experts got no token in that batch;
-how many routers `keep="routers"` leaves in full precision; the loss in E4M3 less that in FP32. Weights are random.
+For each: shares of parameters and of the multiply-adds of 2 x 16 tokens; what is left; how many experts got no token in
+that batch; how many routers `keep="routers"` leaves in full precision; the loss in E4M3 less that in FP32. Weights are
+random.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def where() -> dict[str, Any]:
 def count_cases(
     record: Path | None, name: str, seed: int, count: int, judge: Callable[[int], str], every: int = 50
 ) -> Counter[str]:
-    """The verdicts of cases 0 to `count` - 1, which `judge` gives; kept in the record every `every` cases, and gone on from there."""
+    """The verdicts of cases 0 to `count` - 1, which `judge` gives; kept in the record every `every` cases, and gone on
+    from there."""
     about, kept = {"seed": seed, **where()}, _entries(record).get(name, {})
     same = all(kept.get(key) == about[key] for key in ("seed", "commit")) and kept.get("cases", 0) <= count
     verdicts = Counter(kept["verdicts"]) if same and "verdicts" in kept else Counter[str]()

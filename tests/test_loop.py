@@ -1,4 +1,5 @@
-"""Loops of anybody's: one class serves advice and autopsy, gradients are the optimizer's, and what no capture holds is refused."""
+"""Loops of anybody's: one class serves advice and autopsy, gradients are the optimizer's, and what no capture holds is
+refused."""
 
 import math
 from copy import deepcopy

@@ -58,8 +58,9 @@ class Advice:
     recipe: for `quantize_model` and `altgrad run`. choice: formats by (layer, role), with ties.
     gradient_snr_db: predicted for the whole recipe at the trace's end; measured_snr_db: the same, measured on the next
     batch. errors: of the predictions, as measured. everywhere: by format, the relative squared
-    error across the mean gradient with that format for every operand (`sensitivity.everywhere`). stalls: by format, storage and layer ("" for all):
-    predicted mean over the schedule, and the step from which 95% are lost. unknown: what the source cannot tell.
+    error across the mean gradient with that format for every operand (`sensitivity.everywhere`). stalls: by format,
+    storage and layer ("" for all): predicted mean over the schedule, and the step from which 95% are lost. unknown:
+    what the source cannot tell.
     """
 
     recipe: Recipe

@@ -5,9 +5,9 @@
 
 the relative squared error across the gradient, parameter by parameter. What lies along it makes a step longer or shorter, and
 optimizers that divide by the gradient's own magnitude (Adam and its kin) undo that; only what leaves less than half of it counts,
-up to 1 for a gradient that is lost and more for one that is reversed. For other optimizers this says too little. A format with one
-mantissa bit shortens the gradient and turns it little; one that loses small values turns it (docs/findings/advice.md has what
-this changed).
+up to 1 for a gradient that is lost and more for one that is reversed. For other optimizers this says too little. A
+format with one mantissa bit shortens the gradient and turns it little; one that loses small values turns it
+(docs/findings/advice.md has what this changed).
 
 Every format that is offered is tried on every operand: two formats that put the same noise on a tensor may differ by ten
 times in what they do to the gradient (small values that become zero all err in one direction, and such errors add up in

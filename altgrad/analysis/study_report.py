@@ -49,9 +49,10 @@ def write_study(
 ) -> Path:
     """Report on all runs at or below a folder (or on the run folders given one by one); returns the page's path.
 
-    `out` names the page (.html) or a folder for it; by default it is study.html in the folder of the runs. Beside the page go the same as
-    Markdown, and `<name>-runs` and `<name>-settings` as CSV, and as Parquet where pyarrow is installed. Raises ReportError
-    for no runs and for runs that are no fair comparison, unless `force`, which marks the page instead.
+    `out` names the page (.html) or a folder for it; by default it is study.html in the folder of the runs. Beside the
+    page go the same as Markdown, and `<name>-runs` and `<name>-settings` as CSV, and as Parquet where pyarrow is
+    installed. Raises ReportError for no runs and for runs that are no fair comparison, unless `force`, which marks the
+    page instead.
     """
     study = load_study(source, force=force)
     page = Path(out) if out is not None else page_path(study.folder, "study.html")

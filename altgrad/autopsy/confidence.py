@@ -1,7 +1,8 @@
 """How sure a verdict is, by the calibration: the share of right cell sets among calibrated cases that looked alike.
 
 Alike are verdicts of the same class of damage and of a structure that the calibration had: one cell, or several of which each
-does the damage, or a share of it, alone, in the window that was looked at. All others have no confidence, and pages say "not calibrated for a case like this". The rows are what
+does the damage, or a share of it, alone, in the window that was looked at. All others have no confidence, and pages say
+"not calibrated for a case like this". The rows are what
 `python -m benchmarks.autopsy_calibration --fit experiments/results/autopsy-calibration-{develop,sealed}.tar.xz` prints;
 docs/findings/calibration.md says how those of the first of the two held on the second.
 """

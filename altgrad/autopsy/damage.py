@@ -155,8 +155,8 @@ class Settled:
     """The rule by which a fork stops early: its losses have left the band around `limit` for good, on one side of it.
 
     Harmless: from the first step that counts on, and from where the run itself has shown its damage, the mean damage so far lies
-    four of its deviations below the limit. Harmful: the same above it, or, before that step, every one of the last steps lies far above. A fork that is dead, not finite
-    in all of the last steps, is harmful.
+    four of its deviations below the limit. Harmful: the same above it, or, before that step, every one of the last
+    steps lies far above. A fork that is dead, not finite in all of the last steps, is harmful.
 
     noise: deviation of one draw's mean over the steps that count; the mean of fewer steps scatters more.
     shown: steps after which the run's own damage stands clear of the limit: it may begin late in the window.

@@ -1,8 +1,9 @@
 """What an autopsy asks and what it is told: a fork of a training run, its outcome, and who can run forks.
 
 A run's low precision is cut into cells: one for each (layer, GEMM, operand), each norm's weight, each stored weight, and each
-moment of the optimizer that is kept in a format. A fork takes a captured state, makes some cells low and all others float32, trains on for some steps and reports the losses. Every stage
-of an autopsy is a pure function of such outcomes, so that the search is tested on planted causes without training.
+moment of the optimizer that is kept in a format. A fork takes a captured state, makes some cells low and all others
+float32, trains on for some steps and reports the losses. Every stage of an autopsy is a pure function of such outcomes,
+so that the search is tested on planted causes without training.
 """
 
 from __future__ import annotations

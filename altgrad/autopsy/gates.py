@@ -95,7 +95,8 @@ def _cured(losses: Sequence[float], twin: Sequence[float], ceiling: float) -> bo
 def too_fast(forks: Forks, ceiling: float, longest: int) -> dict[str, Any] | None:
     """Whether a twin that did as well as the run learns clearly more at a slower learning rate; None: it does not.
 
-    Clearly: the mean loss of the last quarter falls by a tenth of what the twin had learned, and by ten times the floor of damage.
+    Clearly: the mean loss of the last quarter falls by a tenth of what the twin had learned, and by ten times the floor
+    of damage.
     """
     twin = list(forks.oracle.history(TWIN))
     horizon = min(len(twin), longest)

@@ -36,7 +36,8 @@ SAVES = 0.6
 """An intervention that closes this share of the gap counts as saving."""
 
 PART = 0.4
-"""Share that another rounding closes from which a rounding in one direction counts as what is wrong, the rest being resolution."""
+"""Share that another rounding closes from which a rounding in one direction counts as what is wrong, the rest being
+resolution."""
 
 RANGE, RESOLUTION, BIAS, OUTLIERS, SCALE, LOST_UPDATES, OVERFLOW, OPTIMISATION, UNKNOWN = (
     "range",

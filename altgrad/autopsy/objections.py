@@ -11,7 +11,8 @@ from altgrad.report.verdicts import CAUSED
 INNOCENT = 0.5
 """Share of the gap that innocent cells may seem to close (or to widen) before nothing can be told by such shares."""
 ALL = 0.9
-"""Share that the cells found close over the whole run, beside which innocent cells that merely delay the damage are no objection."""
+"""Share that the cells found close over the whole run, beside which innocent cells that merely delay the damage are no
+objection."""
 
 
 def too_weak(search: Search, v: Verdict, floor: float) -> str | None:
@@ -41,7 +42,8 @@ def too_weak(search: Search, v: Verdict, floor: float) -> str | None:
 
 
 def _mere_helper(v: Verdict, floor: float) -> str | None:
-    """One of two cells that do damage only together, without which the rescue closes as much, and whose own closes less than `CAUSED`.
+    """One of two cells that do damage only together, without which the rescue closes as much, and whose own closes less
+    than `CAUSED`.
 
     The other needs it, and is cured without it: whether it is a cause or only what any cell does there, shares do not tell.
     """

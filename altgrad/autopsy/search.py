@@ -208,7 +208,8 @@ class Search:
         return [self.effect(kind, [0]) for kind in kinds]
 
     def split(self, roles: Sequence[Effect]) -> Found | None:
-        """Which roles do the damage, and which cells of them; None: an earlier state has to be asked, since this one carries damage."""
+        """Which roles do the damage, and which cells of them; None: an earlier state has to be asked, since this one
+        carries damage."""
         self.forks.stage = "layers"
         weight = {name: max(e.rescue.value, e.alone.value) for e in roles for name in e.cells if e.rescue and e.alone}
         kinds = sorted(kinds_of(self.cells).values(), key=lambda kind: -weight.get(str(min(kind, key=str)), 0.0))

@@ -93,10 +93,11 @@ def null_band(
 def choose(forks: Forks, onset: int, ceiling: float, draws: int, longest: int, least: int = SHORTEST) -> Window:
     """The window of the search: from the last capture before the onset, as short as shows the damage clearly.
 
-    `onset` is the index of the first damaged loss: the state before it may be damaged already, by the update that made it. Early forks need only short horizons, and a state from before the onset has not adapted to the fault. The horizon
-    doubles until the damage stands ten deviations of a single draw above none, or the run's end is reached; the window
-    that it ends with may show no damage, which the caller reads from its null band. `least`: steps that it has at least,
-    where the run has as many.
+    `onset` is the index of the first damaged loss: the state before it may be damaged already, by the update that made
+    it. Early forks need only short horizons, and a state from before the onset has not adapted to the fault. The
+    horizon doubles until the damage stands ten deviations of a single draw above none, or the run's end is reached; the
+    window that it ends with may show no damage, which the caller reads from its null band. `least`: steps that it has
+    at least, where the run has as many.
     """
     low, twin = (list(forks.oracle.history(path)) for path in (LOW, TWIN))
     steps = len(low)
@@ -204,20 +205,22 @@ def over_the_run(forks: Forks, window: Window, cells: frozenset, ceiling: float,
 
 
 JUMP, FAR = 2.5, 6.0
-"""Factors by which the cells' effect on one step must rise from three captured states to the next three, so that they begin there:
-to above all earlier states, and where an earlier state had more, as the first steps of healthy cells do."""
+"""Factors by which the cells' effect on one step must rise from three captured states to the next three, so that they
+begin there: to above all earlier states, and where an earlier state had more, as the first steps of healthy cells
+do."""
 
 
 def acts_from(moved: Callable[[int], float], points: Sequence[int], onset: int) -> int:
     """The first step at which the cells found were at work, which may be long before their damage shows in the loss.
 
     Their effect on a single step, `moved`, is asked at the captured states up to a few after the onset; a begin is where the
-    median of three states rises the most, and by more than `JUMP` to above all before it, or by `FAR`. Without such a jump they were at work from step 1 on,
-    whether or not their effect grew: effects that drift with training double in as many states at the most.
+    median of three states rises the most, and by more than `JUMP` to above all before it, or by `FAR`. Without such a
+    jump they were at work from step 1 on, whether or not their effect grew: effects that drift with training double in
+    as many states at the most.
 
     Args:
-        moved: captured step -> how far one step of training from there moves when the cells alone are low, in lengths of the step;
-            not finite where that step is not.
+        moved: captured step -> how far one step of training from there moves when the cells alone are low, in lengths
+            of the step; not finite where that step is not.
         points: captured steps, ascending.
     """
     asked = [p for p in points if p <= onset] + [p for p in points if p > onset][:3]

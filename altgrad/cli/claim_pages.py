@@ -21,7 +21,8 @@ ALL = "all"
 
 
 def print_claims(out: Path) -> None:
-    """Every claim with its last verdict, one's own in `out` or else the one that comes with AltGrad, and below it what is claimed."""
+    """Every claim with its last verdict, one's own in `out` or else the one that comes with AltGrad, and below it what
+    is claimed."""
     console = Terminal()
     records = [last_record(claim, out) for claim in CLAIMS]
     kinds = [record.verdict.kind + (", criteria moved" if record.moved else "") for record in records]

@@ -255,4 +255,5 @@ ACCUMULATORS: dict[str, Accumulator] = {
     "exact": Accumulator(MOST_PRODUCTS, None, "FP32", Rounding.NEAREST_EVEN),
 }
 """Accumulators by name: NVIDIA's units for FP8, FP4, and FP16 or BF16 ("half") operands; `_fp16` accumulates in FP16;
-`fp8_unit` is Hopper's itself on a GPU and its emulation elsewhere; and a sum that is exact and rounded once every 4096 products."""
+`fp8_unit` is Hopper's itself on a GPU and its emulation elsewhere; and a sum that is exact and rounded once every 4096
+products."""

@@ -100,8 +100,9 @@ def function(
 ) -> Callable[[Callable], Callable[[], Callable]]:
     """Decorator: a call without arguments returns the function, compiled or loaded from disk the first time.
 
-    parts: compiled functions that the plain one calls, by their names in it; made when it is compiled. What it returns takes arguments of the signature's types by position: Numba's entry to the machine code itself, which
-    costs half of a call that first looks for a signature to fit the arguments.
+    parts: compiled functions that the plain one calls, by their names in it; made when it is compiled. What it returns
+    takes arguments of the signature's types by position: Numba's entry to the machine code itself, which costs half of
+    a call that first looks for a signature to fit the arguments.
     """
 
     def decorate(plain: Callable) -> Callable[[], Callable]:

@@ -37,8 +37,8 @@ class MicroBatches:
     def noise_scale(self, p: nn.Parameter, total: Tensor) -> Tensor:
         """float64, 0-d: variance of a micro-batch's gradient, summed over elements, over the squared norm of the mean gradient.
 
-        So many micro-batches' mean has as much noise as signal (McCandlish et al. 2018, arXiv:1812.06162, "simple"). NaN with fewer
-        than two, or where the mean cannot be told from noise.
+        So many micro-batches' mean has as much noise as signal (McCandlish et al. 2018, arXiv:1812.06162, "simple").
+        NaN with fewer than two, or where the mean cannot be told from noise.
 
         Args:
             total: the sum over micro-batches.
@@ -82,7 +82,8 @@ def reference_gradients(
 def compare(gradient: Tensor, reference: Tensor) -> Tensor:
     """float64 [3]: signal-to-noise ratio 10 log10(|r|^2 / |g - r|^2) in dB, the cosine of g and r, and |r| / |g - r|.
 
-    The ratios are inf where both are equal; NaN for all where r is all zero, for the cosine where either is; NaN where not finite.
+    The ratios are inf where both are equal; NaN for all where r is all zero, for the cosine where either is; NaN where
+    not finite.
     """
     g, r = (t.detach().to_dense().double().flatten() for t in (gradient, reference))
     signal, noise = (r * r).sum(), ((g - r) ** 2).sum()

@@ -2,8 +2,8 @@
 
 Metrics are scheduled in groups, since those of a group come out of one computation; which group a metric belongs to says
 its row (`altgrad.records.metrics`). Three groups cost more than a pass over the data: `rank` a singular value decomposition
-of every matrix, `reference` another backward pass, `oscillation` every weight's quantization on every step. The first two say their
-seconds in their records.
+of every matrix, `reference` another backward pass, `oscillation` every weight's quantization on every step. The first
+two say their seconds in their records.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def make_schedule(plan: int | Mapping[str, Any] | Schedule | None = None) -> Sch
     """A schedule from what a person writes.
 
     Args:
-        plan: None: everything on every step, but rank every 250 steps, and neither reference nor oscillation. A number n: the same every n
-            steps. A mapping: group (or "default") to a number of steps, or to any of {every, window: [first, last],
-            layers: pattern}; groups that are not named follow "default".
+        plan: None: everything on every step, but rank every 250 steps, and neither reference nor oscillation. A number
+            n: the same every n steps. A mapping: group (or "default") to a number of steps, or to any of {every,
+            window: [first, last], layers: pattern}; groups that are not named follow "default".
 
     Raises:
         ConfigError: unknown group or key (with the valid ones), or a wrong value.

@@ -8,7 +8,8 @@ The storage of a parameter is the one owner of its grid. It knows the values tha
 its version counter and, on the CPU, their checksum: `weight.data.normal_()` counts no version. Anything else is somebody
 else's write (loading, initialisation, averaging, an editor) and gets a fresh scale by the policy before the weight is next
 used; foreign values are never pressed into an old scale. They are rounded where the grid matters, at the start of the next
-step, and counted as a regrid; a forward quantizes them as they are. Values that moved without changing (deepcopy, pickle, `.to`) keep their grid: they still match the codes.
+step, and counted as a regrid; a forward quantizes them as they are. Values that moved without changing (deepcopy,
+pickle, `.to`) keep their grid: they still match the codes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Source: Nishida et al. 2025, arXiv:2506.17768, in what its abstract and public summaries and reviews say: each weight is the
 difference of two positive numbers (the EG+- trick), each log-normal around its median, so noise is a factor; the gradient of a
-half is scaled by it; the step has the size of a sign; regularization is a factor as well; one average is kept. The algorithm's listing
-and its constants were not at hand. Where they were needed the choice is AltGrad's, and said so below.
+half is scaled by it; the step has the size of a sign; regularization is a factor as well; one average is kept. The
+algorithm's listing and its constants were not at hand. Where they were needed the choice is AltGrad's, and said so
+below.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class LMD(GridOptimizer):
 
     Args:
         lr: logarithm of a half's factor per step; a weight near zero moves by 2 lr c.
-        betas: of the direction and of the average, as in Lion, whose 0.99 remembers too long: the pull on a half falls with it (AltGrad's choice).
+        betas: of the direction and of the average, as in Lion, whose 0.99 remembers too long: the pull on a half falls
+            with it (AltGrad's choice).
         weight_decay: pulls the medians to c, and so the weight to zero: the gradient of the divergence from a log-normal prior
             around c, without its constant (AltGrad's choice).
         noise: standard deviation of log e. 0, the default, draws nothing; the paper's value was not at hand. With noise the

@@ -45,8 +45,9 @@ def one_count_for_both(name: str, moment: str) -> OptionError:
 def reset_moments(optimizer: Optimizer, moments: str = "both") -> None:
     """Set moments of every parameter to zero and let bias corrections count from here; all else of the state stays.
 
-    Call it between steps. Works for AltGrad's optimizers and for torch's that keep moments under the names of `KEPT_AS`; a parameter
-    that was not stepped yet has none. What Kahan's buffer holds stays, what ECO put into its momentum is lost.
+    Call it between steps. Works for AltGrad's optimizers and for torch's that keep moments under the names of
+    `KEPT_AS`; a parameter that was not stepped yet has none. What Kahan's buffer holds stays, what ECO put into its
+    momentum is lost.
 
     Args:
         moments: "both" (or the one that there is), "first" or "second".

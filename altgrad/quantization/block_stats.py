@@ -16,7 +16,8 @@ COLUMNS = 3 + BINADES
 
 @torch.no_grad()
 def measure_blocks(x: Tensor, values: Tensor, scales: Tensor, fmt: BlockFormat, axis: int = -1) -> Tensor:
-    """Counts of x's blocks, float64 [3 + 256] on x's device: one reduction of x and one of its quantized values; nothing is synced.
+    """Counts of x's blocks, float64 [3 + 256] on x's device: one reduction of x and one of its quantized values;
+    nothing is synced.
 
     Counted are blocks that hold a number other than 0 and no NaN or inf: all of them; saturated ones, whose largest element lies
     beyond the largest value at their scale, after rounding to nearest; flushed ones, which became zeros altogether; then

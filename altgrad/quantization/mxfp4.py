@@ -31,8 +31,9 @@ _ADDED = 1e-8  # to the deviation, in Quartet's code
 class PowerBlocks(NamedTuple):
     """A matrix in blocks under scales of this module.
 
-    values: payload * scale * factor, in one rounding of scale / gain. payload: [rows, columns] element values. scales: [rows, blocks] powers of two. factor: what
-    dequantizes beside them. inside: where |x / scale| is below the element's largest value.
+    values: payload * scale * factor, in one rounding of scale / gain. payload: [rows, columns] element values. scales:
+    [rows, blocks] powers of two. factor: what dequantizes beside them. inside: where |x / scale| is below the element's
+    largest value.
     """
 
     values: Tensor

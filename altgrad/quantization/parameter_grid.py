@@ -2,8 +2,9 @@
 
 Storage (`altgrad.nn`) and optimizers (`altgrad.optim`) do not import each other; this fact is all that they share. It is
 kept beside the parameter, not on it, so that copies and files of a parameter carry nothing. A grid is never changed
-(on a GPU its owner may write a step's scale into the old one's tensor, which CUDA graphs go on reading): whoever changes a parameter's format or scale states the new grid. An owner in place of a grid is asked at every reading,
-so that a parameter which somebody else has written since has the grid of its present values.
+(on a GPU its owner may write a step's scale into the old one's tensor, which CUDA graphs go on reading): whoever
+changes a parameter's format or scale states the new grid. An owner in place of a grid is asked at every reading, so
+that a parameter which somebody else has written since has the grid of its present values.
 """
 
 from __future__ import annotations

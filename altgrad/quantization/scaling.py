@@ -264,7 +264,8 @@ class DelayedScaling:
     """Scale from the largest amax of the last `history` uses before this one, times 2^margin.
 
     A use with fewer than `warm_up` amaxes before it takes its own amax; so does the first. Amaxes are of finite elements,
-    so a step that is rolled back restores the state that it was given. Source: FP8 training as in NVIDIA Transformer Engine's delayed scaling.
+    so a step that is rolled back restores the state that it was given. Source: FP8 training as in NVIDIA Transformer
+    Engine's delayed scaling.
     """
 
     history: int = 16

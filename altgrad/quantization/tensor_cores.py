@@ -170,7 +170,8 @@ def block_payload(
 def product(
     a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """((a @ b) * of_a) * of_b + bias of bf16 or float16 matrices, in `dtype`, in one pass; None where a library's product is better.
+    """((a @ b) * of_a) * of_b + bias of bf16 or float16 matrices, in `dtype`, in one pass; None where a library's
+    product is better.
 
     That is so for stacks of matrices, for results too small for a GPU, and in compiled code, where the compiler fuses
     what follows a product. Factors are as in `finished`.

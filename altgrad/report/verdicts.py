@@ -19,7 +19,8 @@ PAST_TENSE = {
 COMPLETED = "completed"
 ON_PAR, BEHIND, BARELY_LEARNED = "on par", "behind", "barely learned"
 PAR, BARELY = 0.05, 0.5
-"""Parts of what FP32 gained, from its first evaluation to its last: so close to it is on par; so far below it is barely learned."""
+"""Parts of what FP32 gained, from its first evaluation to its last: so close to it is on par; so far below it is barely
+learned."""
 GRADES = (
     f"On par: within {PAR:.0%} of what FP32 gained. Behind: further below it. Barely learned: less than "
     f"{1 - BARELY:.0%} of what FP32 gained."

@@ -1,5 +1,5 @@
-"""Questions of our own, asked like others' claims: criteria first; three with rates tuned on a seed that does not count, arms of two of
-them again at one rate, and three on what the first study of custom formats left open."""
+"""Questions of our own, asked like others' claims: criteria first; three with rates tuned on a seed that does not
+count, arms of two of them again at one rate, and three on what the first study of custom formats left open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The student-teacher proxy of a paper on MX training: residual blocks of LayerNorm, linear, GELU, linear, that copy a random teacher."""
+"""The student-teacher proxy of a paper on MX training: residual blocks of LayerNorm, linear, GELU, linear, that copy a
+random teacher."""
 
 from __future__ import annotations
 

@@ -156,7 +156,8 @@ def falling(arms: Arms) -> Values:
 
 
 def rounded_after(facts: Facts, seed: int, quick: bool) -> Values:
-    """Validation loss of a model trained with weights in float32, and in powers of two by rounding at the end or from the start."""
+    """Validation loss of a model trained with weights in float32, and in powers of two by rounding at the end or from
+    the start."""
     plain = trainer_of({}, seed, quick)
     trained_loss = trained(plain)
     quantize_model(plain.model, facts["formats"], seed=seed)
@@ -255,7 +256,8 @@ def gradient_formats(facts: Facts, seed: int, quick: bool) -> Values:
 
 
 def oscillating(facts: Facts, seed: int, quick: bool) -> Values:
-    """R of all weights together over 30 steps behind the warmup, and over the last 30, and the share of quantized weights that change in a step."""
+    """R of all weights together over 30 steps behind the warmup, and over the last 30, and the share of quantized
+    weights that change in a step."""
     trainer = trainer_of({"formats": facts["formats"]}, seed, quick)
     last, window = trainer.config.max_steps, 2 if quick else 30
     begin = trainer.config.optimizer.warmup_steps

@@ -141,7 +141,8 @@ KINDS: dict[str, Kind] = {
         "wiring", _RANGE, (0,), lambda amax, _, all_: _static(all_["other"] / MAX), weight=3
     ),
 }
-"""Not here, since no recipe expresses them: a reused rounding seed, a lost residual of error feedback, a transposed block axis."""
+"""Not here, since no recipe expresses them: a reused rounding seed, a lost residual of error feedback, a transposed
+block axis."""
 
 ONSETS = {"first step": (0, 0), "middle": (32, 44), "late": (58, 68)}
 

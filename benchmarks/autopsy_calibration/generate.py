@@ -27,7 +27,8 @@ SHARE = 0.5
 """Share of the damage that each cell of a redundant pair must do alone."""
 DRAWS = 2
 FAULTS, RUNS = 40, 20
-"""Faults tried in one run before another run, of other weights, batches and decoys, takes its place; runs before none is found."""
+"""Faults tried in one run before another run, of other weights, batches and decoys, takes its place; runs before none
+is found."""
 
 
 @dataclass

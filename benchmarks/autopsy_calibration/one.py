@@ -29,7 +29,8 @@ def _hash_of_rules() -> str:
 
 
 RULES, COMMIT = _hash_of_rules(), where()["commit"]
-"""Hash of the sources of the autopsy, which the verdicts of a set follow, and the commit of the working tree (+: changed since)."""
+"""Hash of the sources of the autopsy, which the verdicts of a set follow, and the commit of the working tree
+(+: changed since)."""
 
 
 def drawn(seed: int, name: str, out: Path) -> Case:

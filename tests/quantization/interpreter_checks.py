@@ -1,7 +1,8 @@
 """Runs the Triton kernels in Triton's interpreter and compares them with the CPU kernels; prints one line per mismatch.
 
-Started by `test_cuda.py` with the name of a part in a process of its own, because the interpreter is chosen before Triton is imported.
-Values go through `eager` where the compiled CPU kernel would need a variant of its own for one case.
+Started by `test_cuda.py` with the name of a part in a process of its own, because the interpreter is chosen before
+Triton is imported. Values go through `eager` where the compiled CPU kernel would need a variant of its own for one
+case.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""What the numeric tests share: inputs, comparisons bit by bit, and an oracle for block formats that shares nothing with the kernels."""
+"""What the numeric tests share: inputs, comparisons bit by bit, and an oracle for block formats that shares nothing
+with the kernels."""
 
 from __future__ import annotations
 

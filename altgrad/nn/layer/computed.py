@@ -1,8 +1,9 @@
 """Weights that a module computes from other parameters at each use: parametrizations, the older weight_norm, pruning.
 
 Such a layer multiplies the quantized computed weight. The gradient goes through the computation to what is trained; the
-parameters and their names stay. torch makes a class for each parametrized module, with the computed tensors as properties, and takes
-its one base back when the last parametrization is removed; so a quantized class has its place below that class.
+parameters and their names stay. torch makes a class for each parametrized module, with the computed tensors as
+properties, and takes its one base back when the last parametrization is removed; so a quantized class has its place
+below that class.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class Laid(NamedTuple):
 
 
 def serves(state: LayerState, products: Contraction, x: Tensor, w: Tensor) -> bool:
-    """Whether a call's arithmetic is emulated here: that of a recipe that `is_emulated`, unless a GPU's own unit has all of it."""
+    """Whether a call's arithmetic is emulated here: that of a recipe that `is_emulated`, unless a GPU's own unit has
+    all of it."""
     recipe, plain = state.recipe, isinstance(products, Matrices) and x.ndim == 2 and w.ndim == 2
     unit = recipe.by_unit and plain and on_unit(x) and not torch._C._are_functorch_transforms_active()
     return recipe.is_emulated and not unit

@@ -70,8 +70,9 @@ _VIEWS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH",
 
 
 def own_matrices(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own floating parameters of two or more axes that are no biases, by name: also those in its parameter lists, those that
-    it computes from others, and that of an attention's output projection (which nn.MultiheadAttention reads without calling it)."""
+    """A module's own floating parameters of two or more axes that are no biases, by name: also those in its parameter
+    lists, those that it computes from others, and that of an attention's output projection (which nn.MultiheadAttention
+    reads without calling it)."""
     found: dict[str, Tensor] = {name: computed(module, name) for name in computed_names(module)}
     for name, child in module.named_children():
         if isinstance(child, nn.ParameterList | nn.ParameterDict):

@@ -51,8 +51,8 @@ def register_layer(cls: type[nn.Module] | str, kind: str, *, transposed: bool = 
 
     Args:
         cls: the class, or its full dotted name (then its package is not imported).
-        kind: "linear", "conv", "conv_transpose", "embedding" or "norm": whose arithmetic the class's forward has. The class needs that
-            kind's attributes: `weight`; for linear also `bias` (a tensor or None).
+        kind: "linear", "conv", "conv_transpose", "embedding" or "norm": whose arithmetic the class's forward has. The
+            class needs that kind's attributes: `weight`; for linear also `bias` (a tensor or None).
         transposed: a linear weight is stored [in, out], as in Hugging Face's `Conv1D`.
 
     Raises:

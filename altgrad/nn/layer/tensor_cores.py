@@ -3,7 +3,8 @@
 An operand goes from the tensor to payload * 2^p in bf16, or in float16 where its format has 9 to 11 significant bits, in
 one pass (a second, before it, finds a current scale), and is kept like that for the backward; or, where the recipe says
 `save_codes`, as codes that the same pass writes and the backward decodes. Sums are float32; what was pulled out of the
-scales, the bias and the output's dtype follow in one more pass. Nothing waits for the device. NaN and inf travel inside the operand.
+scales, the bias and the output's dtype follow in one more pass. Nothing waits for the device. NaN and inf travel inside
+the operand.
 """
 
 from __future__ import annotations

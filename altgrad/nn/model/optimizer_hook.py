@@ -2,8 +2,8 @@
 
 `attach_optimizer` attaches it and hands back the counts of each step. A model whose recipe needs steps (grid storage,
 delayed scaling, stochastic rounding) is never left without: an optimizer that steps one of its parameters (its
-adapters' or biases, too) and was not attached is attached by itself before that step. A step with learning rate 0 and without a gradient, as
-`torch.distributed.checkpoint` makes one to have an optimizer fill its state, is no step.
+adapters' or biases, too) and was not attached is attached by itself before that step. A step with learning rate 0 and
+without a gradient, as `torch.distributed.checkpoint` makes one to have an optimizer fill its state, is no step.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ _MANTISSA = {torch.float32: 23, torch.float64: 52, torch.bfloat16: 7, torch.floa
 
 
 def check_layer(spot: Spot, recipe: LayerRecipe) -> None:
-    """Refuse formats wider than the weight's dtype, and blocks that do not divide the layer's features where the recipe wants whole ones.
+    """Refuse formats wider than the weight's dtype, and blocks that do not divide the layer's features where the recipe
+    wants whole ones.
 
     Raises:
         RecipeError: with the layer, the value, the limit and the remedy.

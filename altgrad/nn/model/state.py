@@ -22,7 +22,8 @@ def quant_state(model: nn.Module) -> dict:
     Returns:
         {"recipes": [...], "clocks": [{"seed", "step", "micro_batch"}], "operands": {layer: {"role.gemm": {"window":
         tensor, "pending": tensor, "average": tensor, "averaged": tensor}}}, "storage": {parameter: {"scale": tensor,
-        "steps": int}}}: tensors, and values that JSON holds. The grid codes are not in it, as they follow from the parameters and the scale.
+        "steps": int}}}: tensors, and values that JSON holds. The grid codes are not in it, as they follow from the
+        parameters and the scale.
 
     Raises:
         RecipeError: the model has no quantized layer.

@@ -35,8 +35,8 @@ def line_figure(
 ) -> Markup:
     """A line chart with everything around it. The first of `y_scales` is shown; a switch offers the others.
 
-    `y_line` is a value that is drawn across. Roles ("train", "validation") found in the series get a switch of their own. `formats` maps a group to the format
-    whose bits the legend draws; `group_notes` adds words to a legend entry.
+    `y_line` is a value that is drawn across. Roles ("train", "validation") found in the series get a switch of their
+    own. `formats` maps a group to the format whose bits the legend draws; `group_notes` adds words to a legend entry.
     """
     charts = [
         el(

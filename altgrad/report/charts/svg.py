@@ -20,7 +20,8 @@ UNIT = 1000
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Markup:
-    """`<tag attr="...">children</tag>`. Strings are escaped; None attributes are left out; `class_`, `data_x` -> class, data-x."""
+    """`<tag attr="...">children</tag>`. Strings are escaped; None attributes are left out; `class_`, `data_x` -> class,
+    data-x."""
     parts = [f"<{tag}"]
     for key, value in attributes.items():
         if value is None or value is False:

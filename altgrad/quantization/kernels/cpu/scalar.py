@@ -1,8 +1,8 @@
 """The CPU kernel: one fused pass over a tensor's memory, compiled by Numba on first use.
 
 This module is the torch side: it finds a memory order to walk, describes the scale to the loop, allocates results and
-nothing else. The arithmetic is in `jit.grid_rounding`, the loops are in `kernels.cpu.loops`, threads in `jit.threads`; those import
-Numba and are loaded on first use.
+nothing else. The arithmetic is in `jit.grid_rounding`, the loops are in `kernels.cpu.loops`, threads in `jit.threads`;
+those import Numba and are loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Rounding, policies, codes and random words on the bits of elements, as Triton functions.
 
-The same definitions as `jit.grid_rounding.py` and the same tables (`jit.grid_table.py`), written for Triton: magnitudes are unsigned
-integers of the arithmetic's own width (uint32, or uint64 where WIDE), a table's facts are scalars that a program reads
-once. The issue of instructions, not memory, limits these kernels, so the casts of training (`launch.is_lean`) have
-arithmetic of their own: a quotient by a reciprocal and its remainder, a rounding of two fused additions, and no select
-that only another format or policy needs. `benchmarks.cuda_instructions` counts what is left for each element.
+The same definitions as `jit.grid_rounding.py` and the same tables (`jit.grid_table.py`), written for Triton: magnitudes
+are unsigned integers of the arithmetic's own width (uint32, or uint64 where WIDE), a table's facts are scalars that a
+program reads once. The issue of instructions, not memory, limits these kernels, so the casts of training
+(`launch.is_lean`) have arithmetic of their own: a quotient by a reciprocal and its remainder, a rounding of two fused
+additions, and no select that only another format or policy needs. `benchmarks.cuda_instructions` counts what is left
+for each element.
 
 Integer arguments may be Python numbers: Triton makes constants of those that are 1. `tl.cast` takes both.
 """

@@ -169,8 +169,8 @@ def _process(
 ):
     """One program: TILES tiles, each in CHUNKS patches of ELEMENTS elements.
 
-    PAYLOAD: scales are not stored; values are those of the elements and their blocks' own scales; of the tensor's scale m * 2^p, with p within
-    low .. high, they take the 2^p, and m goes to `factor`.
+    PAYLOAD: scales are not stored; values are those of the elements and their blocks' own scales; of the tensor's scale
+    m * 2^p, with p within low .. high, they take the 2^p, and m goes to `factor`.
 
     STRIPS: the tiles are TILE_ROWS x 1, neighbours along the columns, and axis 0 of a patch runs down a tile. Otherwise
     axis 1 of a patch runs through a tile in C order.

@@ -3,7 +3,8 @@
     largest       one pass and one small program: the amax of a tensor, or the scale that follows from it
     largest_of_channels   the same of each row of a matrix (one pass), or of each column (and one small program)
     roll          one small program: a step's amax into the history of a delayed scale, and the next scale, all in place
-    payload       one pass: x rounded to the grid, as payload * 2^p in bf16 or float16; nothing in float32 is written or read again
+    payload       one pass: x rounded to the grid, as payload * 2^p in bf16 or float16; nothing in float32 is written or
+                  read again
     finished      one pass over a product's float32 sums: times both operands' factors, plus the bias, in the output's dtype
 
 Nothing here waits for the device. Magnitudes are compared as unsigned integers, so a maximum does not depend on the order
@@ -195,7 +196,8 @@ def roll(window: Tensor, pending: Tensor, scale: Tensor, fmt_max: float, margin:
     """Close a step of a delayed scale in place: `pending` enters the history if it is an amax, and becomes -1.
 
     Args:
-        window: float32 [history], newest first, with -1 where no step was yet. pending, scale: 0-d float32; the scale is that of the next step.
+        window: float32 [history], newest first, with -1 where no step was yet. pending, scale: 0-d float32; the scale
+            is that of the next step.
         margin: binary digits of headroom.
     """
     with on_device(window):
