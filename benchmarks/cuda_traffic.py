@@ -116,12 +116,20 @@ def counted():
     def run(kernel, *args, grid=None, **options):
         traffic.add(kernel.fn.__name__, [t for t in (*args, *options.values()) if isinstance(t, Tensor)])
 
-    from altgrad.quantization.kernels.cuda import blocks, clock, codes, operands, products, scalar
+    from altgrad.quantization.kernels.cuda import (
+        block_codes,
+        blocks,
+        clock,
+        codes,
+        operands,
+        products,
+        scalar,
+    )
 
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(taken_for_plain())
-        for module in (scalar, blocks, codes, operands, products, clock):
+        for module in (scalar, blocks, block_codes, codes, operands, products, clock):
             enter(mock.patch.object(module, "on_device", side_effect=lambda x: nullcontext()))
         enter(mock.patch.object(JITFunction, "run", run))
         enter(mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))
@@ -202,7 +210,9 @@ ROWS: list[tuple[str, str | Recipe, dict[str, Any]]] = [
     ("E4M3, amax of each row or column", by_channel("E4M3"), {}),
     ("E2M1, amax", "E2M1", {}),
     ("MXFP8", "MXFP8", {}),
+    ("MXFP8, codes kept", "MXFP8", {"save_codes": True}),
     ("NVFP4", "NVFP4", {}),
+    ("NVFP4, codes kept", "NVFP4", {"save_codes": True}),
     ("BF16", "BF16", {}),
     ("FP16, amax", "FP16", {}),
     ("E4M3, sums of the FP8 unit", uniform("E4M3").with_(accumulator="fp8_unit"), {}),

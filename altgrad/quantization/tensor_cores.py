@@ -167,6 +167,26 @@ def block_payload(
     return load("cuda", "blocks").payload(plan, source, upper, key, powers)
 
 
+def block_codes(x: Tensor, cast: Cast, key: Tensor | None = None, upper: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(codes, stored scales[, tensor's scale]) of x under such a cast, in one pass; what has no code becomes NaN.
+
+    upper: as for `block_payload`.
+    """
+    plan = cast.plan(torch.float32, x.device, Want.CODES, "cuda")
+    source = _at_hand(x).contiguous()
+    if cast.format.tensor_scale and upper is None:
+        upper = tensor_scale(source, cast.format)
+    codes, scales = load("cuda", "blocks").encoded(plan, source, upper, key)
+    return (codes, scales) if upper is None else (codes, scales, upper)
+
+
+def decoded_blocks(saved: tuple[Tensor, ...], cast: Cast, powers: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """What `block_payload` gives, of what `block_codes` gave to keep, in one pass."""
+    codes, scales, *upper = saved
+    plan = cast.plan(torch.float32, codes.device, Want.CODES, "cuda")
+    return load("cuda", "block_codes").decoded(plan, codes, scales, upper[0] if upper else None, powers)
+
+
 def product(
     a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:

@@ -22,8 +22,8 @@ from altgrad.nn.session import STATE
 from altgrad.nn.weight_cache import WeightCache
 from altgrad.quantization import amax_scale, decode, encode, get_format, quantize
 from altgrad.quantization.codec import divided
+from altgrad.quantization.kernels.cuda import block_codes, clock, codes, operands, products
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
-from altgrad.quantization.kernels.cuda import clock, codes, operands, products
 from altgrad.quantization.kernels.cuda import scalar as cuda
 from benchmarks import bench_cuda, cuda_fusion, cuda_waits
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
@@ -103,7 +103,16 @@ BLOCK_POINTERS = {
 ONLY_VALUES = {"VALUES": True, "CODES": False, "STATS": False, "LACKS": False}
 EVERYTHING = {"VALUES": True, "CODES": True, "STATS": True, "LACKS": True}
 SCALAR = {"KEEPS_INF": True, "WIDE": False, "DOUBLE": False, "ONE_SCALE": True, "ELEMENTS": 2048}
-BLOCK = {"PAYLOAD": False, "KEEPS_INF": True, "POISONS": False, "ONE_BLOCK": True, "CHUNKS": 1, "MODE": 0, "LEAN": True}
+BLOCK = {
+    "PAYLOAD": False,
+    "KEEPS_INF": True,
+    "POISONS": False,
+    "SETTLES": False,
+    "ONE_BLOCK": True,
+    "CHUNKS": 1,
+    "MODE": 0,
+    "LEAN": True,
+}
 TILES = {  # name: tiles per program and their shape
     "MXFP8": {"TILE_ROWS": 1, "TILE_COLUMNS": 32, "STRIPS": False, "TILES": 64, "ELEMENTS": 32, "SCALE": 0},
     "MXFP8 down": {"TILE_ROWS": 32, "TILE_COLUMNS": 1, "STRIPS": True, "TILES": 64, "ELEMENTS": 32, "SCALE": 0},
@@ -265,6 +274,24 @@ def test_codes_are_decoded_to_payloads_by_arithmetic_and_move_vectors(name, most
     assert compiled(codes._decoded, kinds, {**facts, "CHANNELS": True, **ones}).asm["cubin"]
 
 
+@pytest.mark.parametrize(("name", "axis", "most"), [("MXFP8", 0, 40), ("MXFP8", -1, 40), ("NVFP4", 0, 40)])
+def test_codes_of_blocks_are_decoded_by_arithmetic_and_move_vectors(name, axis, most):
+    fmt = get_format(name)
+    digits, tile = codes.digits_of(fmt.element), fmt.tile if axis else fmt.tile[::-1]
+    facts = {"BITS": digits.bits, "SHIFT": digits.shift, "SPECIAL": digits.special, "HAS_INF": digits.has_inf}
+    facts |= {"TILE_ROWS": tile[0], "TILE_COLUMNS": tile[1], "TABLE": False, "TWO_LEVELS": fmt.tensor_scale}
+    facts |= {"POWER_OF_TWO": fmt.power_of_two, "ROWS": block_codes.ROWS, "COLUMNS": block_codes.COLUMNS}
+    floats = ("upper", "factor", "values", "scale_values")
+    kinds = {"codes": "*u8", "scales": "*u8", "out": "*bf16", **dict.fromkeys(floats, "*fp32"), "lift": "fp32"}
+    code = compiled(block_codes._decoded, kinds, facts)
+    names, elements = instructions(code.asm["cubin"]), block_codes.ROWS * block_codes.COLUMNS
+    assert len([one for one in names if one.startswith("STG") and ".128" in one]) == elements // 128 // 8
+    assert len(names) * 128 / elements <= most
+    ones = ("last", "last_scale", "lines", "rows", "columns", "tiles_down", "tiles_across", "low", "high")
+    for table in (False, True):
+        assert compiled(block_codes._decoded, kinds, {**facts, "TABLE": table, **dict.fromkeys(ones, 1)}).asm["cubin"]
+
+
 TURNED = {**POINTERS, **dict.fromkeys(("codes", "turned"), "*u8"), "amax": "*i32", "scale": "*fp32", "number": "fp32"}
 PATCH = {
     "LEAN": True,
@@ -350,7 +377,7 @@ def test_kernels_compile_with_every_integer_at_one():
 
 
 def test_the_page_has_rows_of_this_table():
-    assert len({name for name, *_ in ROWS_OF_LAYERS} & set(TRAFFIC)) == 10
+    assert len({name for name, *_ in ROWS_OF_LAYERS} & set(TRAFFIC)) == 12
 
 
 @pytest.mark.parametrize(("name", "fmt", "recipe"), ROWS_OF_LAYERS, ids=lambda value: str(value))

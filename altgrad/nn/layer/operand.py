@@ -437,9 +437,8 @@ class Operand(Numbered):
             return not (is_payload(saved) or isinstance(self.spec.scaling, NoScaling))
         if saved[0].is_floating_point():
             return not is_payload(saved)
-        if not (self.block and self.fmt.power_of_two and self.fmt.element.bits <= 8 and waits(saved[0])):
-            return False
-        return not fits_exponents(self.coded(saved, 1.0)[0])
+        unit = self.block and self.fmt.power_of_two and self.fmt.element.bits <= 8 and waits(saved[0])
+        return unit and not serve(saved[0]) and not fits_exponents(self.coded(saved, 1.0)[0])
 
     def restore(self, saved: Saved, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
         """The values that were saved, in the carrier dtype given; `scale` may be another one than that of the codes."""

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from altgrad.formats.block import BlockFormat
 from altgrad.formats.scalar import FloatFormat
+from altgrad.jit.grid_table import special_codes
 from altgrad.nn.layer.gemm import Route, power_range
 from altgrad.nn.layer.operand import Operand, Saved
 from altgrad.nn.recipe.scaling_choice import CurrentScaling, DelayedScaling, NoScaling
 from altgrad.quantization import Want
 from altgrad.quantization import tensor_cores as kernels
+from altgrad.quantization.checks import traced
 from altgrad.quantization.products.units import NORMAL_EMIN, SIGNIFICANT_BITS
 
 SMALLEST, LARGEST = -133, 127  # exponents of bf16, subnormals included
@@ -142,8 +144,12 @@ def quantized(
     if operand.block:
         powers = (powers_of_blocks(operand.fmt) if operand.fmt.tensor_scale else None) or (0, 0)
         upper = scale if isinstance(scale, Tensor) else None
-        values, factor = kernels.block_payload(x, operand.cast, powers, key, upper)
-        found: Saved = (values,) if factor is None else (values, factor)
+        found: Saved = ()
+        if keep and not multiplied and is_compact(operand) and not traced(x):
+            codes = kernels.block_codes(x, operand.cast, key, upper)
+        else:
+            values, factor = kernels.block_payload(x, operand.cast, powers, key, upper)
+            found = (values,) if factor is None else (values, factor)
         scale = 1.0 if upper is None else upper
     else:
         if scale is None:
@@ -182,12 +188,22 @@ def saved_as_codes(operand: Operand, x: Tensor, scale: Tensor | float) -> bool:
 
 def is_compact(operand: Operand) -> bool:
     """Whether a backward on tensor cores keeps an operand's codes: the recipe says so, and they are one byte each."""
-    return operand.compact and operand.saves_codes and not operand.block
+    if not operand.compact or not operand.block:
+        return operand.compact and operand.saves_codes
+    fmt = operand.fmt
+    has_nan = fmt.element.has_nan or special_codes(fmt.scale_format)[1] >= 0
+    return has_nan and fmt.element.bits <= 8 and not fmt.has_float_scale
 
 
 def decoded(operand: Operand, saved: Saved, scale: Tensor | float) -> tuple[Tensor, Tensor | None] | None:
     """Codes that were kept as (payload, factor), made in one pass; None where they are not decoded so."""
-    powers = None if operand.block else powers_of(operand)
+    if operand.block:
+        if traced(saved[0]) or operand.fmt.has_float_scale or operand.fmt.element.bits > 8:
+            return None
+        assert operand.cast is not None
+        powers = (powers_of_blocks(operand.fmt) if operand.fmt.tensor_scale else None) or (0, 0)
+        return kernels.decoded_blocks(saved, operand.cast, powers) if kernels.serve(saved[0]) else None
+    powers = powers_of(operand)
     one = isinstance(scale, float | int) or scale.numel() == 1
     if powers is None or not kernels.serve(saved[0]) or not (one or saved[0].ndim == 2):
         return None

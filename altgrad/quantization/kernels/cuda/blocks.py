@@ -159,6 +159,7 @@ def _process(
     KEEPS_INF: tl.constexpr,
     LACKS: tl.constexpr,
     POISONS: tl.constexpr,
+    SETTLES: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
     TWO_LEVELS: tl.constexpr,
@@ -171,6 +172,8 @@ def _process(
 
     PAYLOAD: scales are not stored; values are those of the elements and their blocks' own scales; of the tensor's scale
     m * 2^p, with p within low .. high, they take the 2^p, and m goes to `factor`.
+
+    POISONS: the scale of a tile with a NaN is one; with SETTLES also that of a tile with an inf.
 
     STRIPS: the tiles are TILE_ROWS x 1, neighbours along the columns, and axis 0 of a patch runs down a tile. Otherwise
     axis 1 of a patch runs through a tile in C order.
@@ -218,7 +221,7 @@ def _process(
         largest = tl.where(found > largest, found, largest)
         finite = tl.where(found_finite > finite, found_finite, finite)
 
-    poisoned = largest > 0x7F800000 if POISONS else largest != largest
+    poisoned = largest > (0x7F7FFFFF if SETTLES else 0x7F800000) if POISONS else largest != largest
     raw, multiplier, reciprocal, lift = scale_of(
         finite, poisoned, scale_table, upper, emax, up_from, element_max, smallest, SCALE, TWO_LEVELS
     )
@@ -327,6 +330,15 @@ def payload(
     return _run(plan, x, scale, key, out, factor, powers).values, factor
 
 
+def encoded(plan: Plan, x: Tensor, scale: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(codes, stored scales) of x as a plan for codes says, for somebody who cannot wait to hear that something has no code.
+
+    Such an inf becomes NaN, by its own code or by its block's scale, as a NaN does. scale: as for `payload`.
+    """
+    found = _run(plan, x, scale, key, None, None, None, settles=True)
+    return found.codes, found.scales
+
+
 def _run(
     plan: Plan,
     x: Tensor,
@@ -335,8 +347,9 @@ def _run(
     out: Tensor | None,
     factor: Tensor | None,
     powers: tuple[int, int] | None,
+    settles: bool = False,
 ) -> Quantized:
-    """`run`, or with powers `payload`."""
+    """`run`, or with powers `payload`, or `encoded`, which `settles`."""
     fmt, element, layout = plan.format, plan.grid, plan.layout(x.shape)
     x = x.contiguous()
     device = x.device
@@ -346,8 +359,10 @@ def _run(
     outer, down, across = layout.grid
     programs = outer * down * -(-layout.columns // tiles) if strips else -(-outer * down * across // tiles)
     found = outputs(plan, x, out, programs)
+    found = found._replace(problems=None) if settles else found
     native_inf = plan.overflow is Overflow.NATIVE and element.has_inf
     overflow = Overflow.SATURATE_FINITE if native_inf else plan.overflow
+    inf_as_nan = settles and element.has_nan
     lean = not plan.stats and is_lean(element, plan.rounding, overflow, plan.random_bits, False)
     rounded_scale = not (fmt.power_of_two or fmt.has_float_scale)
     scale_grid = fmt.scale_format if rounded_scale else fmt.element
@@ -357,7 +372,9 @@ def _run(
                 x,
                 *found,
                 scales,
-                device_table(element, plan.rounding, plan.overflow, fmt.has_float_scale, False, native_inf, device),
+                device_table(
+                    element, plan.rounding, plan.overflow, fmt.has_float_scale, False, native_inf, device, inf_as_nan
+                ),
                 device_table(scale_grid, Rounding.NEAREST_AWAY, Overflow.SATURATE, False, False, False, device),
                 scale,
                 factor,
@@ -384,6 +401,7 @@ def _run(
                 KEEPS_INF=overflow is not Overflow.SATURATE,
                 LACKS=found.problems is not None,
                 POISONS=not element.has_nan,
+                SETTLES=settles and overflow is not Overflow.SATURATE,
                 ONE_BLOCK=x.numel() <= 2**32,
                 SCALE=POWER_OF_TWO if fmt.power_of_two else PLAIN_FLOAT if fmt.has_float_scale else ROUNDED,
                 TWO_LEVELS=scale is not None,
