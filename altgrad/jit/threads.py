@@ -27,7 +27,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from altgrad.jit.template import LOOP, Plain, function, inlined, loop
+from altgrad.jit.template import LOOP, Plain, called, function, loop
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _DEFAULT_MXCSR = 0x1F80  # to nearest, exceptions masked, subnormals neither flushed nor taken as zero
@@ -198,7 +198,7 @@ CREW = types.UniTuple(types.int64, 3)
 ALONE = (0, 0, 1)
 
 
-@inlined
+@called
 def shared(crew, loop, arguments, count, grain):
     """A compiled loop over `count` units, `grain` of which stay on one thread, in compiled code; returns its flags.
 

@@ -127,13 +127,13 @@ def _machinery():
 
 
 @cache
-def _packing(fmt: FloatFormat | BlockFormat, unit: Unit, by_steps: bool, scaled: bool, row_major: bool) -> tuple:
+def _packing(fmt: FloatFormat | BlockFormat, unit: Unit, by_steps: bool, scaled: bool) -> tuple:
     """(loop, addresses of the facts, of the payloads and of the values of scales) of an operand."""
     from altgrad.jit.code_table import decoding_of
 
     _, panels, _ = _machinery()
     element = fmt.element if isinstance(fmt, BlockFormat) else fmt
-    variant = panels.Variant(panels.UNITS.index(unit), int(decoding_of(element)), by_steps, scaled, row_major)
+    variant = panels.Variant(panels.UNITS.index(unit), int(decoding_of(element)), by_steps, scaled)
     scales = payloads(fmt.scale_format, Unit.BF16, 0).ctypes.data if isinstance(fmt, BlockFormat) else 0
     return panels.compiled(variant), facts(fmt, unit).ctypes.data, payloads(fmt, unit).ctypes.data, scales
 
@@ -326,10 +326,7 @@ def _row(
     codes, fmt, _, blocks, tile = operand
     row, step = axes
     strides = codes.stride()
-    row_major = unit.by_matrices and axes == (-2, -1)
-    loop, facts_address, payloads_address, scales_address = _packing(
-        fmt, unit, strides[step] == 1, blocks is not None, row_major
-    )
+    loop, facts_address, payloads_address, scales_address = _packing(fmt, unit, strides[step] == 1, blocks is not None)
     scale_strides = (0, 0, 0) if blocks is None else blocks.stride()
     table = (
         0,
@@ -350,6 +347,7 @@ def _row(
         tile[step],
         flips,
         sums,
+        int(unit.by_matrices and axes == (-2, -1)),
         0,
         slices,
     )

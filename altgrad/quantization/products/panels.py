@@ -34,7 +34,6 @@ class Variant(NamedTuple):
     DECODING: int  # `jit.code_table.Decoding`
     BY_STEPS: bool  # codes along the reduction are neighbours, not those along the rows
     SCALED: bool  # each code has a block's scale
-    ROW_MAJOR: bool = False  # a row's 16 words are neighbours, for matrix units
 
 
 class Packing(NamedTuple):
@@ -58,6 +57,7 @@ class Packing(NamedTuple):
     block_steps: int
     flips: int  # xored into each word
     sums: int  # whether sums start from this operand's panels
+    row_major: int  # whether a row's 16 words are neighbours, for matrix units
     first: int  # slice of the reduction that is packed, and how many follow it
     slices: int
 
@@ -142,7 +142,7 @@ def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
         for done in range(0, words, LANES):
             count = min(LANES * GROUP_SIZE, steps - done * GROUP_SIZE)
             target = panel + 4 * PANEL * (done + 1)
-            into = target + half * BLOCK_BYTES if ROW_MAJOR else lines
+            into = target + half * BLOCK_BYTES if MATRICES and p.row_major != 0 else lines
             for i in range(LANES):
                 line = into + i * LANES * 4
                 if at + i < p.rows:
@@ -159,7 +159,7 @@ def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
                 else:
                     for j in range(LANES):
                         store_code(line, j, np.uint32(0), 4)
-            if not ROW_MAJOR:
+            if into == lines:
                 transposed_words(lines, LANES, target + 4 * half * LANES, PANEL, p.flips)
 
 
@@ -167,6 +167,7 @@ def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
     """A panel of neighbouring rows: lines along the rows are combined into words."""
     lines, multipliers, columns = scratch(LINES_BYTES), scratch(1024), scratch(COLUMNS_BYTES)
     width = min(PANEL, p.rows - row)
+    row_major = MATRICES and p.row_major != 0
     flips = np.uint32(p.flips)
     held = -1
     for word in range(words):
@@ -186,15 +187,15 @@ def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
                 count = width if at + line < p.steps else 0
                 copy(source + line * p.step_bytes, count, lines + line * PANEL, PANEL)
             source, line_bytes = lines, PANEL
-        target = columns + 4 * PANEL * (word % LANES) if ROW_MAJOR else panel + 4 * PANEL * (word + 1)
+        target = columns + 4 * PANEL * (word % LANES) if row_major else panel + 4 * PANEL * (word + 1)
         combine(source, line_bytes, multipliers, target, p.payloads, facts, flips)
-        if ROW_MAJOR and (word + 1 == words or word % LANES == LANES - 1):
+        if row_major and (word + 1 == words or word % LANES == LANES - 1):
             for i in range((word % LANES + 1) * PANEL, LANES * PANEL):
                 store_code(columns, i, np.uint32(0), 4)
             target = panel + 4 * PANEL * (word - word % LANES + 1)
             for half in range(2):
                 transposed_words(columns + 4 * half * LANES, PANEL, target + half * BLOCK_BYTES, LANES, 0)
-    if not ROW_MAJOR:
+    if not row_major:
         for i in range(words * PANEL, (words + WHOLE - 1) // WHOLE * WHOLE * PANEL):
             store_code(panel, PANEL + i, np.uint32(0), 4)
 
@@ -231,7 +232,8 @@ def compiled(variant: Variant) -> int:
         "PANEL": PANEL_ROWS,
         "BLOCK_BYTES": 4 * LANES * LANES,
         "LINES_BYTES": 4 * PANEL_ROWS,
-        "COLUMNS_BYTES": 4 * PANEL_ROWS * LANES if variant.ROW_MAJOR else 64,
+        "COLUMNS_BYTES": 4 * PANEL_ROWS * LANES if unit.by_matrices else 64,
+        "MATRICES": unit.by_matrices,
         "WHOLE": LANES if unit.by_matrices else 1,
     }
     narrow = part(_narrow, variant, inline=True, **constants)
