@@ -83,6 +83,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.cuda_instructions
 	$(BIN)/python -m benchmarks.cuda_traffic
 	$(BIN)/python -m benchmarks.cuda_fusion
+	$(BIN)/python -m benchmarks.cuda_waits
 	$(BIN)/python -m benchmarks.bench_cuda
 
 exhaustive: $(READY)
