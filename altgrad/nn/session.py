@@ -389,6 +389,7 @@ def as_key_tensor(key: tuple[int, int]) -> Tensor:
 @torch.library.custom_op(
     "altgrad::key_beside",
     mutates_args=(),
+    tags=torch.Tag.cudagraph_unsafe,  # it reads the host's count of uses, which a replay would not
     schema="(Tensor offset, int session, int base, bool per_rank, Device device) -> Tensor",
 )
 def _key_beside(offset, session, base, per_rank, device):
@@ -400,7 +401,7 @@ def _(offset, session, base, per_rank, device):
     return offset.new_empty((2,), device=device)
 
 
-@torch.library.custom_op("altgrad::delayed_scale", mutates_args=())
+@torch.library.custom_op("altgrad::delayed_scale", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _delayed_scale(seen: Tensor, operand: int, record: bool) -> Tensor:
     return _BY_NUMBER[operand].delayed_scale(seen.clone(), record)
 

@@ -482,7 +482,7 @@ def _without_transforms(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@torch.library.custom_op("altgrad::present_scale", mutates_args=())
+@torch.library.custom_op("altgrad::present_scale", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _present_scale(weight: Tensor, number: int, axis: int) -> Tensor:
     """The scale of a stored weight's present values, found by the storage of that number when compiled code runs."""
     storage = _BY_NUMBER.get(number)

@@ -12,7 +12,6 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton is made for Linux alone", allow_module_level=True)
 
-import triton
 
 from altgrad.diagnostics.update import measure_update
 from altgrad.nn import quantize_model, uniform
@@ -21,19 +20,18 @@ from altgrad.nn.layer.contractions import Matrices
 from altgrad.nn.session import STATE
 from altgrad.nn.weight_cache import WeightCache
 from altgrad.quantization import amax_scale, decode, encode, get_format, quantize
-from altgrad.quantization.codec import divided
 from altgrad.quantization.kernels.cuda import block_codes, clock, codes, operands, products
 from altgrad.quantization.kernels.cuda import blocks as cuda_blocks
 from altgrad.quantization.kernels.cuda import scalar as cuda
-from benchmarks import bench_cuda, cuda_fusion, cuda_waits
+from benchmarks import bench_cuda, cuda_waits
 from benchmarks.cuda_instructions import FLOATS, POINTERS, ROWS, compiled, instructions
 from benchmarks.cuda_traffic import MOST_BYTES, MOST_OPERATIONS, _Context, counted, of_linear
 from benchmarks.cuda_traffic import ROWS as ROWS_OF_LAYERS
 from tests.quantization.oracles import same_bits
+from tests.quantization.page_of_benchmarks import of_the_page
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Triton's own deprecations
 ROOT = Path(__file__).parents[2]
-OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 @pytest.mark.parametrize("part", ["kernels", "layers", "half", "cached", "graphs", "generated", "codes"])
@@ -44,14 +42,7 @@ def test_kernels_have_the_cpus_bits_in_the_interpreter(part):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
 
 
-def of_the_page(head: str) -> dict[str, list[str]]:
-    """A table of docs/benchmarks.md by the first cell of its rows."""
-    rows = (ROOT / "docs" / "benchmarks.md").read_text().partition(head)[2].partition("\n\n")[0].splitlines()[2:]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (r.strip("|").split("|") for r in rows)}
-
-
-TRAFFIC, COMPILED = of_the_page("| layer | operations"), of_the_page("| compiled code")
-LAUNCHED = of_the_page("| compiled norm and MLP")
+TRAFFIC = of_the_page("| layer | operations")
 SCALAR_NAMES = ("E4M3", "E5M2", "E3M4", "INT8", "E0M7", "E7M0", "E2M1", "BF16", "FP16", "binary8p3", "E4M3FNUZ")
 BLOCK_NAMES = ("MXFP8", "MXFP8_E5M2", "MXFP6", "MXINT8", "NVFP4", "MXFP4:ceil", "E3M4/24:even", "E4M3/128x128:FP32")
 
@@ -152,46 +143,6 @@ def test_block_kernel_divides_as_ieee_and_moves_vectors(name):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name} {row.dtype}")
 def test_instructions_per_element_are_within_their_budget(row):
     assert row.per_element() <= row.budget
-
-
-@pytest.mark.parametrize("row", cuda_fusion.ROWS_OF_CODE, ids=lambda row: row.name)
-def test_compiled_code_rounds_within_the_kernel_that_makes_the_tensor(row):
-    found, kernels = cuda_fusion.cost(row)
-    large = [kernel for kernel in kernels if kernel.elements >= 1]
-    assert len({kernel.name for kernel in large}) == 1
-    for kernel in large:
-        code = kernel.asm["ptx"]
-        assert "f64" not in code
-        assert ".local" not in code, "registers spill"
-        assert code.count("div.rn.f32") == ("nearest" in row.name), "one of the scale, none of elements"
-        assert code.count("div.full") <= (row.name.startswith("norm") and OLDER), "but of the mean in torch's own norm"
-    for number, cell in zip(found, COMPILED[row.name], strict=True):
-        assert (number is None) == (cell == "")
-        assert number is None or round(number, 1) <= float(cell) + 0.5 * OLDER, "Triton 3.9's; none may need more"
-
-
-@pytest.mark.parametrize(
-    ("divides", "times"),
-    [
-        (lambda x, scale: amax_scale(x, "E4M3"), 1),
-        (lambda x, scale: amax_scale(x, "E4M3", power_of_two=True, axis=0), 1),
-        (lambda x, scale: divided(x.float(), scale).abs() <= 448, 2),
-    ],
-    ids=["scale", "scales of rows", "mask"],
-)
-def test_compiled_scales_and_masks_are_quotients_that_round(divides, times):
-    """A compiler multiplies by the reciprocal of a constant, and divides tensors within two units of the last place."""
-    kernels = cuda_fusion.compiled(cuda_fusion.lowered(divides, cuda_fusion.WIDE, cuda_fusion.SCALE))
-    code = {kernel.name: kernel.asm["ptx"] for kernel in kernels}.values()
-    assert [sum(text.count(one) for text in code) for one in ("div.rn.f32", "div.full")] == [times, 0]
-
-
-@pytest.mark.parametrize("name", cuda_fusion.COMPILED)
-def test_a_compiled_mlp_is_lowered_for_a_gpu_as_a_whole(name):
-    kernels, products, others = cuda_fusion.counts(cuda_fusion.COMPILED[name])
-    stated = list(map(int, LAUNCHED[name]))
-    assert [products, others] == stated[1:]
-    assert kernels == stated[0] or (kernels <= 1.25 * stated[0] and not torch.__version__.startswith("2.13."))
 
 
 def test_operand_kernels_divide_by_a_reciprocal_and_move_vectors():

@@ -210,7 +210,7 @@ def _notes(owner: Any, kind: type = Notes) -> Any:
     return found
 
 
-@torch.library.custom_op("altgrad::offset_of_use", mutates_args=("count",))
+@torch.library.custom_op("altgrad::offset_of_use", mutates_args=("count",), tags=torch.Tag.cudagraph_unsafe)
 def _offset_of_use(count: Tensor, grad: bool) -> Tensor:
     use, in_backward = _next(count, grad)
     count[2:].add_(1)
