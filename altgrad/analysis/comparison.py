@@ -10,7 +10,7 @@ import numpy as np
 
 from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.records.run import Run, read_run
-from altgrad.report.numbers import count, difference, listing, loss, percent
+from altgrad.report.numbers import count, difference, listing, loss, percent, plural
 from altgrad.report.tables import Column, Table, table_markdown
 from altgrad.report.text import for_markdown
 from altgrad.report.verdicts import BARELY_LEARNED, BEHIND, ON_PAR, past_tense
@@ -217,4 +217,4 @@ def record_table(runs: Sequence[Path], root: Path, title: str) -> str:
             [path.relative_to(root).as_posix(), seed, *facts, *losses, percent(row["stall_rate"]), row["verdict"]]
         )
     note = "Losses are validation losses in nats per token; stall: attempted weight updates that changed no code."
-    return f"# {for_markdown(title)}\n\n{len(rows)} runs. {note}\n\n{table_markdown(Table(_COLUMNS, rows))}\n"
+    return f"# {for_markdown(title)}\n\n{plural(len(rows), 'run')}. {note}\n\n{table_markdown(Table(_COLUMNS, rows))}\n"

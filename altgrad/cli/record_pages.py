@@ -47,14 +47,14 @@ def pack(runs: Sequence[Path], out: Path) -> None:
     stem = out.name.removesuffix(SUFFIX)
     table = out.with_name(f"{stem}.md")
     write_text(table, record_table([out / name for name in names], out, stem))
-    _say(f"{len(names)} runs in {out} ({out.stat().st_size:,} bytes); their table: {table}")
+    _say(f"{plural(len(names), 'run')} in {out} ({out.stat().st_size:,} bytes); their table: {table}")
 
 
 def unpack_into(packed: Path, out: Path) -> None:
     """`altgrad unpack`: the files of a pack as a folder of runs."""
     with waiting("unpacking"):
         files = unpack(packed, out)
-    _say(f"{files} files in {out}")
+    _say(f"{plural(files, 'file')} in {out}")
 
 
 def verify(runs: Sequence[Path]) -> int:
@@ -68,7 +68,7 @@ def verify(runs: Sequence[Path]) -> int:
             findings.append(verify_run(folder))
             _say(findings[-1].said())
     damaged = sum(not finding.whole for finding in findings)
-    _say(f"{len(findings)} runs: {len(findings) - damaged} whole, {damaged} damaged")
+    _say(f"{plural(len(findings), 'run')}: {len(findings) - damaged} whole, {damaged} damaged")
     return int(damaged > 0)
 
 

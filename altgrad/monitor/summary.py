@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from altgrad.records.metrics import DECIBEL, FRACTION, RUN, Metric, metrics
-from altgrad.report.numbers import Unit, listing
+from altgrad.report.numbers import Unit, listing, plural
 from altgrad.report.text import role_words
 
 
@@ -57,10 +57,10 @@ def summary_table(
     Terminal(file=out, width=width or max(needed, 60), force_terminal=False, color_system=None).print(table)
     lines = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
     if len(shown) < len(layers):
-        lines.append(f"({len(layers) - len(shown)} layers with less {listing(_lost())} not shown)")
+        lines.append(f"({plural(len(layers) - len(shown), 'layer')} with less {listing(_lost())} not shown)")
     lines += _worst(latest)
     if len(warnings) > 5:
-        lines.append(f"({len(warnings) - 5} earlier warnings)")
+        lines.append(f"({plural(len(warnings) - 5, 'earlier warning')})")
     lines += [f"warning: {text}" for text in warnings[-5:]]
     return "\n".join(lines)
 
@@ -82,7 +82,9 @@ def _worst(latest: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     bad = [layer for (layer, role), r in latest.items() if role == "gradient" and r.get("nonfinite_frac")]
     if bad:
         worst = max(latest[layer, "gradient"]["nonfinite_frac"] for layer in bad)
-        lines.append(f"non-finite gradients in {len(bad)} layers, up to {_text(worst, FRACTION)} of the elements")
+        lines.append(
+            f"non-finite gradients in {plural(len(bad), 'layer')}, up to {_text(worst, FRACTION)} of the elements"
+        )
     return lines
 
 

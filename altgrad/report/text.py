@@ -22,7 +22,7 @@ _MARKDOWN = re.compile(r"[`\[\]]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what CommonMark reads as HTML
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
-_PLAIN = dict(zip("▁▂▃▄▅▆▇█–—−·×…∞", [*".:-=+*%#---.x.", "inf"], strict=True))
+_PLAIN = dict(zip("▁▂▃▄▅▆▇█–—−·×…\u202f∞", [*".:-=+*%#---.x. ", "inf"], strict=True))
 
 
 def mend_streams() -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from altgrad.errors import SweepError
 from altgrad.records.machine import MOST_THREADS
 from altgrad.report.console import Terminal
+from altgrad.report.numbers import plural
 from altgrad.sweep.estimate import Estimate, calibrate, estimate_all, measure_finished, schedule
 from altgrad.sweep.job import Job, Outcome, State
 from altgrad.sweep.local import LocalExecutor, available_cores, cuda_devices, threads_per_run
@@ -135,7 +136,9 @@ def describe_plan(
         State.BUSY: "running in another process",
     }  # fmt: skip
     states = ", ".join(f"{count[state]} {text}" for state, text in names.items() if count[state])
-    screen.print(f"{len(plan.runs)} runs in {escape(str(plan.runs[0].folder.parent))}: {states}", highlight=False)
+    screen.print(
+        f"{plural(len(plan.runs), 'run')} in {escape(str(plan.runs[0].folder.parent))}: {states}", highlight=False
+    )
     if not missing:
         screen.print("nothing to do")
         return 0.0
@@ -161,7 +164,7 @@ def describe_result(result: SweepResult, console: Console | None = None) -> None
     facts = [f"{before} done before"] if before else []
     facts += [f"{number} {status}" for status, number in ended.items()]
     facts += [f"{result.count(status)} {status}" for status in ("failed", "stopped") if result.count(status)]
-    screen.print(f"{len(result.plan.runs)} runs: {', '.join(facts)}", highlight=False)
+    screen.print(f"{plural(len(result.plan.runs), 'run')}: {', '.join(facts)}", highlight=False)
     for name, outcome in result.outcomes.items():
         if outcome.status == "failed":
             reason = escape(str((outcome.crash or {}).get("reason")))

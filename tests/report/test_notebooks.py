@@ -62,8 +62,8 @@ def test_recipes_manifests_statistics_monitors_and_results_show_themselves(resul
     assert "dy:E5M2" in shown(recipe)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
     manifest = quantize_model(model, recipe)
-    assert "1 layers quantized" in shown(manifest)
-    assert repr(manifest) == "Manifest(1 layers quantized, 0 skipped)"
+    assert "1 layer quantized" in shown(manifest)
+    assert repr(manifest) == "Manifest(1 layer quantized, 0 skipped)"
     stats = quantize_with_stats(torch.tensor([1.0, 1e-9, 500.0]), "E4M3", 1.0)[1]
     assert repr(stats) == "QuantStats(amax=500, overflow=33.33%, underflow=33.33%, sqnr=19.7 dB)"
     assert "33.33%" in shown(stats)

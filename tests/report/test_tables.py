@@ -1,11 +1,12 @@
 """Tables and the numbers in them: the same cells in HTML and Markdown, sort keys apart from text."""
 
+import codecs
 import math
 
 import pytest
 from markupsafe import Markup
 
-from altgrad.report import numbers
+from altgrad.report import numbers, text
 from altgrad.report.tables import Column, Table, TableCell, table_html, table_markdown
 
 TABLE = Table(
@@ -106,3 +107,8 @@ def test_listing_and_plural():
     assert numbers.listing(["a", "b", "c"]) == "a, b and c"
     assert numbers.plural(1, "run") == "1 run"
     assert numbers.plural(2000, "run") == "2\u202f000 runs"
+
+
+def test_thin_spaces_between_thousands_are_spaces_where_there_is_ascii_alone():
+    codecs.register_error("plain", text._plainly)
+    assert numbers.count(1200).encode("ascii", "plain") == b"1 200"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.report.notebook import notebook_table
+from altgrad.report.numbers import plural
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class Manifest:
     idle: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Manifest({len(self.swapped)} layers quantized, {len(self.skipped)} skipped)"
+        return f"Manifest({plural(len(self.swapped), 'layer')} quantized, {len(self.skipped)} skipped)"
 
     def _repr_html_(self) -> str:
         swapped = [(name or "(root)", one.type, one.shown) for name, one in self.swapped.items()]
         skipped = [(name or "(root)", "skipped", reason) for name, reason in self.skipped.items()]
         unseen = [(product.module or "(root)", "product unseen", product.call) for product in self.unseen]
-        title = f"{len(swapped)} layers quantized" + (
+        title = f"{plural(len(swapped), 'layer')} quantized" + (
             f", {self.parameters} of the parameters" if self.parameters else ""
         )
         return notebook_table(title, [*swapped, *skipped, *unseen], ("layer", "type", "formats, or why not"))
