@@ -64,11 +64,15 @@ def headline(outcomes: Sequence[Outcome]) -> str:
     unfinished = [o.label for o in outcomes if not o.run.finished]
     if unfinished:
         parts.append(f"{listing(unfinished[:4])} {'has' if len(unfinished) == 1 else 'have'} no result yet")
+    interrupted = [o.label for o in outcomes if o.run.status == INTERRUPTED]
+    if interrupted:
+        parts.append(f"{listing(interrupted[:4])} {'was' if len(interrupted) == 1 else 'were'} interrupted")
     if not parts:
         parts.append(f"{count(len(outcomes))} runs, none of which collapsed")
     return "; ".join(parts) + "."
 
 
+INTERRUPTED = "interrupted"
 _AS_GRADED = {
     ON_PAR: "ended on par with FP32",
     BEHIND: "ended behind",
@@ -78,11 +82,16 @@ _AS_GRADED = {
 _MOST_NAMED = 4
 
 
+def _ended(outcome: Outcome) -> bool:
+    """Whether a run took all of its steps."""
+    return not outcome.collapsed and outcome.run.finished and outcome.run.status != INTERRUPTED
+
+
 def _graded(outcomes: Sequence[Outcome]) -> list[str]:
     """ "E3M4 ended on par with FP32 (+0.094); E5M2 and E1M6 ended behind (+0.230 to +0.654)", one clause per grade."""
     groups: dict[str | None, list[tuple[float, Outcome]]] = {}
     for o in outcomes:
-        if not o.collapsed and o.run.finished and o.gap is not None and np.isfinite(o.gap):
+        if _ended(o) and o.gap is not None and np.isfinite(o.gap):
             groups.setdefault(o.grade, []).append((o.gap, o))
     clauses = []
     for graded, verb in _AS_GRADED.items():
@@ -100,7 +109,7 @@ def _graded(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _lowest(outcomes: Sequence[Outcome]) -> list[str]:
     """Without a baseline: which ended lowest."""
-    standing = [o for o in outcomes if not o.collapsed and not o.run.is_baseline and o.run.finished]
+    standing = [o for o in outcomes if _ended(o) and not o.run.is_baseline]
     kind = "val_loss" if all(o.final("val_loss") is not None for o in standing) else "loss"
     known = [(value, o) for o in standing if (value := o.final(kind)) is not None and np.isfinite(value)]
     if len(standing) < 2 or not known:

@@ -54,7 +54,7 @@ class LiveProgress(RunListener):
         self.one: TaskID | None = None
 
     def said(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def started(self, plan: RunPlan, step: int) -> None:
         if self.one is not None:

@@ -428,3 +428,14 @@ def test_curve_of_nothing():
     empty = Curve.of(())
     assert len(empty) == 0
     assert empty.last_finite is None
+
+
+def test_a_headline_grades_no_interrupted_run(tmp_path):
+    """It said that runs which had been interrupted at step 1 "ended" 3 nats from FP32."""
+    runs = [make_run(tmp_path, fmt, steps=50) for fmt in ("FP32", "E3M4", "E5M2")]
+    result = json.loads((runs[2] / "result.json").read_text())
+    (runs[2] / "result.json").write_text(json.dumps({**result, "status": "interrupted"}))
+    said = headline(label_runs([read_run(folder) for folder in runs]))
+    assert "E5M2 was interrupted" in said
+    assert said.count("E5M2") == 1
+    assert "E3M4 ended" in said
