@@ -127,7 +127,7 @@ def check_graphs() -> list[str]:
         on_gpu.enter_context(mock.patch.object(scaling, "load", return_value=amaxes))
         on_gpu.enter_context(mock.patch.object(checks, "_scale_tensor", lambda x, scale, wide: scale.float()))
         on_gpu.enter_context(mock.patch.object(checks, "check_key", lambda x, key: key))
-        on_gpu.enter_context(mock.patch.object(storage, "_checksum", return_value=None))
+        on_gpu.enter_context(mock.patch.object(storage, "checksum", return_value=None))
         for module in (operand, products, gemms):
             on_gpu.enter_context(mock.patch.object(module, "waits", return_value=False))
         for fmt, recipe in GRAPHS:
