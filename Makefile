@@ -77,6 +77,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.bench_first_use
 	$(BIN)/python -m benchmarks.bench_monitor
 	$(BIN)/python -m benchmarks.bench_optim
+	$(BIN)/python -m benchmarks.bench_micro_batches
 	$(BIN)/python -m benchmarks.bench_load
 	$(BIN)/python -m benchmarks.bench_replay
 	$(BIN)/python -m benchmarks.long_run study
