@@ -72,12 +72,9 @@ class Multiplication(NamedTuple):
     right_units: int
     units: int
     threads: int
-    unused_0: int = 0
-    unused_1: int = 0
 
 
-_WORDS = len(Encoding._fields)
-assert len(Multiplication._fields) == _WORDS
+ROW_WORDS = max(len(Encoding._fields), len(Multiplication._fields))  # of either row
 
 
 def _reader(row):
@@ -85,7 +82,7 @@ def _reader(row):
 
 
 _read_encoding, _read_multiplication = _reader(Encoding), _reader(Multiplication)
-_ROW = 8 * _WORDS
+_ROW = 8 * ROW_WORDS
 
 
 def _parts() -> dict:

@@ -32,6 +32,7 @@ from altgrad.quantization.products.crossing import (
     OTHER,
     OUT,
     ROOM,
+    ROW_WORDS,
     SECOND,
     Encoding,
     Multiplication,
@@ -177,7 +178,7 @@ class Program:
     def close(self) -> Program:
         """The program as it is run."""
         rows = [*self._encodings, *self._multiplications]
-        self._table = np.array(rows, np.int64).reshape(-1)
+        self._table = np.array([row + (0,) * (ROW_WORDS - len(row)) for row in rows], np.int64).reshape(-1)
         self._given = (self._table.ctypes.data, len(self._encodings), len(self._multiplications))
         self._alive.append(self._table)
         self.kept, self.room = self._sizes[KEPT], self._sizes[ROOM] + self._packed + ALIGNED
