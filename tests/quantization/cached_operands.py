@@ -21,7 +21,7 @@ RECIPES = {
 
 def trained(recipe, caches: bool) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Linear(48, 16))
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16))
     quantize_model(model, recipe)
     optimizer, found = torch.optim.SGD(model.parameters(), 0.1), []
     attach_optimizer(model, optimizer)
