@@ -324,9 +324,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, default=None, help="also keep the records in this file")
-    parser.add_argument(
-        "--without-units", action="store_true", help="take the float32 route, as a CPU without units does"
-    )
+    parser.add_argument("--without-units", action="store_true", help="multiply as a CPU that has its vectors alone")
     parser.add_argument("--convolutions", action="store_true", help="measure convolutions alone")
     parser.add_argument("--like", choices=[n for n in CLASSES if CLASSES[n].switches], help="a class of older CPUs")
     args = parser.parse_args()

@@ -78,7 +78,7 @@ def test_a_bias_that_torch_broadcasts_is_added_and_has_its_gradient(shape, monke
     assert float(bias.grad.sum()) == pytest.approx(96 * 64)
 
 
-# -- small layers, whose products and quantizations are one call ---------------------------------------------------------
+# -- layers whose products and quantizations are one call ---------------------------------------------------------------
 
 
 def at_once_and_not(monkeypatch, recipe, x, w, bias=None, grad=None, needs=(True, True), processor=LIKE_ZEN5):
@@ -108,7 +108,7 @@ def agree(found):
 @pytest.mark.parametrize("processor", CLASSES, ids=str)
 @pytest.mark.parametrize("shape", [(128, 64, 192), (1, 1, 1), (37, 65, 50), (33, 130, 7)], ids=str)
 @pytest.mark.parametrize("fmt", ["E4M3", "E0M7", "MXFP8", "MXINT8", "E4M3/6:E8M0", "E2M1/16x16:E8M0"])
-def test_a_small_layer_in_one_call_has_the_bits_of_its_steps(fmt, shape, processor, monkeypatch):
+def test_a_layer_in_one_call_has_the_bits_of_its_steps(fmt, shape, processor, monkeypatch):
     rows, depth, columns = shape
     generator = torch.Generator().manual_seed(rows)
     x, w, dy = (torch.randn(s, generator=generator) for s in ((rows, depth), (columns, depth), (rows, columns)))

@@ -12,17 +12,23 @@ import torch
 
 from altgrad.jit import threads as own_threads
 from altgrad.jit.threads import threads_for
+from altgrad.nn import functional, layer_recipe
 from altgrad.quantization import (
+    Cast,
     amax,
     compute_stiffness_field,
     compute_ulp_distance,
     decode,
     encode,
     fake_quantize,
+    get_format,
     ops,
     quantize,
     quantize_with_stats,
 )
+from altgrad.quantization.products.multiply import Codes, multiply
+from altgrad.quantization.products.units import Unit
+from altgrad.quantization.quantized import Want
 from altgrad.quantization.stats import EXACT_FIELDS, SUM_ERROR
 
 FLUSHED = {
@@ -117,22 +123,44 @@ assert len(os.listdir("/proc/self/task")) == before, "a second pool of threads"
     assert done.returncode == 0, done.stderr
 
 
+def _forget_threads() -> None:
+    own_threads._on_threads.cache_clear()
+    own_threads._torchs_crew.cache_clear()
+
+
 @pytest.fixture
 def numbas_threads(monkeypatch):
     """Loops run as where torch has no GNU OpenMP."""
-    own_threads._on_threads.cache_clear()
     monkeypatch.setattr(own_threads, "_torchs_openmp", lambda: None)
+    _forget_threads()
+    assert own_threads.crew_of(2) is None
     yield
-    own_threads._on_threads.cache_clear()
+    monkeypatch.undo()
+    _forget_threads()
 
 
-def test_both_kinds_of_threads_give_the_same_bits(numbas_threads):
+def _found() -> list[torch.Tensor]:
+    """Results of each kind of loop, large enough for two threads, and of a layer."""
+    fmt, x = get_format("E4M3"), torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
+    codes = Codes(Cast(fmt)(x, 0.1, want=Want.CODES).codes, fmt)
+    layer = x.clone().requires_grad_()
+    y = functional.linear(layer, x, recipe=layer_recipe("E4M3"))
+    y.sum().backward()
+    product = multiply(codes, codes.t(), Unit.BF16)
+    return [quantize(_tensor(), "E4M3", 0.1), quantize(_tensor(), "MXFP8"), product, y.detach(), layer.grad]
+
+
+def test_both_kinds_of_threads_give_the_same_bits(numbas_threads, monkeypatch):
     torch.set_num_threads(2)
-    found = [quantize(_tensor(), "E4M3", 0.1), quantize(_tensor(), "MXFP8")]
-    own_threads._on_threads.cache_clear()
+    found = _found()
+    monkeypatch.undo()
+    _forget_threads()
+    assert own_threads.crew_of(2) is not None or not sys.platform.startswith("linux")
+    ours = _found()
     torch.set_num_threads(1)
-    expected = [quantize(_tensor(), "E4M3", 0.1), quantize(_tensor(), "MXFP8")]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for one, other, alone in zip(found, ours, _found(), strict=True):
+        assert torch.equal(one, alone)
+        assert torch.equal(other, alone)
 
 
 def test_callers_numba_setting_is_left_as_found(numbas_threads):

@@ -251,8 +251,8 @@ def _tile(left, right, words, out, stride, adds, last, factor, bias):
         end(sums + row * ROW, out + 4 * row * stride, adds, last, factor, bias)
 
 
-def tile(unit: Unit, variant: NamedTuple, emulated: bool) -> Any:
-    """The part that multiplies two panels, see `_tile`."""
+def tile(unit: Unit, variant: NamedTuple, *, emulated: bool) -> Any:
+    """The part that multiplies two panels, see `_tile`; the variant tells it from others."""
     constants = {
         "PANEL": PANEL_ROWS,
         "ROW": ROW_BYTES,

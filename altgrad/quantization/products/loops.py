@@ -127,7 +127,7 @@ def compiled(variant: Variant) -> int:
     rows = PANEL_ROWS if unit.by_matrices else NARROW_TILE_ROWS if variant.NARROW else TILE_ROWS
     constants = {"PANEL": PANEL_ROWS, "TILE": rows, "ROOM_BYTES": 4 * rows * PANEL_ROWS, "BIAS_BYTES": 4 * PANEL_ROWS}
     if unit.by_matrices:
-        multiply_tile = amx.tile(unit, variant, variant.EMULATED)
+        multiply_tile = amx.tile(unit, variant, emulated=variant.EMULATED)
     else:
         made = tile(unit, variant.EMULATED, variant.NARROW)
         multiply_tile = part(_tile, variant, multiply_tile=made, **constants)
