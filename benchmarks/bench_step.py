@@ -7,8 +7,8 @@ so that a drift of the machine's speed meets all of them. Peak memory is the lar
 allocator held during one step, parameters, optimizer state and the layers' room for packed operands included. Budgets are
 those of the design document for the class of CPU; misses are printed with their factor. `--without-units` measures what
 CPUs take that multiply nothing faster than float32 and int16, with this CPU's vectors; `--like avx2` holds every library to
-those of an older CPU (`benchmarks.cpu_classes`), the float32 baseline's included. `--recipes named` takes every recipe that has a name
-(`altgrad recipes`); those that emulate a library's arithmetic or a unit's sums have no budget. `--convolutions` measures why
+those of an older CPU (`benchmarks.cpu_classes`), the float32 baseline's included. `--recipes named` takes every recipe
+that has a name (`altgrad recipes`); those that emulate a library's arithmetic or a unit's sums have no budget. `--convolutions` measures why
 layers leave those to torch's own loops on values: the same product of codes, unfolded into a matrix.
 """
 

@@ -57,7 +57,8 @@ def facts_of(fmt: object, grid: FloatFormat, rounding: Rounding, overflow: Overf
     )
 
 
-def _as_tensor(scale: Any, x: Tensor) -> Tensor:
+def as_tensor(scale: Any, x: Tensor) -> Tensor:
+    """A scale as a float32 tensor where x is."""
     return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=x.device)
 
 
@@ -88,7 +89,7 @@ def _quotient(size: Tensor, scale: Tensor | float, short: bool) -> Tensor:
     """size / scale of magnitudes in float32, rounded once where the grid tells."""
     if not isinstance(scale, Tensor) and math.frexp(scale)[0] == 0.5:
         return size if scale == 1 else size * (1 / scale)
-    given = _as_tensor(scale, size)
+    given = as_tensor(scale, size)
     if size.device.type != "cuda":
         return size / given
     return _by_reciprocal(size, given) if short else torch.addcdiv(size.new_zeros(()), size, given)
@@ -109,14 +110,14 @@ def nearest(x: Tensor, scale: Tensor | float, facts: Facts) -> Tensor:
 
     scale: one that `takes` takes.
     """
-    return (_payload(x.float(), scale, facts) * _as_tensor(scale, x)).to(x.dtype)
+    return (_payload(x.float(), scale, facts) * as_tensor(scale, x)).to(x.dtype)
 
 
 def payload(
     x: Tensor, scale: Tensor | float, facts: Facts, powers: tuple[int, int], dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor]:
     """x as an operand of a tensor core: (payload * 2^p in bf16 or float16, m), scale = m * 2^p and p within `powers`."""
-    given = _as_tensor(scale, x)
+    given = as_tensor(scale, x)
     exponent = ((given.view(torch.int32) >> 23) & 0xFF).sub(127).clamp(*powers)
     up = ((exponent + 127) << 23).view(torch.float32)
     down = torch.where(exponent < 127, (127 - exponent) << 23, 0x400000).view(torch.float32)

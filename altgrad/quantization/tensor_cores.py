@@ -116,9 +116,9 @@ def payload_and_codes(
         kernels, options = load("cuda", "operands"), {"key": key, "amax": amax, "dtype": dtype, "codes": True}
         found = kernels.payload(_plan(cast, x), _at_hand(x), scale, powers, **options)
         return found.values, found.factor, (found.codes,) if found.poison is None else (found.codes, found.poison)
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
-    made, factor, codes, poison = torch.ops.altgrad.payload_and_codes(x, scale, key, cast.spec, list(powers), amax)
+    made, factor, codes, poison = torch.ops.altgrad.payload_and_codes(
+        x, pointwise.as_tensor(scale, x), key, cast.spec, list(powers), amax
+    )
     return made, factor, (codes, poison) if poison.numel() else (codes,)
 
 
@@ -129,9 +129,9 @@ def decoded(
     codes, *poison = saved
     if not traced(codes):
         return load("cuda", "codes").decoded(_plan(cast, codes), codes, scale, powers, *poison)
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=codes.device)
-    return torch.ops.altgrad.decoded_payload(codes, poison[0] if poison else None, scale, cast.spec, list(powers))
+    return torch.ops.altgrad.decoded_payload(
+        codes, poison[0] if poison else None, pointwise.as_tensor(scale, codes), cast.spec, list(powers)
+    )
 
 
 def tensor_scale(x: Tensor, fmt: BlockFormat) -> Tensor:
@@ -260,9 +260,7 @@ def codes(
     facts = _pointwise_facts(cast.spec) if amax is None and torch.compiler.is_compiling() else None
     if facts is not None and not cast.grid.has_inf:  # a GPU's conversion saturates an inf, and keeps a NaN
         return [pointwise.codes(x.detach(), scale, facts, dtype)]
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
-    made = torch.ops.altgrad.codes(x, scale, key, cast.spec, amax, inner)
+    made = torch.ops.altgrad.codes(x, pointwise.as_tensor(scale, x), key, cast.spec, amax, inner)
     return [one.t().view(dtype) if axis == 0 else one.view(dtype) for axis, one in zip(inner, made)]
 
 

@@ -1,4 +1,4 @@
-"""The loop that multiplies packed operands, and the call that packs and multiplies on this thread.
+"""The loop that multiplies packed operands, and the call that packs and multiplies on one thread or several.
 
 A product is cut into blocks of rows by columns, one unit of work each. Within a block, slice after slice of the reduction
 is multiplied: sums start anew in every slice, which keeps rounding errors small, and are added to the raw sums that lie in

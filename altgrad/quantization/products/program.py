@@ -1,6 +1,6 @@
 """Programs: encode some matrices and multiply them, in one compiled call, each step on as many threads as it pays for.
 
-For small layers the way from Python to each loop costs more than the loop. A program is a table that says which loops
+For a small layer the way from Python to each loop costs more than the loop. A program is a table that says which loops
 run one after the other, on which of a call's six addresses, and at which place behind each:
 
     FIRST, SECOND   matrices of float32
