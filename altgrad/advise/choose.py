@@ -79,7 +79,7 @@ class Budget:
                 f"weights cannot be stored on the grid of {blocks[0]}, whose blocks find their own scales; use master"
             )
         least = min(bits_of(name) for name in self.formats)
-        if self.bits is not None and self.bits < least:
+        if self.bits is not None and not self.bits >= least:  # NaN, too
             raise ConfigError(
                 f"{plural(self.bits, 'bit')} on average are fewer than the {least:g} of the narrowest format; allow more, or a narrower format"
             )

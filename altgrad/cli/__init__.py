@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import signal
 import sys
-import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from altgrad.errors import AltGradError, OptionError, os_error_text
-from altgrad.report.text import for_terminal, mend_streams
+from altgrad.cli.process import carried_out
+from altgrad.errors import OptionError
 
 app = typer.Typer(
     help="AltGrad: the wind tunnel and flight recorder for low-precision training.",
@@ -165,7 +160,7 @@ def demo(
     runs_dir: Annotated[str, typer.Option("--runs-dir", help="Where the run folders go.")] = "runs/demo",
     steps: Annotated[int | None, typer.Option("--steps", help="Fewer or more training steps.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")] = "cpu",
-    minutes: Annotated[float, typer.Option("--minutes", min=0, help="Autopsies are made while so many last.")] = 3.0,
+    minutes: Annotated[float, typer.Option("--minutes", help="Autopsies are made while so many last.")] = 3.0,
 ) -> None:
     """Train the FP32 baseline and five 8-bit formats on real text, save the worst, and say why: three minutes."""
     _load_torch()
@@ -192,7 +187,7 @@ def report(
 @app.command()
 def watch(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold run folders.")],
-    port: Annotated[int, typer.Option("--port", help="Of this machine; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option("--port", help="Port of this machine; 0 takes a free one.")] = 0,
 ) -> None:
     """Show the report of runs while they go on, on a page of this machine alone; Ctrl-C ends it."""
     from altgrad.cli import record_pages
@@ -206,7 +201,7 @@ _Run = Annotated[Path, typer.Argument(help="A run's folder, such as runs/e7m0-s4
 @app.command()
 def autopsy(
     run: _Run,
-    budget: Annotated[int, typer.Option("--budget", min=1, help="Forks that may be run.")] = 120,
+    budget: Annotated[int, typer.Option("--budget", help="Forks that may be run.")] = 120,
     twin: Annotated[
         Path | None, typer.Option("--twin", help="Folder of its float32 twin, to hold the replayed one against.")
     ] = None,
@@ -215,7 +210,7 @@ def autopsy(
     ] = None,
     executor: Annotated[str, typer.Option("--executor", help="local or ray: where forks run.")] = "local",
     address: Annotated[
-        str | None, typer.Option("--address", help="Of a Ray cluster; auto finds the local one.")
+        str | None, typer.Option("--address", help="Address of a Ray cluster; auto finds the local one.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
 ) -> None:
@@ -249,7 +244,7 @@ def advise(
         Path, typer.Argument(help="A config's YAML or name, a .safetensors or .pth file, or a Hugging Face folder.")
     ],
     overrides: _Overrides = None,
-    steps: Annotated[int, typer.Option("--steps", help="Of the float32 trace of a config.")] = 60,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of the float32 trace of a config.")] = 60,
     bits: Annotated[
         float | None,
         typer.Option("--bits", help="Average bits a value that the recipe may take; 0: no limit; else 8.5."),
@@ -259,7 +254,8 @@ def advise(
     ] = None,
     formats: Annotated[str | None, typer.Option("--formats", help="Formats that may be used, E4M3,E5M2.")] = None,
     hardware: Annotated[
-        str | None, typer.Option("--hardware", help="Those of any8, any6, hopper, blackwell, mi300 or mx instead.")
+        str | None,
+        typer.Option("--hardware", help="Instead, the formats of any8, any6, hopper, blackwell, mi300 or mx."),
     ] = None,
     high: Annotated[str, typer.Option("--high", help="The format of what stays high.")] = "BF16",
     storage: Annotated[
@@ -300,7 +296,9 @@ def reproduce_claim(
     name: Annotated[
         str | None, typer.Argument(help="A claim's name, or all; without it the claims are listed.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="Instead of as many as the protocol says.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", help="How many seeds; else as many as the protocol says.")
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trials at a time.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="A small part of every trial, to see that it runs; it proves nothing.")
@@ -368,7 +366,7 @@ def sweep(
     ] = True,
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
     address: Annotated[
-        str | None, typer.Option("--address", help="Of a Ray cluster; auto finds the local one.")
+        str | None, typer.Option("--address", help="Address of a Ray cluster; auto finds the local one.")
     ] = None,
     devices: Annotated[str | None, typer.Option("--devices", help="GPUs to use, such as 0,1; else all.")] = None,
     fail_on_collapse: _FailOnCollapse = False,
@@ -409,88 +407,5 @@ app.registered_commands.sort(key=lambda command: _ORDER.index(str(command.name))
 
 
 def main() -> None:
-    """Entry point: a person's mistake, a full disk or a closed pipe ends in one line on stderr, never in a traceback."""
-    mend_streams()
-    warnings.showwarning = lambda message, *_: _tell(f"warning: {message}")
-    _show_log()
-    _wait_briefly()
-    try:
-        try:
-            app()
-        finally:
-            sys.stdout.flush()
-    except AltGradError as error:
-        _fail(str(error))
-    except BrokenPipeError:
-        _end_with_its_reader()
-    except SystemExit as ended:
-        if isinstance(ended.__context__, BrokenPipeError):  # click has met it before us, and exits with 1
-            _end_with_its_reader()
-        raise
-    except OSError as error:
-        _fail(f"{os_error_text(error)}. What was written before is whole; the same command goes on from there.")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail("there is not enough memory for that; make the model, the batch or the context smaller, or free some")
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
-
-
-def _show_log() -> None:
-    """What the package logs goes to stderr, as one line each: a first compilation, a cache that cannot be written."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            _tell(record.getMessage())
-
-    log = logging.getLogger("altgrad")
-    log.handlers, log.propagate, log.level = [Lines()], False, logging.INFO
-
-
-SPINS = "300"
-"""Looks of a waiting OpenMP thread before it sleeps: a few microseconds. libgomp's own 300,000 are milliseconds; `python -m
-benchmarks.bench_load` compares the two."""
-
-
-def _wait_briefly() -> None:
-    """Before torch is loaded: GNU OpenMP's threads spin for milliseconds by default, which beside busy programs costs
-    several times the work itself; whoever has said how they are to wait is left to it."""
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPINS
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Also as torch says it, of the CPU and of a GPU; a size that no machine can have is one, too."""
-    said = str(error)
-    return isinstance(error, MemoryError) or any(
-        words in said for words in ("allocate memory", "out of memory", "size calculation overflowed")
-    )
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    _forget_output()
-    _tell(message)
-    sys.exit(code)
-
-
-def _tell(line: str) -> None:
-    """On stderr, where there is one."""
-    from altgrad.report.text import shortened
-
-    with contextlib.suppress(OSError):
-        print(f"altgrad: {for_terminal(shortened(line, 4000))}", file=sys.stderr)
-
-
-def _end_with_its_reader() -> NoReturn:
-    """Whoever read our output has gone: end as a shell's commands do."""
-    _forget_output()
-    sys.exit(128 + signal.SIGPIPE)
-
-
-def _forget_output() -> None:
-    """Drop what could not be printed: the interpreter would try again at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Entry point of the command `altgrad`."""
+    carried_out(app)

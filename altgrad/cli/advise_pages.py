@@ -12,6 +12,7 @@ import yaml
 from altgrad.advise import Advice, Budget, advise_loop, advise_weights
 from altgrad.advise.sensitivity import BATCHES
 from altgrad.advise.trace import layers_of
+from altgrad.cli.usage import at_least
 from altgrad.errors import ConfigError
 from altgrad.records.files import write_json, write_text
 from altgrad.report.console import Bars, Terminal, ruled_table, waiting
@@ -52,9 +53,8 @@ def advise(
     dry_run: bool,
 ) -> None:
     """`altgrad advise`: from a config by a trace, from anything else by its weights."""
-    for option, given, least in (("--steps", steps, 1), ("--verify", verify, 0)):
-        if given < least:
-            raise ConfigError(f"{option} {given}; use at least {least}")
+    at_least("--steps", steps, 1)
+    at_least("--verify", verify, 0)
     folder = out or Path(f"advice-{source.stem or 'model'}")
     console = Terminal()
     command = shlex.join(["altgrad", "advise", str(source), *overrides])

@@ -19,6 +19,7 @@ from altgrad.autopsy.run import autopsy as run_autopsy
 from altgrad.autopsy.run import fork_run, plan
 from altgrad.autopsy.verdict import CAUSE, INCONCLUSIVE, Verdict
 from altgrad.autopsy.workers import check_jobs
+from altgrad.cli.usage import at_least
 from altgrad.errors import ConfigError
 from altgrad.report.console import Bars, Terminal, ruled_table, waiting
 from altgrad.report.numbers import duration, plural
@@ -59,6 +60,7 @@ class Places:
 
 def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dry_run: bool) -> int:
     """`altgrad autopsy`: exit code 0 for any verdict, 3 where it is inconclusive."""
+    at_least("--budget", budget, 1)
     console = Terminal()
     with places.open(run_dir) as (jobs, executor):
         with waiting("timing a few steps"):
@@ -118,6 +120,8 @@ def _print(console: Terminal, verdict: Verdict) -> None:
 
 def replay(run_dir: Path, step: int, steps: int, patterns: list[str]) -> None:
     """`altgrad replay`: losses of the fork beside the run's own."""
+    at_least("--step", step, 0)
+    at_least("--steps", steps, 1)
     console = Terminal()
 
     def chosen(cells: list) -> frozenset:

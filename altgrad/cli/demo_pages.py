@@ -14,6 +14,7 @@ from rich.console import Console
 from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.analysis.remedies import cause_of, damaged, is_damaged, remedy_of
 from altgrad.cli.run_pages import print_comparison, run_all, terminal
+from altgrad.cli.usage import at_least
 from altgrad.errors import AltGradError
 from altgrad.records.documents import load_result
 from altgrad.records.lock import is_locked
@@ -41,6 +42,7 @@ def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[
     Args:
         minutes: that all of it may take; autopsies are made while they last.
     """
+    at_least("--minutes", minutes, 0)
     ends = time.monotonic() + 60 * minutes
     console = terminal()
     configs = demo_configs(runs_dir, steps, device)

@@ -1,0 +1,70 @@
+"""What the command line's parser cannot take is said like every other mistake: one line with value, limit and remedy."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from altgrad.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--devic", "cpu"], "run has no option --devic; did you mean --device?"),
+        (["run", "x", "--lr", "3e-4"], "run has no option --lr; a setting is written optimizer.lr=VALUE"),
+        (["sweep", "x", "--seed=7"], "sweep has no option --seed; a setting is written seed=VALUE"),
+        (["formats", "--all"], "formats has no option --all; options are --equivalent, --help"),
+        (["run", "x", "--zzz"], "and settings such as seed=7"),
+        (["--formats"], "there is no option --formats; did you mean altgrad formats?"),
+        (["runn"], "there is no command runn; did you mean run?"),
+        (["train", "x"], "there is no command train; commands are demo, init, run,"),
+        (["run"], "run needs CONFIG: an experiment's YAML file, or a shipped one's name: e3m4_uniform"),
+        (["unpack"], "unpack needs PACK: a pack, such as study.tar.xz"),
+        (["pack", "runs"], "pack needs --out: the pack to write, such as study.tar.xz"),
+        (["advise", "x", "--steps", "many"], "--steps many is no whole number: steps of the float32 trace"),
+        (["advise", "x", "--bits", "8bit"], "--bits 8bit is no number: average bits a value"),
+        (["advise", "x", "--bits"], "--bits needs a value: average bits a value"),
+        (["advise", "fp32_baseline", "--bits", "nan"], "NaN bits on average are fewer than the 8"),
+        (["autopsy", "x", "-j"], "-j needs a value: forks at a time"),
+        (["formats", "--equivalent=yes"], "--equivalent is a switch and takes no value"),
+        (["formats", "E4M3", "E5M2"], "formats takes NAME and no more; leave out E5M2"),
+        (["demo", "here"], "demo takes options alone; leave out here"),
+        (["demo", "--minutes", "nan"], "--minutes nan; use at least 0"),
+        (["autopsy", "x", "--budget", "0"], "--budget 0; use at least 1"),
+        (["replay", "x", "--steps", "0"], "--steps 0; use at least 1"),
+    ],
+    ids=str,
+)
+def test_a_usage_error_is_one_line_with_its_remedy(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["altgrad", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if "compiling loops" not in line]
+    assert line.startswith("altgrad: ")
+    assert said in line
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_terminal_is_shown_no_box_of_a_usage_error(kind):
+    screen, end = pty.openpty()
+    command = [sys.executable, "-m", "altgrad", "run", "--devic"]
+    environment = {**os.environ, "TERM": kind, "COLUMNS": "60"}
+    done = subprocess.run(command, stdin=end, stdout=end, stderr=end, env=environment, check=False)
+    os.close(end)
+    assert done.returncode == 2
+    assert os.read(screen, 4096) == b"altgrad: run has no option --devic; did you mean --device?\r\n"
+    os.close(screen)
+
+
+def test_nothing_at_all_is_answered_with_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["altgrad"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "autopsy" in capsys.readouterr().err
