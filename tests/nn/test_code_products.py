@@ -131,6 +131,16 @@ def test_a_layer_in_one_call_on_several_threads_has_the_bits_of_one(fmt, monkeyp
         agree((found[0], alone))
 
 
+@pytest.mark.parametrize("fmt", ["MXFP8", "MXINT8", "E4M3/6:E8M0"])
+def test_two_infs_that_two_threads_find_are_not_laundered(fmt, monkeypatch):
+    monkeypatch.setattr(gemm, "PROCESSOR", LIKE_ZEN5)
+    torch.set_num_threads(2)
+    x, w = matrix((300, 384), 0), matrix((400, 384), 1)
+    w[0, 3], w[-1, 5] = math.inf, -math.inf
+    y = functional.linear(x, w, recipe=layer_recipe(fmt))
+    assert torch.equal(y.isfinite(), (x @ w.t()).isfinite())
+
+
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["x", "w"])
 @pytest.mark.parametrize("recipe", [("E4M3", "E5M2"), ("MXFP8", "E0M7"), ("E4M3", "MXFP8")], ids=str)
 def test_one_call_serves_formats_of_their_own_and_one_gradient(recipe, needs, monkeypatch):

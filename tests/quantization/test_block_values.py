@@ -178,6 +178,21 @@ def test_inf_keeps_its_place_and_leaves_the_scale_alone(kernel, axis):
                 encode(x, name, axis=axis, kernel=kernel)
 
 
+@pytest.mark.parametrize("problem", [inf, nan], ids=str)
+@pytest.mark.parametrize("name", ["MXFP8", "MXINT8", "NVFP4", "E2M1/16x16:E8M0"])
+def test_what_several_threads_find_no_code_for_is_found(name, problem):
+    """Threads add up what they found: twice inf must not look like nothing."""
+    torch.set_num_threads(4)
+    for count in (1, 2, 3, 4):
+        x = torch.ones(512, 512)
+        x[:: 512 // count, 7] = problem
+        if problem is nan:
+            assert bool(decode(encode(x, name))[::512].isnan().any())  # in the scales
+            continue
+        with pytest.raises(CodeError, match="no code for inf"):
+            encode(x, name)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_ends_of_e8m0(kernel):
     low = torch.full((32,), 2.0**-149)

@@ -186,7 +186,7 @@ def run(plan: Plan, x: Tensor, scale: Tensor | None, key: tuple[int, int] | None
     if out is not None and written is not out:
         assert written is not None
         written = out.copy_(written)
-    return Quantized(written, coded, stored, stats, scale, problems & INF_PROBLEM)
+    return Quantized(written, coded, stored, stats, scale, problems & -INF_PROBLEM)  # a NaN has its scale
 
 
 def _call(prepared: _Prepared, call: tuple, elements: int) -> int:
