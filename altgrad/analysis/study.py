@@ -205,13 +205,19 @@ def summarize(run: Run, max_steps: int) -> RunSummary:
 
 
 def bucket_means(curve: Curve, max_steps: int, buckets: int) -> np.ndarray:
-    """Mean of the finite values in each of `buckets` equal stretches of steps; NaN where there are none."""
+    """Mean of the finite values in each of `buckets` equal stretches of steps; NaN where all are not finite, and beyond the
+    first and the last recorded step. Between steps that are recorded, as in records of every tenth, a straight line."""
     finite = np.isfinite(curve.values)
-    index = np.clip((np.maximum(curve.steps[finite], 1) - 1) * buckets // max_steps, 0, buckets - 1)
-    counts = np.bincount(index, minlength=buckets)
-    sums = np.bincount(index, weights=curve.values[finite], minlength=buckets)
+    index = np.clip((np.maximum(curve.steps, 1) - 1) * buckets // max_steps, 0, buckets - 1)
+    counts = np.bincount(index[finite], minlength=buckets)
+    sums = np.bincount(index[finite], weights=curve.values[finite], minlength=buckets)
     with np.errstate(invalid="ignore"):
-        return (sums / np.where(counts > 0, counts, np.nan)).astype(np.float32)
+        means = sums / np.where(counts > 0, counts, np.nan)
+    recorded = np.unique(index)
+    between = np.setdiff1d(np.arange(buckets), recorded)
+    if len(recorded) and len(between):
+        means[between] = np.interp(between, recorded, means[recorded], left=np.nan, right=np.nan)
+    return means.astype(np.float32)
 
 
 def _axes(runs: Sequence[Run]) -> tuple[list[tuple], list[str]]:

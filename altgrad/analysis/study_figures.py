@@ -103,7 +103,7 @@ def band_figure(study: Study, ranked: Sequence[Ranked]) -> Markup | None:
     """Mean loss over seeds with the range from the lowest to the highest seed, for the settings that matter most."""
     order = [s for s in study.settings if s.is_baseline] + [_by_label(study, r.name) for r in ranked]
     shown = _chosen(order)
-    styles = styles_of(shown)
+    styles = styles_of(study.settings)
     series: list[Series] = []
     marks = []
     evaluated = any(len(run.validation) for s in shown for run in s.runs)

@@ -69,7 +69,7 @@ def advise(
         if verify:
             raise ConfigError("--verify trains, and a checkpoint alone has no data; give a config")
         if dry_run:
-            console.print(f"weights of {source} are read once, tensor by tensor")
+            console.say(f"weights of {source} are read once, tensor by tensor")
             return
         with Bars(console) as told:
             found, config = advise_weights(source, budget, tell=told), None
@@ -105,12 +105,11 @@ def _from_config(
     operands = sum(len(one.roles) for one in layers_of(loop.model)[0].values())
     passes = len(budget.formats) * (operands + BATCHES) + BATCHES if sensitivity else 0
     forks = 3 * 5 * verify
-    console.print(
+    console.say(
         plural(steps, "float32 step")
         + (f", then one forward and backward for each of {passes} tries" if passes else "")
         + (f", then {plural(forks, 'step')} of forks" if forks else "")
-        + f": about {duration(second * (1.3 * steps + passes + 1.5 * forks))}",
-        highlight=False,
+        + f": about {duration(second * (1.3 * steps + passes + 1.5 * forks))}"
     )
     if dry_run:
         return None, None
@@ -166,8 +165,8 @@ def _write(
 
 def _print(console: Terminal, data: dict[str, Any]) -> None:
     """The table: one row for each operand, its format, what that does there, and ties."""
-    console.print(headline(data), style="bold", highlight=False)
-    console.print(sentence(data), highlight=False)
+    console.say(headline(data), "bold")
+    console.say(sentence(data))
     table = ruled_table()
     for head in ("layer", "", "format", "SQNR dB", "becomes 0", "limited by", "as good"):
         table.add_column(head, justify="right" if head in ("SQNR dB", "becomes 0") else "left", no_wrap=head == "layer")
@@ -184,23 +183,21 @@ def _print(console: Terminal, data: dict[str, Any]) -> None:
         )
     console.print(table)
     if len(chosen) > _SHOWN:
-        console.print(f"and {len(chosen) - _SHOWN} more; the page has all of them", highlight=False)
+        console.say(f"and {len(chosen) - _SHOWN} more; the page has all of them")
     if line := whole_line(data):
-        console.print(line, highlight=False)
+        console.say(line)
     worst = [one for one in data["stalls"] if one["freezes_at"] is not None and one["storage"] == "nearest"]
     for one in worst:
-        console.print(
-            f"Stored in {one['format']} and rounded to nearest, 95% of the updates are lost from step {one['freezes_at']}.",
-            highlight=False,
+        console.say(
+            f"Stored in {one['format']} and rounded to nearest, 95% of the updates are lost from step {one['freezes_at']}."
         )
     for line in own_errors(data):
-        console.print(line, highlight=False)
+        console.say(line)
     for line in data["unknown"]:
-        console.print(f"Not known: {line}.", highlight=False)
+        console.say(f"Not known: {line}.")
     if data["verified"]:
         kept = data["verified"]["corrected_to"]
-        console.print(
+        console.say(
             f"Forks of {data['verified']['steps']} steps: "
-            + (f"corrected to {kept!r}." if kept else "no neighbour was better."),
-            highlight=False,
+            + (f"corrected to {kept!r}." if kept else "no neighbour was better.")
         )

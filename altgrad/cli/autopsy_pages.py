@@ -65,7 +65,7 @@ def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dr
     with places.open(run_dir) as (jobs, executor):
         with waiting("timing a few steps"):
             planned = plan(run_dir, budget, jobs=jobs)
-        console.print(f"{planned}", highlight=False, soft_wrap=True)
+        console.say(f"{planned}")
         if dry_run:
             return 0
         verdict = followed(console, run_dir, budget=budget, twin=twin, jobs=jobs, executor=executor)
@@ -96,7 +96,7 @@ def followed(console: Console, run_dir: Path, *, until: float = math.inf, **opti
 
 def _print(console: Terminal, verdict: Verdict) -> None:
     console.print()
-    console.print(verdict.sentence, highlight=False)
+    console.say(verdict.sentence)
     facts = [f"level: {verdict.level}" if verdict.level else "", f"{verdict.forks} forks", duration(verdict.seconds)]
     if verdict.kind == CAUSE:
         sure = "not calibrated" if verdict.confidence is None else f"{verdict.confidence:.0%}"
@@ -107,7 +107,7 @@ def _print(console: Terminal, verdict: Verdict) -> None:
         facts.append(f"at work since step {verdict.acts_from}")
     if verdict.no_return is not None:
         facts.append(f"no return after step {verdict.no_return}")
-    console.print(" · ".join(fact for fact in facts if fact), highlight=False)
+    console.say(" · ".join(fact for fact in facts if fact))
     made = [one for one in verdict.interventions if one.closed is not None]
     if made:
         table = ruled_table()
@@ -136,11 +136,9 @@ def replay(run_dir: Path, step: int, steps: int, patterns: list[str]) -> None:
 
     with waiting("replaying"):
         start, own, forked, rescued = fork_run(run_dir, step, steps, chosen)
-    console.print(
+    console.say(
         f"from the state after step {start}, {plural(len(rescued), 'cell')} in float32"
-        + (f": {', '.join(sorted(map(str, rescued))[:4])}" if rescued else ""),
-        highlight=False,
-        markup=False,
+        + (f": {', '.join(sorted(map(str, rescued))[:4])}" if rescued else "")
     )
     table = ruled_table()
     for head in ("step", "run", "fork", "difference"):

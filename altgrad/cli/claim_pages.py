@@ -36,10 +36,9 @@ def print_claims(out: Path) -> None:
         paper = claim.paper if claim.paper == "AltGrad" or not claim.url else f"arXiv:{claim.paper}"
         told = Text(f"{claim.statement} ", style="dim").append(f"[{paper}]", style="dim")
         console.print(Padding(told, (0, 0, 0, row + 2)), highlight=False)
-    console.print(
+    console.say(
         "\naltgrad reproduce NAME tries one, altgrad reproduce all every one that can be tried. Minutes are for two cores "
-        "(--jobs 2); ~ marks estimates.",
-        highlight=False,
+        "(--jobs 2); ~ marks estimates."
     )
 
 
@@ -48,9 +47,9 @@ def try_claims(name: str, out: Path, *, seeds: int | None, jobs: int, quick: boo
     chosen = [find_claim(name)] if name != ALL else sorted((c for c in CLAIMS if c.protocol), key=lambda c: c.minutes)
     console = Terminal()
     for claim in chosen:
-        console.print(f"{claim.name} ({claim.paper}): {claim.statement}", style="bold", highlight=False)
+        console.say(f"{claim.name} ({claim.paper}): {claim.statement}", "bold")
         if claim.protocol is not None:
-            console.print(claim.protocol.says, highlight=False)
+            console.say(claim.protocol.says)
         with Bars(console) as told:
             record = reproduce(claim, out, seeds=seeds, jobs=jobs, quick=quick, tell=told)
         _print(console, record)
@@ -66,11 +65,11 @@ def _command(claim: Claim, out: Path, seeds: int | None, quick: bool) -> str:
 
 def _print(console: Terminal, record: Record) -> None:
     data = data_of(record)
-    console.print(headline(data), style="bold", highlight=False)
+    console.say(headline(data), "bold")
     table = ruled_table()
     for head in ("", "measured", "must be", ""):
         table.add_column(head)
     for finding in data["findings"]:
         table.add_row(finding["says"], interval(finding), bounds(finding), OUTCOMES[finding["outcome"]])
     console.print(table)
-    console.print(sentence(data), highlight=False)
+    console.say(sentence(data))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
+from altgrad.analysis.comparison import twins
 from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.analysis.remedies import cause_of, damaged, is_damaged, remedy_of
 from altgrad.cli.run_pages import print_comparison, run_all, terminal
@@ -20,9 +18,8 @@ from altgrad.records.documents import load_result
 from altgrad.records.lock import is_locked
 from altgrad.records.run import read_run
 from altgrad.records.schema import ExperimentResult
-from altgrad.report.console import waiting
+from altgrad.report.console import Terminal, waiting
 from altgrad.report.numbers import difference, duration
-from altgrad.report.text import for_terminal
 from altgrad.sweep import Plan, PlannedRun, SweepOptions, run_sweep
 from altgrad.sweep.job import state_of
 from altgrad.sweep.local import available_cores
@@ -65,7 +62,7 @@ def demo(runs_dir: str, steps: int | None, device: str, minutes: float) -> list[
 
 
 def _formats(
-    console: Console, configs: Sequence[ExperimentConfig], twin: tuple[ExperimentConfig, Path], jobs: int
+    console: Terminal, configs: Sequence[ExperimentConfig], twin: tuple[ExperimentConfig, Path], jobs: int
 ) -> list[ExperimentResult]:
     """The runs of the formats, `jobs` at a time: none has work for more than one core."""
     if jobs > 1:
@@ -80,7 +77,7 @@ def _formats(
     return run_all(console, configs, made=[twin])  # looks up what is made; what failed says why
 
 
-def _explain(console: Console, runs: Sequence[Outcome], ends: float) -> None:
+def _explain(console: Terminal, runs: Sequence[Outcome], ends: float) -> None:
     """Make the autopsies that fit into the time that is left, of the worst run first."""
     from altgrad.autopsy.run import plan
     from altgrad.cli.autopsy_pages import TimeIsUp, followed
@@ -96,36 +93,44 @@ def _explain(console: Console, runs: Sequence[Outcome], ends: float) -> None:
             left = ends - time.monotonic()
             if planned.seconds > left:
                 said = f"takes {duration(planned.seconds)}, {duration(max(0.0, left))} are left"
-                console.print(f"autopsy of {outcome.label}: {said}", highlight=False)
+                console.say(f"autopsy of {outcome.label}: {said}")
                 return
-            console.print(f"autopsy of {outcome.label}: about {duration(planned.seconds)}", highlight=False)
+            console.say(f"autopsy of {outcome.label}: about {duration(planned.seconds)}")
             followed(console, outcome.run.path, until=ends, jobs=jobs)
         except TimeIsUp:
-            console.print(f"the time is up; this goes on: altgrad autopsy {outcome.run.path}", highlight=False)
+            console.print(
+                f"the time is up; this goes on: altgrad autopsy {outcome.run.path}", highlight=False, soft_wrap=True
+            )
             return
         except AltGradError as error:  # what it cannot explain it still shows
-            console.print(f"autopsy of {outcome.label}: {error}", highlight=False, soft_wrap=True)
+            console.say(f"autopsy of {outcome.label}: {error}")
 
 
-def _print_story(console: Console, outcomes: Sequence[Outcome]) -> None:
+def _print_story(console: Terminal, outcomes: Sequence[Outcome]) -> None:
     """Per damaged run what it did, why (or what finds it), what saves it, and where its failure report is."""
-    for outcome in outcomes:
-        if not is_damaged(outcome):
-            continue
-        cause, remedy = cause_of(outcome.run), remedy_of(outcome, outcomes)
-        run = outcome.run
-        lines = [("what", str(said["reason"])) for said in (run.verdict, *run.remarks) if said and said.get("reason")][
-            :1
-        ]
-        lines.append(("why", cause.sentence) if cause else ("why?", f"altgrad autopsy {run.path}"))
-        if remedy is not None:
-            lines.append(("saved", f"{difference(remedy.saved.gap)} nats: {remedy.command}"))
-        lines += [("report", str(page)) for page in run.failure_reports[:1]]
+    same = twins(outcomes)
+    for outcome in filter(is_damaged, outcomes):
+        run, cause, remedy = outcome.run, cause_of(outcome.run), remedy_of(outcome, outcomes)
         away = "" if outcome.gap is None else f" ({difference(outcome.gap)} nats)"
-        console.print(f"\n{outcome.label}{away}", style="bold", highlight=False)
-        for what, said in lines:
-            if what in ("what", "why") and console.is_terminal:  # prose; commands and paths are copied in one piece
-                said = textwrap.fill(
-                    for_terminal(said), max(30, console.width), initial_indent=" " * 10, subsequent_indent=" " * 10
-                ).lstrip()
-            console.print(f"  {what:8}{said}", highlight=False, soft_wrap=True)
+        console.say(f"\n{outcome.label}{away}", "bold")
+        if outcome.label in same:
+            console.say(
+                f"  as {same[outcome.label]}: the same training loss at every recorded step, to the last bit", hang=8
+            )
+            continue
+        reasons = [str(said["reason"]) for said in (run.verdict, *run.remarks) if said and said.get("reason")]
+        for reason in reasons[:1]:
+            console.say(f"  what    {reason}", hang=8)
+        if cause:
+            console.say(f"  why     {cause.sentence}", hang=8)
+        else:
+            _print_line(console, "why?", f"altgrad autopsy {run.path}")
+        if remedy is not None:
+            _print_line(console, "saved", f"{difference(remedy.saved.gap)} nats: {remedy.command}")
+        for page in run.failure_reports[:1]:
+            _print_line(console, "report", str(page))
+
+
+def _print_line(console: Terminal, what: str, said: str) -> None:
+    """A command or a path, which is copied in one piece."""
+    console.print(f"  {what:8}{said}", highlight=False, soft_wrap=True)

@@ -37,12 +37,11 @@ def print_catalog() -> None:
         )
     console = Terminal()
     console.print(table)
-    console.print(
-        "A gap parts the sources. Facts, source and a chart of one: altgrad formats E3M4. Any E<e>M<m> parses too.",
-        highlight=False,
+    console.say(
+        "A gap parts the sources. Facts, source and a chart of one: altgrad formats E3M4. Any E<e>M<m> parses too."
     )
     if BLOCK_FORMATS:
-        console.print(f"Block formats: {', '.join(BLOCK_FORMATS)}", highlight=False)
+        console.say(f"Block formats: {', '.join(BLOCK_FORMATS)}", hang=2)
 
 
 def print_format(name: str) -> None:
@@ -72,4 +71,4 @@ def print_equivalent() -> None:
     for members in equivalent_groups(FORMAT_REGISTRY.values()):
         first = members[0]
         ratios = ", ".join(f"{m.name} (x {m.max / first.max:g})" for m in members[1:])
-        console.print(f"  {first.name} = {ratios}", highlight=False)
+        console.say(f"  {first.name} = {ratios}", hang=2)

@@ -41,10 +41,9 @@ def print_recipes() -> None:
         table.add_row(row.name, row.title, row.certainty, ", ".join(row.recipe.ingredients))
     console = Terminal()
     console.print(table)
-    console.print(
+    console.say(
         'What one says of each operand: altgrad recipes te_mxfp8. In Python: recipe("te_mxfp8").without("accumulator"); '
-        "in a config: formats: te_mxfp8 without accumulator.",
-        highlight=False,
+        "in a config: formats: te_mxfp8 without accumulator."
     )
 
 
@@ -61,8 +60,8 @@ def print_recipe(name: str) -> None:
     if layer is None:
         raise RecipeError(f"{name} quantizes nothing")
     console = Terminal()
-    console.print(row.title + (f", without {less}" if less else ""), style="bold", highlight=False)
-    console.print(f"{row.source}\n{row.certainty}: {_CERTAINTY[row.certainty]}\n", highlight=False)
+    console.say(row.title + (f", without {less}" if less else ""), "bold")
+    console.say(f"{row.source}\n{row.certainty}: {_CERTAINTY[row.certainty]}\n")
     table = ruled_table()
     for column in ("product", "operand", "format", "what is done"):
         table.add_column(column, no_wrap=column != "what is done")
@@ -76,16 +75,16 @@ def print_recipe(name: str) -> None:
         table.add_section()
     console.print(table)
     if layer.storage is not None:
-        console.print(f"Weights are stored on a grid: {layer.storage}", highlight=False)
+        console.say(f"Weights are stored on a grid: {layer.storage}")
     if layer.save_codes:
-        console.print("The backward keeps codes on GPUs, too.", highlight=False)
+        console.say("The backward keeps codes on GPUs, too.")
     if layer.plain_evaluation:
-        console.print("In evaluation mode layers compute in full precision.", highlight=False)
+        console.say("In evaluation mode layers compute in full precision.")
     high = [o.condition for o in recipe.overrides if o.recipe is None]
     _list(console, "In full precision", high)
     _list(console, "Beyond the layers' arithmetic", list(row.beyond))
     _list(console, "Gaps", list(row.gaps))
-    console.print(f"\nMade of: {', '.join(recipe.ingredients) or 'nothing that can be removed'}", highlight=False)
+    console.say(f"\nMade of: {', '.join(recipe.ingredients) or 'nothing that can be removed'}", hang=2)
     console.print(f"As text: {recipe.text}", highlight=False, soft_wrap=True)
 
 
@@ -112,13 +111,12 @@ def print_errors(name: str, sizes: str | None, figure: Path | None = None) -> No
         table.add_row(label, *(f"{100 * error:.3f}%" for error in found))
     console = Terminal()
     console.print(name, style="bold", highlight=False, soft_wrap=True)
-    console.print(
+    console.say(
         f"One linear layer, {given.tokens} tokens, {given.inner} features to {given.outer}: relative error (root mean "
-        f"square) of its products on {DRAWN}",
-        highlight=False,
+        f"square) of its products on {DRAWN}"
     )
     console.print(table)
-    console.print(NO_VERDICT, highlight=False)
+    console.say(NO_VERDICT)
     if figure is None:
         return
     by_length = {
@@ -142,9 +140,9 @@ def print_errors(name: str, sizes: str | None, figure: Path | None = None) -> No
 
 def _list(console: Terminal, title: str, items: list[str]) -> None:
     if items:
-        console.print(f"\n{title}", style="bold", highlight=False)
+        console.say(f"\n{title}", "bold")
         for item in items:
-            console.print(f"  {item}", highlight=False)
+            console.say(f"  {item}", hang=2)
 
 
 def _words(spec: OperandSpec, gemm: str) -> list[str]:

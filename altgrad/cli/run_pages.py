@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 
 from altgrad.analysis import write_report
 from altgrad.analysis.comparison import headline, table_row
-from altgrad.analysis.outcome import label_runs
+from altgrad.analysis.outcome import Outcome, label_runs
 from altgrad.errors import ConfigError, OptionError, os_error_text
 from altgrad.records.run import read_run
 from altgrad.records.schema import ExperimentResult, StepRecord
@@ -175,7 +175,7 @@ def exit_code(results: Sequence[ExperimentResult | None], *, fail_on_collapse: b
     return 1 if collapsed and fail_on_collapse else 0
 
 
-def terminal() -> Console:
+def terminal() -> Terminal:
     """Standard output; of several processes under torchrun only the first talks and writes reports."""
     return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -207,7 +207,7 @@ def run_all(
     return results
 
 
-def _print_plan(console: Console, config: ExperimentConfig) -> None:
+def _print_plan(console: Terminal, config: ExperimentConfig) -> None:
     from altgrad.training.run.folder import plan_run
     from altgrad.training.trainer import Trainer
 
@@ -220,20 +220,20 @@ def _print_plan(console: Console, config: ExperimentConfig) -> None:
     console.print(f"data         {plan.corpus.description}", highlight=False, soft_wrap=True)
     console.print(f"model        {parameters:,} parameters", highlight=False)
     console.print(f"training     {config.max_steps} steps of {tokens:,} tokens", highlight=False)
-    console.print(str(trainer.formats.manifest or "FP32: nothing is quantized"), highlight=False, markup=False)
+    console.say(str(trainer.formats.manifest or "FP32: nothing is quantized"), hang=4)
 
 
-def _print_result(console: Console, result: ExperimentResult) -> None:
+def _print_result(console: Terminal, result: ExperimentResult) -> None:
     if console.quiet:
         return
     if result.already_finished:
-        console.print(f"{result.run_id} was finished before; this is its result", highlight=False)
+        console.say(f"{result.run_id} was finished before; this is its result")
     _print_table(console, [result])
     if result.finished:
         _write_report(console, [result], result.run_dir / "report.html")
 
 
-def print_comparison(console: Console, results: list[ExperimentResult], target: Path, *, reasons: bool = True) -> None:
+def print_comparison(console: Terminal, results: list[ExperimentResult], target: Path, *, reasons: bool = True) -> None:
     """The table, what stands behind its verdicts (unless it is told otherwise), and the report of finished runs."""
     if console.quiet:
         return
@@ -255,37 +255,64 @@ def _write_report(console: Console, results: Sequence[ExperimentResult], target:
         console.print(f"report: {written}", highlight=False, soft_wrap=True)
 
 
-def _print_table(console: Console, results: Sequence[ExperimentResult], *, reasons: bool = True) -> None:
+def _print_table(console: Terminal, results: Sequence[ExperimentResult], *, reasons: bool = True) -> None:
     """One row per run, in the words of the report; losses are validation losses in nats per token."""
     outcomes = label_runs([read_run(result.run_dir) for result in results])
-    columns = ("run", "final", "best", "vs FP32", "steps", "verdict", "stall", "time")
-    table = ruled_table()
-    for heading in columns:
-        table.add_column(
-            heading,
-            justify="left" if heading in ("run", "verdict") else "right",
-            no_wrap=heading not in ("run", "verdict"),
-        )
-    for outcome, result in zip(outcomes, results, strict=True):
-        row = table_row(outcome)
-        losses = [loss(row["final_val_loss"]), loss(row["best_val_loss"])]
-        away = "" if outcome.gap is None else difference(outcome.gap)
-        stall = "" if result.stall_rate is None else percent(result.stall_rate)
-        steps = f"{result.steps}/{result.max_steps}"
-        table.add_row(outcome.label, *losses, away, steps, row["verdict"], stall, f"{result.wall_s:.0f} s")
+    table = _fitting_table(console, outcomes, results)
     if len(outcomes) > 1:
-        console.print(f"\n{headline(outcomes)}", style="bold", highlight=False)
+        console.say(f"\n{headline(outcomes)}", "bold")
     console.print(table)
-    console.print(
-        "validation losses, nats per token; verdict with its first step; stall: updates lost to rounding", style="dim"
+    console.say(
+        "validation losses, nats per token; verdict with its first step; stall: updates lost to rounding", "dim"
     )
     if any(outcome.grade for outcome in outcomes):
-        console.print(GRADES, style="dim")
+        console.say(GRADES, "dim")
     for outcome, result in zip(outcomes, results, strict=True) if reasons else ():
         for said in (result.verdict, *result.remarks):
             if said:
-                console.print(f"{outcome.label}: {said['reason']}", highlight=False, soft_wrap=True)
+                console.say(f"{outcome.label}: {said['reason']}", hang=2)
         if "failure_report" in result.details:
             console.print(f"  failure report: {result.details['failure_report']}", highlight=False, soft_wrap=True)
     if any(result.status == "interrupted" for result in results):
-        console.print("interrupted; the same command continues", highlight=False)
+        console.say("interrupted; the same command continues")
+
+
+LABEL = 24
+"""Characters of a run's label, from which on it may take several lines."""
+
+
+def _fitting_table(console: Terminal, outcomes: Sequence[Outcome], results: Sequence[ExperimentResult]) -> Table:
+    """The table in the fullest of its forms that fits: verdicts on a line, on two, and with fewer columns."""
+    folded = max(0, *(len(outcome.label) - LABEL for outcome in outcomes))
+    forms = [("; ", ()), (";\n", ()), (";\n", ("best",)), (";\n", ("best", "time"))]
+    for between, without in forms:
+        table = _table(outcomes, results, between, without)
+        if console.measure(table, options=console.options.update(max_width=10_000)).maximum - folded <= console.width:
+            return table
+    return _table(outcomes, results, ";\n", ("best", "time", "steps"))
+
+
+def _table(
+    outcomes: Sequence[Outcome], results: Sequence[ExperimentResult], between: str, without: Sequence[str] = ()
+) -> Table:
+    """One row per run. between: what stands between the parts of a verdict. without: columns that are left out."""
+    columns = [c for c in ("run", "final", "best", "vs FP32", "steps", "verdict", "stall", "time") if c not in without]
+    table = ruled_table()
+    for heading in columns:
+        table.add_column(
+            heading, justify="left" if heading in ("run", "verdict") else "right", no_wrap=heading != "run"
+        )
+    for outcome, result in zip(outcomes, results, strict=True):
+        facts = table_row(outcome)
+        cells = {
+            "run": outcome.label,
+            "final": loss(facts["final_val_loss"]),
+            "best": loss(facts["best_val_loss"]),
+            "vs FP32": "" if outcome.gap is None else difference(outcome.gap),
+            "steps": f"{result.steps}/{result.max_steps}",
+            "verdict": facts["verdict"].replace("; ", between),
+            "stall": "" if result.stall_rate is None else percent(result.stall_rate),
+            "time": f"{result.wall_s:.0f} s",
+        }
+        table.add_row(*(cells[column] for column in columns))
+    return table

@@ -4,6 +4,7 @@ and without control characters."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from altgrad.report.numbers import duration
-from altgrad.report.text import for_terminal
+from altgrad.report.text import for_terminal, wrapped
+
+LOG_WIDTH = 120
+"""Columns of a table in a file or a pipe, where COLUMNS says no other."""
 
 
 class Terminal(Console):
@@ -28,10 +32,19 @@ class Terminal(Console):
 
     def __init__(self, *, markup: bool = False, **options: Any) -> None:
         super().__init__(markup=markup, emoji=False, **options)
+        if not (self.is_terminal or "width" in options or "COLUMNS" in os.environ):
+            self.width = LOG_WIDTH
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Every text that is printed, also a table's cell, comes by here."""
         return super().render_str(for_terminal(text), **options)
+
+    def say(self, text: str, style: str | None = None, *, hang: int = 0) -> None:
+        """Print sentences, which are not read as markup: on a terminal broken between words (see `wrapped`), elsewhere whole, so
+        that a log can be searched."""
+        said = for_terminal(text)
+        lines = wrapped(said, self.width, hang) if self.is_terminal else said
+        self.print(lines, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def ruled_table() -> Table:

@@ -10,6 +10,7 @@ import codecs
 import os
 import re
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from itertools import takewhile
@@ -21,6 +22,13 @@ _TO_A_JOINT, _FROM_A_JOINT = re.compile(r"(?<=[\s._/])\w{1,12}$"), re.compile(r"
 _MARKDOWN = re.compile(r"[`\[\]]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what CommonMark reads as HTML
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+_UNITS = "us|ms|s|min|h|MB|GB|bits?|nats?|steps?|runs?|seeds?|forks?|jobs?|tokens?|parameters"
+_TOGETHER = re.compile(
+    rf"(?<=\d) (?=(?:{_UNITS})\b)|(?<= min) (?=\d)|(?<= h) (?=\d)|(?<=\bstep) (?=\d)|(?<=\bsteps) (?=\d)|(?<=\bto) (?=[-+]\d)"
+)
+_KEPT = "\ue000"
+"""A blank at which no line is broken, while lines are made."""
 
 _PLAIN = dict(zip("▁▂▃▄▅▆▇█–—−·×…\u202f∞", [*".:-=+*%#---.x. ", "inf"], strict=True))
 
@@ -79,10 +87,74 @@ def told_apart(names: Sequence[str], longest: int = 24) -> tuple[list[str], str]
     return began, start
 
 
+_BREAKS = re.compile(r"[\s,;:(]+")
+
+
+def kept_apart(names: Sequence[str], longest: int = 36) -> list[str]:
+    """`names` of at most `longest` characters beside a chart, distinct ones still distinct (where that takes more, longer): of a
+    longer one is kept what tells it from the others, at the end of what it shares with any of them.
+
+    >>> kept_apart(["te_current", "x:E4M3 w:E4M3 dy:E5M2 sum:TF32; head: FP32", "x:E4M3 w:E4M3 dy:E5M2 sum:BF16; head: FP32"], 24)
+    ['te_current', 'x:E4M3…TF32; head: FP32', 'x:E4M3…BF16; head: FP32']
+    """
+    distinct = list(dict.fromkeys(names))
+    for most in range(longest, max(map(len, names), default=0) + 1):
+        cut = {
+            name: _around_difference(name, [other for other in distinct if other != name], most) for name in distinct
+        }
+        if len(set(cut.values())) == len(distinct):
+            return [cut[name] for name in names]
+    return list(names)
+
+
+def _around_difference(name: str, others: Sequence[str], longest: int) -> str:
+    if len(name) <= longest:
+        return name
+    shared = max((_common(name, other) for other in others), default=0)
+    if shared < longest - 6:  # its beginning tells it
+        return f"{name[: longest - 1].rstrip(' ,;')}…"
+    head = name[: longest // 4 + 1].rpartition(" ")[0] or name[: longest // 4]
+    begins = max((found.end() for found in _BREAKS.finditer(name, 0, shared)), default=shared)
+    room = longest - len(head) - 1
+    tail = name[begins:]
+    return f"{head}…{tail if len(tail) <= room else tail[: room - 1].rstrip(' ,;') + '…'}"
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def without_middle(name: str, longest: int) -> str:
     """A name of at most `longest` characters: two thirds of them are its end, where names mostly differ."""
     head = longest // 3
     return name if len(name) <= longest else f"{name[:head]}…{name[len(name) - (longest - head - 1) :]}"
+
+
+def wrapped(text: str, width: int, hang: int = 0) -> str:
+    """`text` in lines of at most `width` characters, broken between words; a figure stays beside its unit, and a name or path in
+    one piece, even where it is longer than a line.
+
+    Args:
+        hang: how much further in than its first line each line's others begin.
+
+    >>> print(wrapped("  E7M0 froze at step 114 of 200", 24, hang=2))
+      E7M0 froze at step 114
+        of 200
+    """
+    lines = []
+    for line in text.split("\n"):
+        begins = line[: len(line) - len(line.lstrip(" "))]
+        made = textwrap.wrap(
+            _TOGETHER.sub(_KEPT, line.strip(" ")),
+            max(width, len(begins) + hang + 20),
+            initial_indent=begins,
+            subsequent_indent=begins + " " * hang,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [one.replace(_KEPT, " ") for one in made] or [""]
+    return "\n".join(lines)
 
 
 def for_terminal(text: object) -> str:

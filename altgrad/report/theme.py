@@ -64,8 +64,8 @@ class Style:
 
 
 def styles_for(formats: Sequence[str]) -> list[Style]:
-    """A style for each series, given its format's name. Same format, same colour, then told apart by dashes; when all
-    series (but the baseline) share one format, colours tell them apart instead."""
+    """A style for each series, given its format's name. Same format, same colour, then told apart by dashes, as are formats
+    for which no colour is left; when all series (but the baseline) share one format, colours tell them apart instead."""
     quantized = [name for name in formats if name.upper() != "FP32"]
     if len(set(quantized)) == 1 and len(quantized) > 1:
         names = iter(range(len(quantized)))
@@ -74,16 +74,17 @@ def styles_for(formats: Sequence[str]) -> list[Style]:
         keys = list(formats)
     free = [slot for slot in (3, 5, 1, 7, 0, 4, 2, 6) if slot not in {_SLOTS.get(key.upper()) for key in keys}] or [3]
     slots: dict[str, int] = {}
-    seen: dict[str, int] = {}
+    used: dict[int, int] = {}
+    """Series of a slot so far; each takes the slot's next dash."""
     out = []
     for key in keys:
         known = _SLOTS.get(key.upper())
         if key not in slots:
             extra = len([name for name in slots if name.upper() not in _SLOTS])
             slots[key] = known if known is not None else free[extra % len(free)]
-        repeat = seen.get(key, 0)
-        seen[key] = repeat + 1
         slot = slots[key]
+        repeat = used.get(slot, 0)
+        used[slot] = repeat + 1
         dash = "" if slot == BASELINE else _DASHES[slot] if known is not None else ""
         out.append(Style(slot, dash if repeat == 0 else _SAME_COLOUR_DASHES[repeat % 4]))
     return out

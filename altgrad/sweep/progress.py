@@ -76,7 +76,7 @@ class SweepProgress:
         with self._guard:
             line = self._note(event)
         if line and not self._live:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
         elif line and event.kind in ("crashed", "failed"):
             self._console.print(line, highlight=False)  # stays above the table
 

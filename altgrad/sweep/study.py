@@ -137,13 +137,18 @@ def describe_plan(
     }  # fmt: skip
     states = ", ".join(f"{count[state]} {text}" for state, text in names.items() if count[state])
     screen.print(
-        f"{plural(len(plan.runs), 'run')} in {escape(str(plan.runs[0].folder.parent))}: {states}", highlight=False
+        f"{plural(len(plan.runs), 'run')} in {escape(str(plan.runs[0].folder.parent))}: {states}",
+        highlight=False,
+        soft_wrap=True,
     )
     if not missing:
         screen.print("nothing to do")
         return 0.0
     if len(estimates) < len(missing):
-        screen.print(f"no estimate: no finished run has the model size of {len(missing) - len(estimates)} of them")
+        screen.print(
+            f"no estimate: no finished run has the model size of {len(missing) - len(estimates)} of them",
+            highlight=False,
+        )
         return None
     total = schedule((estimates[run.name].seconds for run in missing), slots)
     sources = Counter(estimate.source for estimate in estimates.values())
@@ -168,12 +173,14 @@ def describe_result(result: SweepResult, console: Console | None = None) -> None
     for name, outcome in result.outcomes.items():
         if outcome.status == "failed":
             reason = escape(str((outcome.crash or {}).get("reason")))
-            screen.print(f"  [red]{escape(name)}[/red]: {reason}; see {escape(str(out / name / 'log.txt'))}")
+            screen.print(
+                f"  [red]{escape(name)}[/red]: {reason}; see {escape(str(out / name / 'log.txt'))}", soft_wrap=True
+            )
     if result.count("stopped"):
         screen.print("the same command goes on where this one stopped", highlight=False)
     elif result.count("failed"):
         screen.print("the same command tries the failed runs again", highlight=False)
-    screen.print(f"altgrad report {escape(str(out))}", highlight=False)
+    screen.print(f"altgrad report {escape(str(out))}", highlight=False, soft_wrap=True)
 
 
 def _print_variants(plan: Plan, estimates: Mapping[str, Estimate], console: Console) -> None:

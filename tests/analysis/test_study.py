@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import time
 from html import unescape
 
@@ -13,7 +14,7 @@ from altgrad.analysis import is_study, write_study
 from altgrad.analysis.comparison_report import write_report
 from altgrad.analysis.layers import BUCKETS, layer_history, layer_type, mean_history, nan_mean, worst_loss
 from altgrad.analysis.study import bucket_means, load_study
-from altgrad.analysis.study_figures import aligned_validation, seeds_short, seeds_text
+from altgrad.analysis.study_figures import aligned_validation, band_figure, ranking_figure, seeds_short, seeds_text
 from altgrad.analysis.study_report import rank_study, study_headline
 from altgrad.analysis.study_tables import optimizer_table, runs_table, sweet_spot_table
 from altgrad.errors import ReportError
@@ -277,6 +278,28 @@ def test_bucket_means():
     holes = Curve.of([(1, math.nan), (2, 2.0), (95, math.inf)])
     assert bucket_means(holes, 100, 10)[0] == 2.0
     assert np.isnan(bucket_means(holes, 100, 10)[1:]).all()
+
+
+def test_records_of_every_tenth_step_are_one_line():
+    every_tenth = Curve.of([(step, float(step)) for step in range(10, 101, 10)])
+    means = bucket_means(every_tenth, 100, 100)
+    assert np.isnan(means[:9]).all()
+    assert means[9:].tolist() == list(range(10, 101))
+    lost = Curve.of([(10, 1.0), (20, math.nan), (30, 3.0)])
+    assert np.isnan(bucket_means(lost, 100, 100)[10:29]).all()
+
+
+def test_a_setting_has_one_colour_in_all_figures_of_a_page(tmp_path, monkeypatch):
+    excess = {"FP32": 0.0, "NVFP4": 0.3, "MXFP4": 0.2, "MXFP8": 0.1}
+    monkeypatch.setitem(globals(), "EXCESS", excess)
+    study = load_study(make_study(tmp_path, tuple(excess), ("adamw",), (1, 2)))
+    ranked = rank_study(study)
+    figures = ranking_figure(study, ranked, None), band_figure(study, ranked)
+    colours = [
+        dict(re.findall(r'class="(?:interval-row|end-label) (s\d)"[^>]*data-group="(.*?)"', str(f))) for f in figures
+    ]
+    assert len(colours[0]) == 3
+    assert colours[0] == colours[1]
 
 
 def test_layer_history_holds_between_measurements_and_not_beyond():

@@ -14,7 +14,7 @@ from altgrad.report.charts.heat import Cell, Ramp, heat_strips, heat_table
 from altgrad.report.charts.lines import Mark, Series, line_chart, spread_apart, thin
 from altgrad.report.charts.rows import IntervalRow, interval_chart
 from altgrad.report.charts.svg import band_data, breakable, dots_data, el, path_data, script_json
-from altgrad.report.text import told_apart
+from altgrad.report.text import kept_apart, told_apart
 from altgrad.report.theme import (
     BASELINE,
     DARK,
@@ -223,6 +223,25 @@ def test_distinct_names_stay_distinct_beside_a_chart(names, longest):
     assert len(set(told_apart(names, longest)[0])) == len(names)
 
 
+@given(st.lists(st.text("ab. ,", max_size=40), unique=True), st.integers(4, 24))
+def test_distinct_labels_stay_distinct_beside_a_chart(names, longest):
+    assert len(set(kept_apart(names, longest))) == len(names)
+
+
+def test_rows_of_recipes_leave_room_for_their_chart():
+    """Their whole texts took more than the page's width: nothing was drawn."""
+    recipe = (
+        "x:E4M3(amax(arithmetic='multiply')) w:E4M3(amax(arithmetic='multiply')) sum:accumulator(products=32,output={})"
+    )
+    rows = [IntervalRow(recipe.format(sums), 1.0, 0.5, 1.5, STYLE) for sums in ("TF32", "BF16")]
+    markup = str(interval_chart(rows, title="T", description="D", x_label="x"))
+    assert float(re.search(r"--wide-left:(\d+)px", markup)[1]) < 320
+    shown = re.findall(r'class="row-name"[^>]*><title>(.*?)</title>(.*?)</text>', markup)
+    assert "TF32" in shown[0][1]
+    assert "BF16" in shown[1][1]
+    assert shown[0][0].startswith("x:E4M3(amax(arithmetic=")
+
+
 def test_heat_tables_of_one_study_share_their_shades():
     one = [[Cell(1.0, "a")]]
     shade = lambda **more: re.findall(r"cell (h\d)", str(heat_table(["r"], ["c"], one, caption="", **more)))  # noqa: E731
@@ -351,6 +370,11 @@ def test_a_format_keeps_its_colour_whatever_it_is_compared_with():
 def test_styles_are_distinct_for_the_whole_catalog():
     names = ["FP32", "E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0"]
     assert len(set(styles_for(names))) == len(names)
+
+
+def test_more_recipes_than_colours_are_told_apart_by_dashes():
+    assert len(set(styles_for([f"recipe {i}" for i in range(20)]))) == 20
+    assert len(set(styles_for(["FP32", *["E3M4"] * 12]))) == 13
 
 
 def test_runs_of_one_format_are_told_apart_by_colour_and_of_several_by_dash():

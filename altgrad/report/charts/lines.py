@@ -11,7 +11,7 @@ from markupsafe import Markup
 from altgrad.report.charts.axes import Axis, axis_over
 from altgrad.report.charts.svg import band_data, dots_data, el, framing, path_data, stretched, text_width
 from altgrad.report.numbers import number
-from altgrad.report.text import shortened
+from altgrad.report.text import kept_apart
 from altgrad.report.theme import BASELINE, Style
 
 
@@ -109,7 +109,7 @@ def line_chart(
     """
     xs = [np.array(x_span)] if x_span else [s.x for s in series] + [np.array([m.x for m in marks])]
     x_axis = axis_over(xs, label=x_label, margin=0.0)
-    names = [*beside, *(s.group for s in series if s.end_label)]
+    names = kept_apart([*beside, *(s.group for s in series if s.end_label)])
     if y_axis is None:
         shown = [s.y if y_top is None or log_y else np.where(s.y <= y_top, s.y, np.nan) for s in series]
         bands = [b for s in series if s.show_band for b in (s.low, s.high) if b is not None]
@@ -288,11 +288,13 @@ def _end_labels(series: Sequence[Series], x_axis: Axis, y_axis: Axis, plot_heigh
     margin.sort(key=lambda pair: pair[0])
     if len(margin) * LABEL_ROW > plot_height:
         return parts
+    names = kept_apart([s.group for _, s in margin])
     spread = spread_apart([height for height, _ in margin], LABEL_ROW, 4, plot_height - 4)
-    for (height, s), y in zip(margin, spread, strict=True):
+    for (height, s), name, y in zip(margin, names, spread, strict=True):
         lead = el("svg", el("path", d=f"M4 {height:.1f}L18 {y:.1f}h6"), x="100%", overflow="visible")
-        name = el("text", shortened(s.group, 46), x="100%", y=f"{y:.1f}", dx="28", dy="4")
-        parts.append(el("g", lead, name, class_=f"end-label {s.style.css}", data_group=s.group))
+        in_full = el("title", s.group) if name != s.group else None
+        text = el("text", in_full, name, x="100%", y=f"{y:.1f}", dx="28", dy="4")
+        parts.append(el("g", lead, text, class_=f"end-label {s.style.css}", data_group=s.group))
     return parts
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from altgrad.report.charts.axes import Axis, axis_over
 from altgrad.report.charts.svg import el, framing, text_width
+from altgrad.report.text import kept_apart
 from altgrad.report.theme import Style
 
 ROW = 34
@@ -52,8 +53,9 @@ def interval_chart(
         x = f"{100 * float(axis.at(reference)):.3f}%"
         parts.append(el("line", class_="reference", x1=x, x2=x, y1="-4", y2="100%"))
         parts.append(el("text", reference_label, class_="tick reference-label", x=x, y="-9", text_anchor="middle"))
-    for i, row in enumerate(rows):
-        parts.append(_row(row, (i + 0.5) * ROW, axis))
+    names = kept_apart([row.name for row in rows])
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+        parts.append(_row(row, name, (i + 0.5) * ROW, axis))
     parts.append(el("text", x_label, class_="axis-label", x="100%", y="100%", dy="35", text_anchor="end"))
     height = ROW * len(rows)
     return el(
@@ -64,9 +66,7 @@ def interval_chart(
         class_="chart intervals",
         role="img",
         aria_label=f"{title}. {description}",
-        style=framing(
-            24, height, left=18 + text_width(r.name for r in rows), right=18 + text_width((r.text for r in rows), 11.5)
-        ),
+        style=framing(24, height, left=18 + text_width(names), right=18 + text_width((r.text for r in rows), 11.5)),
     )
 
 
@@ -84,8 +84,14 @@ def _ticks(axis: Axis) -> list[Markup]:
     return parts
 
 
-def _row(row: IntervalRow, y: float, axis) -> Markup:
-    parts = [el("text", row.name, class_="row-name", x="0", y=y, dx="-12", dy="4", text_anchor="end")]
+def _name(full: str, name: str, y: float) -> Markup:
+    """A row's name at its left, in full where it is pointed at."""
+    in_full = el("title", full) if name != full else None
+    return el("text", in_full, name, class_="row-name", x="0", y=y, dx="-12", dy="4", text_anchor="end")
+
+
+def _row(row: IntervalRow, name: str, y: float, axis) -> Markup:
+    parts = [_name(row.name, name, y)]
 
     def at(value: float) -> str:
         return f"{100 * float(axis.at(value)):.3f}%"
@@ -120,8 +126,9 @@ def timeline_chart(rows: Sequence[TimelineRow], *, last_step: int, title: str, d
     parts: list[Markup] = []
     parts += _ticks(axis)
     parts.append(el("text", "step", class_="axis-label", x="100%", y="100%", dy="35", text_anchor="end"))
-    for i, row in enumerate(rows):
-        parts.append(_runs_row(row, (i + 0.5) * ROW, axis))
+    names = kept_apart([row.name for row in rows])
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+        parts.append(_runs_row(row, name, (i + 0.5) * ROW, axis))
     return el(
         "svg",
         el("title", title),
@@ -133,16 +140,16 @@ def timeline_chart(rows: Sequence[TimelineRow], *, last_step: int, title: str, d
         style=framing(
             6,
             ROW * len(rows),
-            left=18 + text_width(r.name for r in rows),
+            left=18 + text_width(names),
             right=18 + text_width((r.text for r in rows), 11.5),
         ),
     )
 
 
-def _runs_row(row: TimelineRow, y: float, axis: Axis) -> Markup:
+def _runs_row(row: TimelineRow, name: str, y: float, axis: Axis) -> Markup:
     parts = [
         el("line", class_="life", x1="0", x2="100%", y1=y, y2=y),
-        el("text", row.name, class_="row-name", x="0", y=y, dx="-12", dy="4", text_anchor="end"),
+        _name(row.name, name, y),
         el("text", row.text, class_="row-text", x="100%", y=y, dx="12", dy="4"),
     ]
     for step in row.shifts:
