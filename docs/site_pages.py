@@ -71,7 +71,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def page_of_notebook(path: Path) -> str:
     """Prose, code and printed text of a notebook, and where to get it."""
-    parts = []
+    parts = ["---\nhide: [toc]\n---"]  # its sections are few; lines of code and of what they print have the room
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":

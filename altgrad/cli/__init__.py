@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated
 
 import typer
@@ -11,11 +12,14 @@ import typer
 from altgrad.cli.process import carried_out
 from altgrad.errors import OptionError
 
+_IS_WIDE = sys.stdout is not None and sys.stdout.isatty() and get_terminal_size().columns >= 80
+"""Whether help has boxes: in a pipe they say nothing, and in a narrow terminal they leave its sentences no room."""
+
 app = typer.Typer(
     help="AltGrad: the wind tunnel and flight recorder for low-precision training.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if sys.stdout and sys.stdout.isatty() else None,  # no boxes in a pipe
+    rich_markup_mode="rich" if _IS_WIDE else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -104,7 +108,9 @@ def _load_torch() -> None:
         import torch  # noqa: F401
 
 
-_Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as optimizer.lr=3e-4 seed=7.")]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings such as optimizer.lr=3e-4 seed=7.")
+]
 _Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps.")]
 _FailOnCollapse = Annotated[bool, typer.Option("--fail-on-collapse", help="Exit with 1 if a run collapsed.")]
 
@@ -228,7 +234,8 @@ def replay(
     step: Annotated[int, typer.Option("--step", help="Captured step to fork from; an earlier one is found.")] = 0,
     steps: Annotated[int, typer.Option("--steps", help="Steps to take.")] = 40,
     rescue: Annotated[
-        list[str] | None, typer.Option("--rescue", help="Cells to put in float32, by name or pattern such as head.*")
+        list[str] | None,
+        typer.Option("--rescue", metavar="CELL", help="Cells to put in float32, by name or pattern such as head.*"),
     ] = None,
 ) -> None:
     """Fork a run at a step with some cells in float32, and set its losses beside the run's own."""
@@ -352,7 +359,10 @@ def verify(
 def sweep(
     matrix: Annotated[Path, typer.Argument(help="A matrix file, or a shipped one's name: formats.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings such as max_steps=300 seeds=[1,2,3]; an axis's replace it.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Settings such as max_steps=300 seeds=[1,2,3]; one of an axis replaces it."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the runs; else runs/<matrix name>.")
