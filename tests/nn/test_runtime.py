@@ -375,6 +375,23 @@ def test_block_formats_publish_each_axis():
     ]
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["E4M3", "E0M7", "MXFP8"])
+def test_a_checkpointed_layer_is_observed_where_codes_are_multiplied_too(name, reentrant):
+    """What is recomputed keeps what the observed forward kept; reentrant checkpoints publish gradients alone."""
+    model, seen = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)), Seen()
+    quantize_model(model, uniform(name))
+    set_observer(model, seen)
+    x, roles = torch.randn(128, 64).requires_grad_(), []
+    for recompute in (True, False):
+        seen.calls.clear()
+        y = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
+        y.square().sum().backward()
+        roles.append(sorted(place for place in seen.places() if place[1] == "grad_output" or not reentrant))
+        assert recompute is False or len(roles[0]) == len(seen.calls)
+    assert roles[0] == roles[1]
+
+
 def test_recomputation_evaluation_and_full_precision_publish_nothing():
     model, seen = model_and_observer(uniform("E4M3"))
     x = torch.randn(32, 32).requires_grad_()

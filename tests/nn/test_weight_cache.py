@@ -111,6 +111,28 @@ def test_recomputed_forwards_take_what_is_kept(name, reentrant):
     assert same(trained(RECIPES[name], cached_weights, run=run), trained(RECIPES[name], without, run=run))
 
 
+@pytest.mark.parametrize("split", ["forward within", "backward within"])
+@pytest.mark.parametrize("name", ["E4M3", "three formats", "entries of their own", "MXFP8", "channels", "grid"])
+def test_a_checkpoint_may_recompute_on_the_other_side_of_the_block(name, split):
+    """What is recomputed keeps what the forward kept: torch compares their shapes, and the backward reads their bytes."""
+    recipe = "x:E4M3|E5M2 w:E4M3|E3M4 dy:E4M3" if name == "entries of their own" else RECIPES[name]
+
+    def gradients(windows, needs):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        quantize_model(model, recipe)
+        x = torch.randn(64, 64, requires_grad=needs)
+        with windows[0](model):
+            y = checkpoint(model, x, use_reentrant=False)
+        with windows[1](model):
+            y.square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    sides = (cached_weights, without) if split == "forward within" else (without, cached_weights)
+    for needs in (True, False):
+        assert same(gradients(sides, needs), gradients((without, without), needs))
+
+
 def counted(recipe, uses):
     """How often weights were quantized in so many forwards and backwards of two layers, and one without gradients."""
     model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))

@@ -20,6 +20,7 @@ from altgrad.nn.layer.contractions import Matrices
 from altgrad.nn.layer.operand import Operand
 from altgrad.nn.layer.state import LayerState
 from altgrad.nn.recipe.scaling_choice import CurrentScaling
+from altgrad.nn.session import recomputing
 from altgrad.nn.weight_cache import cache_for
 from altgrad.quantization.checks import at_hand
 from altgrad.quantization.products.units import Unit
@@ -46,6 +47,9 @@ class Plan(NamedTuple):
     x, w: where the forward leaves what the backward multiplies. weights: what encodes the weight alone, for forwards and
     backwards that have its codes in the place of the weight (`cached_weights`). like: tensors without memory of the shapes of x, w, the
     result and what is kept; to be like one costs half of a shape.
+
+    With `weights` and without, what is kept has one layout: activation checkpointing may recompute within `cached_weights`
+    what ran without, or the other way round.
     """
 
     forward: Program
@@ -72,6 +76,9 @@ class Plan(NamedTuple):
         scales = self.forward(*places, given)
         if scales is None:
             return None
+        if codes is not None and self.w is not None and recomputing():  # for a backward without the cache
+            size = len(codes) - self.w.codes_at
+            kept[len(kept) - size :].copy_(codes[-size:])
         return Made(y, kept, Once(self, scales if last is None else (*scales[:3], last), codes))
 
     def _encoded(self, state: LayerState, w: Tensor) -> tuple[Tensor, tuple[float, ...]] | None:
@@ -225,13 +232,15 @@ def _plan(
     forward = Program()
     shares_x, shares_w = state.x_back is state.x, state.w_back is state.w
     of_x = encoded(forward, state.x, x_shape, FIRST, KEPT if need_w and shares_x else ROOM, 0)
+    back_x = None if not need_w else of_x if shares_x else encoded(forward, state.x_back, x_shape, FIRST, KEPT, 2)
     weights = Program() if cached else forward
     of_w = encoded(weights, state.w, w.shape, SECOND, KEPT if cached or (need_x and shares_w) else ROOM, 1)
-    back_x = None if not need_w else of_x if shares_x else encoded(forward, state.x_back, x_shape, FIRST, KEPT, 2)
     back_w = None if not need_x else of_w if shares_w else encoded(weights, state.w_back, w.shape, SECOND, KEPT, 3)
     if cached:  # the codes are in the weight's place
         of_w = of_w._replace(where=SECOND)
-        back_w = None if back_w is None else back_w._replace(where=SECOND)
+        if back_w is not None:
+            back_w = back_w._replace(where=SECOND)
+            forward.leave_room(weights.kept - back_w.codes_at)
     if not shares_w and state.w_back.follows_storage:
         return None  # its scale would have to be given, too
     forward.multiply(*products.ordered("forward", of_x, of_w), unit_forward, OUT, NOTHING if bias is None else OTHER)

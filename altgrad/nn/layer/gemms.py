@@ -121,7 +121,7 @@ def _multiply(call: Call, x: Tensor, w: Tensor, bias: Tensor | None, rows: bool)
 
 
 def _made_at_once(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Made | None:
-    if call.observed or call.dtype is not torch.float32 or torch.compiler.is_compiling():
+    if call.state.watched(call.record) or call.dtype is not torch.float32 or torch.compiler.is_compiling():
         return None
     grads = torch.is_grad_enabled()
     plan = plan_for(call.state, call.products, x, w, bias, (grads and x.requires_grad, grads and w.requires_grad))
@@ -323,7 +323,7 @@ def _gradient(
     if known is not None and known.operand is not of_dy:
         before = None
     if before is None:
-        observed = call.record and state.session.observer is not None
+        observed = state.watched(call.record)
         shared = known is not None and of_dy.shares_tensor_scale(known.operand, known.scale)
         scale = known.scale if shared else of_dy.scale_before(dy, call.record)  # type: ignore[union-attr]
         wanted = of_dy.reduced if ctx.needs_input_grad[2 - mine] else of_dy.reduced[-mine:][:1]
@@ -456,7 +456,7 @@ class _Pieces(torch.autograd.Function):
         call: Call = ctx.call
         state, (x_back, w_back) = call.state, ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[1:4]
-        observed = call.record and state.session.observer is not None
+        observed = state.watched(call.record)
         dx = dw = db = qdy = None
         if need_x:
             qdy = _quantized(call, state.dy, dy, observed)

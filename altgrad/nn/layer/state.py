@@ -262,9 +262,13 @@ class LayerState:
         first = self.dy.key_of(use, x)
         return first, first if self.dy_back is self.dy else self.dy_back.key_of(use, x)
 
+    def watched(self, record: bool) -> bool:
+        """Whether an observer hears of this call: of its gradients also where its forward is recomputed."""
+        return record and self.session.observer is not None
+
     def observed(self, record: bool) -> bool:
         """Whether this forward's statistics are published: not those of a recomputation."""
-        if not record or self.session.observer is None:
+        if not self.watched(record):
             return False
         self.session.refuse_capture("an observer reads each step's statistics", "set_observer(model, None) before")
         return not recomputing()

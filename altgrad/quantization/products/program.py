@@ -89,6 +89,15 @@ class Program:
         self._sizes[where] = -(-(found + size) // ALIGNED) * ALIGNED
         return found
 
+    @property
+    def kept(self) -> int:
+        """Bytes of KEPT, as far as written."""
+        return self._sizes[KEPT]
+
+    def leave_room(self, size: int) -> None:
+        """Leave so many bytes of KEPT alone, behind what is there."""
+        self._place(KEPT, size)
+
     def _threads_for(self, elements: int) -> int:
         """How many threads work on so many elements."""
         return self._with(threads_for(elements))
@@ -181,7 +190,7 @@ class Program:
         self._table = np.array([row + (0,) * (ROW_WORDS - len(row)) for row in rows], np.int64).reshape(-1)
         self._given = (self._table.ctypes.data, len(self._encodings), len(self._multiplications))
         self._alive.append(self._table)
-        self.kept, self.room = self._sizes[KEPT], self._sizes[ROOM] + self._packed + ALIGNED
+        self.room = self._sizes[ROOM] + self._packed + ALIGNED
         self._run, self._crew = run(), crew_of(self._threads)
         return self
 
