@@ -94,7 +94,7 @@ def training(fmt: str | Recipe, recipe: dict):
     model = torch.nn.Sequential(torch.nn.Linear(32, 16))
     quantize_model(model, fmt if isinstance(fmt, Recipe) else uniform(fmt, **recipe))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    x, target = torch.zeros(24, 32), torch.randn(24, 16)
+    x, target = torch.zeros(8, 32), torch.randn(8, 16)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -134,7 +134,7 @@ def check_graphs() -> list[str]:
             (captured, x, step), (led, other_x, other_step) = training(fmt, recipe), training(fmt, recipe)
             graph, seen = Capture(), []
             for number in range(6):
-                data = torch.randn(24, 32) * (1 + number % 3) ** 2
+                data = torch.randn(8, 32) * (1 + number % 3) ** 2
                 for place in (x, other_x):
                     place.copy_(data)
                 other_step()

@@ -45,7 +45,7 @@ from altgrad.quantization.kernels.eager import scalar as eager
 from altgrad.quantization.scaling import DelayedScaling, DelayedState
 from benchmarks.cuda_traffic import by_channel
 from tests.quantization.oracles import same
-from tests.quantization.triton_interpreter import compute_as_gpus_do
+from tests.quantization.triton_interpreter import compute_as_gpus_do, prepare_each_launch_once
 
 KEY = (3, -9)
 BOTH = Want.VALUES | Want.CODES  # by the arithmetic for the casts of training, where that serves
@@ -486,6 +486,7 @@ PARTS = {
 
 if __name__ == "__main__":
     compute_as_gpus_do()
+    prepare_each_launch_once()
     found = [line for check in PARTS[sys.argv[1]] for line in check()]
     print("\n".join(found))
     sys.exit(1 if found else 0)

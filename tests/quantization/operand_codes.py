@@ -26,7 +26,7 @@ CASTS = [
     Cast("E5M2", "stochastic", "saturate"),
     Cast("E5M2", "up"),
 ]
-SHAPES = ((70, 300), (1, 5), (5, 1), (260, 2), (0, 4), (4, 0))
+SHAPES = ((70, 140), (1, 5), (5, 1), (260, 2), (0, 4), (4, 0))
 inf, nan = float("inf"), float("nan")
 
 
@@ -44,9 +44,9 @@ def check_layouts() -> list[str]:
             x[0, 1], x[3, 0], x[7, 1] = inf, nan, -0.0
         for cast in CASTS:
             plan = cast.plan(x.dtype, x.device, Want.VALUES, "cuda")
-            for scale in scales_of(rows, columns)[:: 1 if cast is CASTS[1] else 3]:
+            for number, scale in enumerate(scales_of(rows, columns)[:: 1 if cast is CASTS[1] else 3]):
                 wanted = one_by_one(plan, x, scale, key=KEY)
-                for inner in ((1,), (0,), (1, 0), (0, 1), (-1, 0)):
+                for inner in ((1,), (0,), (1, 0), (0, 1), (-1, 0)) if number == 0 else ((0, 1),):
                     amax = torch.tensor(1.0)
                     found = kernels.codes(plan, x, scale, inner=inner, key=KEY, amax=amax)
                     laid = [(one.t() if axis == 0 else one).is_contiguous() for axis, one in zip(inner, found)]
@@ -212,9 +212,10 @@ def check_kept() -> list[str]:
     recipes = [(f"{fmt} {options}", uniform(fmt, **options)) for fmt, options in KEPT]
     for name, recipe in [*recipes, ("channels", by_channel("E4M3")), ("another x", ANOTHER_X)]:
         found, kept = [], []
+        rows = 40 if name.startswith(("MX", "NV")) else 8  # for blocks a whole one and a part of one
         for codes in (False, True):
             torch.manual_seed(0)
-            layer = torch.nn.Linear(48, 32)
+            layer = torch.nn.Linear(48, 16)
             model = torch.nn.Sequential(layer)
             quantize_model(model, recipe.with_(save_codes=codes))
             sizes: list[tuple[torch.Size, int]] = []
@@ -225,7 +226,7 @@ def check_kept() -> list[str]:
 
             results = []
             for _ in range(2 if "delayed" in name else 1):
-                x = torch.randn(40, 48, requires_grad=True)
+                x = torch.randn(rows, 48, requires_grad=True)
                 layer.zero_grad()
                 sizes.clear()
                 with on_tensor_cores(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -234,7 +235,7 @@ def check_kept() -> list[str]:
                 layer.__dict__[STATE].session.advance()
                 results += [y.detach(), x.grad, layer.weight.grad.clone()]
             found.append(results)
-            kept.append([size for shape, size in sizes if shape in ((40, 48), (32, 48))])
+            kept.append([size for shape, size in sizes if shape in ((rows, 48), (16, 48))])
         if not all(map(same, *found)):
             bad.append(f"kept codes of {name}")
         if kept != [[2, 2], [2, 1] if "BF16" in name else [1, 1]]:
