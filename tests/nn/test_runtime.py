@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import socket
 
 import pytest
 import torch
@@ -251,9 +250,9 @@ def test_a_model_is_compiled_once_as_a_whole_and_goes_on_as_the_eager_one(name):
         torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-6)
 
 
-def _ddp_worker(rank: int, port: int, out: str) -> None:
+def _ddp_worker(rank: int, out: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/ranks", rank=rank, world_size=2)
     model = Net()
     quantize_model(model, uniform("E4M3", rounding="stochastic", storage="grid"))
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -270,10 +269,7 @@ def _ddp_worker(rank: int, port: int, out: str) -> None:
 
 
 def test_ddp_keeps_two_ranks_on_the_same_weights(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_ddp_worker, args=(port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name

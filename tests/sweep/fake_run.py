@@ -7,7 +7,7 @@ Behaviours come from the config's `name`, one per run of a sweep:
     ...-memory      asks for more memory than it may have, at every attempt
     ...-usage       exits with 2
     ...-silent      exits with 0 and leaves no result
-    ...-slow        takes a second per step until it is interrupted; goes on from its checkpoint
+    ...-held        waits after step 3 until a file `go` lies in its folder, two minutes at most; goes on from its checkpoint
     ...-parent      kills the process that started it with SIGKILL at the first attempt, finishes at the second
 """
 
@@ -64,6 +64,10 @@ begin = int(checkpoint.read_text()) if checkpoint.exists() else 0
 for step in range(begin + 1, steps + 1):
     record(step)
     time.sleep(step_s)
+    held_until = time.monotonic() + 120
+    while behaviour == "held" and step == 3 and not (stopping or (folder / "go").exists()):
+        time.sleep(0.01)
+        assert time.monotonic() < held_until
     if stopping:
         checkpoint.write_text(str(step))
         finish("interrupted")

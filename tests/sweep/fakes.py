@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -22,18 +22,16 @@ def fake_job(
     steps: int = 4,
     threads: int = 1,
     gpus: int = 0,
-    environment: Mapping[str, str] | None = None,
 ) -> Job:
     """A job whose run behaves as `kind` says (see `fake_run.py`)."""
     name = f"fake-{kind}"
     config = yaml.safe_dump({"name": name, "seed": seed, "max_steps": steps})
     return Job(
-        f"{name}-s{seed}", str(runs), config, steps, threads, gpus, (sys.executable, str(FAKE_RUN), "{config}"),
-        environment or {},
+        f"{name}-s{seed}", str(runs), config, steps, threads, gpus, (sys.executable, str(FAKE_RUN), "{config}"), {},
     )  # fmt: skip
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 100.0) -> None:
     """Poll until `condition` holds.
 
     Raises:

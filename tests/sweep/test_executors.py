@@ -116,27 +116,26 @@ def test_a_run_that_needs_devices_where_there_are_none_is_refused(tmp_path: Path
 
 
 def test_interrupting_ends_runs_in_order_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    job = fake_job(tmp_path, "slow", steps=60, environment={"FAKE_STEP_S": "0.05"})
+    job = fake_job(tmp_path, "held", steps=20)
     waiting = [fake_job(tmp_path, "ok", seed=9)]
     timer = threading.Thread(
-        target=lambda: (wait_until(lambda: position(job.folder).step >= 3), os.kill(os.getpid(), signal.SIGINT))
+        target=lambda: (wait_until(lambda: position(job.folder).step == 3), os.kill(os.getpid(), signal.SIGINT))
     )
     timer.start()
     outcomes = LocalExecutor(jobs=1).run([job, *waiting])
     timer.join()
     assert {o.status for o in outcomes.values()} == {"stopped"}
-    reached = position(job.folder).step
-    assert 3 <= reached < 60
-    assert (job.folder / "checkpoint").read_text() == str(reached)
+    assert position(job.folder).step == 3
+    assert (job.folder / "checkpoint").read_text() == "3"
     assert not is_locked(job.folder)
     assert not (job.folder / "crashes.json").exists()
     assert not waiting[0].folder.exists()
     assert state_of(job.folder) is State.PARTIAL
 
-    outcomes = LocalExecutor(jobs=1).run([fake_job(tmp_path, "slow", steps=60), *waiting])
+    outcomes = LocalExecutor(jobs=1).run([fake_job(tmp_path, "held", steps=20), *waiting])
     assert {o.status for o in outcomes.values()} == {"done"}
     steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 21))
 
 
 def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    printed = [sweep.communicate(timeout=60)[0].split() for sweep in sweeps]
+    printed = [sweep.communicate(timeout=200)[0].split() for sweep in sweeps]
     assert [done for done, _ in printed] == ["12", "12"]
     assert sum(int(others) for _, others in printed) == 12
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -165,17 +164,24 @@ def test_runs_of_a_killed_sweep_keep_their_folder_and_are_not_started_twice(tmp_
     script = (
         "import sys; from pathlib import Path; from tests.sweep.fakes import fake_job\n"
         "from altgrad.sweep.local import LocalExecutor\n"
-        "LocalExecutor().run([fake_job(Path(sys.argv[1]), 'ok', steps=150)])\n"
+        "LocalExecutor().run([fake_job(Path(sys.argv[1]), 'held')])\n"
     )
-    job = fake_job(tmp_path, "ok", steps=150)
+    job = fake_job(tmp_path, "held")
     sweep = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
-    wait_until(lambda: position(job.folder).step >= 1)
+    wait_until(lambda: position(job.folder).step == 3)
     sweep.kill()
     sweep.wait()
     assert is_locked(job.folder)
     assert RunLock.try_acquire(job.folder) is None
     events: list[str] = []
-    outcome = LocalExecutor(poll_s=0.05).run([job], lambda e: events.append(e.kind) if e else None)[job.name]
+
+    def observe(event) -> None:
+        if event is not None:
+            events.append(event.kind)
+            if event.kind == "waiting":
+                (job.folder / "go").touch()
+
+    outcome = LocalExecutor(poll_s=0.05).run([job], observe)[job.name]
     assert events == ["started", "waiting", "done"]
     assert outcome.by_another
     assert (job.folder / "attempts").read_text() == "x"
@@ -187,15 +193,15 @@ def test_an_orphan_that_shall_die_with_its_parent_does(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from tests.sweep.fakes import fake_job\n"
         "from altgrad.sweep.worker import execute\n"
-        "execute(fake_job(Path(sys.argv[1]), 'ok', steps=2000), dies_with_parent=True)\n"
+        "execute(fake_job(Path(sys.argv[1]), 'held'), dies_with_parent=True)\n"
     )
-    job = fake_job(tmp_path, "ok", steps=2000)
+    job = fake_job(tmp_path, "held")
     worker = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
-    wait_until(lambda: position(job.folder).step >= 1)
+    wait_until(lambda: position(job.folder).step == 3)
     worker.kill()
     worker.wait()
-    wait_until(lambda: not is_locked(job.folder), seconds=2)
-    assert position(job.folder).step < 2000
+    wait_until(lambda: not is_locked(job.folder), seconds=60)  # it would hold it for two minutes
+    assert position(job.folder).step == 3
 
 
 def test_positions_are_read_from_the_end_and_past_a_torn_line(tmp_path: Path) -> None:
@@ -207,12 +213,12 @@ def test_positions_are_read_from_the_end_and_past_a_torn_line(tmp_path: Path) ->
     ]
     lines += [json.dumps({"kind": "monitor", "step": 7, "layer": "x" * 40_000})]
     metrics.write_text("\n".join(lines) + '\n{"kind": "step", "step": 8, "lo')
-    start = time.monotonic()
+    start = time.process_time()
     found = position(tmp_path)
     assert (found.step, found.tokens_per_s) == (7, 5.0)
     assert found.loss is not None
     assert found.loss != found.loss
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def _crashes(folder: Path) -> dict:
@@ -281,9 +287,9 @@ def test_a_run_that_no_node_can_hold_is_refused(cluster: None, tmp_path: Path) -
 
 @pytest.mark.filterwarnings("ignore")
 def test_interrupting_ends_the_tasks_runs_in_order(cluster: None, tmp_path: Path) -> None:
-    jobs = [fake_job(tmp_path, "slow", steps=4000, environment={"FAKE_STEP_S": "0.05"}), fake_job(tmp_path, "ok")]
+    jobs = [fake_job(tmp_path, "held"), fake_job(tmp_path, "ok")]
     timer = threading.Thread(
-        target=lambda: (wait_until(lambda: position(jobs[0].folder).step >= 3), os.kill(os.getpid(), signal.SIGINT))
+        target=lambda: (wait_until(lambda: position(jobs[0].folder).step == 3), os.kill(os.getpid(), signal.SIGINT))
     )
     timer.start()
     outcomes = RayExecutor(jobs=1).run(jobs)
@@ -306,13 +312,13 @@ def test_a_task_ends_its_run_in_order_when_the_sweep_s_marker_goes(tmp_path: Pat
     """What a worker does, without a worker; with SIGINT blocked, as Ray's workers have it."""
     marker = tmp_path / ".sweep-test"
     marker.touch()
-    job = fake_job(tmp_path, "slow", steps=4000, environment={"FAKE_STEP_S": "0.02"})
+    job = fake_job(tmp_path, "held")
     with ThreadPoolExecutor(1) as pool:
         pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
         future = pool.submit(_make_run, job, str(marker), None, 1)
-        wait_until(lambda: position(job.folder).step >= 3)
+        wait_until(lambda: position(job.folder).step == 3)
         marker.unlink()
-        outcome, archive = future.result(timeout=30)
+        outcome, archive = future.result(timeout=100)
     assert (outcome.status, archive) == ("stopped", None)
     assert (job.folder / "checkpoint").read_text() == str(position(job.folder).step)
 

@@ -188,8 +188,7 @@ def test_a_calibration_times_the_steps_and_counts_evaluations(tmp_path: Path) ->
 
     found = calibrate(config, job)
     steps_worth = 1000 + 12 * 3 / 3
-    assert found.seconds == pytest.approx(0.02 * steps_worth, abs=2.0)
-    assert found.seconds > 0.02 * steps_worth
+    assert 0.02 * steps_worth < found.seconds < 0.02 * steps_worth + 20  # and a process that starts on a busy machine
     assert found.source == "a calibration of 16 steps"
     with pytest.raises(SweepError, match=r"calibration of tiny failed: .*does not divide"):
         calibrate(config, lambda short, scratch: job(short.model_copy(update={"name": "x-usage"}), scratch))
@@ -319,7 +318,7 @@ def test_a_real_sweep_survives_kill_9_of_its_run_and_ctrl_c_and_goes_on(tmp_path
     killed_at = json.loads((run.folder / "crashes.json").read_text())["crashes"][0]["step"]
     wait_until(lambda: position(run.folder).step >= killed_at + 10, 120)
     sweep.send_signal(signal.SIGINT)
-    shown, log = sweep.communicate(timeout=120)
+    shown, log = sweep.communicate(timeout=200)
     assert sweep.returncode == 130, log
     assert "1 stopped" in shown
     assert "the same command goes on" in shown
