@@ -103,9 +103,9 @@ def test_nothing_is_run_of_a_comparison_that_cannot_be_whole(config, tmp_path):
 
 
 def test_formats_of_one_config_are_compared_over_seeds_in_one_report(config, tmp_path):
-    given = ["compare", config, "weight_storage=grid", "--formats", "FP32, E3M4, te_current without promotion"]
+    given = ["compare", config, "weight_storage=grid", "--formats", "E3M4, te_current without promotion"]
     planned = invoke(*given, "--seeds", "2", "--dry-run")
-    assert "6 runs" in planned.output
+    assert "4 runs" in planned.output
     assert not (tmp_path / "runs").exists()
     result = invoke(*given, "--seeds", "2", "--jobs", "1")
     assert result.exit_code == 0, result.output
@@ -113,7 +113,7 @@ def test_formats_of_one_config_are_compared_over_seeds_in_one_report(config, tmp
     assert f"report: {folder / 'report.html'}" in result.output
     storages = {(read_run(run).config["weight_storage"]) for run in find_runs(folder)}
     assert storages == {"grid", "master"}  # a named recipe says itself how weights are stored
-    assert "6 done before" in invoke(*given, "--seeds", "2").output
+    assert "4 done before" in invoke(*given, "--seeds", "2").output
 
 
 def test_advice_takes_a_shipped_config_by_its_name(tmp_path, monkeypatch):
@@ -292,14 +292,13 @@ def test_a_collapse_fails_the_command_only_when_asked(config):
     assert "failure report: " in failed.output
 
 
-@pytest.mark.timeout(120)
 def test_ctrl_c_stops_a_real_process_cleanly_and_it_continues(config, tmp_path):
     arguments = [sys.executable, "-m", "altgrad", "run", str(config), "max_steps=3000", "evaluation.interval=3000"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
     while process.poll() is None and not any((tmp_path / "runs").glob("*/checkpoints/step-00000010")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "the same command continues" in out

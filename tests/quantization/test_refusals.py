@@ -159,20 +159,20 @@ def test_stochastic_rounding_takes_numpy_and_bounded_python_integers():
 
 
 def test_a_sample_of_drawn_calls_is_right_or_refused_and_kept(tmp_path):
-    lines = run(count=250, seed=1, workers=1, folder=tmp_path)
+    lines = run(count=120, seed=1, workers=1, folder=tmp_path)
     assert not [line.fault for line in lines if line.fault]
     verdicts = Counter(line.verdict for line in lines)
-    assert verdicts["bits"] > 100
-    assert verdicts["refused"] > 30
+    assert verdicts["bits"] > 50
+    assert verdicts["refused"] > 15
     assert not any(verdicts[name] for name in FAULTS)
-    assert [line.index for line in lines] == list(range(250))
+    assert [line.index for line in lines] == list(range(120))
     (path,) = tmp_path.iterdir()
     text = path.read_text()
     path.write_text(
-        text[: text.rindex("248 ")] + '248 {"index": 248, "verdict": "crash", "words": "exit status -11"}\n249 '
+        text[: text.rindex("118 ")] + '118 {"index": 118, "verdict": "crash", "words": "exit status -11"}\n119 '
     )
-    assert [line.index for line in kept(path)] == list(range(249))  # the torn line is none
-    assert run(count=250, seed=1, workers=1, folder=tmp_path, again=True) == lines
+    assert [line.index for line in kept(path)] == list(range(119))  # the torn line is none
+    assert run(count=120, seed=1, workers=1, folder=tmp_path, again=True) == lines
 
 
 # -- memory: storages that end before their tensor does -------------------------------------------------------------
