@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from altgrad.nn import (
@@ -212,6 +211,8 @@ def test_compile_in_one_graph_gives_the_eager_bits(name):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while tracing
 @pytest.mark.parametrize("name", ["amax", "delayed"])
 def test_a_model_is_compiled_once_as_a_whole_and_goes_on_as_the_eager_one(name):
+    from torch._dynamo.testing import CompileCounterWithBackend  # long to import, by each rank too
+
     torch._dynamo.reset()
     config = GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32, block_size=16, style="gpt2")
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
