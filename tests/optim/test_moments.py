@@ -278,18 +278,18 @@ def test_rows_say_which_moments_there_are(name):
 
 
 def test_stalled_moments_move_again_after_a_reset():
-    """BF16 under nearest rounding holds v far above the truth for good; begun anew every 500 steps it is nearer."""
+    """BF16 under nearest rounding holds v far above the truth for good; begun anew every 200 steps it is nearer."""
     held = {}
-    for every in (0, 500):
+    for every in (0, 200):
         w = Parameter(torch.zeros(500))
         optimizer = make_optimizer(
             "sr_adamw", [w], lr=1e-3, betas=(0.9, 0.999), rounding=None, moment_format=(None, "BF16")
         )
-        for step, grad in enumerate(gradients(500, 2000)):
+        for step, grad in enumerate(gradients(500, 800)):
             if every and step and step % every == 0:
                 reset_moments(optimizer, "second")
             w.grad = grad
             optimizer.step()
-        seen = every if every else 2000
+        seen = every if every else 800
         held[every] = float(optimizer.state[w]["exp_avg_sq"].float().mean()) / (1 - 0.999**seen)
-    assert abs(held[500] - 1) < abs(held[0] - 1) / 2
+    assert abs(held[200] - 1) < abs(held[0] - 1) / 2
