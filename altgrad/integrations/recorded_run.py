@@ -135,7 +135,7 @@ class RecordedRun:
         self.max_steps, self.warmup_steps = max_steps, warmup_steps
         self._sessions = sessions_of(model) if any(map(is_quantized, model.modules())) else []
         self._handles = [attach_optimizer(model, o) for o in self.optimizers] if self._sessions else []
-        self._micro, self._norm, self._stepped, self._waiting = _Micro(), None, False, []
+        self._micro, self._norm, self._stepped, self._waiting = _Micro(), None, [], []
         self._judge, self._tally = Judge(self.limits), Tally()
         self._log: MetricsLog | None = None
         self._lock: RunLock | None = None
@@ -236,7 +236,7 @@ class RecordedRun:
 
     def begin_step(self) -> None:
         """Before the first forward of a step."""
-        self._begun, self._micro, self._norm, self._stepped = time.monotonic(), _Micro(), None, False
+        self._begun, self._micro, self._norm, self._stepped = time.monotonic(), _Micro(), None, []
         if self._monitor is not None:
             self._monitor.begin_step(self.step + 1)
 
@@ -273,7 +273,9 @@ class RecordedRun:
             self._after_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        self._stepped = True
+        self._stepped.append(optimizer)
+        if self._norm is None:  # a closure made them: those of its last evaluation
+            self.see_gradients()
 
     def end_step(self) -> bool:
         """After the optimizers' steps, or in their place where the loop skipped them; whether the loop should end."""
@@ -290,12 +292,14 @@ class RecordedRun:
         micro, now = self._micro, time.monotonic()
         loss = None if micro.loss is None else micro.loss / micro.share
         norm = torch.zeros(()) if self._norm is None else self._norm.detach()
-        counts = [h.counts.sum(0)[:3] for h in self._handles if h.counts is not None and self._stepped]
+        ran = {id(optimizer) for optimizer in self._stepped}  # the others' counts are those of an earlier step
+        handles = [h for o, h in zip(self.optimizers, self._handles, strict=False) if id(o) in ran]
+        counts = [h.counts.sum(0)[:3] for h in handles if h.counts is not None]
         moved = torch.stack(counts).sum(0).double() if counts else torch.zeros(3, dtype=torch.float64)
         numbers = torch.cat([norm.double().reshape(1).to(moved.device), moved])
         lr = float(self.optimizers[0].param_groups[0]["lr"])
         spent, elapsed = now - self._begun, now - self._since
-        self._waiting.append(_Step(self.step, lr, self._stepped, spent, micro.tokens, elapsed, loss, numbers, overflow))
+        self._waiting.append(_Step(self.step, lr, bool(ran), spent, micro.tokens, elapsed, loss, numbers, overflow))
         if len(self._waiting) >= FLUSH_EVERY or self.step == self.max_steps:
             self.flush()
         self.begin_step()

@@ -320,6 +320,48 @@ def test_a_run_alone_keeps_the_clock_of_any_loop():
     json.dumps(state)
 
 
+def test_what_an_optimizer_did_in_an_earlier_step_is_not_counted_again(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)])
+    quantize_model(model, uniform("E4M3", storage="grid"))
+    both = [torch.optim.SGD(model[0].parameters(), lr=1.0), torch.optim.SGD(model[1].parameters(), lr=1e-6)]
+    run = RecordedRun(tmp_path / "run", monitor=None)
+    run.attach(model, both, max_steps=3)
+    for stepping in (both, both[:1], both[1:]):  # as a GAN's two take turns
+        loss = model[1](model[0](torch.ones(4, 8))).square().mean()
+        loss.backward()
+        run.see_loss(loss)
+        for optimizer in stepping:
+            optimizer.step()
+        run.end_step()
+    run.finish()
+    rates = read_run(tmp_path / "run").metrics().columns["stall_rate"].values
+    assert rates[1] < 0.1 < rates[0]
+    assert rates[2] == 1
+
+
+def test_the_gradients_of_a_closure_are_recorded(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 1)), torch.ones(4, 8)
+    quantize_model(model, "E4M3")
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    run = RecordedRun(tmp_path / "run", monitor=None)
+    run.attach(model, optimizer, max_steps=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - 7).square().mean()
+        loss.backward()
+        run.see_loss(loss)
+        return loss
+
+    optimizer.step(closure)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    run.end_step()
+    run.finish()
+    assert read_run(tmp_path / "run").metrics().columns["grad_norm"].values.tolist() == [pytest.approx(norm)]
+
+
 def test_a_missing_package_is_named(monkeypatch):
     import sys
 
