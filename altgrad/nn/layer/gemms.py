@@ -10,7 +10,7 @@ the bias and its gradient stay unquantized. Between forward and backward an oper
 format has at most 8 bits.
 
 The backward is differentiable again. For that the forward returns, beside y, a single number that stands for x and w:
-where the backward is part of a graph, its restored operands hang on that number, and their gradients go by `_Post` to
+where the backward is part of a graph, its restored operands hang on that number, and their gradients go by `post.Post` to
 the forward's node, which passes them on to x and w without having kept their values. Under `torch.func` the same formulas
 run on pieces of which each has a rule for each transform; a tensor mapped over is quantized sample by sample.
 """
@@ -18,6 +18,7 @@ run on pieces of which each has a rule for each transform; a tensor mapped over 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from altgrad.nn.layer.at_once import Made, Once, plan_for
 from altgrad.nn.layer.contractions import Contraction
 from altgrad.nn.layer.gemm import Route, autocasts
 from altgrad.nn.layer.operand import Operand, Saved, carrier, waits
+from altgrad.nn.layer.post import Post, StandIn
 from altgrad.nn.layer.products import Cast, Ready, quantized, restored, saved_apart, stash, unstash
 from altgrad.nn.layer.state import LayerState
 from altgrad.nn.spread import TENSOR_PARALLEL, is_spread
@@ -89,9 +91,11 @@ def multiply(
     """
     if type(w) not in PLAIN_TYPES and is_spread(w):
         raise RecipeError(f"layer {state.name!r}: {TENSOR_PARALLEL}")
-    if emulated.serves(state, products, as_matrix(x) if rows else x, w):
-        y = emulated.multiply(state, products, as_matrix(x) if rows else x, w, bias, output_dtype(x, w), training)
-        return _with_axes(y, x if rows else None)
+    if state.recipe.is_emulated:
+        matrix = as_matrix(x) if rows else x
+        if emulated.serves(state, products, matrix, w):
+            y = emulated.multiply(state, products, matrix, w, bias, output_dtype(x, w), training)
+            return _with_axes(y, x if rows else None)
     record = state.records(training)
     call = Call(state, products, record, state.observed(record), output_dtype(x, w), state.use(training))
     if not state.whole_blocks:
@@ -173,41 +177,6 @@ def _select(grad: Tensor, kept: Tensor | None) -> Tensor:
     return grad if kept is None else torch.where(kept, grad, 0)
 
 
-class _Post:
-    """Gradients on their way from a differentiated backward to the node of its forward, within one run of autograd."""
-
-    def __init__(self) -> None:
-        self.run, self.grads = -1, [None, None]
-
-    def leave(self, slot: int, grad: Tensor) -> None:
-        """Leave a gradient of x (slot 0) or w (slot 1)."""
-        run = torch._C._current_graph_task_id()
-        if run != self.run:
-            self.run, self.grads = run, [None, None]
-        found = self.grads[slot]
-        self.grads[slot] = grad if found is None else found + grad
-
-    def collect(self) -> list[Tensor | None]:
-        """The gradients of x and w that this run left."""
-        found = self.grads if self.run == torch._C._current_graph_task_id() else [None, None]
-        self.run, self.grads = -1, [None, None]
-        return found
-
-
-class _StandIn(torch.autograd.Function):
-    """Values in the place of x or w, whose gradient goes by post."""
-
-    @staticmethod
-    def forward(ctx, place, values, post: _Post, slot: int):
-        ctx.post, ctx.slot = post, slot
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        ctx.post.leave(ctx.slot, grad)
-        return grad.new_zeros(()), None, None, None
-
-
 class _Products(torch.autograd.Function):
     """The fused call: y, and the place of x and w where both gradients are wanted."""
 
@@ -224,7 +193,7 @@ class _Products(torch.autograd.Function):
             ctx.save_for_backward(made.kept, place)
             if place is None:
                 return made.y
-            ctx.post = _Post()
+            ctx.post = Post()
             return made.y, place
         route = call.route("forward", x, w.shape)
         keep_x, keep_w = need_w and state.x_back is state.x, need_x and state.w_back is state.w
@@ -258,7 +227,7 @@ class _Products(torch.autograd.Function):
         )
         if place is None:
             return y
-        ctx.post = _Post()
+        ctx.post = Post()
         return y, place
 
     @staticmethod
@@ -271,9 +240,8 @@ class _Products(torch.autograd.Function):
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # the backward is part of a graph
         saved = ctx.saved_tensors  # asked for once: a checkpoint hands over what it recomputed only then
         found = None if call.once is None or again else call.once.backward(dy, saved[0])
-        if call.once is not None:
-            dy = as_matrix(dy)
         if found is None:
+            dy = dy if call.once is None else as_matrix(dy)
             found = _gradients(ctx, saved, dy, again, of_x, of_w)
         elif of_place is not None:
             found = tuple(
@@ -281,8 +249,16 @@ class _Products(torch.autograd.Function):
             )
         db = None
         if ctx.needs_input_grad[3]:
-            db = dy.sum(call.products.bias_axes(dy.ndim), dtype=work_dtype(dy)).to(ctx.dtypes[2])
+            axes = call.products.bias_axes(dy.ndim) if call.once is None else range(dy.ndim - 1)
+            db = _bias_gradient(dy, axes, ctx.dtypes[2])
         return None, *found, db, *(None,) * 5
+
+
+def _bias_gradient(dy: Tensor, axes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The sum of dy over the axes that a bias has not, in the bias's dtype."""
+    wanted = work_dtype(dy)
+    found = dy.sum(tuple(axes)) if dy.dtype == wanted else dy.sum(tuple(axes), dtype=wanted)
+    return found if dtype == wanted else found.to(dtype)
 
 
 def _gradients(ctx, saved: Saved, dy: Tensor, again: bool, of_x: Tensor | None, of_w: Tensor | None):
@@ -337,7 +313,7 @@ def _gradient(
     a, b = ready, restored(operand, kept[other], kept[f"s{other}"], route, work_dtype(dy))
     if again:
         a, place = Ready(straight(_Given(a.values), dy)), kept["place"]
-        b = b if place is None else Ready(_StandIn.apply(place, b.values, ctx.post, 1 - mine))  # type: ignore[arg-type]
+        b = b if place is None else Ready(StandIn.apply(place, b.values, ctx.post, 1 - mine))  # type: ignore[arg-type]
     dtype, shape = ctx.dtypes[mine], ctx.shapes[mine]
     if call.once is None:
         grad = call.products.multiply(gemm, a, b, route, shape, None, dtype if added is None else None)
@@ -466,7 +442,7 @@ class _Pieces(torch.autograd.Function):
                 qdy = _quantized(call, state.dy_back, dy, observed)
             dw = call.products.multiply("weight_grad", Ready(qdy), Ready(x_back), Route.FLOAT32, ctx.shapes[1])
         if need_bias:
-            db = dy.sum(call.products.bias_axes(dy.ndim), dtype=work_dtype(dy)).to(ctx.bias_dtype)
+            db = _bias_gradient(dy, call.products.bias_axes(dy.ndim), ctx.bias_dtype)
         return None, dx, dw, db, None, None
 
     @staticmethod

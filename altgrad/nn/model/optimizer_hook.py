@@ -85,17 +85,18 @@ class OptimizerHandle:
 
     def _grid_entries(self, optimizer: Optimizer) -> list[_Entry]:
         """The grid weights that this optimizer steps, each parameter once."""
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        entries, seen = [], set()
+        entries, stepped = [], None
         for name, module_ref in self._layers:
             module = module_ref()
             for parameter, state in layers_in(module).items() if module is not None else ():
-                weight = parameter_of(module, parameter)
-                if id(weight) not in stepped or id(weight) in seen:
+                if state.storage is None:
                     continue
-                storage = state.storage_of(weight)
+                if stepped is None:  # those left
+                    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                weight = parameter_of(module, parameter)
+                storage = state.storage_of(weight) if id(weight) in stepped else None
                 if storage is not None:
-                    seen.add(id(weight))
+                    stepped.remove(id(weight))
                     entries.append(_Entry(place_name(name, parameter), module_ref, parameter, storage))
         return entries
 

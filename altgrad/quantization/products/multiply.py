@@ -28,7 +28,7 @@ from altgrad.quantization.products.units import (
     power,
 )
 
-KEPT_BYTES = 1 << 22  # of memory for packed operands and passing codes that a thread keeps from one product to the next
+KEPT_BYTES = 7 << 20  # of memory for packed operands and passing codes that a thread keeps from one product to the next
 PIECE_BYTES = (
     3 << 20
 )  # of packed operands, about: long reductions are packed and multiplied piece by piece, near the cores
