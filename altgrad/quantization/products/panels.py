@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from altgrad.jit.code_table import Decoding, by_fields, by_integer, read_codes
-from altgrad.jit.machine import band, bits_of, bor, bxor, low_word, shl, shr, truncated
+from altgrad.jit.machine import band, bits_of, bor, bxor, in_wide_vectors, low_word, shl, shr, truncated
 from altgrad.jit.memory import keep, kept, load, load_code, load_word, scratch, store_code
 from altgrad.jit.storage import FLOAT32
 from altgrad.jit.template import loop, part, table_reader
@@ -78,6 +78,7 @@ def _narrow(value):
 
 def _decode(codes, count, multipliers, out, payloads, facts):
     """`count` neighbouring codes to neighbouring payloads."""
+    in_wide_vectors()
     special = np.uint32(0)
     if DECODING != BY_TABLE:
         for i in range(count):
@@ -93,6 +94,7 @@ def _decode(codes, count, multipliers, out, payloads, facts):
 
 def _combine(first, line_bytes, multipliers, out, payloads, facts, flips):
     """Words of 32 rows from GROUP_SIZE lines of neighbouring codes; scales of all lines are alike."""
+    in_wide_vectors()
     special = np.uint32(0)
     if DECODING != BY_TABLE:
         for i in range(PANEL):
@@ -135,6 +137,7 @@ def _multipliers(p, scales, row, step, count, multipliers):
 
 def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
     """A panel of rows whose codes along the reduction are neighbours: decoded row by row, then transposed if need be."""
+    in_wide_vectors()
     lines, padded, multipliers = scratch(BLOCK_BYTES), scratch(64), scratch(1024)
     steps = min(words * GROUP_SIZE, p.steps - step)
     for half in range(2):
@@ -165,6 +168,7 @@ def _panel_by_steps(p, facts, codes, scales, row, step, words, panel):
 
 def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
     """A panel of neighbouring rows: lines along the rows are combined into words."""
+    in_wide_vectors()
     lines, multipliers, columns = scratch(LINES_BYTES), scratch(1024), scratch(COLUMNS_BYTES)
     width = min(PANEL, p.rows - row)
     row_major = MATRICES and p.row_major != 0
@@ -202,6 +206,7 @@ def _panel_by_rows(p, facts, codes, scales, row, step, words, panel):
 
 def _pack(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Panels start .. stop - 1 of all batches, each over `slices` slices of the reduction from the first on."""
+    in_wide_vectors()
     p = read(0, table)
     facts = read_codes(np.uint32(0), p.facts)
     panels = (p.rows + PANEL - 1) // PANEL

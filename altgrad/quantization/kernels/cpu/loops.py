@@ -30,6 +30,7 @@ from altgrad.jit.machine import (
     bor,
     counted,
     float_of,
+    in_wide_vectors,
     low_word,
     narrowed,
     pick,
@@ -69,6 +70,7 @@ def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, 
 
     Returns (problems, overflows, underflows, bits of the largest |x|); the last holds for finite x only.
     """
+    in_wide_vectors()
     problems, overflows, zeros_in, zeros_out, largest = grid.zero, grid.zero, grid.zero, grid.zero, grid.zero
     for i in range(count):
         v = load(x, i, KIND)
@@ -137,6 +139,7 @@ def _fill(buffer, scales, position, inner, channels, count, scale):
 
 def _loop(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Elements start .. stop - 1 (in memory order); returns the problems met while encoding."""
+    in_wide_vectors()
     nil = compute_zero(KIND)
     grid = read_grid(bits_of(widened(nil, WIDE)), table)
     s = narrowed(nil, scale)
@@ -235,6 +238,7 @@ def _decode(table, codes, out, unused, scales, scale, inner, channels, entries, 
 
 def _amax(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Largest finite magnitude of each STATS_TILE of elements, as float64, into `partials`."""
+    in_wide_vectors()
     zero = bits_of(compute_zero(KIND))
     mask = low_word(zero, np.uint64(MAGNITUDE_MASK))
     inf = low_word(zero, np.uint64(INF_BITS))
