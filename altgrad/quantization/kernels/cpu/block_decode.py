@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from altgrad.jit.code_table import Decoding, by_fields, by_integer, read_codes
-from altgrad.jit.machine import bor, low_word
+from altgrad.jit.machine import bor, in_wide_vectors, low_word
 from altgrad.jit.memory import keep, kept, load, load_code, scratch, store
 from altgrad.jit.storage import FLOAT32, ITEM_BYTES
 from altgrad.jit.template import loop, part
@@ -62,6 +62,7 @@ def _multiplier(p, block):
 
 def _run(codes, out, count, s, multipliers, facts, p):
     """The values of `count` neighbouring codes under the scale s, or where EACH under one multiplier for each."""
+    in_wide_vectors()
     special = np.uint32(0)
     if DECODING != BY_TABLE:
         for i in range(BLOCK if BLOCK else count):
@@ -77,6 +78,7 @@ def _run(codes, out, count, s, multipliers, facts, p):
 
 def _tiles(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Tiles start .. stop - 1 in C order of the grid; a tile's rows are contiguous runs."""
+    in_wide_vectors()
     p = _read_parameters(0, table)
     facts = read_codes(np.uint32(0), p.facts)
     tiles_across = (p.columns + p.tile_columns - 1) // p.tile_columns
@@ -104,6 +106,7 @@ def _tiles(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
 
 def _strips(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Strips start .. stop - 1 of up to STRIP columns, in C order of (outer, blocks along the axis, strips)."""
+    in_wide_vectors()
     p = _read_parameters(0, table)
     facts = read_codes(np.uint32(0), p.facts)
     strips = (p.columns + STRIP - 1) // STRIP

@@ -17,7 +17,7 @@ import numpy as np
 from altgrad.jit.grid_rounding import key_words, read_grid
 from altgrad.jit.grid_table import DRAWING, Family
 from altgrad.jit.lanes import LANE_BYTES, add_squares, clear_lanes, lane_sums
-from altgrad.jit.machine import band, bits_of, float_of, low_word
+from altgrad.jit.machine import band, bits_of, float_of, in_wide_vectors, low_word
 from altgrad.jit.memory import load, reload, scratch, store, store_code
 from altgrad.jit.storage import ITEM_BYTES
 from altgrad.jit.template import loop, part
@@ -58,6 +58,7 @@ class Variant(NamedTuple):
 
 def _tiles(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Tiles start .. stop - 1 in C order of the grid; a tile's rows are contiguous runs."""
+    in_wide_vectors()
     p = read_parameters(0, table)
     zero = np.uint32(0)
     grid = read_grid(zero, p.element_table)
@@ -133,6 +134,7 @@ def _tiles(table, x, out, codes, scales, scale, inner, channels, seed, stream, p
 
 def _strips(table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop):
     """Strips start .. stop - 1 of up to STRIP columns, in C order of (outer, blocks along the axis, strips)."""
+    in_wide_vectors()
     p = read_parameters(0, table)
     zero, inf = np.uint32(0), np.uint32(0x7F800000)
     grid = read_grid(zero, p.element_table)

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from altgrad.jit.grid_rounding import by_chance, by_rule, by_short_chance, code_of, nearest_even, random_word, settled
 from altgrad.jit.grid_table import Family
-from altgrad.jit.machine import add, band, below, bits_of, bor, bxor, float_of, low_word, shr, widened
+from altgrad.jit.machine import add, band, below, bits_of, bor, bxor, float_of, in_wide_vectors, low_word, shr, widened
 from altgrad.jit.memory import load, load_word, store, store_code, store_word, stored
 from altgrad.jit.storage import FLOAT32, from_storage
 from altgrad.jit.template import called, inlined, table_reader
@@ -174,6 +174,7 @@ def _span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals, i
 
     The scale is s, or with EACH the entry of `multipliers`. Under a NaN scale nothing overflows and any code will do.
     """
+    in_wide_vectors()
     problems, overflows, underflows, nonfinites = grid.zero, grid.zero, grid.zero, grid.zero
     for i in range(count):
         v = load(x, i, KIND)
@@ -201,6 +202,7 @@ def _span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals, i
 
 def _plain_span(grid, x, out, codes, count, s, reciprocal, multipliers, reciprocals):
     """As `_span`, nearest even, of finite elements that saturate and keep the sign of zero: all have codes."""
+    in_wide_vectors()
     for i in range(count):
         v = load(x, i, KIND)
         if EACH:
@@ -221,6 +223,7 @@ def _plain_span(grid, x, out, codes, count, s, reciprocal, multipliers, reciproc
 
 def _row_amax(x, count):
     """(largest magnitude bits, largest finite magnitude bits) of `count` contiguous elements."""
+    in_wide_vectors()
     largest = np.uint32(0)
     i = 0
     if BLOCK:

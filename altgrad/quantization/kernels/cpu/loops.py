@@ -97,6 +97,7 @@ def _span(grid, x, out, codes, scales, count, scale, reciprocal, index, before, 
 
 def _count(x, count):
     """(amax, nonfinites) of a tile, by integer comparisons."""
+    in_wide_vectors()
     zero = bits_of(compute_zero(KIND))
     mask = low_word(zero, np.uint64(MAGNITUDE_MASK))
     inf = low_word(zero, np.uint64(INF_BITS))
@@ -111,6 +112,7 @@ def _count(x, count):
 
 def _fill(buffer, scales, position, inner, channels, count, scale):
     """The scale of each of `count` elements from `position` on; `scale` for all of them if there is one channel."""
+    in_wide_vectors()
     if channels == 1:
         for i in range(count):
             store(buffer, i, scale, COMPUTE_KIND)
@@ -208,6 +210,7 @@ def _decode(table, codes, out, unused, scales, scale, inner, channels, entries, 
 
     `entries` is a power of two and at least what a code of one byte can name; an int32 code is taken modulo it.
     """
+    in_wide_vectors()
     last = entries - 1
     nil = compute_zero(KIND)
     s = narrowed(nil, scale)
