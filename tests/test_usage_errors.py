@@ -1,13 +1,18 @@
-"""What the command line's parser cannot take is said like every other mistake: one line with value, limit and remedy."""
+"""What the command line's parser cannot take, and what would be found out late or never, is refused in one line with value, limit
+and remedy."""
 
 import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from altgrad.cli import main
+from altgrad.errors import ReportError
+from altgrad.nn import uniform
+from tests.run_folders import make_run
 
 
 @pytest.mark.parametrize(
@@ -68,3 +73,65 @@ def test_nothing_at_all_is_answered_with_help(capsys, monkeypatch):
         main()
     assert stop.value.code == 2
     assert "autopsy" in capsys.readouterr().err
+
+
+MATRIX = "base: fp32_baseline\nmatrix: {formats: [E4M3, E5M2]}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["run", "fp32_baseline", "formats="],
+            "override 'formats=' has no value; write formats=null where none is meant",
+        ),
+        (["run", "fp32_baseline", "name=../up"], "write letters, digits, _, . and -"),
+        (["run", "recipe.yaml"], "recipe.yaml is a recipe and no config"),
+        (["advise", "fp32_baseline", "-o", "matrix.yaml"], "matrix.yaml is a file; choose a folder for the advice"),
+        (["advise", "run"], "run is a run's folder; give its config: run/config.yaml"),
+        (["sweep", "matrix.yaml", "-o", "run"], "run is the folder of one run; choose a folder for the runs"),
+        (["sweep", "matrix.yaml", "--devices", "0", "--dry-run"], "--devices 0 are GPUs, and no run has device=cuda"),
+        (["sweep", "matrix.yaml", "-o", "/proc/no"], "no folder /proc/no can be made for the runs"),
+        (["report", "run", "-o", "/proc/page.html"], "/proc/page.md: No such file or directory"),
+        (["unpack", "nowhere", "-o", "out"], "nowhere cannot be read: No such file or directory; name a pack"),
+    ],
+    ids=str,
+)
+def test_what_would_be_found_out_late_is_refused_at_once(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path, "E4M3", steps=5).rename("run")
+    Path("matrix.yaml").write_text(MATRIX)
+    Path("recipe.yaml").write_text(uniform("E4M3").to_yaml())
+    monkeypatch.setattr(sys, "argv", ["altgrad", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_twin_that_is_none_is_refused_before_an_autopsy_is_planned(tmp_path, monkeypatch):
+    from altgrad.autopsy import run
+
+    monkeypatch.setattr(run, "rebuild", lambda folder: (None, [1.0], None))
+    with pytest.raises(ReportError, match="is not a run folder"):
+        run.plan(tmp_path, twin=tmp_path)
+
+
+def test_ctrl_c_in_a_callback_of_the_interpreter_is_not_lost():
+    """It was dropped there with a traceback, and the command went on."""
+    code = """if True:
+        import signal, sys, time, typer
+        from altgrad.cli.process import carried_out
+        class Falls:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+        app = typer.Typer()
+        @app.command()
+        def go():
+            Falls()
+            time.sleep(30)
+        sys.argv = ["altgrad"]
+        carried_out(app)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (130, "altgrad: stopped\n")

@@ -266,6 +266,8 @@ def _folder(path: Path, open_files: ExitStack) -> list[Entry]:
     pickles = [path / name for name in ("pytorch_model.bin", "model.pth") if (path / name).is_file()]
     if pickles:
         return _pickled(pickles[0])
+    if (path / "config.yaml").is_file():
+        raise CheckpointError(f"{path} is a run's folder; give its config: {path / 'config.yaml'}")
     raise CheckpointError(f"{path} has no model.safetensors; give the file itself")
 
 

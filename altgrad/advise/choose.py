@@ -71,6 +71,8 @@ class Budget:
             raise ConfigError(f"storage {self.storage!r} is not one of master, grid")
         if self.high_layers is not None and self.high_layers < 0:
             raise ConfigError(f"high_layers {self.high_layers} is below 0")
+        if isinstance(self.formats, str):
+            raise ConfigError(f"formats are {self.formats!r}; write a tuple of names, such as ('E4M3', 'E5M2')")
         names = self.formats or HARDWARE[self.hardware or "any8"]
         object.__setattr__(self, "formats", tuple(dict.fromkeys(get_format(name).name for name in names)))
         object.__setattr__(self, "high", get_format(self.high).name)

@@ -35,16 +35,18 @@ _ENVIRONMENT_HIDDEN = frozenset({"format"})
 
 
 def write_report(
-    run_dirs: Sequence[str | Path], out_path: str | Path, *, title: str | None = None, force: bool = False
+    run_dirs: str | Path | Sequence[str | Path], out_path: str | Path, *, title: str | None = None, force: bool = False
 ) -> Path:
-    """Write the report of one or several runs to `out_path` (HTML) and beside it as Markdown; returns `out_path`.
+    """Write the report of one run (a path) or several (a sequence) to `out_path` (HTML) and beside it as Markdown; returns
+    `out_path`.
 
     The page is one file without outside references. Files appear whole or not at all. A run given twice counts once.
     Raises ReportError for no runs, for what is no run folder, and for runs of different corpora or code versions unless
     `force`, which marks the page instead.
     """
     out_path = Path(out_path)
-    paths = list(dict.fromkeys(Path(path).resolve() for path in run_dirs))
+    given = [run_dirs] if isinstance(run_dirs, str | Path) else run_dirs
+    paths = list(dict.fromkeys(Path(path).resolve() for path in given))
     if not paths:
         raise ReportError("no runs to report on; give at least one run folder, such as runs/e3m4_uniform-s42-1a2b3c4d")
     if out_path.suffix.lower() not in (".html", ".htm"):

@@ -83,7 +83,14 @@ def autopsy(
     return verdict
 
 
-def plan(run_dir: str | Path, budget: int = 120, *, jobs: int = 1, settings: Settings | None = None) -> Plan:
+def plan(
+    run_dir: str | Path,
+    budget: int = 120,
+    *,
+    twin: str | Path | None = None,
+    jobs: int = 1,
+    settings: Settings | None = None,
+) -> Plan:
     """What an autopsy of the run will cost, from the pace of a few steps of it on this machine.
 
     Raises:
@@ -91,6 +98,8 @@ def plan(run_dir: str | Path, budget: int = 120, *, jobs: int = 1, settings: Set
     """
     folder, settings = Path(run_dir), settings or Settings()
     trainer, recorded, _ = rebuild(folder)
+    if twin is not None:
+        _losses_of_twin(Path(twin), len(recorded))
     loop = RunLoop(trainer)
     cells = list(cells_of(loop))
     return Plan(

@@ -56,6 +56,8 @@ def advise(
     at_least("--steps", steps, 1)
     at_least("--verify", verify, 0)
     folder = out or Path(f"advice-{source.stem or 'model'}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose a folder for the advice with --out")
     console = Terminal()
     command = shlex.join(["altgrad", "advise", str(source), *overrides])
     by_name = not source.exists() and shipped_file(source, "configs") is not None

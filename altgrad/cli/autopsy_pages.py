@@ -64,7 +64,7 @@ def autopsy(run_dir: Path, budget: int, twin: Path | None, places: Places, *, dr
     console = Terminal()
     with places.open(run_dir) as (jobs, executor):
         with waiting("timing a few steps"):
-            planned = plan(run_dir, budget, jobs=jobs)
+            planned = plan(run_dir, budget, twin=twin, jobs=jobs)
         console.say(f"{planned}")
         if dry_run:
             return 0

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ def carried_out(app: typer.Typer) -> NoReturn:
     """Runs the command that `sys.argv` names, and exits with its code; 2 for a mistake, 130 for Ctrl-C."""
     mend_streams()
     warnings.showwarning = lambda message, *_: _tell(f"warning: {message}")
+    sys.unraisablehook = _interrupt_again
     _show_log()
     _wait_briefly()
     try:
@@ -50,6 +52,18 @@ def carried_out(app: typer.Typer) -> NoReturn:
     if code == 130:  # how Typer passes on Ctrl-C
         _fail("stopped", 130)
     sys.exit(code)
+
+
+def _interrupt_again(dropped: Any) -> None:
+    """Ctrl-C that hits a callback of the interpreter's own (a weak reference's, a `__del__`) is dropped there, with a traceback:
+    let it hit once more, outside."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt) and hasattr(signal, "pthread_kill"):
+        main = int(threading.main_thread().ident or 0)
+        again = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT))  # wakes it where it waits, too
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _refuse(error: Any, app: typer.Typer) -> NoReturn:

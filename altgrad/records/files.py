@@ -37,8 +37,10 @@ def write_bytes(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, path)
-    except Exception:
+    except Exception as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(aside):
+            error.filename = str(path)  # what a person has named
         raise
     sync_folder(path.parent)
 

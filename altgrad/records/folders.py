@@ -70,7 +70,9 @@ def open_archive(path: Path) -> Mapping[str, memoryview]:
         facts = path.stat()
         return _opened(path.resolve(), facts.st_mtime_ns, facts.st_size)
     except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ReportError(
+            f"{path} cannot be read: {error.strerror or error}; name a pack, such as study.tar.xz"
+        ) from None
 
 
 @lru_cache(maxsize=4)

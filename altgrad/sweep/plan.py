@@ -10,6 +10,7 @@ from typing import Any
 
 from altgrad.errors import SweepError
 from altgrad.records.lock import is_locked
+from altgrad.records.run import is_run
 from altgrad.sweep.job import Job, State, state_of
 from altgrad.sweep.keys import plain
 from altgrad.sweep.matrix import Matrix
@@ -66,6 +67,8 @@ def make_plan(matrix: Matrix, out: str | Path) -> Plan:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise SweepError(f"{out} is a file; choose a folder for the runs with --out")
+    if out.is_dir() and is_run(out):
+        raise SweepError(f"{out} is the folder of one run; choose a folder for the runs with --out")
     corpora: dict[str, Corpus] = {}
     runs = []
     for variant in matrix.expand(runs_dir=str(out)):

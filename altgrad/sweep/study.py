@@ -84,6 +84,8 @@ def run_sweep(
     slots = slots_of(plan, options)
     threads = threads_per_run(slots)
     jobs = [make_job(run, threads) for run in missing]
+    for folder in {run.folder.parent for run in missing}:
+        _make_folder(folder)
     estimates = estimate_all(missing, measure_finished(_history(plan)))
     seconds = {name: estimate.seconds for name, estimate in estimates.items()}
     progress = SweepProgress(
@@ -107,6 +109,10 @@ def slots_of(plan: Plan, options: SweepOptions) -> int:
     """Runs at a time on this machine."""
     if options.executor not in EXECUTORS:
         raise SweepError(f"executor {options.executor!r} is unknown; use one of {', '.join(EXECUTORS)}")
+    if options.devices is not None and plan.runs and not any(run.config.device == "cuda" for run in plan.runs):
+        raise SweepError(
+            f"--devices {','.join(options.devices)} are GPUs, and no run has device=cuda; leave it out, or add device=cuda"
+        )
     if options.jobs is not None:
         if not 1 <= options.jobs <= MOST_THREADS:
             raise SweepError(
@@ -207,6 +213,16 @@ def _history(plan: Plan) -> list[Path]:
     own = {run.folder for run in plan.runs if run.state is State.DONE}
     beside = [path for root in (out, out.parent) if root.is_dir() for path in root.iterdir() if path.is_dir()]
     return sorted(own) + [path for path in sorted(beside)[:500] if path not in own]
+
+
+def _make_folder(folder: Path) -> None:
+    """Of the runs, before any of them is started."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(
+            f"no folder {folder} can be made for the runs: {error.strerror or error}; choose another with --out"
+        ) from None
 
 
 def _devices(options: SweepOptions) -> Sequence[str]:

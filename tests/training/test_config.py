@@ -13,6 +13,7 @@ from altgrad.training.config.experiment import ExperimentConfig
 from altgrad.training.config.formats import recipe_of
 from altgrad.training.config.identity import ADDED_LATER, NOT_IDENTITY, experiment_hash
 from altgrad.training.config.loading import dump_config, key_paths, load_config, nearest_key
+from altgrad.training.step.stepping import usable_device
 from altgrad.training.trainer import build_model
 
 
@@ -79,9 +80,10 @@ def test_the_short_keys_become_the_recipe():
         ("data.name=mine", "set data.source=huggingface"),
         ("data.grad_accumulation=5", "use batch_size 10"),
         ("keep_checkpoints=1", "greater than or equal to 2"),
-        ("name=../x", "pattern"),
+        ("name=../x", "write letters, digits"),
         ("model=3", "model"),
         ("seed", "key=value"),
+        ("seed=", "write seed=null where none is meant"),
         ("optimizer.lr={", "optimizer.lr"),
         ("overflow=wrap", "'native'"),
         ("gradient_format=E3M5x", "did you mean"),
@@ -216,3 +218,22 @@ def test_models_have_the_size_that_the_configs_say(name, millions):
 def test_a_dotted_key_in_a_file_is_shown_nested():
     with pytest.raises(ConfigError, match=r"stand in it, optimizer: \{lr: \.\.\.\}"):
         load_config({"optimizer.lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "said"),
+    [
+        (None, "max_steps=20", "overrides are 'max_steps=20'; write a list of settings"),
+        (None, {"max_steps": 20}, "write a list of settings, such as"),
+        (3, [], "3 is no config; give a YAML file, a mapping or an ExperimentConfig"),
+    ],
+)
+def test_what_is_no_config_and_no_list_of_settings_is_refused(source, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        load_config(source, overrides)
+    assert said in str(error.value)
+
+
+def test_a_device_that_torch_does_not_know_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="device 'gpu' is none; use cpu, cuda, cuda:N or mps"):
+        usable_device("gpu")

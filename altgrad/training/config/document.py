@@ -70,12 +70,14 @@ def setting(text: str) -> tuple[list[str], Any]:
     """The key's path and the value of `a.b=c`.
 
     Raises:
-        ConfigError: it has no key, or a value that is no YAML.
+        ConfigError: it has no key or no value (null is written out), or a value that is no YAML.
     """
     key, equals, value = text.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not equals or not all(path):
         raise ConfigError(f"override {shortened(text)!r} has no key and value; write it as key=value, such as seed=7")
+    if not value.strip():
+        raise ConfigError(f"override {shortened(text)!r} has no value; write {shortened(key)}=null where none is meant")
     return path, read_value(value, f"override {shortened(text)}")
 
 

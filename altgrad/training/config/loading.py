@@ -36,8 +36,14 @@ def load_config(
         origin, base = "config", literal(source.model_dump(mode="json"))
     elif isinstance(source, str | Path):
         origin, base = str(source), _read_yaml(Path(source))
-    else:
+    elif source is None or isinstance(source, Mapping):
         origin, base = "config", dict(source or {})
+    else:
+        raise ConfigError(f"{shortened(repr(source))} is no config; give a YAML file, a mapping or an ExperimentConfig")
+    if isinstance(overrides, str | Mapping):
+        raise ConfigError(
+            f"overrides are {shortened(repr(overrides))}; write a list of settings, such as ['max_steps=20']"
+        )
     for override in overrides:
         path, value = setting(override)
         if len(path) == 1 or path[0] not in WHOLE:  # a key inside a whole recipe changes that recipe
@@ -139,6 +145,10 @@ def _read_yaml(path: Path):
         raise ConfigError(f"{path} is empty; write lines such as 'seed: 42', or have altgrad init write a first file")
     if not isinstance(base, dict):
         raise ConfigError(f"{path} holds no mapping of keys to values; write lines such as 'seed: 42'")
+    if base.keys() <= {"default", "overrides"}:
+        raise ConfigError(
+            f"{path} is a recipe and no config; load it with Recipe.from_yaml, or write it below formats: in a config"
+        )
     return base
 
 
@@ -154,6 +164,13 @@ def _nearest_file(path: Path) -> str:
     )
 
 
+_SPELLED = {
+    "name": "write letters, digits, _, . and -, at most 200, a letter or digit first; where runs go is runs_dir",
+    "factory": "write package.module:function",
+}
+"""What a text that must match a pattern is made of, by its key."""
+
+
 def _explain(fault) -> str:
     key = shortened(".".join(str(part) for part in fault["loc"]))
     if fault["type"] == "extra_forbidden":
@@ -165,6 +182,8 @@ def _explain(fault) -> str:
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if fault["type"] in ("value_error", "model_type"):
         return f"{key}: {message}" if key else message
+    if fault["type"] == "string_pattern_mismatch":
+        message = _SPELLED.get(str(fault["loc"][-1]), message)
     if fault["type"] == "list_type":
         message = f"must be a list; write [{fault['input']}]"
     return f"{key} = {shortened(repr(fault['input']))}: {shortened(message, 500)}"

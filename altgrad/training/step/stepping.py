@@ -21,9 +21,12 @@ def usable_device(name: str | torch.device) -> torch.device:
     """The device of that name.
 
     Raises:
-        ConfigError: torch cannot use it here.
+        ConfigError: torch cannot use it here, or there is no such device.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is none; use cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results only with this
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
