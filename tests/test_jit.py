@@ -15,6 +15,7 @@ import torch
 import altgrad
 from altgrad.diagnostics.update import measure_update
 from altgrad.jit import template
+from altgrad.jit.machine import add
 from altgrad.jit.storage import KINDS
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.jit.threads import run_range
@@ -302,6 +303,32 @@ def test_parts_that_differ_have_names_of_their_own_also_where_a_part_of_theirs_d
     ]
     for pair in (narrow, payloads, tiles):
         assert pair[0].py_func.__qualname__ != pair[1].py_func.__qualname__
+
+
+def test_a_part_is_linked_into_its_callers_and_no_machine_code_of_its_own():
+    twice = template.called(lambda x: add(x, x))  # pyright: ignore[reportCallIssue]  (Numba hands in the typing context)
+    four_times = template.called(lambda x: twice(twice(x)))
+    called = template.njit(lambda x: four_times(x) + np.uint32(1))
+    assert called(np.uint32(5)) == 21
+    for part in (twice, four_times):
+        (made,) = part.overloads.values()
+        assert not made.library.codegen._engine.is_symbol_defined(made.fndesc.llvm_func_name)
+    (made,) = called.overloads.values()
+    assert made.library.codegen._engine.is_symbol_defined(made.fndesc.llvm_func_name)
+
+
+def test_kept_loops_are_loaded_without_what_numba_compiles_with(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from altgrad.quantization import quantize\n"
+        "print(quantize(torch.tensor([0.3, 465.0]), 'E4M3').tolist(), 'numba.np.linalg' in sys.modules)\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for compiles in (True, False):
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert found.stdout == f"[0.3125, 448.0] {compiles}\n"
 
 
 def test_compiling_leaves_the_collector_of_cycles_as_it_was():

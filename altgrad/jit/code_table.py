@@ -14,8 +14,8 @@ import numpy as np
 
 from altgrad.formats.scalar import FloatFormat, Specials
 from altgrad.jit.machine import add, band, below, bits_of, bor, float_of, pick, shl, small_integer, sub
-from altgrad.jit.memory import load_word
-from altgrad.jit.template import inlined, table_reader
+from altgrad.jit.memory import table_reader
+from altgrad.jit.template import inlined
 
 CODE_FIELDS = (
     "magnitude_mask",  # bits of a code below its sign
@@ -72,7 +72,7 @@ def code_table(fmt: FloatFormat) -> np.ndarray:
 
 
 Codes = namedtuple("Codes", CODE_FIELDS)
-read_codes = table_reader(Codes, lambda i, _: f"load_word(like, table, {i})", load_word=load_word)
+read_codes = table_reader(Codes, alike=True)
 
 
 @inlined

@@ -28,8 +28,8 @@ from altgrad.jit.machine import (
     sub,
     truncated,
 )
-from altgrad.jit.memory import load_word
-from altgrad.jit.template import inlined, table_reader
+from altgrad.jit.memory import table_reader
+from altgrad.jit.template import inlined
 from altgrad.randomness import MULTIPLIERS
 
 Grid = namedtuple("Grid", GRID_FIELDS)
@@ -37,9 +37,9 @@ Grid = namedtuple("Grid", GRID_FIELDS)
 _MOVED = {"emin_field": "exponent", "min_normal_bits": "bits", "max_bits": "bits"}
 _move = f"Grid({', '.join(f'add(grid.{f}, {_MOVED[f]})' if f in _MOVED else f'grid.{f}' for f in GRID_FIELDS)})"
 _namespace: dict = {"Grid": Grid, "add": add}
-exec(f"def moved_grid(grid, exponent, bits):\n    return {_move}\n", _namespace)  # as in `table_reader`
+exec(f"def moved_grid(grid, exponent, bits):\n    return {_move}\n", _namespace)  # Numba has no loop over fields
 _moved_grid = inlined(_namespace["moved_grid"])
-read_grid = table_reader(Grid, lambda i, _: f"load_word(like, table, {i})", load_word=load_word)
+read_grid = table_reader(Grid, alike=True)
 
 
 @inlined

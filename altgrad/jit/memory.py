@@ -6,6 +6,9 @@ holds in place as well (an element is read before it is written) and lets the lo
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -167,6 +170,33 @@ def load_word(typing_context, like, address, index):
         return value if like.bitwidth == 64 else builder.trunc(value, ir.IntType(like.bitwidth))
 
     return like(like, types.int64, types.int64), generate
+
+
+def table_reader(row: type, *, floats: Collection[str] = (), alike: bool = False) -> Any:
+    """A function (like, table) of compiled code -> the named tuple `row`, from a table of 8-byte words.
+
+    Args:
+        row: the named tuple.
+        floats: its fields that are float64; the others are int64.
+        alike: all fields have the type of `like` instead (uint32 or uint64).
+    """
+    named = [types.float64 if name in floats else types.int64 for name in row._fields]
+
+    @intrinsic
+    def read(typing_context, like, table):
+        kinds = [like] * len(named) if alike else named
+
+        def generate(context, builder, signature, args):
+            words = []
+            for i, kind in enumerate(kinds):
+                stored = ir.DoubleType() if kind == types.float64 else ir.IntType(64)
+                word = builder.load(_element(builder, args[1], ir.Constant(ir.IntType(64), i), stored))
+                words.append(word if kind.bitwidth == 64 else builder.trunc(word, ir.IntType(kind.bitwidth)))
+            return context.make_tuple(builder, signature.return_type, words)
+
+        return types.BaseTuple.from_types(kinds, row)(like, table), generate
+
+    return read
 
 
 @intrinsic

@@ -21,7 +21,10 @@ from functools import cache
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
-from numba import cfunc, njit, types
+from numba import njit, types
+from numba.core.ccallback import CFunc
+
+from altgrad.jit.pipeline import LoopCache, LoopCompiler, PartCompiler
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -29,7 +32,12 @@ LOOP = types.int64(*[types.int64] * 5, types.float64, *[types.int64] * 7)
 """Every loop: (table, x, out, codes, scales, scale, inner, channels, seed, stream, partials, start, stop) -> flags."""
 
 _OPTIONS = {"error_model": "numpy"}
-_PART_OPTIONS = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # a third of what a part costs
+_PART_OPTIONS = {
+    **_OPTIONS,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": PartCompiler,
+}
 _kept: list = []  # compiled loops must outlive their addresses
 _parts: dict[tuple, Any] = {}
 
@@ -90,7 +98,17 @@ def loop(template: Callable, variant: NamedTuple, signature: Any = LOOP, **bound
 
     What is bound beside the variant must follow from it and the sources: only those tell kept machine code apart.
     """
-    compiled = _kept_on_disk(lambda keep: cfunc(signature, cache=keep, **_OPTIONS)(bind(template, variant, **bound)))
+    named = bind(template, variant, **bound)
+    types_of = signature.args, signature.return_type
+
+    def compiled_or_loaded(keep: bool) -> CFunc:
+        made = CFunc(named, types_of, locals={}, options=_OPTIONS, pipeline_class=LoopCompiler)
+        if keep:
+            made._cache = LoopCache(named)
+        made.compile()
+        return made
+
+    compiled = _kept_on_disk(compiled_or_loaded)
     _kept.append(compiled)
     return compiled.address
 
@@ -110,7 +128,16 @@ def function(
         def compiled() -> Callable:
             named = _renamed(plain, f"{plain.__name__}_{stamp(plain.__module__)}", parts())
             options = {"parallel": parallel, "nogil": True, "no_cfunc_wrapper": True, **_OPTIONS}
-            made = _kept_on_disk(lambda keep: njit(signature, cache=keep, **options)(named))
+
+            def compiled_or_loaded(keep: bool) -> Any:
+                made = njit(cache=keep and parallel, pipeline_class=LoopCompiler, **options)(named)
+                if keep and not parallel:  # what Numba's threads need is loaded as Numba does
+                    made._cache = LoopCache(named)
+                made.compile(signature)
+                made.disable_compile()
+                return made
+
+            made = _kept_on_disk(compiled_or_loaded)
             _kept.append(made)
             (found,) = made.overloads.values()
             return found.entry_point
@@ -214,20 +241,3 @@ def _say_if_compiled(made: Any) -> None:
         logging.getLogger(PACKAGE).info(
             "compiling loops for this processor; they are kept, so only a first use waits for them"
         )
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def table_reader(row: type, field: Callable[[int, str], str], **names: Any) -> Any:
-    """A compiled function (like, table) -> the named tuple `row`, as Numba has no loop over its fields.
-
-    Args:
-        row: the named tuple.
-        field: source of one field, from its index and name, in terms of `like` and `table`.
-        names: what that source refers to.
-    """
-    fields = ", ".join(field(i, name) for i, name in enumerate(row._fields))
-    namespace = {"row": row, **names}
-    exec(f"def read(like, table):\n    return row({fields})\n", namespace)
-    return inlined(namespace["read"])

@@ -32,9 +32,9 @@ from altgrad.diagnostics.kernels.tiles import (
 )
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.machine import bits_of, float_of, shl
-from altgrad.jit.memory import load, load_word, pointer, scratch, store
+from altgrad.jit.memory import load, pointer, scratch, store, table_reader
 from altgrad.jit.storage import FLOAT32
-from altgrad.jit.template import Plain, called, inlined, loop, table_reader
+from altgrad.jit.template import Plain, called, inlined, loop
 from altgrad.jit.threads import run_table, threads_for
 
 CHUNK = 32768  # elements
@@ -81,11 +81,7 @@ class Job(NamedTuple):
 _NUMBERS = ("largest", "scale", "near_zero")
 
 
-def _word(i: int, name: str) -> str:
-    return f"load_word(0.0, table, {i})" if name in _NUMBERS else f"np.int64(load_word(np.uint64(0), table, {i}))"
-
-
-_read_job = table_reader(Job, _word, load_word=load_word, np=np)
+_read_job = table_reader(Job, floats=_NUMBERS)
 
 
 @called

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from altgrad.jit.memory import load_word, scratch, store_word
-from altgrad.jit.template import Plain, function, part, table_reader
+from altgrad.jit.memory import load_word, scratch, store_word, table_reader
+from altgrad.jit.template import Plain, function, part
 from altgrad.jit.threads import CHUNK, CREW, shared
 from altgrad.quantization.kernels.cpu import blocks, loops
 from altgrad.quantization.products.loops import blocks_fit, multiply_shared
@@ -77,11 +77,7 @@ class Multiplication(NamedTuple):
 ROW_WORDS = max(len(Encoding._fields), len(Multiplication._fields))  # of either row
 
 
-def _reader(row):
-    return table_reader(row, lambda i, _: f"np.int64(load_word(np.uint64(0), table, {i}))", load_word=load_word, np=np)
-
-
-_read_encoding, _read_multiplication = _reader(Encoding), _reader(Multiplication)
+_read_encoding, _read_multiplication = table_reader(Encoding), table_reader(Multiplication)
 _ROW = 8 * ROW_WORDS
 
 

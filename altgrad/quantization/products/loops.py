@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from altgrad.jit.memory import load, load_code, load_word, scratch, store_word
+from altgrad.jit.memory import load, load_code, load_word, scratch, store_word, table_reader
 from altgrad.jit.storage import FLOAT32
-from altgrad.jit.template import function, loop, part, table_reader
+from altgrad.jit.template import function, loop, part
 from altgrad.jit.threads import CREW, shared
 from altgrad.quantization.products import amx
 from altgrad.quantization.products.panels import PANEL_BYTES, SLICE, UNITS, Packing
@@ -53,14 +53,7 @@ class Product(NamedTuple):
     factor: int  # bits of a float64
 
 
-_read = table_reader(
-    Product,
-    lambda i, name: (
-        f"load_word(0.0, table, {i})" if name == "factor" else f"np.int64(load_word(np.uint64(0), table, {i}))"
-    ),
-    load_word=load_word,
-    np=np,
-)
+_read = table_reader(Product, floats=("factor",))
 
 
 def _edge(p, left, right, words, out, height, width, adds, last, bias, room):

@@ -16,9 +16,9 @@ import numpy as np
 
 from altgrad.jit.code_table import Decoding, by_fields, by_integer, read_codes
 from altgrad.jit.machine import band, bits_of, bor, bxor, in_wide_vectors, low_word, shl, shr, truncated
-from altgrad.jit.memory import keep, kept, load, load_code, load_word, scratch, store_code
+from altgrad.jit.memory import keep, kept, load, load_code, scratch, store_code, table_reader
 from altgrad.jit.storage import FLOAT32
-from altgrad.jit.template import loop, part, table_reader
+from altgrad.jit.template import loop, part
 from altgrad.quantization.products.tiles import LANES, PANEL_ROWS, put_byte, starts, transposed_words
 from altgrad.quantization.products.units import GROUP, Unit
 
@@ -62,7 +62,7 @@ class Packing(NamedTuple):
     slices: int
 
 
-_read = table_reader(Packing, lambda i, _: f"np.int64(load_word(np.uint64(0), table, {i}))", load_word=load_word, np=np)
+_read = table_reader(Packing)
 
 
 def _payload(code, scale, facts):

@@ -23,9 +23,9 @@ from altgrad.formats.accumulator import Accumulator, Promote
 from altgrad.formats.rounding import Rounding
 from altgrad.formats.scalar import FloatFormat
 from altgrad.jit.machine import band, bits_of, float_of, low_word, narrowed, sub, whole_part, widened
-from altgrad.jit.memory import compute_zero, load, load_word, reload, scratch, store
+from altgrad.jit.memory import compute_zero, load, reload, scratch, store, table_reader
 from altgrad.jit.storage import FLOAT32, FLOAT64, ITEM_BYTES
-from altgrad.jit.template import loop, part, table_reader
+from altgrad.jit.template import loop, part
 from altgrad.jit.threads import ELEMENTS_PER_THREAD, run_table, threads_for
 
 LANES = 64  # columns of a panel
@@ -72,14 +72,7 @@ class Parameters(NamedTuple):
 
 
 _FIRST_NUMBER = Parameters._fields.index("cut")
-_read = table_reader(
-    Parameters,
-    lambda i, name: (
-        f"load_word(0.0, table, {i})" if i >= _FIRST_NUMBER else f"np.int64(load_word(np.uint64(0), table, {i}))"
-    ),
-    load_word=load_word,
-    np=np,
-)
+_read = table_reader(Parameters, floats=Parameters._fields[_FIRST_NUMBER:])
 
 
 class _Rounded(NamedTuple):

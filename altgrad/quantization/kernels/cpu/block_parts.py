@@ -18,9 +18,9 @@ from numba.extending import intrinsic
 from altgrad.jit.grid_rounding import by_chance, by_rule, by_short_chance, code_of, nearest_even, random_word, settled
 from altgrad.jit.grid_table import Family
 from altgrad.jit.machine import add, band, below, bits_of, bor, bxor, float_of, in_wide_vectors, low_word, shr, widened
-from altgrad.jit.memory import load, load_word, store, store_code, store_word, stored
+from altgrad.jit.memory import load, store, store_code, store_word, stored, table_reader
 from altgrad.jit.storage import FLOAT32, from_storage
-from altgrad.jit.template import called, inlined, table_reader
+from altgrad.jit.template import called, inlined
 
 BY_ADDITION, BY_RULE, BY_SHORT_CHANCE = int(Family.BY_ADDITION), int(Family.BY_RULE), int(Family.BY_SHORT_CHANCE)
 POWER_OF_TWO, PLAIN_FLOAT, ROUNDED = 0, 1, 2  # kinds of scale
@@ -48,11 +48,7 @@ _FLOATS = ("element_max", "upper")
 
 def parameter_reader(row: type) -> Any:
     """A compiled function (like, table) -> `row`, of a table of integers, addresses and the floats among them."""
-
-    def word(i: int, name: str) -> str:
-        return f"load_word(0.0, table, {i})" if name in _FLOATS else f"np.int64(load_word(np.uint64(0), table, {i}))"
-
-    return table_reader(row, word, load_word=load_word, np=np)
+    return table_reader(row, floats=_FLOATS)
 
 
 read_parameters = parameter_reader(Parameters)
