@@ -464,7 +464,7 @@ def check_kernels() -> list[str]:
 
 
 PARTS = {
-    "kernels": [check_kernels],
+    "kernels": [check_kernels, lambda: import_module("tests.quantization.cached_operands").check_cached()],
     "layers": [
         check_layers,
         check_rolls,
@@ -478,7 +478,6 @@ PARTS = {
     ],
     "graphs": [lambda: import_module("tests.quantization.captured_steps").check_graphs()],
     "generated": [lambda: import_module("tests.quantization.generated_code").check_generated(scalar_samples())],
-    "cached": [lambda: import_module("tests.quantization.cached_operands").check_cached()],
     "half": [lambda: import_module("tests.quantization.half_precision").check_half()],
     "codes": [lambda: import_module("tests.quantization.operand_codes").check_codes()],
 }
