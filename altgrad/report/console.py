@@ -40,10 +40,10 @@ class Terminal(Console):
         return super().render_str(for_terminal(text), **options)
 
     def say(self, text: str, style: str | None = None, *, hang: int = 0) -> None:
-        """Print sentences, which are not read as markup: on a terminal broken between words (see `wrapped`), elsewhere whole, so
-        that a log can be searched."""
+        """Print sentences, which are not read as markup: on a terminal, and where COLUMNS gives a width, broken between words (see
+        `wrapped`), elsewhere whole, so that a log can be searched."""
         said = for_terminal(text)
-        lines = wrapped(said, self.width, hang) if self.is_terminal else said
+        lines = wrapped(said, self.width, hang) if self.is_terminal or "COLUMNS" in os.environ else said
         self.print(lines, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
