@@ -4,17 +4,6 @@ import pytest
 import torch
 
 
-@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
-def pytest_xdist_make_scheduler(config, log):
-    """Each process of `-n` goes through files of its own, and takes tests from another's end when it has none left.
-
-    Dealt out in turn, neighbours in a file would make its fixtures and compile its loops once in every process.
-    """
-    from xdist.scheduler import WorkStealingScheduling
-
-    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
-
-
 def pytest_addoption(parser):
     """`--gemm-routes`: take each of these routes in turn wherever its products are exact, whatever the shape and the CPU."""
     parser.addoption("--gemm-routes", default="", help="float32,bf16,...: routes of the matrix products to force")
