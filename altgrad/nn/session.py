@@ -82,6 +82,7 @@ class Session(Numbered):
         self.bypass = False
         self.observer: Observer | None = None
         self.weights: WeightCache | None = None  # what layers made of weights that stay as they are (`cached_weights`)
+        self.blocks = 0  # of `cached_weights` that are open
         self.reduce_amax: Callable[[Tensor], Tensor] | None = None
         self.group: Any = None  # the processes that train the model together, as DDP or FSDP2 have shown
         self.in_step = False  # whether all of them use the same layers in the same order, so that a use can ask all
@@ -102,6 +103,7 @@ class Session(Numbered):
             "_clocks": {},
             "observer": None,
             "weights": None,
+            "blocks": 0,
             "bypass": False,
             "reduce_amax": None,
             "group": None,
@@ -350,7 +352,7 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     use as without it. Quantized as ever are weights under stochastic rounding or scales that remember (delayed),
     embeddings, norms, layers with an emulated accumulator, weights that are computed (parametrizations), and compiled code.
     What is kept takes the memory of codes, bf16 or float32 values, whatever a layer multiplies, until the block ends. Blocks
-    may be nested; the outermost counts.
+    may be nested or overlap; what is kept is dropped when the last of them ends.
 
     Args:
         model: one with quantized layers.
@@ -365,15 +367,16 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         raise RecipeError(
             "cached_weights: parameters are spread over processes, which gather them anew for each forward"
         )
-    before = [session.weights for session in sessions]
     cache = WeightCache()
     for session in sessions:
         session.weights = session.weights or cache
+        session.blocks += 1
     try:
         yield
     finally:
-        for session, found in zip(sessions, before, strict=True):
-            session.weights = found
+        for session in sessions:  # the last to leave, which of two threads' blocks need not be the first that came
+            session.blocks -= 1
+            session.weights = session.weights if session.blocks else None
 
 
 def recomputing() -> bool:

@@ -234,6 +234,20 @@ def test_what_was_kept_is_dropped_at_the_end_also_of_a_block_that_fails():
     assert gone() is None
 
 
+def test_blocks_that_overlap_leave_nothing_behind():
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_model(model, uniform("E4M3"))
+    first, second = cached_weights(model), cached_weights(model)
+    first.__enter__(), second.__enter__()
+    x = torch.randn(64, 64)
+    model(x)
+    first.__exit__(None, None, None), second.__exit__(None, None, None)
+    assert model[0].__dict__[STATE].session.weights is None
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model(x)
+
+
 def test_what_cannot_be_kept_is_said(monkeypatch):
     with pytest.raises(RecipeError, match="no quantized layer"), cached_weights(nn.Linear(4, 4)):
         pass
