@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
 from typing import Any, NoReturn
 
@@ -57,11 +56,9 @@ def carried_out(app: typer.Typer) -> NoReturn:
 def _interrupt_again(dropped: Any) -> None:
     """Ctrl-C that hits a callback of the interpreter's own (a weak reference's, a `__del__`) is dropped there, with a traceback:
     let it hit once more, outside."""
-    if isinstance(dropped.exc_value, KeyboardInterrupt) and hasattr(signal, "pthread_kill"):
-        main = int(threading.main_thread().ident or 0)
-        again = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT))  # wakes it where it waits, too
-        again.daemon = True
-        again.start()
+    if isinstance(dropped.exc_value, KeyboardInterrupt) and hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 0.2)  # by then this hook, where it would be dropped as well, has ended
     else:
         sys.__unraisablehook__(dropped)
 
