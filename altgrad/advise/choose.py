@@ -80,6 +80,8 @@ class Budget:
             raise ConfigError(
                 f"weights cannot be stored on the grid of {blocks[0]}, whose blocks find their own scales; use master"
             )
+        if not isinstance(self.bits, int | float | None):
+            raise ConfigError(f"bits are {self.bits!r}; write a number, such as 8.5, or None for no limit")
         least = min(bits_of(name) for name in self.formats)
         if self.bits is not None and not self.bits >= least:  # NaN, too
             raise ConfigError(

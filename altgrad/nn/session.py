@@ -242,12 +242,23 @@ class Reach:
     positions: frozenset[str] | None
 
 
+def check_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        RecipeError: it is no module of torch.
+    """
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"the model is a {type(model).__name__}, no torch.nn.Module; pass the module itself")
+
+
 def sessions_of(model: nn.Module) -> list[Session]:
     """The sessions of a model that was quantized (also inside DDP or torch.compile wrappers).
 
     Raises:
-        RecipeError: no layer of it was.
+        RecipeError: no layer of it was, or it is no module.
     """
+    check_module(model)
     found: dict[int, Session] = {}
     for module in model.modules():
         state = module.__dict__.get(STATE)

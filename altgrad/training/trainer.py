@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from altgrad.errors import AltGradError
+from altgrad.errors import AltGradError, ConfigError
 from altgrad.loop.states import load_model_state, load_optimizer_state, model_state, optimizer_state
 from altgrad.monitor.judge import Judge, StepFacts
 from altgrad.optim import reset_moments
@@ -126,6 +126,10 @@ class Trainer:
         *,
         loss: LossFunction = next_token_loss,
     ) -> None:
+        if not isinstance(config, ExperimentConfig):
+            raise ConfigError(
+                f"the config is a {type(config).__name__}, no ExperimentConfig; read a file by load_config(path)"
+            )
         self.config = config
         self.ranks = Ranks.from_environment(config)
         self.device = usable_device(self.ranks.device(str(device or config.device)))

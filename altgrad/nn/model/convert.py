@@ -26,7 +26,7 @@ from altgrad.nn.model.spots import Spot, all_spots, out_of_reach, spots_of, unkn
 from altgrad.nn.recipe.cells import Cell, changed_layer
 from altgrad.nn.recipe.layer_recipe import LayerRecipe
 from altgrad.nn.recipe.recipe import Recipe, name_matches
-from altgrad.nn.session import REACH, Reach, Session
+from altgrad.nn.session import REACH, Reach, Session, check_module
 from altgrad.nn.spread import TENSOR_PARALLEL, stays_spread
 from altgrad.nn.storage import GridStorage
 
@@ -60,9 +60,10 @@ def quantize_model(
 
     Raises:
         RecipeError: a pattern, or an override's name that is no pattern, matches nothing (with the closest names), no layer
-            is left, a layer is claimed twice, a format is too wide for the parameters' dtype, block sizes do not divide, or
+            is left, the model is no module, a layer is claimed twice, a format is too wide for the parameters' dtype, block sizes do not divide, or
             tied layers disagree on storage.
     """
+    check_module(model)
     recipe = _as_recipe(recipe)
     modules = dict(model.named_modules())
     if recipe.needs_positions and example is None:
@@ -155,7 +156,11 @@ def restore_model(model: nn.Module) -> nn.Module:
 
     Before the first optimizer step, weights that grid storage rounded get their original bits back; weights that were
     trained or written since are kept as they are. A model without quantized layers is returned as it is.
+
+    Raises:
+        RecipeError: the model is no module.
     """
+    check_module(model)
     for module in model.modules():
         if _FAST_PATH in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)

@@ -59,13 +59,13 @@ class OptimizerHandle:
         self.counts: Tensor | None = None  # int64 [grid parameters, 5], columns as in `COUNTS`
         sessions = {id(m.__dict__[STATE].session): m.__dict__[STATE].session for _, m in layers}
         self._leads = [s for s in sessions.values() if _claim(s, optimizer)]
-        self._sessions = list(sessions.values())
+        self.sessions = list(sessions.values())  # of the layers that this handle serves
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         _HANDLES.setdefault(optimizer, []).append(self)
 
     def covers(self, session: Session) -> bool:
         """Whether this handle serves the layers of that session."""
-        return any(session is own for own in self._sessions)
+        return any(session is own for own in self.sessions)
 
     def follow(self, layers: list[tuple[str, nn.Module]]) -> None:
         """Serve these layers from the next step on."""
@@ -259,13 +259,14 @@ def follow_layers(model: nn.Module) -> None:
 
 @torch._disable_dynamo  # as torch's own optimizers do: torch.compiler.disable would import the compiler with this module
 def _attach_unattached(optimizer: Optimizer, args, kwargs) -> None:
-    handles = _HANDLES.get(optimizer, [])
+    served = {id(session) for handle in _HANDLES.get(optimizer, []) for session in handle.sessions}
     waiting: dict[int, list[nn.Module]] = {}
     for module in list(LIVE):
         session = module.__dict__[STATE].session
-        states = [*layers_in(module).values(), *attention_in(module)]
-        if any(s.recipe.needs_steps for s in states) and not any(h.covers(session) for h in handles):
-            waiting.setdefault(id(session), []).append(module)
+        if id(session) not in served:
+            states = [*layers_in(module).values(), *attention_in(module)]
+            if any(s.recipe.needs_steps for s in states):
+                waiting.setdefault(id(session), []).append(module)
     if not waiting:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
