@@ -171,10 +171,10 @@ def _without_role(entry: Entry) -> str | None:
 
 
 def _entries(source: nn.Module | str | Path, open_files: ExitStack) -> list[Entry]:
-    if isinstance(source, nn.Module):
-        return [_held(name, p) for name, p in source.named_parameters()]
     if not isinstance(source, str | Path):
-        raise CheckpointError(f"a {type(source).__name__} is no checkpoint; give a module or a path")
+        if not isinstance(source, nn.Module):
+            raise CheckpointError(f"a {type(source).__name__} is no checkpoint; give a module or a path")
+        return [_held(name, p) for name, p in source.named_parameters()]
     path = Path(source)
     if path.is_dir():
         return _folder(path, open_files)
