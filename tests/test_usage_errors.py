@@ -122,6 +122,7 @@ def test_ctrl_c_in_a_callback_of_the_interpreter_is_not_lost():
     code = """if True:
         import signal, sys, time, typer
         from altgrad.cli.process import carried_out
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         class Falls:
             def __del__(self):
                 signal.raise_signal(signal.SIGINT)
