@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 import altgrad
 from altgrad.diagnostics.update import measure_update
 from altgrad.jit import template
-from altgrad.jit.machine import add
+from altgrad.jit.machine import add, in_wide_vectors
 from altgrad.jit.storage import KINDS
 from altgrad.jit.subnormals import gradual_underflow
 from altgrad.jit.threads import run_range
@@ -403,3 +404,10 @@ def test_without_a_folder_to_write_loops_still_run_and_one_line_says_so(tmp_path
 
 def test_the_drivers_are_compiled_once():
     assert run_range() is run_range()
+
+
+def test_loops_ask_for_wide_vectors_where_the_processor_has_them():
+    made = numba.njit(lambda: in_wide_vectors())  # pyright: ignore[reportCallIssue]
+    made.compile(())
+    features = made.targetctx.codegen().magic_tuple()[2].split(",")
+    assert ('"prefer-vector-width"="512"' in made.inspect_llvm(())) == ("+avx512vbmi2" in features)

@@ -111,8 +111,8 @@ def plus_product(typing_context, total, a, b):
 def in_wide_vectors(typing_context):
     """Have the calling function's loops work on vectors of 64 bytes where the processor has them.
 
-    LLVM takes 32 on Intel's, whose clock went down for wide ones before Ice Lake; there it still does. Not for loops with
-    sums of floats in any order, which the vectors' width decides.
+    LLVM takes 32 on Intel's, whose clock went down for wide ones until Ice Lake; on those before it, this changes nothing.
+    Not for loops with sums of floats in any order: there the vectors' width decides the bits.
     """
 
     def generate(context, builder, signature, args):

@@ -59,9 +59,9 @@ def quantize_model(
         seed: of stochastic rounding.
 
     Raises:
-        RecipeError: a pattern, or an override's name that is no pattern, matches nothing (with the closest names), no layer
-            is left, the model is no module, a layer is claimed twice, a format is too wide for the parameters' dtype, block sizes do not divide, or
-            tied layers disagree on storage.
+        RecipeError: the model is no module; a pattern, or an override's name that is no pattern, matches nothing (with the
+            closest names); no layer is left, one is claimed twice, a format is too wide for the parameters' dtype, block sizes
+            do not divide, or tied layers disagree on storage.
     """
     check_module(model)
     recipe = _as_recipe(recipe)
