@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 SYMBOLS = {"input": "x", "weight": "w", "grad_output": "dy"}
@@ -27,6 +27,7 @@ _UNITS = "us|ms|s|min|h|MB|GB|bits?|nats?|steps?|runs?|seeds?|forks?|jobs?|token
 _TOGETHER = re.compile(
     rf"(?<=\d) (?=(?:{_UNITS})\b)|(?<= min) (?=\d)|(?<= h) (?=\d)|(?<=\bstep) (?=\d)|(?<=\bsteps) (?=\d)|(?<=\bto) (?=[-+]\d)"
 )
+_BREAKS = re.compile(r"[\s,;:(]+")
 _KEPT = "\ue000"
 """A blank at which no line is broken, while lines are made."""
 
@@ -80,14 +81,7 @@ def told_apart(names: Sequence[str], longest: int = 24) -> tuple[list[str], str]
         f"{level[0]}." for level in takewhile(lambda level: len(set(level)) == 1, zip(*too_long, strict=False))
     )
     began = [f"…{name.removeprefix(start)}" if start and name.startswith(start) else name for name in names]
-    for most in range(longest, max(map(len, began), default=0) + 1):
-        cut = [without_middle(name, most) for name in began]
-        if len(set(cut)) == len(set(names)):
-            return cut, start
-    return began, start
-
-
-_BREAKS = re.compile(r"[\s,;:(]+")
+    return _shortest_distinct(began, longest, without_middle), start
 
 
 def kept_apart(names: Sequence[str], longest: int = 36) -> list[str]:
@@ -98,12 +92,16 @@ def kept_apart(names: Sequence[str], longest: int = 36) -> list[str]:
     ['te_current', 'x:E4M3…TF32; head: FP32', 'x:E4M3…BF16; head: FP32']
     """
     distinct = list(dict.fromkeys(names))
+    others = {name: [other for other in distinct if other != name] for name in distinct}
+    return _shortest_distinct(names, longest, lambda name, most: _around_difference(name, others[name], most))
+
+
+def _shortest_distinct(names: Sequence[str], longest: int, cut: Callable[[str, int], str]) -> list[str]:
+    """`names`, each as `cut` makes it of at most `longest` characters, or of as few more as keep distinct ones distinct."""
     for most in range(longest, max(map(len, names), default=0) + 1):
-        cut = {
-            name: _around_difference(name, [other for other in distinct if other != name], most) for name in distinct
-        }
-        if len(set(cut.values())) == len(distinct):
-            return [cut[name] for name in names]
+        made = [cut(name, most) for name in names]
+        if len(set(made)) == len(set(names)):
+            return made
     return list(names)
 
 

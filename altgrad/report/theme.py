@@ -74,8 +74,7 @@ def styles_for(formats: Sequence[str]) -> list[Style]:
         keys = list(formats)
     free = [slot for slot in (3, 5, 1, 7, 0, 4, 2, 6) if slot not in {_SLOTS.get(key.upper()) for key in keys}] or [3]
     slots: dict[str, int] = {}
-    used: dict[int, int] = {}
-    """Series of a slot so far; each takes the slot's next dash."""
+    used: dict[int, int] = {}  # series of a slot so far, of which each takes the next dash
     out = []
     for key in keys:
         known = _SLOTS.get(key.upper())
